@@ -1,0 +1,1 @@
+"""What starts, watches and stops a cluster, and the command people type."""

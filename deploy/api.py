@@ -1,0 +1,304 @@
+"""The public Python API: a cluster as an async context manager.
+
+    async with cluster("two-hosts.toml") as c:
+        vm = c.vm("vm1")
+        await vm.secure()
+        print(await vm.console_command("pages"))
+        await c.process("alpha/kvm").kill()
+
+The launcher runs in a process of its own, as with `pefbox up --detach`, so that nothing of the caller's program can
+hold up its heartbeat. Everything here runs under trio.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import trio
+
+from deploy.client import DetachedStart, start_detached
+from deploy.operator_protocol import LENGTH, Request, Response, frame
+from deploy.run_dirs import LAUNCHER_SOCKET, Paths, runtime_root
+from deploy.status import ClusterStatus, ProcessRow, VmRow
+from protocol.errors import UserError
+
+_POLL_SECONDS = 0.02
+_DOWN_SECONDS = 20.0
+_PROMPT_QUIET_SECONDS = 0.2
+
+
+class Process:
+    """One process of the cluster, by its target."""
+
+    def __init__(self, cluster: RunningCluster, target: str) -> None:
+        self._cluster, self.target = cluster, target
+
+    async def row(self) -> ProcessRow:
+        """Its row of `status`; raises UserError for an unknown target."""
+        for row in processes_of(await self._cluster.status()):
+            if row.target == self.target:
+                return row
+        raise UserError(f'no process "{self.target}"')
+
+    async def query(self, what: str, arguments: dict[str, Any] | None = None, seconds: float = 0.5) -> Any:  # noqa: ANN401
+        """Ask it something; raises UserError with its refusal, or when it does not answer in `seconds`."""
+        order = {"target": self.target, "query": what, "arguments": arguments or {}, "seconds": seconds}
+        return await self._cluster.order("query", order)
+
+    async def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal through the launcher, which knows whether the pid is still the process."""
+        await self._cluster.order("signal", {"target": self.target, "signal": int(number)})
+
+    async def kill(self) -> None:
+        """SIGKILL."""
+        await self.send_signal(signal.SIGKILL)
+
+    async def stop(self) -> None:
+        """SIGSTOP."""
+        await self.send_signal(signal.SIGSTOP)
+
+    async def resume(self) -> None:
+        """SIGCONT."""
+        await self.send_signal(signal.SIGCONT)
+
+    async def wait_state(self, *states: str, seconds: float = 5.0) -> ProcessRow:
+        """Its row, as soon as it is in one of `states`; raises UserError after `seconds`."""
+        return await _until(self.row, lambda row: row.state in states, f"{self.target} is not {states}", seconds)
+
+    def log(self) -> str:
+        """What it logged so far: JSON lines."""
+        return self._cluster.paths.log_file(self.target).read_text()
+
+
+class Vm:
+    """One virtual machine, by its name."""
+
+    def __init__(self, cluster: RunningCluster, name: str) -> None:
+        self._cluster, self.name = cluster, name
+
+    @property
+    def guest(self) -> Process:
+        """Its guest process."""
+        return self._cluster.process(f"{self.name}/guest")
+
+    @property
+    def qemu(self) -> Process:
+        """Its qemu process."""
+        return self._cluster.process(f"{self.name}/qemu")
+
+    async def row(self) -> VmRow:
+        """Its row of `status`; raises UserError for an unknown name."""
+        for host in (await self._cluster.status()).hosts:
+            for row in host.vms:
+                if row.name == self.name:
+                    return row
+        raise UserError(f'no VM "{self.name}"')
+
+    async def secure(self, seconds: float = 30.0) -> VmRow:
+        """Its row, as soon as it is secure; raises UserError after `seconds` or when it fails."""
+        return await self.wait(lambda row: row.secure, "secure", seconds)
+
+    async def wait_state(self, *states: str, seconds: float = 30.0) -> VmRow:
+        """Its row, as soon as it is in one of `states`; raises UserError after `seconds` or when it fails."""
+        return await self.wait(lambda row: row.state in states, f"in {states}", seconds)
+
+    async def wait(self, holds: Callable[[VmRow], bool], what: str, seconds: float = 30.0) -> VmRow:
+        """Its row, as soon as `holds`; raises UserError, which names `what`, after `seconds` or when it fails."""
+
+        def reached(row: VmRow) -> bool:
+            if row.state == "failed" and not holds(row):
+                raise UserError(f"{self.name} failed before it was {what}: {row.reason}")
+            return holds(row)
+
+        return await _until(self.row, reached, f"{self.name} is not {what}", seconds)
+
+    async def restart(self) -> None:
+        """Start its next incarnation."""
+        await self._cluster.restart(self.name)
+
+    async def page(self, gpa: int) -> dict[str, Any]:
+        """What each part of the machine knows of a page (`pefbox page`)."""
+        view: dict[str, Any] = await self._cluster.order("page", {"vm": self.name, "gpa": gpa})
+        return view
+
+    async def console_read(self, since: int = 0, wait_seconds: float = 0.0) -> tuple[bytes, int]:
+        """Terminal output from character `since` on, and where it ends; waits at most `wait_seconds` for some."""
+        kvm = await self._kvm()
+        arguments = {"vm": self.name, "since": since, "wait_s": wait_seconds}
+        answer = await kvm.query("console.read", arguments, wait_seconds + 1.0)
+        return answer["data"], answer["next"]
+
+    async def console_write(self, data: bytes) -> None:
+        """Type on its terminal."""
+        kvm = await self._kvm()
+        await kvm.query("console.write", {"vm": self.name, "data": data})
+
+    async def console_command(self, line: str, prompt: str = "> ", seconds: float = 10.0) -> str:
+        """Type a line; returns what the VM wrote until its `prompt` came again, the echo of the line removed.
+
+        Raises UserError when the prompt does not come in `seconds`.
+        """
+        kvm = await self._kvm()
+        _, since = await self.console_read()
+        await kvm.query("console.write", {"vm": self.name, "data": line.encode() + b"\r"})
+        output = b""
+        with trio.move_on_after(seconds):
+            while True:
+                data, since = await self.console_read(since, _PROMPT_QUIET_SECONDS)
+                output += data
+                text = output.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
+                if not data and text.endswith(prompt):
+                    return text.removeprefix(line).removeprefix("\n").removesuffix(prompt)
+        raise UserError(f"{self.name}: no prompt within {seconds:g} s after {line!r}: {output[-200:]!r}")
+
+    async def _kvm(self) -> Process:
+        for host in (await self._cluster.status()).hosts:
+            if any(row.name == self.name for row in host.vms):
+                return self._cluster.process(f"{host.name}/kvm")
+        raise UserError(f'no VM "{self.name}"')
+
+
+class RunningCluster:
+    """A cluster that is up."""
+
+    def __init__(self, name: str, paths: Paths, launcher: subprocess.Popen[bytes]) -> None:
+        self.name, self.paths = name, paths
+        self.launcher_pid = launcher.pid
+        self._launcher = launcher
+
+    async def order(self, what: str, arguments: dict[str, Any] | None = None) -> Any:  # noqa: ANN401
+        """One order to the launcher; raises UserError with its refusal, or when it is gone."""
+        try:
+            stream = await trio.open_unix_socket(str(self.paths.run_dir / LAUNCHER_SOCKET))
+        except OSError as error:
+            raise UserError(f'cluster "{self.name}": its launcher cannot be reached: {error.strerror}') from None
+        async with stream:
+            await stream.send_all(frame(Request(what, arguments or {})))
+            (n_bytes,) = LENGTH.unpack(await self._read(stream, LENGTH.size))
+            response = msgspec.msgpack.decode(await self._read(stream, n_bytes), type=Response)
+        if response.error is not None:
+            raise UserError(response.error)
+        return response.result
+
+    async def status(self) -> ClusterStatus:
+        """What `pefbox status --json` shows, as Structs."""
+        return msgspec.convert(await self.order("status"), ClusterStatus)
+
+    def vm(self, name: str) -> Vm:
+        """A VM by name."""
+        return Vm(self, name)
+
+    def process(self, target: str) -> Process:
+        """A process by target: `alpha/kvm`, `vm1/guest`."""
+        return Process(self, target)
+
+    async def restart(self, name: str) -> None:
+        """Restart a VM, or a host whose kvm or ultravisor is gone."""
+        await self.order("restart", {"name": name})
+
+    async def down(self) -> int:
+        """Stop the cluster; returns the launcher's exit status. Twice is no error. Raises UserError when it hangs."""
+        if self._launcher.poll() is None:
+            try:
+                await self.order("stop")
+            except UserError:
+                self._launcher.terminate()
+        status = await self.wait_launcher()
+        if status is None:
+            self._launcher.kill()
+            raise UserError(f'cluster "{self.name}" was not down after {_DOWN_SECONDS:g} s; its launcher was killed')
+        return status
+
+    async def wait_launcher(self, seconds: float = _DOWN_SECONDS) -> int | None:
+        """The launcher's exit status, as soon as it ends; None after `seconds`."""
+        if self._launcher.poll() is None:
+            pidfd = os.pidfd_open(self._launcher.pid)
+            try:
+                with trio.move_on_after(seconds):
+                    await trio.lowlevel.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
+        return self._launcher.poll()
+
+    def kill_launcher(self) -> None:
+        """SIGKILL to the launcher: everything ends, and `pefbox clean` has work."""
+        self._launcher.kill()
+
+    async def _read(self, stream: trio.SocketStream, n_bytes: int) -> bytes:
+        data = bytearray()
+        while len(data) < n_bytes:
+            piece = await stream.receive_some(n_bytes - len(data))
+            if not piece:
+                raise UserError(f'cluster "{self.name}": its launcher closed the connection')
+            data += piece
+        return bytes(data)
+
+
+@asynccontextmanager
+async def cluster(
+    cluster_file: str | Path,
+    *,
+    name: str | None = None,
+    state_dir: Path | None = None,
+    record: bool = False,
+    debug: bool = False,
+    service_module: str | None = None,
+) -> AsyncIterator[RunningCluster]:
+    """Start a cluster, yield it healthy, stop it at the end.
+
+    Without `name` it gets a new one, without `state_dir` one that is removed at the end. Raises UserError when it
+    does not come up.
+    """
+    own_state = Path(tempfile.mkdtemp(prefix="pefbox-state-")) if state_dir is None else None
+    start = DetachedStart(
+        cluster_file=Path(cluster_file),
+        name=name or f"api-{secrets.token_hex(3)}",
+        state_dir=own_state or state_dir,
+        record=record,
+        debug=debug,
+        service_module=service_module,
+    )
+    try:
+        started, launcher = await trio.to_thread.run_sync(functools.partial(start_detached, start))
+        assert start.state_dir is not None
+        running = RunningCluster(started, Paths(runtime_root() / started, start.state_dir), launcher)
+        try:
+            yield running
+        finally:
+            with trio.CancelScope(shield=True):
+                await running.down()
+    finally:
+        if own_state is not None:
+            shutil.rmtree(own_state, ignore_errors=True)
+
+
+def processes_of(status: ClusterStatus) -> list[ProcessRow]:
+    """All process rows."""
+    rows = [row for host in status.hosts for row in host.processes]
+    return rows + [row for host in status.hosts for vm in host.vms for row in vm.processes]
+
+
+Value = TypeVar("Value")
+
+
+async def _until(
+    ask: Callable[[], Awaitable[Value]], holds: Callable[[Value], bool], problem: str, seconds: float
+) -> Value:
+    with trio.move_on_after(seconds):
+        while True:
+            value = await ask()
+            if holds(value):
+                return value
+            await trio.sleep(_POLL_SECONDS)
+    raise UserError(f"{problem} after {seconds:g} s")

@@ -1,0 +1,185 @@
+"""One process of the cluster as the launcher sees it: started, asked, watched."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from deploy.control_channel import ControlChannel
+from deploy.plan import ProcessPlan
+from deploy.run_dirs import Paths
+from deploy.states import ProcessState
+from protocol import control
+from protocol.errors import PeerGone, UserError
+
+SERVICE_MODULE = "services.{role}"
+"""What `python -m` runs for a role."""
+
+QUERY_SECONDS = 0.5
+
+
+class QueryRefused(UserError):
+    """A process answered a query with an error."""
+
+
+class Child:
+    """A started process. Its row in `status` stays when it is dead."""
+
+    def __init__(self, plan: ProcessPlan, popen: subprocess.Popen[bytes], channel: ControlChannel) -> None:
+        self.plan = plan
+        self.target = plan.target
+        self.pid = popen.pid
+        self.channel = channel
+        self.state = ProcessState.STARTING
+        self.since_s = time.time()
+        self.detail = ""
+        self.protections: dict[str, str] = {}
+        self.peers: set[str] = set()
+        self.exit_expected = False
+        self.has_keys = False
+        self.hello = trio.Event()
+        self.confined = trio.Event()
+        self.ready = trio.Event()
+        self.exited = trio.Event()
+        self.pings: dict[int, tuple[float, trio.Event]] = {}
+        self.held: list[tuple[control.Gift, int]] = []
+        self._popen = popen
+        self._ping_numbers = itertools.count(1)
+        self._query_ids = itertools.count(1)
+        self._queries: dict[int, tuple[trio.Event, list[control.Answer]]] = {}
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process still exists."""
+        return not self.exited.is_set()
+
+    def change(self, state: ProcessState, detail: str = "") -> bool:
+        """Note a new state; False when it is none, or when the process is over already."""
+        if self.state.is_over or self.state is state:
+            return False
+        self.state, self.since_s = state, time.time()
+        self.detail = detail or (self.detail if state.is_over else "")
+        return True
+
+    def gone(self, status: int, code: int) -> None:
+        """The kernel reported its end: `code` and `status` as in waitid(2)."""
+        self.reaped(status, code)
+        self.detail = self.detail or _exit_text(status, code)
+        ended = ProcessState.GONE if self.exit_expected else ProcessState.FAILED
+        self.change(ended, self.detail)
+        self.exited.set()
+        for event, _ in self._queries.values():
+            event.set()
+        for _, event in self.pings.values():
+            event.set()
+        self.pings.clear()
+        for _, fd in self.held:
+            os.close(fd)
+        self.held.clear()
+        self.channel.close()
+
+    def ping(self) -> trio.Event:
+        """Send a ping; the event is set when its answer comes. Raises PeerGone when it cannot be sent."""
+        sequence, event = next(self._ping_numbers), trio.Event()
+        self.channel.send(control.Ping(sequence))
+        self.pings[sequence] = (trio.current_time(), event)
+        return event
+
+    def ponged(self, sequence: int) -> None:
+        """The answer to a ping came; earlier ones count as answered."""
+        for number in [number for number in self.pings if number <= sequence]:
+            self.pings.pop(number)[1].set()
+
+    def silent_seconds(self) -> float:
+        """How long the oldest ping waits for its answer; 0 when none does."""
+        oldest = min((sent for sent, _ in self.pings.values()), default=None)
+        return 0.0 if oldest is None else trio.current_time() - oldest
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal, when the process still exists."""
+        if self.is_running:
+            os.kill(self.pid, number)
+
+    def reaped(self, status: int, code: int) -> None:
+        """waitid took the exit status, so `subprocess` must not look for it."""
+        self._popen.returncode = status if code == os.CLD_EXITED else -status
+
+    async def query(self, what: str, arguments: dict[str, Any], seconds: float = QUERY_SECONDS) -> Any:  # noqa: ANN401
+        """Ask the process; raises QueryRefused for its refusal, PeerGone when it does not answer in `seconds`."""
+        if not self.state.answers:
+            raise PeerGone(self.target, self.state.value)
+        query_id = next(self._query_ids)
+        event, answers = self._queries[query_id] = trio.Event(), []
+        try:
+            self.channel.send(control.Query(query_id, what, arguments))
+            with trio.move_on_after(seconds):
+                await event.wait()
+        finally:
+            del self._queries[query_id]
+        if not answers:
+            raise PeerGone(self.target, self.state.value if self.state.is_over else "silent")
+        if answers[0].error is not None:
+            raise QueryRefused(f"{self.target}: {answers[0].error}")
+        return answers[0].result
+
+    def answered(self, answer: control.Answer) -> None:
+        """The process answered a query; an answer to none is ignored."""
+        waiting = self._queries.get(answer.id)
+        if waiting is not None:
+            waiting[1].append(answer)
+            waiting[0].set()
+
+
+def spawn(plan: ProcessPlan, paths: Paths, module: str = SERVICE_MODULE) -> Child:
+    """Start the process of `plan`. Called in the launcher's main thread, which PR_SET_PDEATHSIG watches."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        fd = theirs.fileno()
+        arguments = [sys.executable, "-P", "-m", module.format(role=plan.role.value), "--control-fd", str(fd)]
+        stderr = os.open(paths.stderr_file(plan.target), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            popen = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                pass_fds=(fd,),
+                start_new_session=True,
+                cwd="/",
+                env=child_environment(os.environ),
+            )
+        finally:
+            os.close(stderr)
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    ours.setblocking(False)
+    return Child(plan, popen, ControlChannel(ours, plan.target))
+
+
+def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` with this checkout first on Python's path: `-P` keeps the caller's directory off it."""
+    root = str(Path(__file__).resolve().parent.parent)
+    path = environment.get("PYTHONPATH")
+    return {**environment, "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
+
+
+def _exit_text(status: int, code: int) -> str:
+    if code == os.CLD_EXITED:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(status).name}"
+    except ValueError:
+        return f"killed by signal {status}"

@@ -1,0 +1,56 @@
+"""The `pefbox` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from deploy.cli_support import LazyGroup
+from protocol.errors import PefboxError
+
+COMMANDS = {
+    "up": "deploy.cli_cluster:up",
+    "ps": "deploy.cli_cluster:ps",
+    "status": "deploy.cli_cluster:status",
+    "logs": "deploy.cli_logs:logs",
+    "calls": "deploy.cli_logs:calls",
+    "page": "deploy.cli_vm:page",
+    "console": "deploy.cli_vm:console",
+    "qmp": "deploy.cli_vm:qmp",
+    "restart": "deploy.cli_cluster:restart",
+    "down": "deploy.cli_cluster:down",
+    "key": "deploy.cli_state:key",
+    "audit": "deploy.cli_state:audit",
+    "esm": "deploy.esm_commands:esm",
+    "doctor": "deploy.cli_cluster:doctor",
+    "clean": "deploy.cli_cluster:clean",
+}
+
+_HELP = "POWER secure virtual machines as a cluster of ordinary processes."
+pefbox = LazyGroup(name="pefbox", help=_HELP, places=COMMANDS)
+
+
+def main() -> None:
+    """Run a command; a mistake is one line on standard error and exit status 1, a wrong command line 2."""
+    try:
+        status = pefbox.main(prog_name="pefbox", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        status = 130
+    except BrokenPipeError:
+        # Whoever read our output has enough; nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except PefboxError as error:
+        click.echo(f"pefbox: {error}", err=True)
+        status = 1
+    raise SystemExit(status or 0)
+
+
+if __name__ == "__main__":
+    main()

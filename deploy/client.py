@@ -1,0 +1,152 @@
+"""A blocking client of the launcher, for the commands; starting a detached one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from deploy.operator_protocol import LENGTH, Request, Response, frame
+from deploy.run_dirs import LAUNCHER_SOCKET, LOCK_FILE, MANIFEST_FILE, choose_cluster, is_locked, runtime_root
+from protocol.errors import UserError
+
+_CALL_SECONDS = 5.0
+_DOWN_SECONDS = 20.0
+_POLL_SECONDS = 0.01
+
+
+class LauncherClient:
+    """A connection to the launcher of a running cluster."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.connect(str(run_dir / LAUNCHER_SOCKET))
+        except OSError as error:
+            self._socket.close()
+            raise UserError(f'cluster "{run_dir.name}": its launcher cannot be reached: {error.strerror}') from None
+
+    def __enter__(self) -> LauncherClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection."""
+        self._socket.close()
+
+    def call(self, what: str, arguments: dict[str, Any] | None = None, seconds: float = _CALL_SECONDS) -> Any:  # noqa: ANN401
+        """One order; raises UserError with the launcher's own line, or when it does not answer in `seconds`."""
+        self._socket.settimeout(seconds)
+        try:
+            self._socket.sendall(frame(Request(what, arguments or {})))
+            (n_bytes,) = LENGTH.unpack(self._read(LENGTH.size))
+            response = msgspec.msgpack.decode(self._read(n_bytes), type=Response)
+        except TimeoutError:
+            raise UserError(f'cluster "{self.run_dir.name}": its launcher did not answer in {seconds:g} s') from None
+        except OSError as error:
+            raise UserError(f'cluster "{self.run_dir.name}": its launcher is gone ({error})') from None
+        if response.error is not None:
+            raise UserError(response.error)
+        return response.result
+
+    def query(self, target: str, query: str, arguments: dict[str, Any], seconds: float = 0.5) -> Any:  # noqa: ANN401
+        """Ask one process."""
+        order = {"target": target, "query": query, "arguments": arguments, "seconds": seconds}
+        return self.call("query", order, seconds + _CALL_SECONDS)
+
+    def _read(self, n_bytes: int) -> bytes:
+        data = bytearray()
+        while len(data) < n_bytes:
+            piece = self._socket.recv(n_bytes - len(data))
+            if not piece:
+                raise ConnectionResetError("connection closed")
+            data += piece
+        return bytes(data)
+
+
+def connect(cluster: str | None) -> LauncherClient:
+    """The launcher of `cluster`, or of the only one that runs; raises UserError."""
+    return LauncherClient(runtime_root() / choose_cluster(cluster))
+
+
+def wait_until_down(run_dir: Path) -> None:
+    """Returns when the launcher of `run_dir` has ended and removed its directory; raises UserError after a while."""
+    deadline = time.monotonic() + _DOWN_SECONDS
+    while (run_dir / MANIFEST_FILE).exists() or is_locked(run_dir / LOCK_FILE):
+        if time.monotonic() > deadline:
+            raise UserError(f'cluster "{run_dir.name}" is not down after {_DOWN_SECONDS:g} s: see {run_dir}')
+        time.sleep(_POLL_SECONDS)
+
+
+@dataclass(frozen=True, slots=True)
+class DetachedStart:
+    """What a detached launcher is started with."""
+
+    cluster_file: Path
+    name: str | None = None
+    state_dir: Path | None = None
+    record: bool = False
+    debug: bool = False
+    service_module: str | None = None
+
+    def command(self, ready_fd: int) -> list[str]:
+        """The command line of the launcher."""
+        command = [sys.executable, "-P", "-m", "deploy.launcher_main", str(self.cluster_file.absolute())]
+        command += ["--ready-fd", str(ready_fd)]
+        command += ["--name", self.name] if self.name is not None else []
+        command += ["--state", str(self.state_dir.absolute())] if self.state_dir is not None else []
+        command += ["--record"] if self.record else []
+        command += ["--debug"] if self.debug else []
+        command += ["--service-module", self.service_module] if self.service_module is not None else []
+        return command
+
+
+def start_detached(start: DetachedStart) -> tuple[str, subprocess.Popen[bytes]]:
+    """Start a launcher in a session of its own and wait for its word; returns the cluster's name and the process.
+
+    Raises UserError with the launcher's own line when the cluster did not come up.
+    """
+    # Here, not above: a launched service environment and a command that only asks need nothing of this.
+    from deploy.child import child_environment
+    from deploy.launcher_main import Outcome
+
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as pipe, tempfile.TemporaryFile() as errors:
+        try:
+            launcher = subprocess.Popen(
+                start.command(writing),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                pass_fds=(writing,),
+                start_new_session=True,
+                cwd="/",
+                env=child_environment(os.environ),
+            )
+        finally:
+            os.close(writing)
+        data = pipe.read()
+        if data:
+            outcome = msgspec.msgpack.decode(data, type=Outcome)
+            if outcome.cluster is not None:
+                return outcome.cluster, launcher
+            launcher.wait()
+            raise UserError(outcome.error or "the cluster did not come up")
+        status = launcher.wait()
+        errors.seek(0)
+        last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
+    raise UserError(f"the launcher ended with status {status}: {last}")

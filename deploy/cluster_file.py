@@ -1,0 +1,285 @@
+"""The cluster file: hosts, virtual machines, disks and links, as TOML (documented in docs/cluster-file.md).
+
+Reading is strict: an unknown key, a wrong type or a value that is not possible raises ClusterFileError with file,
+line, key and what is allowed. What depends on this machine (files, memory) is checked in `deploy.preflight`.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from deploy.cluster_section import Document, Section, did_you_mean, quoted
+from protocol.errors import ClusterFileError, UserError
+from protocol.geometry import MAX_VM_BYTES, PAGE_BYTES
+from protocol.startup import DeviceEntry, DiskEntry, GuestEntry
+from shared.real_address import MAX_LPID
+
+TOP_KEYS = ("name", "seed", "make", "hosts", "vms", "links")
+HOST_KEYS = ("secure_memory",)
+VM_KEYS = ("host", "lpid", "memory", "time", "secure", "debuggable", "guest", "disks", "devices")
+GUEST_KEYS = ("kernel", "boot", "image", "initrd", "esm_blob", "command_line", "workload", "dma")
+DISK_KEYS = ("path", "readonly", "format")
+DEVICE_KEYS = ("kind", "disk", "access_platform")
+LINK_KEYS = ("between",)
+
+TIMES = ("wall", "instructions")
+KERNELS = ("model",)
+BOOTS = ("disk", "kernel")
+DMA_DESIGNS = ("quirk", "iommu")
+DISK_FORMATS = ("raw",)
+DEVICE_KINDS = ("virtio-blk",)
+MAKES = ("demo",)
+
+MIN_VM_BYTES = 16 << 20
+MAX_SECURE_BYTES = 1 << 40
+STATE_PREFIX = "@state/"
+_CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,40}", re.ASCII)
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of what a cluster file describes."""
+
+
+class HostSpec(Spec, frozen=True):
+    """A host instance and the secure memory that its ultravisor accounts for."""
+
+    name: str
+    secure_memory_bytes: int
+
+
+class VmSpec(Spec, frozen=True):
+    """A virtual machine on `host`."""
+
+    name: str
+    host: str
+    lpid: int
+    memory_bytes: int
+    time: str
+    secure_allowed: bool
+    debuggable: bool
+    guest: GuestEntry
+    disks: list[DiskEntry]
+    devices: list[DeviceEntry]
+
+
+class HostLinkSpec(Spec, frozen=True):
+    """A link between two hosts, for migration."""
+
+    between: tuple[str, str]
+
+
+class Cluster(Spec, frozen=True):
+    """A checked cluster file. Paths are absolute, or begin with `@state/` until `resolve_state` is applied."""
+
+    name: str
+    path: str
+    seed: int
+    make: str | None
+    hosts: list[HostSpec]
+    vms: list[VmSpec]
+    links: list[HostLinkSpec]
+
+    def vms_of(self, host: str) -> list[VmSpec]:
+        """The VMs of one host, in file order."""
+        return [vm for vm in self.vms if vm.host == host]
+
+    def vm(self, name: str) -> VmSpec | None:
+        """The VM of that name."""
+        return next((vm for vm in self.vms if vm.name == name), None)
+
+    def host(self, name: str) -> HostSpec | None:
+        """The host of that name."""
+        return next((host for host in self.hosts if host.name == name), None)
+
+
+def read_cluster_file(path: Path) -> Cluster:
+    """Read and check `path`; raises ClusterFileError, or UserError when it cannot be read at all."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is no UTF-8 text") from None
+    return parse_cluster(text, str(path), path.resolve().parent, default_name=path.stem)
+
+
+def parse_cluster(text: str, path: str, base: Path, default_name: str) -> Cluster:
+    """The cluster that `text` describes; file names in it are relative to `base`."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        raise ClusterFileError(path, "", str(error), int(line[1]) if line else None) from None
+    top = Section(Document(path, text), (), values, TOP_KEYS)
+    hosts = [_host(name, section) for name, section in top.named_tables("hosts", HOST_KEYS, required=True).items()]
+    if not hosts:
+        top.fail("hosts", "needs at least one [hosts.NAME]")
+    names = [host.name for host in hosts]
+    return Cluster(
+        name=_cluster_name(top, default_name),
+        path=path,
+        seed=top.integer("seed", 0, 0, (1 << 63) - 1),
+        make=top.choice("make", MAKES) if "make" in top else None,
+        hosts=hosts,
+        vms=_vms(top, names, base),
+        links=[_link(section, names) for section in top.listed_tables("links", LINK_KEYS)],
+    )
+
+
+def resolve_state(cluster: Cluster, state_dir: Path) -> Cluster:
+    """`cluster` with `@state/...` replaced by files below `state_dir`."""
+
+    def absolute(path: str | None) -> str | None:
+        if path is None or not path.startswith(STATE_PREFIX):
+            return path
+        return str(state_dir / path.removeprefix(STATE_PREFIX))
+
+    def resolved(vm: VmSpec) -> VmSpec:
+        guest = msgspec.structs.replace(
+            vm.guest,
+            image=absolute(vm.guest.image),
+            initrd=absolute(vm.guest.initrd),
+            esm_blob=absolute(vm.guest.esm_blob),
+        )
+        disks = [msgspec.structs.replace(disk, path=absolute(disk.path)) for disk in vm.disks]
+        return msgspec.structs.replace(vm, guest=guest, disks=disks)
+
+    return msgspec.structs.replace(cluster, vms=[resolved(vm) for vm in cluster.vms])
+
+
+def check_cluster_name(name: str) -> str:
+    """`name` when it can name a cluster; raises UserError."""
+    if not _CLUSTER_NAME.fullmatch(name):
+        raise UserError(f'"{name}" cannot name a cluster: letters, digits, _ . and -, up to 41, no . or - in front')
+    return name
+
+
+def _cluster_name(top: Section, default_name: str) -> str:
+    name = top.text("name", default_name)
+    if not _CLUSTER_NAME.fullmatch(name):
+        top.fail("name", f'"{name}" is no name; allowed: letters, digits, _ . and -, up to 41, no . or - in front')
+    return name
+
+
+def _host(name: str, section: Section) -> HostSpec:
+    n_bytes = section.size_bytes("secure_memory", multiple_of=PAGE_BYTES, lowest=PAGE_BYTES, highest=MAX_SECURE_BYTES)
+    return HostSpec(name=name, secure_memory_bytes=n_bytes)
+
+
+def _vms(top: Section, hosts: list[str], base: Path) -> list[VmSpec]:
+    sections = top.named_tables("vms", VM_KEYS)
+    lpids = _lpids(sections)
+    for name, section in sections.items():
+        if name in hosts:
+            section.document.fail(section.key, f'"{name}" is a host already; hosts and VMs share their names')
+    return [_vm(name, section, lpids[name], hosts, base) for name, section in sections.items()]
+
+
+def _lpids(sections: dict[str, Section]) -> dict[str, int]:
+    """The lpid of each VM: as given, else the lowest that is free."""
+    given: dict[int, str] = {}
+    for name, section in sections.items():
+        if "lpid" not in section:
+            continue
+        lpid = section.integer("lpid", 0, 1, MAX_LPID)
+        if lpid in given:
+            section.fail("lpid", f"{lpid} is taken by {given[lpid]}; an lpid is unique in the cluster")
+        given[lpid] = name
+    by_name = {name: lpid for lpid, name in given.items()}
+    free = (lpid for lpid in range(1, MAX_LPID + 1) if lpid not in given)
+    for name, section in sections.items():
+        if name not in by_name:
+            lpid = next(free, 0)
+            if not lpid:
+                section.document.fail(section.key, f"a cluster has at most {MAX_LPID} VMs")
+            by_name[name] = lpid
+    return by_name
+
+
+def _vm(name: str, section: Section, lpid: int, hosts: list[str], base: Path) -> VmSpec:
+    guest = _guest(section, base)
+    disks = _disks(section, base)
+    if guest.boot == "disk" and not disks:
+        section.document.fail(section.key, 'boots from disk but has none; add disks.NAME, or boot = "kernel"')
+    return VmSpec(
+        name=name,
+        host=section.choice("host", hosts),
+        lpid=lpid,
+        memory_bytes=section.size_bytes("memory", multiple_of=PAGE_BYTES, lowest=MIN_VM_BYTES, highest=MAX_VM_BYTES),
+        time=section.choice("time", TIMES, "instructions"),
+        secure_allowed=section.flag("secure", True),
+        debuggable=section.flag("debuggable", False),
+        guest=guest,
+        disks=disks,
+        devices=_devices(section, disks, guest),
+    )
+
+
+def _guest(vm: Section, base: Path) -> GuestEntry:
+    guest = vm.table("guest", GUEST_KEYS)
+    return GuestEntry(
+        kernel=guest.choice("kernel", KERNELS, "model"),
+        boot=guest.choice("boot", BOOTS, "disk"),
+        image=_path(guest, "image", base),
+        initrd=_path(guest, "initrd", base),
+        esm_blob=_path(guest, "esm_blob", base),
+        command_line=guest.text("command_line", ""),
+        workload=guest.text("workload", "prompt"),
+        dma=guest.choice("dma", DMA_DESIGNS, "quirk"),
+    )
+
+
+def _path(section: Section, name: str, base: Path) -> str | None:
+    path = section.optional_text(name)
+    if path is None or path.startswith(STATE_PREFIX):
+        return path
+    if not path:
+        section.fail(name, "is empty; a file name is wanted")
+    return str(base / Path(path).expanduser())
+
+
+def _disks(vm: Section, base: Path) -> list[DiskEntry]:
+    disks = []
+    for name, section in vm.named_tables("disks", DISK_KEYS).items():
+        section.text("path")
+        disk = DiskEntry(
+            name=name,
+            path=_path(section, "path", base) or "",
+            readonly=section.flag("readonly", False),
+            format=section.choice("format", DISK_FORMATS, "raw"),
+        )
+        disks.append(disk)
+    return disks
+
+
+def _devices(vm: Section, disks: list[DiskEntry], guest: GuestEntry) -> list[DeviceEntry]:
+    """The devices as listed, else a virtio-blk for each disk."""
+    access_platform = guest.dma == "iommu"
+    if "devices" not in vm:
+        return [DeviceEntry(kind="virtio-blk", disk=disk.name, access_platform=access_platform) for disk in disks]
+    names = [disk.name for disk in disks]
+    devices = []
+    used: set[str] = set()
+    for section in vm.listed_tables("devices", DEVICE_KEYS):
+        disk = section.choice("disk", names)
+        if disk in used:
+            section.fail("disk", f'"{disk}" is on another device already')
+        used.add(disk)
+        kind = section.choice("kind", DEVICE_KINDS)
+        flag = section.flag("access_platform", access_platform)
+        devices.append(DeviceEntry(kind=kind, disk=disk, access_platform=flag))
+    return devices
+
+
+def _link(section: Section, hosts: list[str]) -> HostLinkSpec:
+    ends = section.texts("between")
+    if len(ends) != 2 or ends[0] == ends[1]:
+        section.fail("between", "must name two different hosts")
+    for end in ends:
+        if end not in hosts:
+            section.fail("between", f'no host "{end}"{did_you_mean(end, hosts)}; allowed: {quoted(hosts)}')
+    return HostLinkSpec(between=(ends[0], ends[1]))

@@ -1,0 +1,110 @@
+"""The two ways to talk to a VM's terminal: raw, for a person, and line by line, for a script.
+
+Output is asked of kvm with a bounded wait (`console.read`); `since` counts every character since the VM began, so
+nothing is lost between two questions while kvm's buffer holds it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import termios
+import threading
+import tty
+from collections.abc import Callable
+
+from deploy.client import LauncherClient
+from protocol.errors import UserError
+
+LEAVE = b"\x1d"
+"""Ctrl-]."""
+
+_WAIT_SECONDS = 1.0
+_QUIET_SECONDS = 1.0
+_QUERY_MARGIN_SECONDS = 0.5
+_INPUT_BYTES = 1024
+
+
+class Terminal:
+    """A VM's terminal through kvm; `next` is how far it was read."""
+
+    def __init__(self, client: LauncherClient, kvm: str, vm: str) -> None:
+        self._client, self._kvm, self._vm = client, kvm, vm
+        self.next = 0
+
+    def read(self, wait_seconds: float) -> bytes:
+        """New output; empty when there is none within `wait_seconds`."""
+        arguments = {"vm": self._vm, "since": self.next, "wait_s": wait_seconds}
+        answer = self._client.query(self._kvm, "console.read", arguments, wait_seconds + _QUERY_MARGIN_SECONDS)
+        self.next = int(answer["next"])
+        return bytes(answer["data"])
+
+    def write(self, data: bytes) -> None:
+        """Type `data`."""
+        self._client.query(self._kvm, "console.write", {"vm": self._vm, "data": data})
+
+
+def raw_console(reading: LauncherClient, writing: LauncherClient, kvm: str, vm: str) -> None:
+    """Connect the operator's terminal until Ctrl-]; its settings are restored on every way out."""
+    stdin = sys.stdin.fileno()
+    settings = termios.tcgetattr(stdin)
+    sys.stderr.write(f"console of {vm}; Ctrl-] leaves\r\n")
+    ended = threading.Event()
+    broken: list[UserError] = []
+
+    def show() -> None:
+        try:
+            _copy_output(Terminal(reading, kvm, vm), ended.is_set)
+        except UserError as error:
+            broken.append(error)
+        finally:
+            ended.set()
+
+    try:
+        tty.setraw(stdin)
+        reader = threading.Thread(target=show, daemon=True)
+        reader.start()
+        _copy_keys(stdin, Terminal(writing, kvm, vm), ended.is_set)
+    finally:
+        ended.set()
+        termios.tcsetattr(stdin, termios.TCSADRAIN, settings)
+    reader.join(_WAIT_SECONDS + 2 * _QUERY_MARGIN_SECONDS)
+    sys.stderr.write("\n")
+    if broken:
+        raise broken[0]
+
+
+def _copy_output(terminal: Terminal, ended: Callable[[], bool]) -> None:
+    while not ended():
+        data = terminal.read(_WAIT_SECONDS)
+        if data:
+            os.write(sys.stdout.fileno(), data)
+
+
+def _copy_keys(stdin: int, terminal: Terminal, ended: Callable[[], bool]) -> None:
+    while not ended():
+        readable, _, _ = select.select([stdin], [], [], 0.2)
+        if not readable:
+            continue
+        keys = os.read(stdin, _INPUT_BYTES)
+        before, leave, _ = keys.partition(LEAVE)
+        if before:
+            terminal.write(before)
+        if leave or not keys:
+            return
+
+
+def line_console(reading: LauncherClient, writing: LauncherClient, kvm: str, vm: str) -> None:
+    """Send each line of standard input and print what the VM writes, until both are silent for a while."""
+    output, keys = Terminal(reading, kvm, vm), Terminal(writing, kvm, vm)
+    _print_until_quiet(output)
+    for line in sys.stdin.buffer:
+        keys.write(line)
+        _print_until_quiet(output)
+
+
+def _print_until_quiet(terminal: Terminal) -> None:
+    while data := terminal.read(_QUIET_SECONDS):
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()

@@ -1,0 +1,73 @@
+"""Descriptors that one process makes for another go through the launcher, which checks who may give what to whom."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from deploy.child import Child
+from deploy.cluster_run import ClusterRun
+from deploy.plan import ProcessPlan
+from protocol import control
+from protocol.errors import PeerGone, UnexpectedMessage
+from protocol.roles import Role
+
+MAX_HELD = 64
+
+
+def receivers(giver: ProcessPlan, packet: control.Give, vm_host: str | None) -> list[str]:
+    """The targets that get the descriptor. `vm_host` is the host of the VM that it names, None for an unknown VM.
+
+    Raises UnexpectedMessage when the giver's role may not give this, or not for this VM.
+    """
+    declared = control.GIFTS.get(packet.tag.partition(":")[0])
+    if declared is None or declared[0] is not giver.role:
+        raise UnexpectedMessage(f"{giver.target} may not give {packet.tag!r}")
+    if vm_host != giver.host or giver.vm not in (None, packet.vm):
+        raise UnexpectedMessage(f"{giver.target} may give nothing for VM {packet.vm!r}")
+    per_vm = (Role.QEMU, Role.GUEST)
+    return [f"{packet.vm if role in per_vm else giver.host}/{role.value}" for role in declared[1]]
+
+
+def relay(run: ClusterRun, giver: Child, packet: control.Give, descriptors: Sequence[int]) -> None:
+    """Pass a descriptor on; takes ownership of `descriptors`. A breach is logged and goes nowhere."""
+    try:
+        if len(descriptors) != 1:
+            raise UnexpectedMessage(f"{giver.target} gave {packet.tag!r} with {len(descriptors)} descriptors")
+        vm = run.vms.get(packet.vm)
+        targets = receivers(giver.plan, packet, vm.spec.host if vm is not None else None)
+        if vm is None or not vm.gifts_wanted or run.children.get(giver.target) is not giver:
+            return
+        for target in targets:
+            _hand_over(run, target, control.Gift(packet.tag, packet.vm, giver.target), descriptors[0])
+    except UnexpectedMessage as error:
+        run.log.error("gift refused", reason=str(error))
+    finally:
+        for fd in descriptors:
+            os.close(fd)
+
+
+def _hand_over(run: ClusterRun, target: str, gift: control.Gift, fd: int) -> None:
+    receiver = run.children.get(target)
+    if receiver is None or not receiver.is_running:
+        return
+    if receiver.has_keys:
+        try:
+            receiver.channel.send(gift, [fd])
+        except PeerGone as error:
+            run.log.error("gift lost", tag=gift.tag, receiver=target, reason=str(error))
+    elif len(receiver.held) < MAX_HELD:
+        # Before its keys a process expects nothing but them.
+        receiver.held.append((gift, os.dup(fd)))
+
+
+def release_held(receiver: Child) -> None:
+    """The receiver has its keys: send what was held for it."""
+    held, receiver.held = receiver.held, []
+    for gift, fd in held:
+        try:
+            receiver.channel.send(gift, [fd])
+        except PeerGone:
+            continue
+        finally:
+            os.close(fd)

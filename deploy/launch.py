@@ -1,0 +1,183 @@
+"""The launcher: from a cluster file to a running cluster and back to nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import structlog
+import trio
+
+from deploy import makers, preflight
+from deploy.cluster_file import check_cluster_name, read_cluster_file, resolve_state
+from deploy.cluster_run import ClusterRun, LaunchOptions, Log
+from deploy.manifest import clean_run_dir, new_manifest
+from deploy.operator_socket import OperatorSocket
+from deploy.plan import cluster_processes
+from deploy.run_dirs import LOCK_FILE, Lock, Paths, default_paths, is_locked, make_private_dir
+from deploy.start import StartFailed, start_cluster
+from deploy.states import VmState
+from deploy.status import refresh
+from deploy.stopping import remove_everything, stop_processes
+from deploy.supervise import heartbeat, watch_signals
+from protocol.errors import PefboxError, UserError
+
+HEALTHY_SECONDS = 15.0
+_HEALTH_POLL_SECONDS = 0.02
+_PR_SET_DUMPABLE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """What `pefbox up` was asked for."""
+
+    cluster_file: Path
+    name: str | None
+    state_dir: Path | None
+    options: LaunchOptions
+
+
+def prepare(request: LaunchRequest) -> tuple[ClusterRun, list[Lock]]:
+    """Check everything, take the cluster's name and directories; nothing is started. Raises UserError."""
+    cluster = read_cluster_file(request.cluster_file)
+    if request.name is not None:
+        cluster = msgspec.structs.replace(cluster, name=check_cluster_name(request.name))
+    paths = default_paths(cluster.name, request.state_dir)
+    cluster = resolve_state(cluster, paths.state_dir)
+    make_private_dir(paths.run_dir.parent)
+    _make_state_dirs(paths)
+    locks = [Lock(paths.state_dir / LOCK_FILE, f"{paths.state_dir} is the state directory of a cluster that runs")]
+    try:
+        makers.make(cluster, paths.state_dir)
+        preflight.check(cluster, paths, preflight.Machine.here())
+        locks.append(_take_run_dir(paths))
+    except BaseException:
+        for lock in locks:
+            lock.release()
+        raise
+    _truncate_records(paths, [process.target for process in cluster_processes(cluster)])
+    manifest = new_manifest(paths.manifest, cluster.name, paths.state_dir)
+    return ClusterRun(cluster, paths, request.options, manifest, _open_log(paths)), locks
+
+
+def launch(request: LaunchRequest, on_healthy: Callable[[ClusterRun], None], on_event: Callable[[str], None]) -> None:
+    """Start the cluster, call `on_healthy`, serve until it is told to stop, and leave nothing behind.
+
+    Raises UserError when it does not come up. To be called in the main thread.
+    """
+    run, locks = prepare(request)
+    run.on_event = on_event
+    _protect_secrets(request.options.debug)
+    try:
+        failure = trio.run(_live, run, on_healthy)
+    finally:
+        remove_everything(run, locks)
+    if failure is not None:
+        raise failure
+
+
+async def _live(run: ClusterRun, on_healthy: Callable[[ClusterRun], None]) -> PefboxError | None:
+    failure: list[PefboxError] = []
+    async with trio.open_nursery() as nursery:
+        run.nursery = nursery
+        await nursery.start(watch_signals, run)
+        await nursery.start(_watch_orders_to_end, run)
+        await nursery.start(OperatorSocket(run).serve)
+        nursery.start_soon(heartbeat, run)
+        nursery.start_soon(_start, run, on_healthy, failure)
+        await run.stop_requested.wait()
+        run.log.info("stopping")
+        await stop_processes(run)
+        nursery.cancel_scope.cancel()
+    return failure[0] if failure else None
+
+
+async def _start(run: ClusterRun, on_healthy: Callable[[ClusterRun], None], failure: list[PefboxError]) -> None:
+    try:
+        await start_cluster(run)
+        await _wait_until_healthy(run)
+    except PefboxError as error:
+        if not run.stopping:
+            run.log.error("start failed", reason=str(error))
+            failure.append(error)
+        run.stop_requested.set()
+        return
+    run.healthy = True
+    run.log.info("healthy")
+    on_healthy(run)
+
+
+async def _wait_until_healthy(run: ClusterRun) -> None:
+    """Returns when every VM has left `starting`; raises StartFailed when one failed or takes too long."""
+    with trio.move_on_after(HEALTHY_SECONDS):
+        while True:
+            await refresh(run)
+            for vm in run.vms.values():
+                if vm.state is VmState.FAILED:
+                    raise StartFailed(f"{vm.spec.name} failed: {vm.reason}")
+            if all(vm.state is not VmState.STARTING for vm in run.vms.values()):
+                return
+            await trio.sleep(_HEALTH_POLL_SECONDS)
+    late = ", ".join(vm.spec.name for vm in run.vms.values() if vm.state is VmState.STARTING)
+    raise StartFailed(f"still starting after {HEALTHY_SECONDS:g} s: {late}")
+
+
+async def _watch_orders_to_end(run: ClusterRun, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        task_status.started()
+        async for _ in signals:
+            run.stop_requested.set()
+
+
+def _make_state_dirs(paths: Paths) -> None:
+    make_private_dir(paths.state_dir)
+    for directory in ("log", "record"):
+        (paths.state_dir / directory).mkdir(mode=0o700, exist_ok=True)
+
+
+def _take_run_dir(paths: Paths) -> Lock:
+    """The cluster's run directory, new and locked; what a killed cluster left there is removed first."""
+    if is_locked(paths.run_dir / LOCK_FILE):
+        raise UserError(f'a cluster "{paths.run_dir.name}" runs already: pefbox down, or up --name OTHER')
+    if paths.run_dir.exists() and clean_run_dir(paths.run_dir) is None:
+        if any(entry.name != LOCK_FILE for entry in paths.run_dir.iterdir()):
+            raise UserError(f"{paths.run_dir}: holds no manifest that this version understands; remove it by hand")
+        shutil.rmtree(paths.run_dir)
+    make_private_dir(paths.run_dir)
+    return Lock(paths.run_dir / LOCK_FILE, f'a cluster "{paths.run_dir.name}" starts already')
+
+
+def _truncate_records(paths: Paths, targets: list[str]) -> None:
+    """Logs and records are of one run."""
+    for target in targets:
+        for path in (paths.log_file(target), paths.record_file(target)):
+            path.unlink(missing_ok=True)
+    paths.launcher_log.unlink(missing_ok=True)
+
+
+def _open_log(paths: Paths) -> Log:
+    stream = paths.launcher_log.open("a", buffering=1)
+    log: Log = structlog.wrap_logger(
+        structlog.WriteLogger(stream),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(default=str),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(20),
+        process="launcher",
+    )
+    return log
+
+
+def _protect_secrets(debug: bool) -> None:
+    """Secret keys pass through this process: no core files, and nobody of this user reads its memory."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if not debug:
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)

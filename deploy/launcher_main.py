@@ -1,0 +1,65 @@
+"""The detached launcher: `python -m deploy.launcher_main`, started by `pefbox up --detach` and the Python API.
+
+It says on a pipe whether the cluster came up, then serves until it is told to stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import msgspec
+
+from deploy.child import SERVICE_MODULE
+from deploy.cluster_run import ClusterRun, LaunchOptions
+from deploy.launch import LaunchRequest, launch
+from protocol.errors import PefboxError
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What the launcher says once: the cluster's name when it is up, else the one line that says why not."""
+
+    cluster: str | None = None
+    error: str | None = None
+
+
+def main() -> int:
+    """Launch; the exit status is 0 when the cluster came up and was stopped in good order."""
+    arguments = _arguments()
+    options = LaunchOptions(record=arguments.record, debug=arguments.debug, service_module=arguments.service_module)
+    request = LaunchRequest(arguments.cluster_file, arguments.name, arguments.state, options)
+
+    def say(outcome: Outcome) -> None:
+        try:
+            os.write(arguments.ready_fd, msgspec.msgpack.encode(outcome))
+        except BrokenPipeError:
+            return
+        finally:
+            os.close(arguments.ready_fd)
+
+    def healthy(run: ClusterRun) -> None:
+        say(Outcome(cluster=run.cluster.name))
+
+    try:
+        launch(request, healthy, lambda text: None)
+    except PefboxError as error:
+        say(Outcome(error=str(error)))
+        return 1
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="deploy.launcher_main", description="The launcher of a pefbox cluster.")
+    parser.add_argument("cluster_file", type=Path)
+    parser.add_argument("--ready-fd", type=int, required=True, help="inherited pipe for the outcome of the start")
+    parser.add_argument("--name", help="name of the cluster; default: as in the file")
+    parser.add_argument("--state", type=Path, help="state directory")
+    parser.add_argument("--record", action="store_true", help="record every frame of every link")
+    parser.add_argument("--debug", action="store_true", help="let debuggers into the host processes")
+    parser.add_argument("--service-module", default=SERVICE_MODULE, help="module to run for a role")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,34 @@
+"""What commands and the launcher say to each other on `launcher.sock`: a length, then a MessagePack Struct.
+
+A connection carries any number of requests, one at a time. The socket lies in a directory of this user alone.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+
+MAX_FRAME_BYTES = 16 << 20
+LENGTH = struct.Struct(">I")
+
+
+class Request(msgspec.Struct, frozen=True):
+    """An order or question; `what` is one of the orders in `deploy.operator_socket`."""
+
+    what: str
+    arguments: dict[str, Any] = {}
+
+
+class Response(msgspec.Struct, frozen=True):
+    """The result, or the one line that says why there is none."""
+
+    result: Any = None
+    error: str | None = None
+
+
+def frame(message: Request | Response) -> bytes:
+    """The message with its length in front."""
+    data = msgspec.msgpack.encode(message)
+    return LENGTH.pack(len(data)) + data

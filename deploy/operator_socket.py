@@ -1,0 +1,126 @@
+"""The launcher's Unix socket, where the commands and the Python API reach it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import trio
+
+from deploy.child import Child
+from deploy.cluster_run import ClusterRun
+from deploy.operator_protocol import LENGTH, MAX_FRAME_BYTES, Request, Response, frame
+from deploy.page_view import page_view
+from deploy.restart import restart
+from deploy.status import gather_status
+from protocol.errors import PefboxError, UserError
+
+MAX_QUERY_SECONDS = 60.0
+_BACKLOG = 16
+
+
+class OperatorSocket:
+    """Serves orders of this user, and of root, on `launcher.sock`."""
+
+    def __init__(self, run: ClusterRun) -> None:
+        self._run = run
+        self._orders: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
+            "status": self._status,
+            "query": self._query,
+            "page": self._page,
+            "restart": self._restart,
+            "signal": self._signal,
+            "stop": self._stop,
+        }
+
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen and serve until cancelled."""
+        listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        await listening.bind(str(self._run.paths.launcher_socket))
+        listening.listen(_BACKLOG)
+        task_status.started()
+        await trio.serve_listeners(self._serve_one, [trio.SocketListener(listening)])
+
+    async def _serve_one(self, stream: trio.SocketStream) -> None:
+        if not _is_allowed(stream):
+            await stream.aclose()
+            return
+        try:
+            while (request := await _read_request(stream)) is not None:
+                await stream.send_all(frame(await self._answer(request)))
+        except (trio.BrokenResourceError, msgspec.MsgspecError):
+            pass
+        finally:
+            await stream.aclose()
+
+    async def _answer(self, request: Request) -> Response:
+        order = self._orders.get(request.what)
+        if order is None:
+            return Response(error=f"this launcher knows no order {request.what!r}")
+        try:
+            return Response(await order(request.arguments))
+        except PefboxError as error:
+            return Response(error=str(error))
+        except (KeyError, TypeError, ValueError) as error:
+            return Response(error=f"{request.what}: bad arguments: {error}")
+
+    async def _status(self, _arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return await gather_status(self._run)
+
+    async def _query(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        seconds = min(float(arguments.get("seconds", 0.5)), MAX_QUERY_SECONDS)
+        child = self._child(arguments["target"])
+        return await child.query(str(arguments["query"]), dict(arguments.get("arguments", {})), seconds)
+
+    async def _page(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return await page_view(self._run, str(arguments["vm"]), int(arguments["gpa"]))
+
+    async def _restart(self, arguments: dict[str, Any]) -> None:
+        await restart(self._run, str(arguments["name"]))
+
+    async def _signal(self, arguments: dict[str, Any]) -> None:
+        child = self._child(arguments["target"])
+        if not child.is_running:
+            raise UserError(f"{child.target} is {child.state.value}")
+        child.kill(signal.Signals(int(arguments["signal"])))
+
+    async def _stop(self, _arguments: dict[str, Any]) -> None:
+        self._run.stop_requested.set()
+
+    def _child(self, target: object) -> Child:
+        child = self._run.children.get(str(target))
+        if child is None:
+            raise UserError(f"no process {target!r}; there are: {', '.join(self._run.children)}")
+        return child
+
+
+def _is_allowed(stream: trio.SocketStream) -> bool:
+    credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return uid in (0, os.getuid())
+
+
+async def _read_request(stream: trio.SocketStream) -> Request | None:
+    header = await _read_exactly(stream, LENGTH.size)
+    if header is None:
+        return None
+    (n_bytes,) = LENGTH.unpack(header)
+    if n_bytes > MAX_FRAME_BYTES:
+        return None
+    data = await _read_exactly(stream, n_bytes)
+    return None if data is None else msgspec.msgpack.decode(data, type=Request)
+
+
+async def _read_exactly(stream: trio.SocketStream, n_bytes: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < n_bytes:
+        piece = await stream.receive_some(n_bytes - len(data))
+        if not piece:
+            return None
+        data += piece
+    return bytes(data)

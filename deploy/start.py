@@ -1,0 +1,240 @@
+"""Starting processes: the sequence of protocol.control, for a whole cluster, a host, or one VM.
+
+All processes start at once and import in parallel. Each gets its configuration and open files, confines itself, and
+only when every one of them is confined are secret keys handed out, who binds before who connects.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import trio
+import zmq
+
+from deploy import plan
+from deploy.child import Child, spawn
+from deploy.cluster_file import VmSpec
+from deploy.cluster_run import ClusterRun, OpenFiles
+from deploy.gifts import release_held
+from deploy.plan import KeyRing, LinkPlan, ProcessPlan
+from deploy.supervise import serve_child
+from protocol import control
+from protocol.errors import PefboxError, UserError
+from protocol.roles import Role
+from protocol.startup import Keys, VmEntry
+from services.ultravisor.audit import open_audit_file
+from services.ultravisor.identity import ensure_keys
+
+START_SECONDS = 30.0
+_STDERR_TAIL_BYTES = 4096
+
+
+class StartFailed(UserError):
+    """A process of the cluster did not come up."""
+
+
+async def start_cluster(run: ClusterRun) -> None:
+    """Start everything; returns when all processes are ready. Raises StartFailed."""
+    links = plan.cluster_links(run.cluster, run.paths)
+    await start_group(run, plan.cluster_processes(run.cluster), list(run.vms), links)
+
+
+async def start_group(run: ClusterRun, processes: list[ProcessPlan], vms: list[str], links: list[LinkPlan]) -> None:
+    """Start `processes`, which are all ends of `links`, with new RAM for `vms`."""
+    children = spawn_all(run, processes, links)
+    with start_time_limit(children), OpenFiles() as files:
+        prepare_vms(run, vms, files)
+        open_process_files(run, processes, files)
+        ring = make_keys(links)
+        await configure(run, children, ring, files)
+        await hand_over_keys(run, children, ring)
+
+
+@contextmanager
+def start_time_limit(children: list[Child]) -> Iterator[None]:
+    """Bound a start to START_SECONDS; raises StartFailed that names who is not ready."""
+    with trio.move_on_after(START_SECONDS) as scope:
+        yield
+    if scope.cancelled_caught:
+        late = ", ".join(child.target for child in children if not child.ready.is_set())
+        raise StartFailed(f"not ready after {START_SECONDS:g} s: {late}")
+
+
+def spawn_all(run: ClusterRun, processes: Iterable[ProcessPlan], links: Iterable[LinkPlan]) -> list[Child]:
+    """Start the processes and serve their control sockets; each is in the manifest before it hears anything."""
+    children = []
+    links = list(links)
+    for process in processes:
+        _make_dir(run.paths.process_dir(process.target))
+        child = spawn(process, run.paths, run.options.service_module)
+        run.manifest.add_process(process.target, child.pid)
+        child.peers = {link.peer_of(child.target) for link in links if child.target in (link.upper, link.lower)}
+        run.adopt(child)
+        run.nursery.start_soon(serve_child, run, child)
+        children.append(child)
+    for link in links:
+        _make_dir(link.directory)
+        for target, peer in ((link.upper, link.lower), (link.lower, link.upper)):
+            if target in run.children:
+                run.children[target].peers.add(peer)
+    return children
+
+
+def prepare_vms(run: ClusterRun, vms: Iterable[str], files: OpenFiles) -> None:
+    """Zeroed RAM and a new private socketpair between ultravisor and guest, for the next incarnation of each VM."""
+    for name in vms:
+        files.add(f"ram:{name}", run.new_segment(run.vms[name]))
+        upper, lower = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        files.add(f"secure:{name}/{Role.ULTRAVISOR.value}", upper.detach())
+        files.add(f"secure:{name}/{Role.GUEST.value}", lower.detach())
+
+
+def open_process_files(run: ClusterRun, processes: Iterable[ProcessPlan], files: OpenFiles) -> None:
+    """Logs, records, audit logs, disks and images, by name and target."""
+    for process in processes:
+        target = process.target
+        files.add(f"log@{target}", _open_appending(run.paths.log_file(target)))
+        files.add(f"record@{target}", _open_appending(run.paths.record_file(target)))
+        if process.role is Role.ULTRAVISOR:
+            files.add(f"audit@{target}", open_audit_file(run.paths.state_dir, process.host))
+        if process.role is Role.QEMU and process.vm is not None:
+            _open_disks(run.vms[process.vm].spec, target, files)
+
+
+def _open_disks(vm: VmSpec, target: str, files: OpenFiles) -> None:
+    for disk in vm.disks:
+        fd = _open_user_file(disk.path, os.O_RDONLY if disk.readonly else os.O_RDWR)
+        files.add(f"disk:{disk.name}@{target}", fd)
+        try:
+            # The lock belongs to the open file, which qemu holds as long as it lives.
+            fcntl.flock(fd, (fcntl.LOCK_SH if disk.readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{disk.path}: is in use by another VM or cluster") from None
+    for name, path in plan.guest_files(vm.guest).items():
+        files.add(f"{name}@{target}", _open_user_file(path, os.O_RDONLY))
+
+
+def make_keys(links: Iterable[LinkPlan]) -> KeyRing:
+    """A new CURVE key pair for each end of each link."""
+    links = list(links)
+    pairs = {}
+    for link in links:
+        for target in (link.upper, link.lower):
+            public, secret = zmq.curve_keypair()
+            pairs[link.id, target] = (public.decode(), secret.decode())
+    return KeyRing(links, pairs)
+
+
+def entry_of(run: ClusterRun, vm: str) -> VmEntry:
+    """What the processes of a VM are told of its present incarnation."""
+    record = run.vms[vm]
+    return plan.vm_entry(record.spec, record.incarnation, record.segment)
+
+
+async def configure(run: ClusterRun, children: list[Child], ring: KeyRing, files: OpenFiles) -> None:
+    """Give each process its configuration and files; returns when all are confined."""
+    async with _first_error() as nursery:
+        for child in children:
+            nursery.start_soon(_configure_one, run, child, ring, files)
+
+
+async def _configure_one(run: ClusterRun, child: Child, ring: KeyRing, files: OpenFiles) -> None:
+    await _wait(run, child, child.hello)
+    entries = [entry_of(run, vm.name) for vm in plan.vms_known_to(child.plan, run.cluster)]
+    config = plan.process_config(run.frame, child.plan, entries, ring.entries(child.target))
+    descriptors = [files[key] for key in file_keys(child.plan, config.descriptors)]
+    child.channel.send(control.Start(config), descriptors)
+    await _wait(run, child, child.confined)
+
+
+def file_keys(process: ProcessPlan, names: Iterable[str]) -> list[str]:
+    """Under which key each descriptor of a process lies in `OpenFiles`."""
+    keys = []
+    for name in names:
+        if name.startswith("ram:"):
+            keys.append(name)
+        elif name.startswith("secure:"):
+            keys.append(f"{name}/{process.role.value}")
+        else:
+            keys.append(f"{name}@{process.target}")
+    return keys
+
+
+async def hand_over_keys(run: ClusterRun, children: list[Child], ring: KeyRing) -> None:
+    """Give each process its secret keys, in `START_ORDER`; returns when all are ready."""
+    for role in plan.START_ORDER:
+        group = [child for child in children if child.plan.role is role]
+        for child in group:
+            keys = ring.keys(child.target)
+            if role is Role.ULTRAVISOR:
+                keys = Keys(links=keys.links, identity=ensure_keys(run.paths.state_dir, child.plan.host))
+            child.channel.send(control.TakeKeys(keys))
+            child.has_keys = True
+            release_held(child)
+        async with _first_error() as nursery:
+            for child in group:
+                nursery.start_soon(_wait, run, child, child.ready)
+
+
+async def _wait(run: ClusterRun, child: Child, event: trio.Event) -> None:
+    """Wait for `event` of a starting process; raises StartFailed when it ends first."""
+    async with trio.open_nursery() as nursery:
+
+        async def end_of_process() -> None:
+            await child.exited.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(end_of_process)
+        await event.wait()
+        nursery.cancel_scope.cancel()
+    if not event.is_set():
+        raise StartFailed(f"{child.target} did not start: {child.detail}{_stderr_tail(run, child)}")
+
+
+@asynccontextmanager
+async def _first_error() -> AsyncIterator[trio.Nursery]:
+    """A nursery whose first error of our own comes out as it is, not in a group."""
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        ours, others = group.split(PefboxError)
+        if ours is None or others is not None:
+            raise
+        error: BaseException = ours
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+
+
+def _stderr_tail(run: ClusterRun, child: Child) -> str:
+    """The last line that the process wrote to standard error."""
+    try:
+        data = run.paths.stderr_file(child.target).read_bytes()[-_STDERR_TAIL_BYTES:]
+    except OSError:
+        return ""
+    lines = data.decode(errors="replace").strip().splitlines()
+    return f": {lines[-1].strip()}" if lines else ""
+
+
+def _make_dir(path: Path) -> None:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _open_appending(path: Path) -> int:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _open_user_file(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None

@@ -1,0 +1,42 @@
+"""The states of processes and VMs as `status` shows them, and which changes are possible."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class ProcessState(Enum):
+    """What a process is doing; the value is its name for people."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPED = "stopped"
+    """Stopped by SIGSTOP."""
+    DEBUGGED = "debugged"
+    WAITING = "waiting"
+    UNRESPONSIVE = "unresponsive"
+    """Its service loop does not answer."""
+    FAILED = "failed"
+    """It ended and was not asked to."""
+    GONE = "gone"
+    """It ended because it was asked to."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the process has ended."""
+        return self in (ProcessState.FAILED, ProcessState.GONE)
+
+    @property
+    def answers(self) -> bool:
+        """Whether it makes sense to ask the process something."""
+        return self in (ProcessState.RUNNING, ProcessState.WAITING)
+
+
+class VmState(Enum):
+    """What a virtual machine is doing."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    OFF = "off"
+    FAILED = "failed"

@@ -1,0 +1,196 @@
+"""What `pefbox status` shows: asked of the processes in parallel, bounded, with the last known answer otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import trio
+
+from deploy import plan
+from deploy.child import Child, QueryRefused
+from deploy.cluster_run import ClusterRun, HostRecord, VmRecord
+from deploy.supervise import take_vm_state
+from protocol.errors import PeerGone
+from protocol.roles import Role
+
+PAGE_KINDS = ("normal", "secure", "shared", "paged_out")
+
+
+class KvmVmStatus(msgspec.Struct, kw_only=True):
+    """kvm's answer to `vm.status`; what it says is checked, not trusted."""
+
+    state: str
+    secure: bool
+    pages: dict[str, int] = {}
+    since: float | None = None
+
+
+class UltravisorVmStatus(msgspec.Struct, kw_only=True):
+    """The ultravisor's answer to `vm.status`."""
+
+    secure: bool
+    last_esm: Any = None
+    pages: dict[str, int] = {}
+
+
+class ProcessRow(msgspec.Struct, kw_only=True):
+    """A process; a dead one keeps its row. `since` is in seconds since the epoch."""
+
+    role: str
+    target: str
+    pid: int
+    state: str
+    since: float
+    detail: str
+    protections: dict[str, str]
+
+
+class VmRow(msgspec.Struct, kw_only=True):
+    """A VM. `pages` counts are None until they were heard of; `reason` says why it failed."""
+
+    name: str
+    lpid: int
+    incarnation: int
+    state: str
+    secure: bool
+    since: float
+    reason: str
+    debuggable: bool
+    qmp: str | None
+    last_esm: Any
+    pages: dict[str, int | None]
+    processes: list[ProcessRow]
+
+
+class HostRow(msgspec.Struct, kw_only=True):
+    """A host; `account` is the ultravisor's last answer about its secure memory."""
+
+    name: str
+    incarnation: int
+    account: dict[str, Any]
+    processes: list[ProcessRow]
+    vms: list[VmRow]
+
+
+class ClusterStatus(msgspec.Struct, kw_only=True):
+    """A whole cluster."""
+
+    cluster: str
+    healthy: bool
+    recording: bool
+    run_dir: str
+    state_dir: str
+    hosts: list[HostRow]
+
+
+async def gather_status(run: ClusterRun) -> ClusterStatus:
+    """Ask every process that answers, then say what is known."""
+    await refresh(run)
+    return status_now(run)
+
+
+def status_now(run: ClusterRun) -> ClusterStatus:
+    """What is known without asking anybody."""
+    return ClusterStatus(
+        cluster=run.cluster.name,
+        healthy=run.healthy,
+        recording=run.options.record,
+        run_dir=str(run.paths.run_dir),
+        state_dir=str(run.paths.state_dir),
+        hosts=[_host_row(run, host) for host in run.hosts.values()],
+    )
+
+
+async def refresh(run: ClusterRun) -> None:
+    """Bring what is known of VMs and accounts up to date, in parallel and bounded."""
+    async with trio.open_nursery() as nursery:
+        for host in run.hosts.values():
+            nursery.start_soon(_refresh_account, run, host)
+        for vm in run.vms.values():
+            nursery.start_soon(_refresh_from_kvm, run, vm)
+            nursery.start_soon(_refresh_from_ultravisor, run, vm)
+
+
+async def _refresh_account(run: ClusterRun, host: HostRecord) -> None:
+    answer = await _ask(run.child(host.spec.name, Role.ULTRAVISOR), "account", {})
+    if isinstance(answer, dict):
+        host.last_account = answer
+
+
+async def _refresh_from_kvm(run: ClusterRun, vm: VmRecord) -> None:
+    answer = await _ask(run.child(vm.spec.host, Role.KVM), "vm.status", {"vm": vm.spec.name})
+    try:
+        status = msgspec.convert(answer, KvmVmStatus)
+    except msgspec.ValidationError:
+        return
+    vm.last_kvm = status.pages
+    ultravisor = run.child(vm.spec.host, Role.ULTRAVISOR)
+    if ultravisor is None or not ultravisor.state.answers:
+        # Where the ultravisor can be asked, kvm's word on this does not count.
+        vm.secure = status.secure
+    take_vm_state(vm, status.state)
+
+
+async def _refresh_from_ultravisor(run: ClusterRun, vm: VmRecord) -> None:
+    answer = await _ask(run.child(vm.spec.host, Role.ULTRAVISOR), "vm.status", {"vm": vm.spec.name})
+    try:
+        status = msgspec.convert(answer, UltravisorVmStatus)
+    except msgspec.ValidationError:
+        return
+    vm.last_ultravisor = status.pages
+    vm.last_esm = status.last_esm
+    vm.secure = status.secure
+
+
+async def _ask(child: Child | None, what: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+    if child is None:
+        return None
+    try:
+        return await child.query(what, arguments)
+    except (PeerGone, QueryRefused):
+        return None
+
+
+def process_row(child: Child) -> ProcessRow:
+    """What is known of one process."""
+    return ProcessRow(
+        role=child.plan.role.value,
+        target=child.target,
+        pid=child.pid,
+        state=child.state.value,
+        since=child.since_s,
+        detail=child.detail,
+        protections=child.protections,
+    )
+
+
+def _host_row(run: ClusterRun, host: HostRecord) -> HostRow:
+    name = host.spec.name
+    children = [run.child(name, role) for role in (Role.ULTRAVISOR, Role.KVM)]
+    return HostRow(
+        name=name,
+        incarnation=host.incarnation,
+        account=host.last_account,
+        processes=[process_row(child) for child in children if child is not None],
+        vms=[_vm_row(run, vm) for vm in run.vms.values() if vm.spec.host == name],
+    )
+
+
+def _vm_row(run: ClusterRun, vm: VmRecord) -> VmRow:
+    qemu = plan.ProcessPlan(Role.QEMU, vm.spec.host, vm.spec.name)
+    known = {**vm.last_kvm, **vm.last_ultravisor}
+    return VmRow(
+        name=vm.spec.name,
+        lpid=vm.spec.lpid,
+        incarnation=vm.incarnation,
+        state=vm.state.value,
+        secure=vm.secure,
+        since=vm.since_s,
+        reason=vm.reason,
+        debuggable=vm.spec.debuggable,
+        qmp=plan.monitor_sockets(run.paths, qemu)[0],
+        last_esm=vm.last_esm,
+        pages={kind: known.get(kind) for kind in PAGE_KINDS},
+        processes=[process_row(child) for child in reversed(run.vm_children(vm.spec.name))],
+    )

@@ -1,0 +1,85 @@
+"""Stopping a cluster: in good order while that works, by force after that, and nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+
+import trio
+
+from deploy.child import Child
+from deploy.cluster_run import ClusterRun
+from deploy.run_dirs import Lock
+from deploy.states import ProcessState
+from protocol import control
+from protocol.errors import PeerGone
+from protocol.roles import Role
+
+ORDER = ((Role.GUEST, Role.QEMU), (Role.KVM,), (Role.ULTRAVISOR,))
+"""Who depends on others ends before them."""
+
+STOP_SECONDS = 2.5
+_TERMINATE_SECONDS = 0.5
+_KILL_SECONDS = 5.0
+
+
+async def stop_processes(run: ClusterRun) -> None:
+    """End every process; returns when the kernel reported the end of each."""
+    run.stopping = True
+    for child in run.living():
+        child.exit_expected = True
+    for roles in ORDER:
+        group = [child for child in run.living() if child.plan.role in roles]
+        async with trio.open_nursery() as nursery:
+            for child in group:
+                nursery.start_soon(_stop, child)
+
+
+async def _stop(child: Child) -> None:
+    if child.state.answers and child.has_keys:
+        try:
+            child.channel.send(control.Stop())
+            with trio.move_on_after(STOP_SECONDS):
+                await child.exited.wait()
+        except PeerGone:
+            pass
+    if child.is_running and child.state is not ProcessState.STOPPED:
+        child.kill(signal.SIGTERM)
+        with trio.move_on_after(_TERMINATE_SECONDS):
+            await child.exited.wait()
+    child.kill()
+    await child.exited.wait()
+
+
+def remove_everything(run: ClusterRun, locks: list[Lock]) -> None:
+    """Kill what still lives, unlink the segments, remove the run directory; the manifest goes last.
+
+    Plain synchronous code: it runs on every way out of the launcher.
+    """
+    _kill_remaining(run.living())
+    for name in list(run.manifest.data.segments):
+        run.drop_segment(name)
+    for entry in sorted(run.paths.run_dir.iterdir()):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry != run.paths.manifest:
+            entry.unlink(missing_ok=True)
+    run.paths.manifest.unlink(missing_ok=True)
+    run.paths.run_dir.rmdir()
+    for lock in locks:
+        lock.release()
+
+
+def _kill_remaining(children: list[Child]) -> None:
+    for child in children:
+        child.kill()
+    deadline = time.monotonic() + _KILL_SECONDS
+    for child in children:
+        while time.monotonic() < deadline:
+            report = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG)
+            if report is not None:
+                child.reaped(report.si_status, report.si_code)
+                break
+            time.sleep(0.005)

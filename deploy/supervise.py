@@ -1,0 +1,276 @@
+"""Watching the processes of a cluster: their packets, their heartbeat, their end, and what follows from it (L1).
+
+Death, SIGSTOP and SIGCONT come from the kernel (waitid), a hang from the heartbeat. Nobody is killed for a hang.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+
+import trio
+
+from deploy.child import Child, QueryRefused
+from deploy.cluster_run import ClusterRun, VmRecord
+from deploy.gifts import relay
+from deploy.states import ProcessState, VmState
+from protocol import control
+from protocol.errors import MalformedMessage, PeerGone
+from protocol.roles import Role
+
+_STOP_SECONDS = 1.0
+_SECOND_LOOK_SECONDS = 0.05
+_CHANGES = os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG
+
+
+async def watch_signals(run: ClusterRun, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Notice every change that the kernel reports, for as long as the launcher lives."""
+    with trio.open_signal_receiver(signal.SIGCHLD) as signals:
+        task_status.started()
+        async for _ in signals:
+            look_for_changes(run)
+
+
+def look_for_changes(run: ClusterRun) -> None:
+    """Take every pending report of waitid for our own processes."""
+    for child in run.living():
+        while child.is_running:
+            try:
+                report = os.waitid(os.P_PID, child.pid, _CHANGES)
+            except ChildProcessError:
+                break
+            if report is None:
+                break
+            _changed(run, child, report.si_code, report.si_status)
+
+
+def _changed(run: ClusterRun, child: Child, code: int, status: int) -> None:
+    if code == os.CLD_STOPPED:
+        _set_state(run, child, ProcessState.STOPPED, signal.Signals(status).name)
+    elif code == os.CLD_CONTINUED:
+        child.pings.clear()
+        _set_state(run, child, ProcessState.RUNNING if child.ready.is_set() else ProcessState.STARTING)
+    elif code in (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED):
+        _ended(run, child, code, status)
+
+
+def _ended(run: ClusterRun, child: Child, code: int, status: int) -> None:
+    # A qemu whose user said quit ends in good order without having been asked by us.
+    quit_by_user = child.plan.role is Role.QEMU and code == os.CLD_EXITED and status == 0
+    child.exit_expected |= quit_by_user
+    child.gone(status, code)
+    run.manifest.drop_process(child.pid)
+    if run.children.get(child.target) is not child:
+        run.dead = [other for other in run.dead if other is not child]
+        return
+    if child.state is ProcessState.FAILED:
+        run.report(f"{child.target} failed: {child.detail}", process=child.target, pid=child.pid)
+    _tell_peers(run, child)
+    if not run.stopping:
+        _consequences(run, child, quit_by_user)
+
+
+def _consequences(run: ClusterRun, child: Child, quit_by_user: bool) -> None:
+    reason = f"{child.target} is {child.state.value} ({child.detail})"
+    if child.plan.vm is not None:
+        vm = run.vms[child.plan.vm]
+        if quit_by_user and vm.change(VmState.OFF, "quit"):
+            _end_vm_processes(run, vm)
+        elif not child.exit_expected:
+            fail_vm(run, vm, reason)
+        return
+    vms = [vm for vm in run.vms.values() if vm.spec.host == child.plan.host]
+    if child.plan.role is Role.KVM:
+        for vm in vms:
+            fail_vm(run, vm, reason)
+    else:
+        run.nursery.start_soon(_fail_secure_vms, run, vms, reason)
+
+
+async def _fail_secure_vms(run: ClusterRun, vms: list[VmRecord], reason: str) -> None:
+    """Without their ultravisor secure VMs fail; normal ones go on."""
+    for vm in vms:
+        if vm.secure or await _kvm_calls_secure(run, vm):
+            fail_vm(run, vm, reason)
+
+
+async def _kvm_calls_secure(run: ClusterRun, vm: VmRecord) -> bool:
+    kvm = run.child(vm.spec.host, Role.KVM)
+    if kvm is None:
+        return False
+    try:
+        answer = await kvm.query("vm.status", {"vm": vm.spec.name})
+    except (PeerGone, QueryRefused):
+        return False
+    return isinstance(answer, dict) and answer.get("secure") is True
+
+
+def fail_vm(run: ClusterRun, vm: VmRecord, reason: str) -> None:
+    """The VM has failed: say so, and end what is left of it."""
+    if vm.change(VmState.FAILED, reason):
+        run.report(f"{vm.spec.name} failed: {reason}", vm=vm.spec.name)
+        _end_vm_processes(run, vm)
+
+
+def _end_vm_processes(run: ClusterRun, vm: VmRecord) -> None:
+    for child in run.vm_children(vm.spec.name):
+        if child.is_running:
+            run.nursery.start_soon(end_child, child, _STOP_SECONDS)
+
+
+async def end_child(child: Child, grace_seconds: float) -> None:
+    """Ask the process to end, then kill it; returns when the kernel reported its end."""
+    child.exit_expected = True
+    try:
+        child.channel.send(control.Stop())
+    except PeerGone:
+        grace_seconds = 0
+    if not child.state.answers:
+        grace_seconds = 0
+    with trio.move_on_after(grace_seconds):
+        await child.exited.wait()
+    child.kill()
+    await child.exited.wait()
+
+
+def _set_state(run: ClusterRun, child: Child, state: ProcessState, detail: str = "") -> None:
+    if not child.change(state, detail):
+        return
+    run.log.warning("state", process=child.target, state=state.value, detail=detail)
+    if state is not ProcessState.STARTING and run.children.get(child.target) is child:
+        _tell_peers(run, child)
+
+
+def _tell_peers(run: ClusterRun, child: Child) -> None:
+    for target in child.peers:
+        peer = run.children.get(target)
+        if peer is not None and peer.is_running and peer.has_keys:
+            peer.channel.tell_peer_state(child.target, child.state.value)
+
+
+async def heartbeat(run: ClusterRun) -> None:
+    """Ping every process that should answer; notice who does not."""
+    expected = trio.current_time() + control.HEARTBEAT_SECONDS
+    while True:
+        await trio.sleep_until(expected)
+        late_seconds = trio.current_time() - expected
+        expected = trio.current_time() + control.HEARTBEAT_SECONDS
+        look_for_changes(run)
+        if late_seconds > control.HEARTBEAT_SECONDS:
+            # This process itself was held up: answers may wait unread, so nobody is blamed this round.
+            continue
+        await _judge(run)
+        for child in run.living():
+            _ping(child)
+
+
+def _ping(child: Child) -> None:
+    if child.ready.is_set() and not child.pings and child.state is not ProcessState.STOPPED:
+        try:
+            child.ping()
+        except PeerGone:
+            return
+
+
+async def _judge(run: ClusterRun) -> None:
+    if not any(_is_silent(child) for child in run.living()):
+        return
+    # The readers run first: an answer that has arrived must count.
+    await trio.sleep(_SECOND_LOOK_SECONDS)
+    for child in run.living():
+        if _is_silent(child):
+            _set_state(run, child, ProcessState.UNRESPONSIVE, f"no answer for {child.silent_seconds():.1f} s")
+
+
+def _is_silent(child: Child) -> bool:
+    judged = child.state in (ProcessState.RUNNING, ProcessState.WAITING)
+    return judged and child.silent_seconds() >= control.UNRESPONSIVE_SECONDS
+
+
+async def serve_child(run: ClusterRun, child: Child) -> None:
+    """Read the packets of one process until it closes its end."""
+    run.nursery.start_soon(child.channel.write)
+    while True:
+        try:
+            received = await child.channel.receive()
+        except MalformedMessage as error:
+            run.log.error("malformed packet", process=child.target, reason=str(error))
+            continue
+        if received is None:
+            return
+        _take(run, child, *received)
+
+
+def _take(run: ClusterRun, child: Child, packet: control.FromProcess, descriptors: Sequence[int]) -> None:
+    if isinstance(packet, control.Give):
+        relay(run, child, packet, descriptors)
+        return
+    for fd in descriptors:
+        os.close(fd)
+    match packet:
+        case control.Hello():
+            child.hello.set()
+        case control.Confined(protections):
+            child.protections = protections
+            child.confined.set()
+        case control.Ready():
+            _ready(run, child)
+        case control.Pong(sequence):
+            _ponged(run, child, sequence)
+        case control.Answer():
+            child.answered(packet)
+        case control.Failed(reason):
+            child.detail = reason
+        case control.Notice():
+            _noticed(run, child, packet)
+
+
+def _ready(run: ClusterRun, child: Child) -> None:
+    child.ready.set()
+    child.change(ProcessState.RUNNING)
+    for target in child.peers:
+        peer = run.children.get(target)
+        if peer is not None and peer.state not in (ProcessState.RUNNING, ProcessState.STARTING):
+            child.channel.tell_peer_state(target, peer.state.value)
+
+
+def _ponged(run: ClusterRun, child: Child, sequence: int) -> None:
+    child.ponged(sequence)
+    if child.state is ProcessState.UNRESPONSIVE:
+        _set_state(run, child, ProcessState.RUNNING)
+
+
+def _noticed(run: ClusterRun, child: Child, notice: control.Notice) -> None:
+    vm = run.vms.get(notice.vm or "")
+    own = vm is not None and vm.spec.host == child.plan.host and child.plan.vm in (None, vm.spec.name)
+    if vm is None or not own or notice.what not in control.NOTICES or run.children.get(child.target) is not child:
+        run.log.error("notice refused", process=child.target, what=notice.what, vm=notice.vm)
+        return
+    run.log.info("notice", process=child.target, what=notice.what, vm=notice.vm, detail=notice.detail)
+    match notice.what:
+        case "guest-must-die":
+            _kill_guest(run, child, vm, notice.detail)
+        case "vm-failed":
+            fail_vm(run, vm, notice.detail or f"reported by {child.target}")
+        case "vm-off":
+            vm.change(VmState.OFF, notice.detail)
+        case "vm-state":
+            take_vm_state(vm, notice.detail)
+
+
+def _kill_guest(run: ClusterRun, child: Child, vm: VmRecord, detail: str) -> None:
+    guest = run.child(vm.spec.name, Role.GUEST)
+    if guest is None or child.plan.role not in (Role.ULTRAVISOR, Role.KVM):
+        run.log.error("notice refused", process=child.target, what="guest-must-die", vm=vm.spec.name)
+        return
+    guest.detail = guest.detail or f"killed for {child.target}: {detail}"
+    guest.kill()
+
+
+def take_vm_state(vm: VmRecord, state: str) -> None:
+    """Note a state as kvm names it; `secure` and `normal` say which kind of VM it is now."""
+    if state in ("secure", "normal"):
+        vm.secure = state == "secure"
+    elif state in (VmState.STARTING.value, VmState.RUNNING.value, VmState.PAUSED.value, VmState.OFF.value):
+        vm.change(VmState(state))

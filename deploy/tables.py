@@ -1,0 +1,114 @@
+"""Tables and lines for people. Colour goes away with NO_COLOR or when the output is no terminal (rich does both)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+_STYLES = {
+    "running": "green",
+    "starting": "cyan",
+    "paused": "yellow",
+    "stopped": "yellow",
+    "debugged": "magenta",
+    "unresponsive": "bold red",
+    "failed": "bold red",
+    "gone": "dim",
+    "off": "dim",
+}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Where tables go; wide enough not to cut lines when the output is no terminal."""
+    output = Console(stderr=stderr, highlight=False)
+    return output if output.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+
+
+def status_tree(status: dict[str, Any]) -> Tree:
+    """Hosts, their processes and VMs."""
+    tree = Tree(Text(f"cluster {status['cluster']}", style="bold"))
+    for host in status["hosts"]:
+        branch = tree.add(Text.assemble("host ", (host["name"], "bold"), f"  {_facts(host['account'])}"))
+        for process in host["processes"]:
+            branch.add(_process_line(process))
+        for vm in host["vms"]:
+            _add_vm(branch, vm)
+    return tree
+
+
+def _add_vm(branch: Tree, vm: dict[str, Any]) -> None:
+    kind = "secure" if vm["secure"] else "normal"
+    pages = " ".join(f"{name}={_count(count)}" for name, count in vm["pages"].items())
+    line = Text.assemble(
+        "vm ", (vm["name"], "bold"), f"  lpid {vm['lpid']}  ", _state(vm["state"]), f" {ago(vm['since'])}  {kind}"
+    )
+    if vm["reason"]:
+        line.append(f"  {vm['reason']}", style="red" if vm["state"] == "failed" else "")
+    node = branch.add(line)
+    node.add(Text(f"pages {pages}"))
+    if vm["last_esm"] is not None:
+        node.add(Text(f"last esm {_facts(vm['last_esm'])}"))
+    for process in vm["processes"]:
+        node.add(_process_line(process))
+
+
+def _process_line(process: dict[str, Any]) -> Text:
+    line = Text.assemble(f"{process['target']:<18} ", _state(process["state"]))
+    line.append(f" {ago(process['since'])}  pid {process['pid']}")
+    if process["detail"]:
+        line.append(f"  {process['detail']}")
+    missing = [name for name, value in process["protections"].items() if value.startswith("missing")]
+    if missing:
+        line.append(f"  without {', '.join(missing)}", style="yellow")
+    return line
+
+
+def process_table(clusters: list[dict[str, Any]]) -> Table:
+    """Every process of the given clusters."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("CLUSTER", "PROCESS", "PID", "STATE", "SINCE", "DETAIL"):
+        table.add_column(name)
+    for status in clusters:
+        for process in processes_of(status):
+            since = ago(process["since"])
+            row = (process["target"], str(process["pid"]), _state(process["state"]), since, process["detail"])
+            table.add_row(status["cluster"], *row)
+    return table
+
+
+def processes_of(status: dict[str, Any]) -> list[dict[str, Any]]:
+    """The process rows of a status, hosts first."""
+    rows: list[dict[str, Any]] = []
+    for host in status["hosts"]:
+        rows += host["processes"]
+        for vm in host["vms"]:
+            rows += vm["processes"]
+    return rows
+
+
+def ago(since_s: float) -> str:
+    """How long ago, in the largest fitting unit."""
+    seconds = max(0.0, time.time() - since_s)
+    for limit, divisor, unit in ((100, 1, "s"), (6000, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / divisor:.0f} {unit}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=_STYLES.get(state, ""))
+
+
+def _count(count: int | None) -> str:
+    return "?" if count is None else str(count)
+
+
+def _facts(value: object) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{name} {part}" for name, part in value.items())
+    return str(value)

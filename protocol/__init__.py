@@ -1,0 +1,1 @@
+"""What crosses a process boundary: calls, messages, wire format, links, error codes."""

@@ -1,0 +1,189 @@
+"""The control socketpair between the launcher and each process: SOCK_SEQPACKET, one MessagePack Struct a packet.
+
+Sequence of a start: process `Hello` -> launcher `Start` (with descriptors) -> process confines itself, `Confined`
+-> launcher `Keys` -> process opens its links, `Ready`. Descriptors that one process makes for another go through the
+launcher as `Give`, which it checks against `GIFTS` and passes on as `Gift`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from protocol.errors import MalformedMessage
+from protocol.roles import Role
+from protocol.startup import Keys, LinkEntry, ProcessConfig, VmEntry
+
+MAX_PACKET_BYTES = 160 * 1024
+MAX_DESCRIPTORS = 64
+HEARTBEAT_SECONDS = 0.5
+UNRESPONSIVE_SECONDS = 1.5
+
+
+class Packet(msgspec.Struct, frozen=True, tag=True, tag_field="type", forbid_unknown_fields=True):
+    """Base of the control packets; the class name is the tag."""
+
+
+# -- launcher -> process --------------------------------------------------------------------------------------
+
+
+class Start(Packet, frozen=True):
+    """The start configuration; its descriptors come with the packet in the order of `config.descriptors`."""
+
+    config: ProcessConfig
+
+
+class TakeKeys(Packet, frozen=True):
+    """The secret keys, sent only after `Confined`."""
+
+    keys: Keys
+
+
+class AddVm(Packet, frozen=True):
+    """A new VM, or the next incarnation of one; descriptors as in `Start`."""
+
+    vm: VmEntry
+    links: list[LinkEntry]
+    keys: Keys
+    descriptors: list[str]
+
+
+class RemoveVm(Packet, frozen=True):
+    """Forget a VM: end it, release what it held."""
+
+    vm: str
+
+
+class PeerState(Packet, frozen=True):
+    """What became of a process that this one has a link to."""
+
+    peer: str
+    state: str
+
+
+class Gift(Packet, frozen=True):
+    """A descriptor from another process (one file with the packet)."""
+
+    tag: str
+    vm: str
+    giver: str
+
+
+class Ping(Packet, frozen=True):
+    """Answered by the service loop with `Pong`."""
+
+    sequence: int
+
+
+class Query(Packet, frozen=True):
+    """A question or order from the operator; answered by `Answer` with the same id."""
+
+    id: int
+    what: str
+    arguments: dict[str, Any]
+
+
+class Stop(Packet, frozen=True):
+    """End in good order."""
+
+
+# -- process -> launcher --------------------------------------------------------------------------------------
+
+
+class Hello(Packet, frozen=True):
+    """All imports are done."""
+
+    pid: int
+
+
+class Confined(Packet, frozen=True):
+    """What protects this process, and what is missing: name -> `on` or the reason why not."""
+
+    protections: dict[str, str]
+
+
+class Ready(Packet, frozen=True):
+    """Links are open and served."""
+
+
+class Give(Packet, frozen=True):
+    """A descriptor for another process of the VM (one file with the packet)."""
+
+    tag: str
+    vm: str
+
+
+class Pong(Packet, frozen=True):
+    """The service loop lives."""
+
+    sequence: int
+
+
+class Answer(Packet, frozen=True):
+    """The result of a query, or the one line that says why not."""
+
+    id: int
+    result: Any = None
+    error: str | None = None
+
+
+class Notice(Packet, frozen=True):
+    """Something that the launcher acts on or shows: `what` is one of `NOTICES`."""
+
+    what: str
+    vm: str | None
+    detail: str = ""
+
+
+class Failed(Packet, frozen=True):
+    """The process cannot start or go on: one line for the operator."""
+
+    reason: str
+
+
+NOTICES = frozenset({"guest-must-die", "vm-failed", "vm-off", "vm-state"})
+
+ToProcess = Start | TakeKeys | AddVm | RemoveVm | PeerState | Gift | Ping | Query | Stop
+FromProcess = Hello | Confined | Ready | Give | Pong | Answer | Notice | Failed
+
+GIFTS: dict[str, tuple[Role, tuple[Role, ...]]] = {
+    "host-view": (Role.KVM, (Role.QEMU,)),
+    "normal-map": (Role.KVM, (Role.GUEST,)),
+    "tce-table": (Role.KVM, (Role.QEMU,)),
+    "guest-dirty-map": (Role.GUEST, (Role.KVM,)),
+    "device-dirty-map": (Role.QEMU, (Role.KVM,)),
+}
+"""Which role may give a descriptor of this tag, and who gets it. Tags may carry a suffix after a colon.
+
+Secure memory and the secure map are not here: they go over a socketpair that only ultravisor and guest hold.
+"""
+
+_encoder = msgspec.msgpack.Encoder()
+_to_process: msgspec.msgpack.Decoder[ToProcess] = msgspec.msgpack.Decoder(ToProcess)
+_from_process: msgspec.msgpack.Decoder[FromProcess] = msgspec.msgpack.Decoder(FromProcess)
+
+
+def encode(packet: ToProcess | FromProcess) -> bytes:
+    """One packet."""
+    return _encoder.encode(packet)
+
+
+def decode_to_process(data: bytes) -> ToProcess:
+    """A packet of the launcher; raises MalformedMessage."""
+    return _decode(_to_process, data)
+
+
+def decode_from_process(data: bytes) -> FromProcess:
+    """A packet of a process; raises MalformedMessage."""
+    return _decode(_from_process, data)
+
+
+PacketT = TypeVar("PacketT")
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[PacketT], data: bytes) -> PacketT:
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, OverflowError) as error:
+        raise MalformedMessage(str(error)) from None

@@ -1,0 +1,102 @@
+"""Which pairs of processes are linked, who binds, and which numbers each direction carries.
+
+A reader refuses every number that its direction does not list: that, with the socket's keys, is what keeps a role
+to its own calls. Reflected hypercalls (ultravisor -> kvm) carry `[lpid, vcpu, args...]` under the number of the
+hypercall and are answered by UV_RETURN and by nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol import messages as m
+from protocol.declare import Caller
+from protocol.hcalls import HCALLS
+from protocol.roles import Role
+from protocol.ucalls import UCALLS
+
+_GUEST_HCALLS = frozenset(c.number for c in HCALLS if c.callers & {Caller.VM, Caller.SVM})
+_ALL_HCALLS = frozenset(c.number for c in HCALLS)
+_GUEST_UCALLS = frozenset(c.number for c in UCALLS if c.callers & {Caller.VM, Caller.SVM})
+_HV_UCALLS = frozenset(c.number for c in UCALLS if Caller.HYPERVISOR in c.callers)
+
+
+def _numbers(*messages: m.Message) -> frozenset[int]:  # type: ignore[type-arg]
+    return frozenset(message.number for message in messages)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkKind:
+    """One kind of link. `upper` is the more privileged role and binds.
+
+    `upward` and `downward` are the numbers of calls and events that each direction carries.
+    `open_numbers` says that an unknown call number is answered with the space's "no such function" code
+    instead of being a breach of the protocol: a guest may try any number.
+    """
+
+    upper: Role
+    lower: Role
+    upward: frozenset[int]
+    downward: frozenset[int]
+    open_numbers: bool = False
+
+    @property
+    def name(self) -> str:
+        """`kvm-guest`: the more privileged role first."""
+        return f"{self.upper.value}-{self.lower.value}"
+
+    def inbound(self, me: Role) -> frozenset[int]:
+        """The numbers that role `me` may receive on this link."""
+        return self.upward if me is self.upper else self.downward
+
+
+KVM_GUEST = LinkKind(
+    upper=Role.KVM,
+    lower=Role.GUEST,
+    upward=_GUEST_HCALLS | _numbers(m.MAP_FAULT, m.GUEST_CRASHED),
+    downward=_numbers(m.VCPU_START, m.VCPU_STOP, m.VCPU_CONTINUE, m.VCPU_LINE, m.MAP_INVALIDATE),
+    open_numbers=True,
+)
+ULTRAVISOR_GUEST = LinkKind(
+    upper=Role.ULTRAVISOR,
+    lower=Role.GUEST,
+    upward=_GUEST_UCALLS | _GUEST_HCALLS | _numbers(m.MAP_FAULT, m.GUEST_CRASHED),
+    downward=_numbers(m.SVM_START, m.SVM_ENDED, m.SVM_INTERRUPT, m.MAP_INVALIDATE),
+    open_numbers=True,
+)
+ULTRAVISOR_KVM = LinkKind(
+    upper=Role.ULTRAVISOR,
+    lower=Role.KVM,
+    upward=_HV_UCALLS,
+    downward=_ALL_HCALLS,
+    open_numbers=True,
+)
+KVM_QEMU = LinkKind(
+    upper=Role.KVM,
+    lower=Role.QEMU,
+    upward=_numbers(
+        m.PAGES_WANTED,
+        m.IRQ_SOURCE,
+        m.IRQ_SET,
+        m.MEMSLOT_SET,
+        m.VM_START,
+        m.VM_STOP,
+        m.VM_CONTINUE,
+        m.VM_RESET,
+        m.VM_POWEROFF,
+        m.TCE_WINDOW_CREATE,
+        m.TCE_WINDOW_REMOVE,
+    ),
+    downward=_numbers(m.EXIT_MMIO_LOAD, m.EXIT_MMIO_STORE, m.EXIT_RTAS, m.EXIT_HCALL, m.VM_EVENT),
+)
+
+LINK_KINDS = {kind.name: kind for kind in (KVM_GUEST, ULTRAVISOR_GUEST, ULTRAVISOR_KVM, KVM_QEMU)}
+
+GUEST_WHILE_SECURE = _numbers(m.VCPU_STOP, m.VCPU_CONTINUE, m.VCPU_LINE)
+"""All that a guest takes from kvm while S is set; anything else is refused and audited."""
+
+
+def name_of(number: int) -> str:
+    """The declared name of a call or message number, or its hexadecimal form."""
+    declared = HCALLS.by_number.get(number) or UCALLS.by_number.get(number) or m.MESSAGES.get(number)
+    return declared.name if declared is not None else f"{number:#x}"

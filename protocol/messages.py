@@ -1,0 +1,376 @@
+"""Messages between processes that are no hypercall or ultracall: faults, invalidations, exits, run state.
+
+Each is declared once as a `Message`: number, name, body and reply Struct. A message with `reply=None` is an event.
+`leaf` says that its handler answers without calling anyone who could be waiting for it, so the reader of the link
+runs it itself; every other call is a task of its own.
+
+Hypercalls and ultracalls travel under their own numbers with a list of registers as body (`REGISTERS`) and
+`[code, outputs...]` as reply.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Annotated, Generic, Self, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from protocol.codes import HCode, RtasStatus
+from protocol.errors import MalformedMessage
+from protocol.geometry import MAX_VM_BYTES, PAGE_SHIFT
+
+Register = Annotated[int, Meta(ge=0)]
+"""An unsigned 64-bit register; MessagePack has no larger integer."""
+
+Gfn = Annotated[int, Meta(ge=0, lt=MAX_VM_BYTES >> PAGE_SHIFT)]
+Vcpu = Annotated[int, Meta(ge=0, lt=4096)]
+Source = Annotated[int, Meta(ge=0, lt=1 << 24)]
+
+MAX_REGISTERS = 16
+_registers_decoder: msgspec.msgpack.Decoder[list[int]] = msgspec.msgpack.Decoder(
+    Annotated[list[Register], Meta(max_length=MAX_REGISTERS)]
+)
+_result_decoder: msgspec.msgpack.Decoder[list[int]] = msgspec.msgpack.Decoder(
+    Annotated[list[int], Meta(min_length=1, max_length=MAX_REGISTERS)]
+)
+
+
+def decode_registers(body: msgspec.Raw | bytes) -> list[int]:
+    """Argument registers of a call body; raises MalformedMessage."""
+    try:
+        return _registers_decoder.decode(body)
+    except (msgspec.MsgspecError, OverflowError) as error:
+        raise MalformedMessage(str(error)) from None
+
+
+def decode_result(body: msgspec.Raw | bytes) -> list[int]:
+    """`[code, outputs...]` of a reply body; raises MalformedMessage."""
+    try:
+        return _result_decoder.decode(body)
+    except (msgspec.MsgspecError, OverflowError) as error:
+        raise MalformedMessage(str(error)) from None
+
+
+class Body(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """Base of all bodies: positional on the wire, unknown fields refused."""
+
+    @classmethod
+    def refused(cls, code: int) -> Self:
+        """The reply of this type that says only `code`: its first field, the others at their defaults."""
+        return cls(code)
+
+
+BodyT = TypeVar("BodyT", bound=Body)
+ReplyT = TypeVar("ReplyT", bound=Body)
+
+
+class Empty(Body, frozen=True):
+    """A body without content."""
+
+
+class Status(Body, frozen=True):
+    """A reply that says only how it went."""
+
+    code: int = HCode.H_SUCCESS
+
+
+@dataclass(frozen=True, slots=True)
+class Message(Generic[BodyT, ReplyT]):
+    """One declared message."""
+
+    number: int
+    name: str
+    body: type[BodyT]
+    reply: type[ReplyT] | None
+    leaf: bool = False
+
+    def decode_body(self, raw: msgspec.Raw | bytes) -> BodyT:
+        """The body Struct; raises MalformedMessage."""
+        return _decode(self.name, self.body, raw)
+
+    def decode_reply(self, raw: msgspec.Raw | bytes) -> ReplyT:
+        """The reply Struct; raises MalformedMessage."""
+        if self.reply is None:
+            raise MalformedMessage(f"{self.name} has no reply")
+        return _decode(self.name, self.reply, raw)
+
+
+AnyBodyT = TypeVar("AnyBodyT", bound=Body)
+
+
+def _decode(name: str, kind: type[AnyBodyT], raw: msgspec.Raw | bytes) -> AnyBodyT:
+    try:
+        return _decoder_of(kind).decode(raw)
+    except (msgspec.MsgspecError, OverflowError) as error:
+        raise MalformedMessage(f"{name}: {error}") from None
+
+
+_decoders: dict[type[Body], msgspec.msgpack.Decoder] = {}  # type: ignore[type-arg]
+
+
+def _decoder_of(kind: type[AnyBodyT]) -> msgspec.msgpack.Decoder[AnyBodyT]:
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    return decoder
+
+
+MESSAGES: dict[int, Message[Body, Body]] = {}
+
+
+def _declare(
+    number: int, name: str, body: type[BodyT], reply: type[ReplyT], *, leaf: bool = False
+) -> Message[BodyT, ReplyT]:
+    return _register(Message(number, name, body, reply, leaf))
+
+
+def _event(number: int, name: str, body: type[BodyT]) -> Message[BodyT, Empty]:
+    return _register(Message(number, name, body, None, leaf=True))
+
+
+def _register(message: Message[BodyT, ReplyT]) -> Message[BodyT, ReplyT]:
+    if message.number in MESSAGES:
+        raise ValueError(f"message {message.name} ({message.number:#x}) is declared twice")
+    MESSAGES[message.number] = message  # type: ignore[assignment]
+    return message
+
+
+# -- guest -> kvm (normal VM), guest -> ultravisor (SVM) ------------------------------------------------------
+
+
+class Access(IntEnum):
+    """What a faulting instruction wanted."""
+
+    READ = 0
+    WRITE = 1
+    EXECUTE = 2
+
+
+class MapFaultBody(Body, frozen=True):
+    """A guest touched a GFN that its partition-scoped map does not give it."""
+
+    vcpu: Vcpu
+    gfn: Gfn
+    access: Access
+
+
+class CrashBody(Body, frozen=True):
+    """The guest cannot go on; `reason` is printable text for the operator."""
+
+    vcpu: Vcpu
+    reason: Annotated[str, Meta(max_length=512)]
+
+
+MAP_FAULT = _declare(0x10001, "MAP_FAULT", MapFaultBody, Status)
+GUEST_CRASHED = _event(0x10002, "GUEST_CRASHED", CrashBody)
+
+
+# -- kvm -> guest, ultravisor -> guest ------------------------------------------------------------------------
+
+
+class StartBody(Body, frozen=True):
+    """Start a processor: program counter and the general registers that the ABI of the entry names."""
+
+    vcpu: Vcpu
+    pc: Register
+    gprs: Annotated[dict[int, Register], Meta(max_length=32)]
+
+
+class RunBody(Body, frozen=True):
+    """Stop or continue a processor."""
+
+    vcpu: Vcpu
+
+
+class LineBody(Body, frozen=True):
+    """The level of a processor's external interrupt line."""
+
+    vcpu: Vcpu
+    level: bool
+
+
+class Range(Body, frozen=True):
+    """`n` GFNs from `gfn`."""
+
+    gfn: Gfn
+    n: Annotated[int, Meta(ge=1)]
+
+
+MAX_INVALIDATION_RANGES = 512
+
+
+class InvalidateBody(Body, frozen=True):
+    """Forget every translation of these GFNs; the acknowledgement promises that none is used any more."""
+
+    ranges: Annotated[list[Range], Meta(max_length=MAX_INVALIDATION_RANGES)]
+
+
+class SvmStartBody(Body, frozen=True):
+    """The VM is secure now: take the ultravisor's map and go on at `pc` with S set."""
+
+    vcpu: Vcpu
+    pc: Register
+    gprs: Annotated[dict[int, Register], Meta(max_length=32)]
+
+
+class InterruptBody(Body, frozen=True):
+    """An interrupt that the ultravisor synthesises at `vector`."""
+
+    vcpu: Vcpu
+    vector: Annotated[int, Meta(ge=0x100, lt=0x2000)]
+
+
+VCPU_START = _declare(0x10101, "VCPU_START", StartBody, Status, leaf=True)
+VCPU_STOP = _declare(0x10102, "VCPU_STOP", RunBody, Status, leaf=True)
+VCPU_CONTINUE = _declare(0x10103, "VCPU_CONTINUE", RunBody, Status, leaf=True)
+VCPU_LINE = _event(0x10104, "VCPU_LINE", LineBody)
+MAP_INVALIDATE = _declare(0x10105, "MAP_INVALIDATE", InvalidateBody, Status, leaf=True)
+SVM_START = _declare(0x10106, "SVM_START", SvmStartBody, Status, leaf=True)
+SVM_ENDED = _declare(0x10107, "SVM_ENDED", Empty, Status, leaf=True)
+SVM_INTERRUPT = _event(0x10108, "SVM_INTERRUPT", InterruptBody)
+
+
+# -- kvm -> qemu: exits to user space -------------------------------------------------------------------------
+
+
+class MmioLoadBody(Body, frozen=True):
+    """A load of `size` bytes at guest physical `gpa`."""
+
+    gpa: Register
+    size: Annotated[int, Meta(ge=1, le=8)]
+
+
+class MmioLoadReply(Body, frozen=True):
+    """The value, right aligned; `code` is H_PARAMETER where no device answers."""
+
+    code: int
+    value: Register = 0
+
+
+class MmioStoreBody(Body, frozen=True):
+    """A store of the low `size` bytes of `value`."""
+
+    gpa: Register
+    size: Annotated[int, Meta(ge=1, le=8)]
+    value: Register
+
+
+Word = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
+Words = Annotated[list[Word], Meta(max_length=16)]
+
+
+class RtasBody(Body, frozen=True):
+    """An RTAS service: token, argument words and how many return words the caller has room for."""
+
+    vcpu: Vcpu
+    token: Word
+    args: Words
+    n_rets: Annotated[int, Meta(ge=0, le=16)]
+
+
+class RtasReply(Body, frozen=True):
+    """The return words, the status first."""
+
+    rets: Words
+
+    @classmethod
+    def refused(cls, code: int) -> Self:
+        """A hardware error: RTAS has no codes of hypercalls."""
+        return cls([RtasStatus.HARDWARE_ERROR & 0xFFFFFFFF])
+
+
+class HcallExitBody(Body, frozen=True):
+    """A hypercall that belongs to user space."""
+
+    vcpu: Vcpu
+    number: Register
+    args: Annotated[list[Register], Meta(max_length=9)]
+
+
+class HcallExitReply(Body, frozen=True):
+    """Its result code and outputs."""
+
+    code: int
+    outputs: Annotated[list[Register], Meta(max_length=9)] = []
+
+
+class VmEventKind(IntEnum):
+    """What kvm tells qemu about its VM."""
+
+    CRASHED = 0
+    """The guest gave up or was ended; `reason` says why."""
+
+
+class VmEventBody(Body, frozen=True):
+    """Something happened to the VM that qemu shows to its user."""
+
+    kind: VmEventKind
+    reason: Annotated[str, Meta(max_length=512)]
+
+
+EXIT_MMIO_LOAD = _declare(0x10201, "EXIT_MMIO_LOAD", MmioLoadBody, MmioLoadReply)
+EXIT_MMIO_STORE = _declare(0x10202, "EXIT_MMIO_STORE", MmioStoreBody, Status)
+EXIT_RTAS = _declare(0x10203, "EXIT_RTAS", RtasBody, RtasReply)
+EXIT_HCALL = _declare(0x10204, "EXIT_HCALL", HcallExitBody, HcallExitReply)
+VM_EVENT = _event(0x10205, "VM_EVENT", VmEventBody)
+
+
+# -- qemu -> kvm ----------------------------------------------------------------------------------------------
+
+
+class PagesBody(Body, frozen=True):
+    """GFNs that the host is about to touch and that its view calls absent."""
+
+    gfns: Annotated[list[Gfn], Meta(min_length=1, max_length=256)]
+
+
+class IrqSourceBody(Body, frozen=True):
+    """An interrupt source: a number, and whether it is level triggered (LSI) or an edge (MSI)."""
+
+    source: Source
+    level_triggered: bool
+
+
+class IrqBody(Body, frozen=True):
+    """A source's new level, or an edge when `level` is true and the source is edge triggered."""
+
+    source: Source
+    level: bool
+
+
+class MemslotBody(Body, frozen=True):
+    """A memory slot: guest RAM at `gpa`, `size_bytes` long; size 0 removes it."""
+
+    slot: Annotated[int, Meta(ge=0, lt=512)]
+    gpa: Register
+    size_bytes: Register
+
+
+class TceWindowBody(Body, frozen=True):
+    """A TCE table: `n_tces` entries of `1 << page_shift` bytes from bus address `base`."""
+
+    liobn: Word
+    page_shift: Annotated[int, Meta(ge=12, le=34)]
+    base: Register
+    n_tces: Annotated[int, Meta(ge=1, le=1 << 24)]
+
+
+class LiobnBody(Body, frozen=True):
+    """One TCE table."""
+
+    liobn: Word
+
+
+PAGES_WANTED = _declare(0x10301, "PAGES_WANTED", PagesBody, Status)
+IRQ_SOURCE = _declare(0x10302, "IRQ_SOURCE", IrqSourceBody, Status, leaf=True)
+IRQ_SET = _event(0x10303, "IRQ_SET", IrqBody)
+MEMSLOT_SET = _declare(0x10304, "MEMSLOT_SET", MemslotBody, Status)
+VM_START = _declare(0x10305, "VM_START", StartBody, Status)
+VM_STOP = _declare(0x10306, "VM_STOP", Empty, Status)
+VM_CONTINUE = _declare(0x10307, "VM_CONTINUE", Empty, Status)
+VM_RESET = _declare(0x10308, "VM_RESET", Empty, Status)
+TCE_WINDOW_CREATE = _declare(0x10309, "TCE_WINDOW_CREATE", TceWindowBody, Status, leaf=True)
+TCE_WINDOW_REMOVE = _declare(0x1030A, "TCE_WINDOW_REMOVE", LiobnBody, Status, leaf=True)
+VM_POWEROFF = _declare(0x1030B, "VM_POWEROFF", Empty, Status)

@@ -1,0 +1,64 @@
+"""The one frame format of every link.
+
+Frame 1 is a MessagePack array `[version, kind, number, correlation, cause, body]`. A second frame exists only
+where the message declares one, at most `MAX_PAYLOAD_BYTES`. No field names the sender: the socket, its CURVE keys
+and its ZAP domain fix peer, role and VM.
+
+`correlation` pairs a reply with its call and is chosen by the caller. `cause` is chosen by the guest's processor
+for each of its calls and is repeated in everything that is done because of it, to the device and back.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+
+from protocol.errors import MalformedMessage
+
+VERSION = 1
+MAX_MESSAGE_BYTES = 128 * 1024
+MAX_PAYLOAD_BYTES = 64 * 1024
+HIGH_WATER_MARK = 256
+MAX_OPEN_CALLS = 64
+"""A link end serves at most this many calls of its peer at once; the next gets H_BUSY or U_BUSY."""
+
+
+class MessageKind(IntEnum):
+    """What a frame is."""
+
+    CALL = 0
+    REPLY = 1
+    EVENT = 2
+
+
+class Envelope(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A decoded frame; `body` stays encoded until its number says what it is."""
+
+    version: int
+    kind: MessageKind
+    number: int
+    correlation: int
+    cause: int
+    body: msgspec.Raw
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Envelope)
+
+
+def encode(kind: MessageKind, number: int, correlation: int, cause: int, body: Any) -> bytes:  # noqa: ANN401
+    """One frame. `body` is a Struct, a list of registers, or None."""
+    return _encoder.encode((VERSION, int(kind), number, correlation, cause, body))
+
+
+def decode(frame: bytes | memoryview) -> Envelope:
+    """The envelope of `frame`; raises MalformedMessage for anything else."""
+    try:
+        envelope = _decoder.decode(frame)
+    except (msgspec.MsgspecError, OverflowError) as error:
+        raise MalformedMessage(str(error)) from None
+    if envelope.version != VERSION:
+        raise MalformedMessage(f"version {envelope.version}, this side speaks {VERSION}")
+    return envelope

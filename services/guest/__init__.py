@@ -1,0 +1,1 @@
+"""The guest: a POWER processor and the kernel on it."""

@@ -1,0 +1,10 @@
+"""`python -m services.guest`: started by the launcher, once a VM."""
+
+from __future__ import annotations
+
+from protocol.roles import Role
+from services.guest.service import Guest
+from services.runtime.process import run_service
+
+if __name__ == "__main__":
+    run_service(Role.GUEST, Guest, landlock_dirs=lambda config: None)

@@ -1,0 +1,75 @@
+"""The processor's end of a link, used blocking by the processor's own thread.
+
+A hop through trio would cost more than the call. The thread polls both of its links at once (see processor.py); this
+class only sends, receives without waiting, and pairs replies with calls.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import zmq
+
+from protocol.errors import MalformedMessage, UnexpectedMessage
+from protocol.links import LinkKind
+from protocol.roles import Role
+from protocol.wire import Envelope, MessageKind, decode, encode
+from services.runtime.recorder import Tap
+
+
+class LinkEnd:
+    """One link of a processor. `peer_state` is `up` or what became of the peer."""
+
+    def __init__(self, socket: zmq.Socket[bytes], kind: LinkKind, link_id: str, peer: str) -> None:
+        self.socket = socket
+        self.id = link_id
+        self.peer = peer
+        self.peer_state = "up"
+        self.tap: Tap | None = None
+        self._inbound = kind.inbound(Role.GUEST)
+        self._correlations = itertools.count(1)
+
+    def send_call(self, number: int, body: Any, cause: int) -> int | None:  # noqa: ANN401
+        """Send a call; its correlation id, or None when the peer takes no more messages."""
+        correlation = next(self._correlations)
+        return correlation if self._send(MessageKind.CALL, number, correlation, cause, body) else None
+
+    def send_event(self, number: int, body: Any, cause: int) -> None:  # noqa: ANN401
+        """Send an event; lost when the peer takes no more messages."""
+        self._send(MessageKind.EVENT, number, 0, cause, body)
+
+    def reply(self, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
+        """Answer a call of the peer."""
+        if envelope.kind is MessageKind.CALL:
+            self._send(MessageKind.REPLY, envelope.number, envelope.correlation, envelope.cause, body)
+
+    def receive(self) -> Envelope | None:
+        """The next message, or None; raises MalformedMessage, UnexpectedMessage."""
+        try:
+            frames = self.socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        if self.tap is not None:
+            self.tap(self.id, "in", frames)
+        if len(frames) != 1:
+            raise MalformedMessage(f"{len(frames)} frames where one is declared")
+        envelope = decode(frames[0])
+        if envelope.kind is not MessageKind.REPLY and envelope.number not in self._inbound:
+            raise UnexpectedMessage(f"number {envelope.number:#x} is not carried in this direction")
+        return envelope
+
+    def _send(self, kind: MessageKind, number: int, correlation: int, cause: int, body: Any) -> bool:  # noqa: ANN401
+        frame = encode(kind, number, correlation, cause, body)
+        if self.tap is not None:
+            self.tap(self.id, "out", _single(frame))
+        try:
+            self.socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+
+def _single(frame: bytes) -> Sequence[bytes]:
+    return (frame,)

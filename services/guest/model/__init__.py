@@ -1,0 +1,1 @@
+"""The model guest kernel: a small Linux-like kernel in Python (docs/model-kernel.md)."""

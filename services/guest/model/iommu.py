@@ -1,0 +1,122 @@
+"""The 32-bit DMA window: IO pages of 4 KiB, a byte a page in guest RAM, mapped by H_PUT_TCE.
+
+H_PUT_TCE_INDIRECT is not used: its list page is private memory in an SVM. Source: PAPR 14.5.4; Linux
+arch/powerpc/kernel/iommu.c.
+"""
+
+from __future__ import annotations
+
+from protocol.codes import HCode
+from protocol.hcalls import H_PUT_TCE, H_STUFF_TCE
+from services.guest.model.cpu import Busy, Cpu, Panic, Step
+from services.guest.model.pages import PageAllocator, pages_for
+from services.guest.model.state import Machine, Window
+from services.guest.model.swiotlb import Direction
+
+IO_PAGE_SHIFT = 12
+IO_PAGE_BYTES = 1 << IO_PAGE_SHIFT
+MAX_IO_PAGES = 1 << 14
+"""This kernel uses at most the first 64 MiB of the window."""
+MAX_STUFFED_TCES = 512
+"""H_STUFF_TCE takes no more at once."""
+TCE_READ = 1
+TCE_WRITE = 2
+_PERMISSION = {
+    Direction.TO_DEVICE: TCE_READ,
+    Direction.FROM_DEVICE: TCE_WRITE,
+    Direction.BIDIRECTIONAL: TCE_READ | TCE_WRITE,
+}
+
+
+class IoWindow:
+    """The window that `ibm,dma-window` names; `map` and `unmap` make the hypercalls."""
+
+    def __init__(self, cpu: Cpu, machine: Machine, state: Window) -> None:
+        self._cpu = cpu
+        self._machine = machine
+        self._state = state
+
+    def set_up(self, pages: PageAllocator) -> None:
+        """Make the table of free IO pages; the first page stays unused, so that no bus address is 0."""
+        n_io_pages = min(self._machine.window_bytes >> IO_PAGE_SHIFT, MAX_IO_PAGES)
+        if n_io_pages < 2:
+            raise Panic("the host bridge has no DMA window")
+        state = self._state
+        state.n_io_pages, state.hint = n_io_pages, 1
+        state.table = pages.must_alloc(pages_for(n_io_pages))
+        self._cpu.fill(state.table, n_io_pages)
+        self._cpu.fill(state.table, 1, 1)
+
+    def clear_all(self) -> Step[None]:
+        """Forget whatever an earlier stage left mapped; at most 32 hypercalls."""
+        for first in range(0, self._state.n_io_pages, MAX_STUFFED_TCES):
+            count = min(MAX_STUFFED_TCES, self._state.n_io_pages - first)
+            yield from self._clear(self._machine.window_base + (first << IO_PAGE_SHIFT), count)
+
+    @staticmethod
+    def n_io_pages(gpa: int, n_bytes: int) -> int:
+        """IO pages that a range touches."""
+        return ((gpa + n_bytes - 1) >> IO_PAGE_SHIFT) - (gpa >> IO_PAGE_SHIFT) + 1
+
+    def map(self, gpa: int, n_bytes: int, direction: Direction) -> Step[int | None]:
+        """The bus address of `n_bytes` at `gpa`; None when the window is full. Raises Busy, with nothing mapped."""
+        count = self.n_io_pages(gpa, n_bytes)
+        first = self._alloc(count)
+        if first is None:
+            return None
+        ioba = self._machine.window_base + (first << IO_PAGE_SHIFT)
+        tce = gpa & -IO_PAGE_BYTES | _PERMISSION[direction]
+        for n_mapped in range(count):
+            step = n_mapped << IO_PAGE_SHIFT
+            try:
+                code, *_ = yield from self._cpu.hcall(H_PUT_TCE, self._machine.liobn, ioba + step, tce + step)
+            except Busy:
+                yield from self._clear(ioba, n_mapped)
+                self._free(first, count)
+                raise
+            if code != HCode.H_SUCCESS:
+                raise Panic(f"H_PUT_TCE of {ioba + step:#x} gave {code}")
+        return ioba | gpa & IO_PAGE_BYTES - 1
+
+    def unmap(self, addr: int, count: int) -> Step[None]:
+        """Take `count` IO pages of a mapping from the device."""
+        ioba = addr & -IO_PAGE_BYTES
+        yield from self._clear(ioba, count)
+        self._free((ioba - self._machine.window_base) >> IO_PAGE_SHIFT, count)
+
+    def _clear(self, ioba: int, count: int) -> Step[None]:
+        if not count:
+            return
+        liobn = self._machine.liobn
+        try:
+            code, *_ = yield from self._cpu.hcall(H_STUFF_TCE, liobn, ioba, 0, count)
+        except Busy:
+            # A half-finished unmap cannot be repeated as a step, and a mapping that stays must not be reused.
+            raise Panic("H_STUFF_TCE stays busy") from None
+        if code != HCode.H_FUNCTION:
+            if code != HCode.H_SUCCESS:
+                raise Panic(f"H_STUFF_TCE of {ioba:#x} gave {code}")
+            return
+        for n in range(count):
+            code, *_ = yield from self._cpu.hcall(H_PUT_TCE, liobn, ioba + (n << IO_PAGE_SHIFT), 0)
+            if code != HCode.H_SUCCESS:
+                raise Panic(f"H_PUT_TCE 0 of {ioba:#x} gave {code}")
+
+    def _alloc(self, count: int) -> int | None:
+        state = self._state
+        table = self._cpu.load(state.table, state.n_io_pages)
+        found = table.find(bytes(count), state.hint)
+        if found < 0:
+            found = table.find(bytes(count))
+        if found < 0:
+            return None
+        self._cpu.fill(state.table + found, count, 1)
+        state.hint = found + count
+        return found
+
+    def _free(self, first: int, count: int) -> None:
+        self._cpu.fill(self._state.table + first, count)
+
+    def n_used(self) -> int:
+        """IO pages mapped now."""
+        return self._cpu.load(self._state.table, self._state.n_io_pages).count(1) - 1

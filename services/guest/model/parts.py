@@ -1,0 +1,107 @@
+"""The kernel's parts, put together over one KernelState."""
+
+from __future__ import annotations
+
+from services.guest.address_space import AddressSpace
+from services.guest.model.bulk import BulkReader
+from services.guest.model.console import Console
+from services.guest.model.cpu import Clock, Cpu, NoDevice, Step
+from services.guest.model.disk_hash import DiskHasher
+from services.guest.model.disk_load import DiskWorkload
+from services.guest.model.dma import Dma
+from services.guest.model.iommu import IoWindow
+from services.guest.model.pages import PageAllocator
+from services.guest.model.pci import Bus
+from services.guest.model.region_writer import RegionWriter
+from services.guest.model.state import KernelState, Owner
+from services.guest.model.swiotlb import Swiotlb
+from services.guest.model.virtio_blk import BlkDriver, Finished
+from services.guest.model.virtqueue import QueueBroken, QueueError
+
+
+class Parts:
+    """Everything that boot stage, kernel, prompt and workloads use. Holds no state of its own but caches."""
+
+    def __init__(self, memory: AddressSpace, clock: Clock, state: KernelState) -> None:
+        self.state = state
+        self.machine = state.machine
+        self.cpu = Cpu(memory, clock, state.machine, state.calls)
+        self.console = Console(self.cpu, state.machine, state.console)
+        self.pages = PageAllocator(self.cpu, state.pages)
+        self.pool = Swiotlb(self.cpu, state.pool)
+        self.window = IoWindow(self.cpu, state.machine, state.window)
+        self.dma = Dma(self.cpu, state, self.pages, self.pool, self.window)
+        self.bus = Bus(self.cpu, state.machine)
+        self.blk = BlkDriver(self.cpu, self.bus, self.dma, state.blk, state.dma_design)
+        self.reader = BulkReader(self.blk, state.bulk)
+        self.hasher = DiskHasher(self.cpu, self.pages, self.reader, state.bulk, state.disk_hash)
+        self.writer = RegionWriter(self.cpu, self.pages, self.blk, state.writer)
+        self.load = DiskWorkload(self.cpu, self.pages, self.blk, state.disk_load)
+
+    # -- the disk's outcomes, handed to whoever asked --------------------------------------------------------------
+
+    def guarded(self, step: Step[None]) -> Step[None]:
+        """Run a step that uses the disk; a device that breaks its rules or is gone ends the queue by name."""
+        try:
+            yield from step
+        except QueueBroken as broken:
+            yield from self.end_queue(broken.error)
+        except NoDevice:
+            yield from self.end_queue(QueueError.NO_DEVICE)
+
+    def collect(self) -> Step[None]:
+        """Take what the disk has finished."""
+        for finished in (yield from self.blk.collect()):
+            self._deliver(finished)
+        if self.state.blk.queue.broken:
+            self._fail_all(self.state.blk.error)
+
+    def end_queue(self, error: QueueError) -> Step[None]:
+        """End the disk's queue and everything that waits for it."""
+        if not self.state.blk.queue.broken:
+            yield from self.blk.give_up(error)
+        self._fail_all(self.state.blk.error)
+
+    def _deliver(self, finished: Finished) -> None:
+        if finished.owner is Owner.BULK:
+            self.reader.on_finished(finished)
+        elif finished.owner is Owner.WRITER:
+            self.writer.on_finished(finished)
+        elif finished.owner is Owner.DISK:
+            self.load.on_finished(finished)
+
+    def _fail_all(self, error: str) -> None:
+        self.reader.fail(error)
+        self.writer.fail(error)
+        self.load.fail(error)
+
+    # -- starting the disk, for boot stage and kernel ----------------------------------------------------------------
+
+    def find_disk(self, *, firmware: bool) -> Step[None]:
+        """Look for the disk; what is wrong with it is said, and the kernel goes on without."""
+        if not self.machine.has_bridge:
+            return
+        try:
+            yield from self.blk.find(firmware=firmware)
+        except NoDevice as error:
+            self._no_disk(str(error))
+
+    def start_disk(self) -> Step[None]:
+        """Reset, renegotiate, go."""
+        if not self.state.blk.present:
+            return
+        try:
+            yield from self.blk.start()
+        except NoDevice as error:
+            self._no_disk(str(error))
+
+    def _no_disk(self, reason: str) -> None:
+        self.state.blk.ready = False
+        self.state.blk.error = reason
+        self.console.say(f"pefbox: disk: {reason}")
+
+    def set_up_memory(self) -> None:
+        """The page allocator, and the DMA window's table where there is a window."""
+        self.pages.set_up(self.machine.memory_bytes, self.machine.reserved)
+        if self.machine.window_bytes:
+            self.window.set_up(self.pages)

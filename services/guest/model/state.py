@@ -1,0 +1,395 @@
+"""The kernel's whole state at a safe point: Structs without page content. Everything bulky lies in guest RAM.
+
+`KernelState` is what `ModelEngine.save` writes. A Struct holds numbers, names and short texts; tables, buffers, rings
+and secrets are named here by their guest physical address only.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+
+import msgspec
+
+STATE_VERSION = 1
+MAX_STATE_BYTES = 64 * 1024
+
+
+class Phase(IntEnum):
+    """How far the kernel is. A phase ends in one step; waiting for a device keeps it."""
+
+    OFF = 0
+    BOOT_TREE = 1
+    BOOT_BUS = 2
+    BOOT_TABLE = 3
+    BOOT_HEADER = 4
+    BOOT_LOAD = 5
+    BOOT_DEMO = 6
+    BOOT_ENTER = 7
+    KERNEL_IMAGE = 10
+    KERNEL_POOL = 11
+    KERNEL_SHARE = 12
+    KERNEL_WINDOW = 13
+    KERNEL_BUS = 14
+    KERNEL_DISK = 15
+    KERNEL_TABLE = 16
+    RUN = 20
+    HALTED = 30
+
+
+class Workload(StrEnum):
+    """What the kernel runs when it is up."""
+
+    PROMPT = "prompt"
+    DEMO = "demo"
+    DISK = "disk"
+    IDLE = "idle"
+
+
+class DmaDesign(StrEnum):
+    """How drivers reach memory; see `services.guest.model.dma`."""
+
+    QUIRK = "quirk"
+    IOMMU = "iommu"
+    PLAIN = "plain"
+
+
+class Owner(IntEnum):
+    """Who gets the outcome of a disk request."""
+
+    NONE = 0
+    BULK = 1
+    WRITER = 2
+    DISK = 3
+
+
+class Struct(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Base of the state Structs."""
+
+
+class Machine(Struct):
+    """What the device tree and the bus told."""
+
+    memory_bytes: int = 0
+    fdt: int = 0
+    fdt_bytes: int = 0
+    reserved: list[tuple[int, int]] = []
+    """Ranges (gpa, bytes) that the allocator leaves alone."""
+    kernel: int = 0
+    kernel_bytes: int = 0
+    initrd: int = 0
+    initrd_bytes: int = 0
+    boot_args: str = ""
+    rtas_base: int = 0
+    rtas_tokens: dict[str, int] = {}
+    console_unit: int = 0
+    console_irq: int = 0
+    has_bridge: bool = False
+    buid: int = 0
+    liobn: int = 0
+    window_base: int = 0
+    window_bytes: int = 0
+    mmio: list[tuple[int, int, int]] = []
+    """Memory windows of the bridge: (PCI address, gpa, bytes)."""
+
+
+class Calls(Struct):
+    """Calls made so far, by name."""
+
+    counts: dict[str, int] = {}
+    busy_rounds: int = 0
+    """Times in a row that the current step found its call busy."""
+
+
+class Pages(Struct):
+    """The page allocator: a byte a page at `table`."""
+
+    table: int = 0
+    n_pages: int = 0
+    hint: int = 0
+    n_free: int = 0
+
+
+class Pool(Struct):
+    """The swiotlb pool; its tables are in guest RAM."""
+
+    base: int = 0
+    n_slots: int = 0
+    n_areas: int = 1
+    list_table: int = 0
+    orig_table: int = 0
+    size_table: int = 0
+    area_table: int = 0
+    shared_pages: int = 0
+    """Pages already shared; the pool is usable when all are."""
+    bytes_bounced: int = 0
+    n_full: int = 0
+
+
+class Window(Struct):
+    """The IO pages of the DMA window under this kernel's care: a byte a page at `table`."""
+
+    table: int = 0
+    n_io_pages: int = 0
+    hint: int = 1
+
+
+class Mapping(Struct, array_like=True):
+    """A streaming DMA mapping."""
+
+    addr: int
+    """What the device is given."""
+    orig: int
+    n_bytes: int
+    direction: int
+    slot: int = 0
+    """gpa of the bounce slot, 0 when there is none."""
+    n_io_pages: int = 0
+
+
+class Request(Struct, array_like=True):
+    """A disk request in flight."""
+
+    owner: int
+    cookie: int
+    kind: int
+    mapping: Mapping | None
+    submitted_ns: int
+
+
+class Queue(Struct):
+    """One split virtqueue: addresses and the driver's private shadow of what the device must not change."""
+
+    index: int = 0
+    size: int = 0
+    desc: int = 0
+    avail: int = 0
+    used: int = 0
+    desc_addr: int = 0
+    avail_addr: int = 0
+    used_addr: int = 0
+    notify_gpa: int = 0
+    event_idx: bool = False
+    indirect: bool = False
+    avail_idx: int = 0
+    kicked_idx: int = 0
+    last_used: int = 0
+    free: list[int] = []
+    chains: dict[int, list[int]] = {}
+    """Head -> the descriptors of its chain."""
+    writable: dict[int, int] = {}
+    """Head -> how many bytes the device may write to it."""
+    broken: str = ""
+
+
+class VirtioPci(Struct):
+    """One virtio function and where its regions lie."""
+
+    config_addr: int = 0
+    device_type: int = 0
+    common: int = 0
+    notify: int = 0
+    notify_bytes: int = 0
+    notify_multiplier: int = 0
+    device: int = 0
+    device_bytes: int = 0
+    msix_cap: int = 0
+    features: int = 0
+    irq: int = 0
+    reset_rounds: int = 0
+
+
+class Blk(Struct):
+    """The virtio block driver."""
+
+    present: bool = False
+    ready: bool = False
+    error: str = ""
+    pci: VirtioPci = msgspec.field(default_factory=VirtioPci)
+    queue: Queue = msgspec.field(default_factory=Queue)
+    ring_page: int = 0
+    ring_addr: int = 0
+    command_page: int = 0
+    command_addr: int = 0
+    sectors: int = 0
+    max_segment_bytes: int = 0
+    read_only: bool = False
+    flush: bool = False
+    discard: bool = False
+    write_zeroes: bool = False
+    requests: dict[int, Request] = {}
+    """By head."""
+    requeued: int = 0
+
+
+class Bulk(Struct):
+    """A sequential read: chunk i goes to buffer i modulo `n_buffers`; consumed in order."""
+
+    active: bool = False
+    first_sector: int = 0
+    n_bytes: int = 0
+    chunk_bytes: int = 0
+    buffers: int = 0
+    n_buffers: int = 0
+    issued: int = 0
+    done: int = 0
+    """Bit i of it: chunk `consumed + i` has arrived."""
+    consumed: int = 0
+    in_flight: int = 0
+    draining: bool = False
+    """Nothing more is issued; the read begins again when all that is in flight has come."""
+    error: str = ""
+
+
+class DiskHash(Struct):
+    """SHA-256 of a range of the disk. The running digest is a cache outside the state, see `disk_hash`."""
+
+    active: bool = False
+    asked: bool = False
+    """A person waits for the answer."""
+    position: int = 0
+    """Bytes consumed."""
+    result: str = ""
+    error: str = ""
+    cached: bool = False
+    """Every byte read stays in guest RAM."""
+    n_pages: int = 0
+    restarts: int = 0
+
+
+class Partitions(Struct):
+    """What the partition table says, in sectors (first, count)."""
+
+    read: bool = False
+    boot: tuple[int, int] = (0, 0)
+    scratch: tuple[int, int] = (0, 0)
+
+
+class Boot(Struct):
+    """The boot stage: files still to be read, as (disk byte, gpa, bytes), and where they go."""
+
+    loads: list[tuple[int, int, int]] = []
+    loading: bool = False
+    command_line: tuple[int, int] = (0, 0)
+    """gpa and length of the command line that was read; length 0 when there is none."""
+
+
+class Console(Struct):
+    """The terminal: what is still to be written, the line being typed, lines not yet obeyed."""
+
+    out: bytes = b""
+    dropped: int = 0
+    line: str = ""
+    lines: list[str] = []
+    next_poll_ns: int = 0
+    hold_until_ns: int = 0
+    check: bool = True
+
+
+class Writer(Struct):
+    """A region write followed by a flush: stage 0 idle, 1 to write, 2 writing, 3 to flush, 4 flushing, 5 done."""
+
+    stage: int = 0
+    asked: bool = False
+    sector: int = 0
+    n_bytes: int = 0
+    buffer: int = 0
+    sha256: str = ""
+    generation: int = 0
+    error: str = ""
+
+
+class Demo(Struct):
+    """The demo workload: its stage, and the page of its secrets."""
+
+    stage: int = 0
+    secrets: int = 0
+    shared_page: int = 0
+
+
+class NullCalls(Struct):
+    """A run of null hypercalls; their times (u32, ns) lie in guest RAM at `times`."""
+
+    n_calls: int = 0
+    n_done: int = 0
+    times: int = 0
+
+
+class DiskLoad(Struct):
+    """The disk workload: random blocks of the scratch partition, checksums in guest RAM."""
+
+    started: bool = False
+    table: int = 0
+    """u64 a block: generation and CRC-32 of its content."""
+    buffers: int = 0
+    n_blocks: int = 0
+    random: int = 1
+    generation: int = 0
+    n_issued: int = 0
+    n_reads: int = 0
+    n_writes: int = 0
+    busy: dict[int, tuple[int, bool]] = {}
+    """Buffer -> (block, whether it is written)."""
+    flushing: bool = False
+    finished: bool = False
+    error: str = ""
+
+
+class KernelState(Struct):
+    """All of it."""
+
+    phase: Phase = Phase.OFF
+    secure: bool = False
+    interrupts_on: bool = False
+    line: bool = False
+    kbase: int = 0
+    workload: Workload = Workload.PROMPT
+    dma_design: DmaDesign = DmaDesign.QUIRK
+    options: dict[str, str | int | bool] = {}
+    wake_ns: int = 0
+    """Nothing runs before this time after a busy call."""
+    crash: str = ""
+    machine: Machine = msgspec.field(default_factory=Machine)
+    calls: Calls = msgspec.field(default_factory=Calls)
+    pages: Pages = msgspec.field(default_factory=Pages)
+    pool: Pool = msgspec.field(default_factory=Pool)
+    window: Window = msgspec.field(default_factory=Window)
+    blk: Blk = msgspec.field(default_factory=Blk)
+    bulk: Bulk = msgspec.field(default_factory=Bulk)
+    disk_hash: DiskHash = msgspec.field(default_factory=DiskHash)
+    partitions: Partitions = msgspec.field(default_factory=Partitions)
+    boot: Boot = msgspec.field(default_factory=Boot)
+    console: Console = msgspec.field(default_factory=Console)
+    writer: Writer = msgspec.field(default_factory=Writer)
+    null_calls: NullCalls = msgspec.field(default_factory=NullCalls)
+    demo: Demo = msgspec.field(default_factory=Demo)
+    disk_load: DiskLoad = msgspec.field(default_factory=DiskLoad)
+
+
+class Saved(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """The envelope of a save."""
+
+    version: int
+    state: KernelState
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Saved] = msgspec.msgpack.Decoder(Saved)
+
+
+def encode_state(state: KernelState) -> bytes:
+    """The state as bytes, at most MAX_STATE_BYTES."""
+    data = _encoder.encode(Saved(STATE_VERSION, state))
+    if len(data) > MAX_STATE_BYTES:
+        raise AssertionError(f"the kernel state has {len(data)} bytes")
+    return data
+
+
+def decode_state(data: bytes) -> KernelState:
+    """The state of `encode_state`; raises ValueError for another version or anything else."""
+    try:
+        saved = _decoder.decode(data)
+    except (msgspec.MsgspecError, OverflowError) as error:
+        raise ValueError(f"not a state of this kernel: {error}") from None
+    if saved.version != STATE_VERSION:
+        raise ValueError(f"the state has version {saved.version}, this kernel has {STATE_VERSION}")
+    return saved.state

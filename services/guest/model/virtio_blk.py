@@ -1,0 +1,264 @@
+"""The virtio block driver: start in three steps, requests with one data segment, errors by name.
+
+Each request slot has a command block in memory that the device can reach: header, range, status, indirect table. Data
+is mapped through the DMA layer for each request. A status is read once.
+
+Source: VIRTIO 1.4, section 5.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.guest.model.cpu import Busy, Cpu, NoDevice, Step
+from services.guest.model.dma import Dma
+from services.guest.model.pci import BarSpace, Bus
+from services.guest.model.state import Blk, DmaDesign, Mapping, Owner, Request
+from services.guest.model.swiotlb import Direction
+from services.guest.model.virtio_pci import Transport
+from services.guest.model.virtqueue import ANSWER_LIMIT_NS, QueueBroken, QueueError, Segment, Virtqueue
+from shared.virtio import DeviceId, Feature, feature_mask, has_feature
+from shared.virtio_blk import (
+    ID_BYTES,
+    RANGE,
+    RANGE_BYTES,
+    REQUEST_HEADER,
+    REQUEST_HEADER_BYTES,
+    SECTOR_BYTES,
+    STATUS_BYTES,
+    BlkConfig,
+    BlkFeature,
+    BlkRequest,
+    BlkStatus,
+)
+from shared.virtio_pci import MODERN_DEVICE_BASE, VENDOR_ID
+
+QUEUE_SIZE = 64
+REQUEST_COST = 2_000
+_COMMAND_BYTES = 128
+_RANGE_AT, _STATUS_AT, _TABLE_AT = 16, 48, 64
+_NO_STATUS = 0xFF
+_WANTED = feature_mask(
+    (
+        Feature.VERSION_1,
+        Feature.INDIRECT_DESC,
+        Feature.EVENT_IDX,
+        BlkFeature.RO,
+        BlkFeature.SIZE_MAX,
+        BlkFeature.FLUSH,
+        BlkFeature.DISCARD,
+        BlkFeature.WRITE_ZEROES,
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The outcome of a request: `error` is empty when it succeeded."""
+
+    owner: Owner
+    cookie: int
+    error: str = ""
+
+
+class BlkDriver:
+    """One disk over the driver state `state`."""
+
+    def __init__(self, cpu: Cpu, bus: Bus, dma: Dma, state: Blk, design: DmaDesign) -> None:
+        self._cpu = cpu
+        self._bus = bus
+        self._dma = dma
+        self._design = design
+        self.state = state
+        self._transport = Transport(cpu, bus, state.pci)
+        self._queue = Virtqueue(cpu, state.queue)
+
+    @property
+    def translated(self) -> bool:
+        """Whether ACCESS_PLATFORM was accepted."""
+        return has_feature(self.state.pci.features, Feature.ACCESS_PLATFORM)
+
+    @property
+    def max_bytes(self) -> int:
+        """The largest data transfer of one request."""
+        return min(self._dma.max_bytes(translated=self.translated), self.state.max_segment_bytes)
+
+    # -- start ----------------------------------------------------------------------------------------------------
+
+    def find(self, *, firmware: bool) -> Step[bool]:
+        """Look for the first block device; as firmware also give it addresses. False when there is none."""
+        for function in (yield from self._bus.probe()):
+            if function.vendor == VENDOR_ID and function.device == MODERN_DEVICE_BASE + DeviceId.BLOCK:
+                space = BarSpace(self._cpu.machine) if firmware else None
+                yield from self._transport.find(function, space=space)
+                self.state.present = True
+                return True
+        return False
+
+    def start(self) -> Step[None]:
+        """Reset, negotiate, lay out the queue, take an interrupt, go; raises NoDevice with the reason."""
+        state = self.state
+        state.ready, state.error, state.requests = False, "", {}
+        offered = yield from self._transport.read_features()
+        yield from self._transport.accept_features(self._choose(offered))
+        yield from self._read_config()
+        largest = yield from self._transport.queue_size(0)
+        if largest < 2:
+            raise NoDevice("the block device has no queue")
+        yield from self._open_memory()
+        size = min(QUEUE_SIZE, 1 << largest.bit_length() - 1)
+        features = state.pci.features
+        self._queue.set_up(
+            size,
+            state.ring_page,
+            state.ring_addr,
+            indirect=has_feature(features, Feature.INDIRECT_DESC),
+            event_idx=has_feature(features, Feature.EVENT_IDX),
+        )
+        state.pci.irq = yield from self._bus.enable_msix(state.pci.config_addr, state.pci.msix_cap)
+        yield from self._transport.enable_queue(state.queue, vector=0)
+        yield from self._transport.start()
+        state.ready = True
+
+    def _choose(self, offered: int) -> int:
+        if not has_feature(offered, Feature.VERSION_1):
+            raise NoDevice("the device does not offer VERSION_1")
+        chosen = offered & _WANTED
+        if self._design is DmaDesign.IOMMU and not has_feature(offered, Feature.ACCESS_PLATFORM):
+            raise NoDevice("the device does not offer ACCESS_PLATFORM, which dma=iommu needs")
+        if self._design is not DmaDesign.PLAIN:
+            chosen |= offered & feature_mask((Feature.ACCESS_PLATFORM,))
+        return chosen
+
+    def _read_config(self) -> Step[None]:
+        state, features = self.state, self.state.pci.features
+        state.sectors = yield from self._transport.device_config(BlkConfig.CAPACITY, 8)
+        state.max_segment_bytes = 1 << 32
+        if has_feature(features, BlkFeature.SIZE_MAX):
+            size_max = yield from self._transport.device_config(BlkConfig.SIZE_MAX, 4)
+            state.max_segment_bytes = max(SECTOR_BYTES, size_max // SECTOR_BYTES * SECTOR_BYTES)
+        state.read_only = has_feature(features, BlkFeature.RO)
+        state.flush = has_feature(features, BlkFeature.FLUSH)
+        state.discard = has_feature(features, BlkFeature.DISCARD)
+        state.write_zeroes = has_feature(features, BlkFeature.WRITE_ZEROES)
+
+    def _open_memory(self) -> Step[None]:
+        """Pages for ring and commands, once; they survive a renegotiation of the same kind."""
+        state = self.state
+        if state.ring_addr and state.command_addr:
+            self._cpu.fill(state.ring_page, Virtqueue.bytes_for(QUEUE_SIZE))
+            return
+        if not state.ring_page:
+            state.ring_page = self._dma.alloc_coherent()
+            state.command_page = self._dma.alloc_coherent()
+        state.ring_addr = yield from self._dma.open_coherent(state.ring_page, translated=self.translated)
+        state.command_addr = yield from self._dma.open_coherent(state.command_page, translated=self.translated)
+
+    def quiesce(self) -> Step[None]:
+        """Reset the device so that it touches no memory any more."""
+        self.state.ready = False
+        yield from self._transport.reset()
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def submit(self, kind: BlkRequest, sector: int, gpa: int, n_bytes: int, owner: Owner, cookie: int) -> Step[bool]:
+        """Make a request available; `kick` follows after the last of a batch. False: no room now, try again when one
+        has finished. Raises QueueBroken when the queue is broken, Busy, NoDevice."""
+        state = self.state
+        if not state.ready or state.queue.broken:
+            raise QueueBroken(QueueError(state.queue.broken or QueueError.NO_DEVICE))
+        self._cpu.clock.charge(REQUEST_COST)
+        if not self._queue.room_for(3):
+            return False
+        mapping: Mapping | None = None
+        if kind in (BlkRequest.IN, BlkRequest.OUT, BlkRequest.GET_ID):
+            direction = Direction.TO_DEVICE if kind == BlkRequest.OUT else Direction.FROM_DEVICE
+            mapping = yield from self._dma.map(gpa, n_bytes, direction, translated=self.translated)
+            if mapping is None:
+                state.requeued += 1
+                return False
+        head = self._make_available(kind, sector, n_bytes, mapping)
+        state.requests[head] = Request(owner, cookie, kind, mapping, self._cpu.clock.now_ns())
+        return True
+
+    def _make_available(self, kind: BlkRequest, sector: int, n_bytes: int, mapping: Mapping | None) -> int:
+        # The next head is the one on top of the free list: its command block is free too.
+        at = _COMMAND_BYTES * self.state.queue.free[-1]
+        page, addr = self.state.command_page + at, self.state.command_addr + at
+        is_range = kind in (BlkRequest.DISCARD, BlkRequest.WRITE_ZEROES)
+        block = REQUEST_HEADER.pack(kind, 0, 0 if is_range else sector)
+        block += RANGE.pack(sector, n_bytes // SECTOR_BYTES, 0) if is_range else bytes(RANGE_BYTES)
+        self._cpu.store(page, block.ljust(_STATUS_AT, b"\0") + bytes([_NO_STATUS]))
+        segments: list[Segment] = [(addr, REQUEST_HEADER_BYTES, False)]
+        if is_range:
+            segments.append((addr + _RANGE_AT, RANGE_BYTES, False))
+        if mapping is not None:
+            segments.append((mapping.addr, mapping.n_bytes, kind != BlkRequest.OUT))
+        segments.append((addr + _STATUS_AT, STATUS_BYTES, True))
+        return self._queue.add(segments, page + _TABLE_AT, addr + _TABLE_AT)
+
+    def kick(self) -> Step[None]:
+        """Tell the device of what was submitted, when it wants to know."""
+        if self.state.ready and self._queue.must_kick():
+            yield from self._transport.kick(self.state.queue)
+
+    def get_id_bytes(self) -> int:
+        """The buffer that GET_ID needs."""
+        return ID_BYTES
+
+    # -- outcomes ---------------------------------------------------------------------------------------------------
+
+    def collect(self) -> Step[list[Finished]]:
+        """Everything that has finished. A broken queue ends all requests with its error."""
+        finished: list[Finished] = []
+        if not self.state.ready or self.state.queue.broken:
+            return finished
+        try:
+            while True:
+                while (used := self._queue.take_used()) is not None:
+                    finished.append((yield from self._finish(*used)))
+                if not self._queue.ask_for_interrupt():
+                    return finished
+        except QueueBroken as broken:
+            finished += yield from self.give_up(broken.error)
+            return finished
+
+    def _finish(self, head: int, written_bytes: int) -> Step[Finished]:
+        request = self.state.requests.pop(head)
+        status = self._cpu.load(self.state.command_page + _COMMAND_BYTES * head + _STATUS_AT, 1)[0]
+        error = "" if status == BlkStatus.OK else _status_name(status)
+        mapping = request.mapping
+        if mapping is not None:
+            data_bytes = max(0, written_bytes - STATUS_BYTES)
+            if request.kind == BlkRequest.IN and not error and data_bytes < mapping.n_bytes:
+                error = f"the device wrote {data_bytes} of {mapping.n_bytes} bytes"
+            yield from self._dma.unmap(mapping, data_bytes)
+        return Finished(Owner(request.owner), request.cookie, error)
+
+    def give_up(self, error: QueueError) -> Step[list[Finished]]:
+        """End the queue and all its requests by name; the device is told, should it listen."""
+        state = self.state
+        state.queue.broken, state.error = error.value, f"queue 0: {error.value}"
+        state.ready = False
+        try:
+            yield from self._transport.fail()
+            yield from self._transport.reset()
+        except (NoDevice, Busy):
+            state.error += "; the device does not answer"
+        ended = [Finished(Owner(request.owner), request.cookie, state.error) for request in state.requests.values()]
+        # The slots stay taken: a device that lied may still write to them.
+        state.requests = {}
+        return ended
+
+    def deadline_ns(self) -> int | None:
+        """When the oldest request counts as unanswered."""
+        if not self.state.requests:
+            return None
+        return min(request.submitted_ns for request in self.state.requests.values()) + ANSWER_LIMIT_NS
+
+
+def _status_name(status: int) -> str:
+    try:
+        return BlkStatus(status).name
+    except ValueError:
+        return f"status {status:#x}"

@@ -1,0 +1,393 @@
+"""A virtual processor: one OS thread that alone owns the engine and the links to kvm and ultravisor.
+
+    take due messages without waiting -> run the engine for at most a slice -> serve the exit
+
+It is hardware: it holds MSR.S, routes `sc 1` to kvm, or to the ultravisor when S is set, and `sc 2` to the ultravisor,
+and it takes no orders from the kernel on it. A call sends, then polls both links, and while it waits it serves
+invalidations, the interrupt line, stop, start and whatever the control thread posts.
+
+A start or an end of the secure VM that comes while the engine is inside a memory access unwinds the engine first
+(`_Abandon`): only then is the memory let go and the message answered.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+import msgspec
+import zmq
+
+from protocol import messages as m
+from protocol.codes import HCode
+from protocol.errors import GuestFault, PeerError
+from protocol.hcalls import H_CEDE, H_LOGICAL_CI_LOAD, H_LOGICAL_CI_STORE
+from protocol.links import GUEST_WHILE_SECURE, name_of
+from protocol.messages import Access, decode_result
+from protocol.refusals import Refusal, refusal
+from protocol.wire import Envelope, MessageKind
+from services.guest.clock import GuestClock
+from services.guest.engine import Engine
+from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
+from services.guest.link_end import LinkEnd
+from services.guest.vm_memory import GuestVmMemory
+from services.runtime.link import LOST_STATES
+from services.runtime.log import Log
+
+SLICE_NS = 1_000_000
+_RETRY_MS = 1
+_FAULT_TRIES = 20_000
+_LOST_PEER_MS = 10
+_IDLE_POLL_MS = 1_000
+_NS_PER_MS = 1_000_000
+_VCPU = 0
+
+
+class RunState(Enum):
+    """What the processor does."""
+
+    OFF = "off"
+    RUNNING = "running"
+    STOPPED = "stopped"
+    CRASHED = "crashed"
+
+
+class _Abandon(BaseException):
+    """Unwinds the engine; BaseException, so that no kernel code catches it."""
+
+
+class Processor:
+    """Processor 0 of a VM. Every method but `post`, `start_thread` and `join` runs in its own thread."""
+
+    def __init__(
+        self, engine: Engine, memory: GuestVmMemory, kvm: LinkEnd, ultravisor: LinkEnd, clock: GuestClock, log: Log
+    ) -> None:
+        self.state = RunState.OFF
+        self.secure = False
+        self.crash_reason = ""
+        self.refused = 0
+        self._engine = engine
+        self._memory = memory
+        self._kvm = kvm
+        self._ultravisor = ultravisor
+        self._clock = clock
+        self._log = log
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._poller = zmq.Poller()
+        for end in (kvm, ultravisor):
+            self._poller.register(end.socket, zmq.POLLIN)
+        self._poller.register(self._wake, zmq.POLLIN)
+        self._thread = threading.Thread(target=self._main, name="vcpu0", daemon=True)
+        self._quit = False
+        self._in_engine = False
+        self._deferred: list[tuple[LinkEnd, Envelope]] = []
+        self._generation = 0
+        self._next_cause = 1
+        self._replies: dict[tuple[LinkEnd, int], Envelope | None] = {}
+        self._resume_with: list[int] | None = None
+        self._line = False
+
+    # -- for the control thread -------------------------------------------------------------------------------
+
+    def start_thread(self) -> None:
+        """Begin to serve; the processor is off until it is started."""
+        self._thread.start()
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Have `action` run in the processor's thread, soon."""
+        self._posted.put(action)
+        os.eventfd_write(self._wake, 1)
+
+    def peer_is(self, end: LinkEnd, state: str) -> None:
+        """What became of kvm or ultravisor; posted by the control thread."""
+        state = state if state in LOST_STATES else "up"
+        if state != end.peer_state:
+            end.peer_state = state
+            self._log.warning("peer lost" if state != "up" else "peer is up again", peer=end.peer, state=state)
+
+    def quit(self) -> None:
+        """Leave the loop."""
+        self._quit = True
+        os.eventfd_write(self._wake, 1)
+
+    def join(self, seconds: float) -> bool:
+        """Whether the thread ended within `seconds`."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    # -- the loop ---------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        while not self._quit:
+            self._take_due()
+            if self.state is not RunState.RUNNING:
+                self._wait(_IDLE_POLL_MS)
+                continue
+            leaving = self._run_engine()
+            if leaving is not None:
+                self._serve(leaving)
+
+    def _run_engine(self) -> Exit | None:
+        self._in_engine = True
+        try:
+            if self._resume_with is not None:
+                result, self._resume_with = self._resume_with, None
+                self._engine.resume(result)
+            return self._engine.run(SLICE_NS)
+        except _Abandon:
+            return None
+        except GuestFault as fault:
+            return Crash(str(fault))
+        except Exception as error:
+            self._log.error("engine error", exc_info=error)
+            return Crash(f"engine error: {error}")
+        finally:
+            self._in_engine = False
+            self._take_deferred()
+
+    def _serve(self, leaving: Exit) -> None:
+        match leaving:
+            case Hypercall(number, args):
+                self._call_and_resume(self._hypervisor(), number, [_VCPU, *args])
+            case Ultracall(number, args):
+                self._call_and_resume(self._ultravisor, number, [_VCPU, *args])
+            case MmioLoad(gpa, size):
+                self._call_and_resume(self._hypervisor(), H_LOGICAL_CI_LOAD.number, [_VCPU, size, gpa])
+            case MmioStore(gpa, size, value):
+                self._call_and_resume(self._hypervisor(), H_LOGICAL_CI_STORE.number, [_VCPU, size, gpa, value])
+            case Idle():
+                self._idle(leaving)
+            case Crash(reason):
+                self._crash(reason)
+            case Pause():
+                pass
+
+    def _call_and_resume(self, end: LinkEnd, number: int, registers: list[int]) -> None:
+        reply = self._call(end, number, registers, None)
+        if reply is not None:
+            self._resume_with = self._result(reply)
+
+    def _result(self, reply: Envelope) -> list[int]:
+        try:
+            return decode_result(reply.body)
+        except PeerError as error:
+            self._refuse(str(error))
+            return [HCode.H_HARDWARE]
+
+    def _idle(self, idle: Idle) -> None:
+        """H_CEDE. The decrementer is the processor's own and ends it; kvm ends it for an interrupt."""
+        until_ns = idle.until_ns
+        if self._line:
+            return
+        # Time does not jump over an open device request, or its time-out would fire first.
+        if until_ns is not None and not idle.device_open and self._clock.skip_to(until_ns):
+            return
+        self._call(self._hypervisor(), H_CEDE.number, [_VCPU], until_ns)
+
+    def _crash(self, reason: str) -> None:
+        self.state = RunState.CRASHED
+        self.crash_reason = reason
+        self._log.error("guest crashed", reason=reason)
+        body = m.CrashBody(_VCPU, reason[:512])
+        self._hypervisor().send_event(m.GUEST_CRASHED.number, body, 0)
+
+    def _hypervisor(self) -> LinkEnd:
+        """Where `sc 1` and faults go."""
+        return self._ultravisor if self.secure else self._kvm
+
+    # -- calls ------------------------------------------------------------------------------------------------
+
+    def _call(self, end: LinkEnd, number: int, body: Any, until_ns: int | None) -> Envelope | None:  # noqa: ANN401
+        """Call and wait; None when the processor was started, ended or, by `until_ns`, woken meanwhile."""
+        generation = self._generation
+        correlation = end.send_call(number, body, self._new_cause()) if end.peer_state == "up" else None
+        if correlation is None:
+            self._wait(_LOST_PEER_MS)
+            return self._lost_reply(end, number) if generation == self._generation else None
+        key = (end, correlation)
+        self._replies[key] = None
+        try:
+            while generation == self._generation and not self._quit:
+                reply = self._replies[key]
+                if reply is not None:
+                    return reply
+                if end.peer_state != "up":
+                    return self._lost_reply(end, number)
+                if until_ns is not None and (until_ns <= self._clock.now_ns() or self._line):
+                    return None
+                self._wait(self._patience_ms(until_ns))
+                self._take_due()
+        finally:
+            del self._replies[key]
+        return None
+
+    def _patience_ms(self, until_ns: int | None) -> int:
+        if until_ns is None or self.state is not RunState.RUNNING:
+            return _IDLE_POLL_MS
+        return max(1, min(_IDLE_POLL_MS, -(-(until_ns - self._clock.now_ns()) // _NS_PER_MS)))
+
+    def _lost_reply(self, end: LinkEnd, number: int) -> Envelope:
+        """What a call gets whose peer is dead, stopped or takes no messages."""
+        body = msgspec.Raw(msgspec.msgpack.encode(refusal(number, Refusal.of_peer(end.peer_state))))
+        return Envelope(1, MessageKind.REPLY, number, 0, 0, body)
+
+    def _new_cause(self) -> int:
+        self._next_cause += 1
+        return self._memory.lpid << 48 | self._next_cause
+
+    def resolve_fault(self, gfn: int, access: Access) -> None:
+        """Have the map give `gfn`; called by the address space from inside the engine. Raises GuestFault."""
+        body = m.MapFaultBody(_VCPU, gfn, access)
+        for _ in range(_FAULT_TRIES):
+            generation = self._generation
+            reply = self._call(self._hypervisor(), m.MAP_FAULT.number, body, None)
+            if self._deferred or generation != self._generation or self._quit:
+                raise _Abandon
+            code = HCode.H_HARDWARE if reply is None else m.MAP_FAULT.decode_reply(reply.body).code
+            if code == HCode.H_SUCCESS:
+                return
+            if code != HCode.H_BUSY:
+                raise GuestFault(f"no memory at gfn {gfn:#x} ({access.name.lower()}): code {code}")
+            self._wait(_RETRY_MS)
+            self._take_due()
+        raise GuestFault(f"gfn {gfn:#x} stays busy")
+
+    # -- messages ---------------------------------------------------------------------------------------------
+
+    def _wait(self, milliseconds: int) -> None:
+        """Sleep until something comes; state stopped holds the clock."""
+        self._poller.poll(milliseconds)
+
+    def _take_due(self) -> None:
+        for end in (self._kvm, self._ultravisor):
+            while self._take_one(end):
+                pass
+        self._take_posted()
+
+    def _take_one(self, end: LinkEnd) -> bool:
+        try:
+            envelope = end.receive()
+            if envelope is None:
+                return False
+            self._take(end, envelope)
+        except PeerError as error:
+            self._refuse(f"{end.peer}: {error}")
+        return True
+
+    def _take_posted(self) -> None:
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            return
+        while not self._posted.empty():
+            self._posted.get()()
+
+    def _take(self, end: LinkEnd, envelope: Envelope) -> None:
+        if envelope.kind is MessageKind.REPLY:
+            key = (end, envelope.correlation)
+            if key in self._replies:
+                self._replies[key] = envelope
+            return
+        if end is self._kvm and self.secure and envelope.number not in GUEST_WHILE_SECURE:
+            end.reply(envelope, refusal(envelope.number, Refusal.PERMISSION))
+            self._refuse(f"{name_of(envelope.number)} from kvm while S is set")
+            return
+        if self._in_engine and envelope.number in _UNWINDING:
+            self._deferred.append((end, envelope))
+            raise _Abandon
+        self._handle(end, envelope)
+
+    def _take_deferred(self) -> None:
+        deferred, self._deferred = self._deferred, []
+        for end, envelope in deferred:
+            try:
+                self._handle(end, envelope)
+            except PeerError as error:
+                self._refuse(f"{end.peer}: {error}")
+
+    def _handle(self, end: LinkEnd, envelope: Envelope) -> None:
+        handler = _HANDLERS[envelope.number]
+        message = m.MESSAGES[envelope.number]
+        code = handler(self, message.decode_body(envelope.body))
+        end.reply(envelope, m.Status(code))
+
+    def _refuse(self, reason: str) -> None:
+        self.refused += 1
+        self._log.warning("refused", reason=reason)
+
+    # -- what kvm and ultravisor order ------------------------------------------------------------------------
+
+    def _invalidate(self, _body: Any) -> int:  # noqa: ANN401
+        self._engine.flush_translations()
+        return HCode.H_SUCCESS
+
+    def _start_normal(self, body: m.StartBody) -> int:
+        self._memory.use_normal()
+        self._begin(body.pc, body.gprs, secure=False)
+        return HCode.H_SUCCESS
+
+    def _start_secure(self, body: m.SvmStartBody) -> int:
+        if not self._memory.use_secure():
+            return HCode.H_NO_MEM
+        self._begin(body.pc, body.gprs, secure=True)
+        return HCode.H_SUCCESS
+
+    def _begin(self, pc: int, gprs: dict[int, int], *, secure: bool) -> None:
+        self.secure = secure
+        self._generation += 1
+        self._resume_with = None
+        self._engine.start(pc, gprs, secure=secure)
+        self._engine.set_line(self._line)
+        self._set_state(RunState.RUNNING)
+
+    def _end_secure(self, _body: m.Empty) -> int:
+        self._generation += 1
+        self._resume_with = None
+        self.secure = False
+        self._set_state(RunState.OFF)
+        self._memory.drop_secure()
+        return HCode.H_SUCCESS
+
+    def _stop(self, _body: m.RunBody) -> int:
+        if self.state is RunState.RUNNING:
+            self._set_state(RunState.STOPPED)
+        return HCode.H_SUCCESS
+
+    def _continue(self, _body: m.RunBody) -> int:
+        if self.state is RunState.STOPPED:
+            self._set_state(RunState.RUNNING)
+        return HCode.H_SUCCESS
+
+    def _set_state(self, state: RunState) -> None:
+        self.state = state
+        if state is RunState.RUNNING:
+            self._clock.go_on()
+        else:
+            self._clock.hold()
+
+    def _set_line(self, body: m.LineBody) -> int:
+        self._line = body.level
+        self._engine.set_line(body.level)
+        return HCode.H_SUCCESS
+
+    def _interrupt(self, body: m.InterruptBody) -> int:
+        self._log.info("interrupt synthesised by the ultravisor", vector=body.vector)
+        return HCode.H_SUCCESS
+
+
+_UNWINDING = frozenset({m.VCPU_START.number, m.SVM_START.number, m.SVM_ENDED.number})
+_HANDLERS: dict[int, Callable[[Processor, Any], int]] = {
+    m.MAP_INVALIDATE.number: Processor._invalidate,
+    m.VCPU_START.number: Processor._start_normal,
+    m.SVM_START.number: Processor._start_secure,
+    m.SVM_ENDED.number: Processor._end_secure,
+    m.VCPU_STOP.number: Processor._stop,
+    m.VCPU_CONTINUE.number: Processor._continue,
+    m.VCPU_LINE.number: Processor._set_line,
+    m.SVM_INTERRUPT.number: Processor._interrupt,
+}

@@ -1,0 +1,180 @@
+"""The guest process: a processor in its own thread; trio in the main thread does control."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import trio
+
+from protocol.errors import GuestFault, HostFault, UserError
+from protocol.geometry import PAGE_BYTES, gfn_of, gpa_of
+from protocol.links import KVM_GUEST, LINK_KINDS, ULTRAVISOR_GUEST
+from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
+from services.guest.address_space import AddressSpace
+from services.guest.clock import make_clock
+from services.guest.link_end import LinkEnd
+from services.guest.model.engine import ModelEngine
+from services.guest.processor import Processor
+from services.guest.vm_memory import GuestVmMemory
+from services.runtime.process import Query, Runtime
+from services.runtime.recorder import Recorder
+from services.runtime.sockets import connect_socket
+
+_JOIN_SECONDS = 1.0
+_QUERY_SECONDS = 1.0
+T = TypeVar("T")
+
+
+class Guest:
+    """One VM's guest process."""
+
+    def __init__(self, runtime: Runtime, keys: Keys) -> None:
+        self._runtime = runtime
+        self._vm: VmEntry | None = None
+        self._memory: GuestVmMemory | None = None
+        self._ends: list[LinkEnd] = []
+        self._processor: Processor | None = None
+        self._has_map = trio.Event()
+        self._recorder: Recorder | None = None
+
+    async def start(self) -> None:
+        """Nothing host-wide."""
+
+    async def add_vm(
+        self, vm: VmEntry, links: list[LinkEntry], keys: dict[str, LinkKey], files: dict[str, int]
+    ) -> None:
+        """The VM of this process."""
+        self._vm = vm
+        private = socket.socket(fileno=files[f"secure:{vm.name}"])
+        memory = GuestVmMemory(vm.lpid, files[f"ram:{vm.name}"], vm.memory_bytes, private, self._runtime.log)
+        os.close(files[f"ram:{vm.name}"])
+        kvm = self._connect(next(link for link in links if link.kind == KVM_GUEST.name), keys)
+        ultravisor = self._connect(next(link for link in links if link.kind == ULTRAVISOR_GUEST.name), keys)
+        clock = make_clock(vm.time)
+        processor: list[Processor] = []
+        space = AddressSpace(
+            memory.normal, memory.dirty.buffer, lambda gfn, access: processor[0].resolve_fault(gfn, access)
+        )
+        memory.space = space
+        engine = ModelEngine(space, clock)
+        processor.append(Processor(engine, memory, kvm, ultravisor, clock, self._runtime.log))
+        self._memory, self._processor = memory, processor[0]
+        await self._runtime.give("guest-dirty-map", vm.name, memory.dirty.fd)
+        self._runtime.nursery.start_soon(self._run)
+
+    def _connect(self, entry: LinkEntry, keys: dict[str, LinkKey]) -> LinkEnd:
+        socket_ = connect_socket(self._runtime.context, entry, keys[entry.id])
+        end = LinkEnd(socket_, LINK_KINDS[entry.kind], entry.id, entry.peer)
+        self._ends.append(end)
+        if self._runtime.config.record:
+            if self._recorder is None:
+                self._recorder = Recorder(self._runtime.files["record"])
+            end.tap = self._recorder.record
+        return end
+
+    async def _run(self) -> None:
+        """The processor starts to serve once it has kvm's map."""
+        await self._has_map.wait()
+        assert self._processor is not None
+        self._processor.start_thread()
+        while True:
+            await trio.sleep(0.5)
+            if self._recorder is not None:
+                self._processor.post(self._recorder.flush)
+
+    async def remove_vm(self, name: str) -> None:
+        """A guest process ends with its VM."""
+
+    async def gift(self, tag: str, vm: str, fd: int) -> None:
+        """kvm's map of the VM while it is a normal one."""
+        if tag != "normal-map" or self._memory is None or self._has_map.is_set():
+            os.close(fd)
+            self._runtime.log.warning("unexpected descriptor", tag=tag, vm=vm)
+            return
+        self._memory.take_normal_map(fd)
+        self._has_map.set()
+
+    def peer_state(self, peer: str, state: str) -> None:
+        """kvm or ultravisor died, stopped, came back."""
+        for end in self._ends:
+            if end.peer == peer and self._processor is not None:
+                self._processor.post(self._note_peer(end, state))
+
+    def _note_peer(self, end: LinkEnd, state: str) -> Callable[[], None]:
+        def note() -> None:
+            assert self._processor is not None
+            self._processor.peer_is(end, state)
+
+        return note
+
+    async def stop(self) -> None:
+        """End the processor's thread."""
+        if self._processor is not None and self._has_map.is_set():
+            self._processor.quit()
+            await trio.to_thread.run_sync(self._processor.join, _JOIN_SECONDS)
+        if self._recorder is not None:
+            self._recorder.flush()
+
+    # -- questions of the operator ----------------------------------------------------------------------------
+
+    def queries(self) -> dict[str, Query]:
+        """By name."""
+        return {"page.guest": self._page_guest, "vm.status": self._vm_status, "record": self._record}
+
+    async def _page_guest(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The page as the guest sees it; only of a VM started debuggable (S1)."""
+        if self._vm is None or not self._vm.debuggable:
+            raise UserError("the VM is not debuggable: its cluster file must say `debuggable = true`")
+        gpa = gpa_of(gfn_of(int(arguments["gpa"])))
+        data = await self._in_processor(lambda: self._peek(gpa))
+        return {"gpa": gpa, "mapped": data is not None, "bytes": data}
+
+    def _peek(self, gpa: int) -> bytes | None:
+        assert self._memory is not None
+        assert self._memory.space is not None
+        try:
+            return self._memory.space.peek(gpa, PAGE_BYTES)
+        except GuestFault:
+            return None
+
+    async def _vm_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        processor = self._processor
+        if processor is None:
+            return {"state": "starting", "secure": False}
+        return {"state": processor.state.value, "secure": processor.secure, "crash": processor.crash_reason}
+
+    async def _record(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        on = bool(arguments["on"])
+        recorder = Recorder(self._runtime.files["record"]) if on else None
+
+        def switch() -> None:
+            if self._recorder is not None:
+                self._recorder.flush()
+            self._recorder = recorder
+            for end in self._ends:
+                end.tap = recorder.record if recorder is not None else None
+
+        await self._in_processor(switch)
+        return {"recording": on}
+
+    async def _in_processor(self, work: Callable[[], T]) -> T:
+        """Run `work` in the processor's thread; raises HostFault when it does not come to it."""
+        done = trio.Event()
+        results: list[T] = []
+        token = trio.lowlevel.current_trio_token()
+
+        def run() -> None:
+            results.append(work())
+            token.run_sync_soon(done.set)
+
+        if self._processor is None:
+            raise HostFault("the processor has not started")
+        self._processor.post(run)
+        with trio.move_on_after(_QUERY_SECONDS):
+            await done.wait()
+        if not results:
+            raise HostFault("the processor does not answer")
+        return results[0]

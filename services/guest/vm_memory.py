@@ -1,0 +1,88 @@
+"""The mappings of a guest process: the RAM segment, and the secure memory that only it and the ultravisor have."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import socket
+
+import msgspec
+
+from protocol.errors import HostFault
+from protocol.geometry import PAGE_SHIFT
+from services.guest.address_space import AddressSpace
+from services.runtime.log import Log
+from shared.memfd import SealedMemory, map_sealed
+from shared.partition_map import ENTRY_BYTES, PartitionMap
+
+_N_DESCRIPTORS = 2
+_announcement = msgspec.msgpack.Decoder(tuple[int, int])
+
+
+class GuestVmMemory:
+    """Which map and memory the address space uses now; `private` is the socketpair that the ultravisor shares."""
+
+    def __init__(self, lpid: int, ram_fd: int, size_bytes: int, private: socket.socket, log: Log) -> None:
+        self.lpid = lpid
+        self.size_bytes = size_bytes
+        self._log = log
+        self._private = private
+        self._n_pages = size_bytes >> PAGE_SHIFT
+        try:
+            self._ram = mmap.mmap(ram_fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except (OSError, ValueError) as error:
+            raise HostFault(f"cannot map the RAM segment: {error}") from None
+        self.normal = memoryview(self._ram)
+        self.dirty = SealedMemory("pefbox-dirty-guest", self._n_pages, others_write=True)
+        self._normal_map: PartitionMap | None = None
+        self._secure: mmap.mmap | None = None
+        self._secure_map: mmap.mmap | None = None
+        self.space: AddressSpace | None = None
+
+    def take_normal_map(self, fd: int) -> None:
+        """The map that kvm made for the VM while it is a normal one; raises HostFault."""
+        mapping = map_sealed(fd, self._n_pages * ENTRY_BYTES)
+        self._normal_map = PartitionMap(memoryview(mapping))
+
+    def use_normal(self) -> None:
+        """Translate through kvm's map."""
+        assert self.space is not None
+        assert self._normal_map is not None
+        self.space.use_map(self._normal_map, None)
+
+    def use_secure(self) -> bool:
+        """Take secure memory and map that the ultravisor sent, and translate through them; False when they are bad."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._private, 64, _N_DESCRIPTORS, socket.MSG_DONTWAIT)
+            if len(descriptors) != _N_DESCRIPTORS:
+                raise HostFault("secure memory came without its descriptors")
+            size_bytes, n_pages = _announcement.decode(data)
+            self._secure = mmap.mmap(descriptors[0], size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            os.close(descriptors[0])
+            self._secure_map = map_sealed(descriptors[1], n_pages * ENTRY_BYTES)
+        except (OSError, HostFault, msgspec.MsgspecError) as error:
+            self._log.error("no secure memory", reason=str(error))
+            return False
+        assert self.space is not None
+        self.space.use_map(PartitionMap(memoryview(self._secure_map)), memoryview(self._secure))
+        return True
+
+    def drop_secure(self) -> None:
+        """Unmap secure memory and map. The caller promises that nothing uses them."""
+        assert self.space is not None
+        self.space.use_map(None, None)
+        secure, self._secure = self._secure, None
+        secure_map, self._secure_map = self._secure_map, None
+        for mapping in (secure, secure_map):
+            if mapping is not None:
+                _unmap(mapping)
+
+
+def _unmap(mapping: mmap.mmap) -> None:
+    try:
+        mapping.close()
+    except BufferError:
+        # A view still stands in a frame that was just unwound; with it gone the mapping goes too.
+        gc.collect()
+        mapping.close()

@@ -1,0 +1,1 @@
+"""The hypervisor: VMs, memory slots, hypercalls, TCE tables, interrupt controller, terminal."""

@@ -1,0 +1,10 @@
+"""`python -m services.kvm`: started by the launcher, once a host."""
+
+from __future__ import annotations
+
+from protocol.roles import Role
+from services.kvm.service import Kvm
+from services.runtime.process import run_service
+
+if __name__ == "__main__":
+    run_service(Role.KVM, Kvm, landlock_dirs=lambda config: [config.run_dir])

@@ -1,0 +1,175 @@
+"""Every hypercall that kvm answers, by number: the one table that both ways into kvm use.
+
+A handler is a method named after its call. It gets exactly the declared arguments and returns `[code, outputs...]`, or
+None when it stays open (H_CEDE and its kin) and is answered later.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import IntEnum
+
+from protocol import hcalls as h
+from protocol.codes import HCode
+from protocol.errors import GuestFault
+from services.kvm.guest_call import AtOnce, GuestCall, Result, Waiting
+from services.kvm.rtas import RtasCalls
+from services.kvm.tce_tables import TceTables
+from services.kvm.terminal import Terminal
+from services.kvm.ultravisor_port import Answer
+from services.kvm.user_space import UserSpace
+from services.kvm.uvmem import SecurePages
+from services.kvm.vcpu import Vcpus
+from services.kvm.xics import Xics
+from shared.guest_ram import GuestRam
+
+_SUCCESS: Result = [HCode.H_SUCCESS]
+_TCE_BYTES = 8
+
+
+class SetModeResource(IntEnum):
+    """What H_SET_MODE sets (PAPR 14.5.4.3.6)."""
+
+    CIABR = 1
+    DAWR = 2
+    ADDRESS_TRANSLATION_MODE = 3
+    LITTLE_ENDIAN = 4
+
+
+class Hcalls:
+    """Handlers of one VM. `at_once` and `waiting` are the tables by call number."""
+
+    def __init__(
+        self,
+        ram: GuestRam,
+        xics: Xics,
+        tces: TceTables,
+        terminal: Terminal,
+        vcpus: Vcpus,
+        user_space: UserSpace,
+        secure: SecurePages,
+    ) -> None:
+        self._ram = ram
+        self._xics = xics
+        self._tces = tces
+        self._terminal = terminal
+        self._vcpus = vcpus
+        self._secure = secure
+        self._open: dict[int, Answer] = {}
+        self._modes: dict[int, int] = {}
+        rtas = RtasCalls(ram, xics, user_space)
+        self.at_once: dict[int, AtOnce] = {
+            h.H_GET_TCE.number: lambda call: self._tces.h_get_tce(*call.args),
+            h.H_PUT_TCE.number: lambda call: self._tces.h_put_tce(*call.args),
+            h.H_STUFF_TCE.number: lambda call: self._tces.h_stuff_tce(*call.args),
+            h.H_GET_TERM_CHAR.number: lambda call: self._terminal.h_get_term_char(*call.args),
+            h.H_PUT_TERM_CHAR.number: lambda call: self._terminal.h_put_term_char(*call.args),
+            h.H_EOI.number: lambda call: self._xics.h_eoi(call.vcpu, *call.args),
+            h.H_CPPR.number: lambda call: self._xics.h_cppr(call.vcpu, *call.args),
+            h.H_IPI.number: lambda call: self._xics.h_ipi(*call.args),
+            h.H_IPOLL.number: lambda call: self._xics.h_ipoll(*call.args),
+            h.H_XIRR.number: lambda call: self._xics.h_xirr(call.vcpu),
+            h.H_XIRR_X.number: lambda call: self._xics.h_xirr_x(call.vcpu, 0),
+            h.H_CEDE.number: self.h_cede,
+            h.H_CONFER.number: self.h_confer,
+            h.H_PROD.number: lambda call: [self._vcpus.h_prod(*call.args)],
+            h.H_JOIN.number: self.h_join,
+            h.H_RANDOM.number: self.h_random,
+            h.H_SET_MODE.number: self.h_set_mode,
+            h.H_SVM_INIT_DONE.number: lambda call: [self._secure.init_done()],
+        }
+        self.waiting: dict[int, Waiting] = {
+            h.H_PUT_TCE_INDIRECT.number: self.h_put_tce_indirect,
+            h.H_LOGICAL_CI_LOAD.number: user_space.h_logical_ci_load,
+            h.H_LOGICAL_CI_STORE.number: user_space.h_logical_ci_store,
+            h.H_RTAS.number: rtas.h_rtas,
+            h.H_SVM_PAGE_IN.number: self.h_svm_page_in,
+            h.H_SVM_PAGE_OUT.number: self.h_svm_page_out,
+            h.H_SVM_INIT_START.number: self.h_svm_init_start,
+            h.H_SVM_INIT_ABORT.number: self.h_svm_init_abort,
+        }
+
+    # -- virtual processor ------------------------------------------------------------------------------------
+
+    def h_cede(self, call: GuestCall) -> Result | None:
+        """H_CEDE. A processor that cedes again has left its last cede by its own decrementer."""
+        if call.vcpu < len(self._vcpus):
+            self._vcpus.wake(call.vcpu)
+            self.answer_ended()
+        return self._keep_open(call, self._vcpus.h_cede(call.vcpu))
+
+    def h_confer(self, call: GuestCall) -> Result | None:
+        """H_CONFER."""
+        target, dispatch = call.args
+        return self._keep_open(call, self._vcpus.h_confer(call.vcpu, target, dispatch))
+
+    def h_join(self, call: GuestCall) -> Result | None:
+        """H_JOIN."""
+        return self._keep_open(call, self._vcpus.h_join(call.vcpu))
+
+    def answer_ended(self) -> None:
+        """Answer every open call that ended since the last time."""
+        for vcpu in self._vcpus.take_ended():
+            answer = self._open.pop(vcpu, None)
+            if answer is not None:
+                answer(_SUCCESS)
+
+    def drop_open(self) -> None:
+        """The machine is reset: open calls are not answered any more."""
+        self._open.clear()
+
+    def _keep_open(self, call: GuestCall, code: HCode | None) -> Result | None:
+        if code is not None:
+            return [code]
+        self._open[call.vcpu] = call.answer
+        return None
+
+    # -- others -----------------------------------------------------------------------------------------------
+
+    def h_random(self, _call: GuestCall) -> Result:
+        """H_RANDOM of a normal VM; a secure VM's is answered by the ultravisor."""
+        return [HCode.H_SUCCESS, int.from_bytes(os.urandom(8), "big")]
+
+    def h_set_mode(self, call: GuestCall) -> Result:
+        """H_SET_MODE: interrupt endianness and address translation mode; debug registers are not offered."""
+        mflags, resource, value1, value2 = call.args
+        if resource not in (SetModeResource.ADDRESS_TRANSLATION_MODE, SetModeResource.LITTLE_ENDIAN):
+            return [HCode.H_UNSUPPORTED if resource in (1, 2) else HCode.H_P2]
+        if value1:
+            return [HCode.H_P3]
+        if value2:
+            return [HCode.H_P4]
+        self._modes[resource] = mflags
+        return _SUCCESS
+
+    async def h_put_tce_indirect(self, call: GuestCall) -> Result:
+        """H_PUT_TCE_INDIRECT: the list page is read as the host sees it, so a private one holds ciphertext."""
+        liobn, ioba, list_gpa, n_tces = call.args
+        code = self._tces.may_put_indirect(liobn, ioba, list_gpa, n_tces)
+        if code is not HCode.H_SUCCESS:
+            return [code]
+        try:
+            tces = await self._ram.read(list_gpa, n_tces * _TCE_BYTES)
+        except GuestFault:
+            return [HCode.H_PARAMETER]
+        return self._tces.h_put_tce_indirect(liobn, ioba, list_gpa, n_tces, tces)
+
+    # -- secure VM support ------------------------------------------------------------------------------------
+
+    async def h_svm_page_in(self, call: GuestCall) -> Result:
+        """H_SVM_PAGE_IN."""
+        gpa, flags, shift = call.args
+        return [await self._secure.page_in(gpa, flags, shift, call.cause)]
+
+    async def h_svm_page_out(self, call: GuestCall) -> Result:
+        """H_SVM_PAGE_OUT."""
+        gpa, flags, shift = call.args
+        return [await self._secure.page_out_asked(gpa, flags, shift, call.cause)]
+
+    async def h_svm_init_start(self, call: GuestCall) -> Result:
+        """H_SVM_INIT_START."""
+        return [await self._secure.init_start(call.cause)]
+
+    async def h_svm_init_abort(self, call: GuestCall) -> Result:
+        """H_SVM_INIT_ABORT."""
+        return [await self._secure.init_abort(call.cause)]

@@ -1,0 +1,217 @@
+"""The kvm process: links, VMs, hypercalls that the ultravisor passes on, questions of the operator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from protocol.codes import HCode
+from protocol.declare import Call
+from protocol.errors import UserError
+from protocol.geometry import PAGE_BYTES, gfn_of, gpa_of
+from protocol.hcalls import HCALLS
+from protocol.links import KVM_GUEST, KVM_QEMU
+from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
+from protocol.wire import Envelope
+from services.kvm.memory import VmMemory
+from services.kvm.ultravisor_port import UltravisorPort
+from services.kvm.vm import Vm
+from services.runtime.link import DEFERRED, Link
+from services.runtime.process import Query, Runtime
+
+_MAX_READ_WAIT_SECONDS = 0.4
+_MAX_PAGES_A_QUERY = 4096
+
+
+class Kvm:
+    """One host's KVM."""
+
+    def __init__(self, runtime: Runtime, keys: Keys) -> None:
+        self._runtime = runtime
+        self._keys = {key.link: key for key in keys.links}
+        self._vms: dict[int, Vm] = {}
+        self._by_name: dict[str, Vm] = {}
+        self._links: dict[str, list[Link]] = {}
+        self._port: UltravisorPort | None = None
+
+    async def start(self) -> None:
+        """Open the link to the ultravisor."""
+        entry = next(link for link in self._runtime.config.links if link.vm is None)
+
+        def register(link: Link) -> None:
+            self._port = UltravisorPort(link)
+            for call in HCALLS:
+                link.on(call, self._reflected(call))
+
+        await self._runtime.open_link(entry, self._keys[entry.id], register)
+
+    # -- hypercalls through the ultravisor --------------------------------------------------------------------
+
+    def _reflected(self, call: Call) -> Callable[[Envelope, list[int]], None]:
+        n_registers = 2 + call.n_args
+
+        def serve(envelope: Envelope, registers: list[int]) -> None:
+            assert self._port is not None
+            answer = self._port.take(envelope)
+            if answer is None:
+                return DEFERRED
+            vm = self._vms.get(registers[0]) if registers else None
+            if vm is None or len(registers) < n_registers:
+                answer([HCode.H_PARAMETER])
+                return DEFERRED
+            vcpu, args = registers[1], registers[2:n_registers]
+            if call.number in vm.hcalls.at_once:
+                vm.reflected_at_once(call, vcpu, args, envelope.cause, answer)
+            elif call.number in vm.hcalls.waiting:
+                self._runtime.nursery.start_soon(self._serve_waiting, vm, call, vcpu, args, envelope.cause, answer)
+            else:
+                answer([HCode.H_FUNCTION])
+            return DEFERRED
+
+        return serve
+
+    async def _serve_waiting(
+        self, vm: Vm, call: Call, vcpu: int, args: list[int], cause: int, answer: Callable[[list[int]], None]
+    ) -> None:
+        try:
+            result = await vm.reflected_waiting(call, vcpu, args, cause)
+        except Exception as error:
+            self._runtime.log.error("internal error", call=call.name, exc_info=error)
+            result = [HCode.H_HARDWARE]
+        answer(result)
+
+    # -- VMs --------------------------------------------------------------------------------------------------
+
+    async def add_vm(
+        self, vm: VmEntry, links: list[LinkEntry], keys: dict[str, LinkKey], files: dict[str, int]
+    ) -> None:
+        """A VM begins: its memory, its links to guest and qemu."""
+        assert self._port is not None
+        ram_fd = files[f"ram:{vm.name}"]
+        memory = VmMemory(vm.name, ram_fd, vm.memory_bytes)
+        os.close(ram_fd)
+        ends: dict[str, Link] = {}
+        by_kind = {link.kind: link for link in links if link.vm == vm.name}
+        for kind in (KVM_GUEST.name, KVM_QEMU.name):
+            ends[kind] = self._runtime.make_link(by_kind[kind], keys[by_kind[kind].id])
+
+        def table_made(liobn: int, fd: int) -> None:
+            self._runtime.nursery.start_soon(self._runtime.give, f"tce-table:{liobn:x}", vm.name, fd)
+
+        new = Vm(vm, memory, ends[KVM_GUEST.name], ends[KVM_QEMU.name], self._port, table_made, self._runtime.log)
+        new.register_guest(ends[KVM_GUEST.name])
+        new.register_qemu(ends[KVM_QEMU.name])
+        self._vms[vm.lpid] = self._by_name[vm.name] = new
+        self._links[vm.name] = list(ends.values())
+        for link in ends.values():
+            await self._runtime.serve_link(link)
+        await self._runtime.give("host-view", vm.name, memory.view_fd)
+        await self._runtime.give("normal-map", vm.name, memory.map_fd)
+
+    async def remove_vm(self, name: str) -> None:
+        """A VM ends, and with it its secure side in the ultravisor."""
+        vm = self._by_name.pop(name, None)
+        if vm is None:
+            return
+        await vm.secure.off(0)
+        self._vms.pop(vm.entry.lpid, None)
+        for link in self._links.pop(name):
+            await self._runtime.close_link(link)
+        vm.close()
+
+    async def gift(self, tag: str, vm: str, fd: int) -> None:
+        """Dirty maps of guest and qemu; kept for migration."""
+        os.close(fd)
+
+    def peer_state(self, peer: str, state: str) -> None:
+        """What became of an ultravisor, guest or qemu."""
+        if state not in ("gone", "failed"):
+            return
+        for vm in list(self._by_name.values()):
+            if peer in (f"{vm.entry.name}/guest", f"{vm.entry.name}/qemu") and vm.failure is None:
+                vm.fail(f"{peer} is {state}")
+
+    async def stop(self) -> None:
+        """End every VM."""
+        for name in list(self._by_name):
+            await self.remove_vm(name)
+
+    # -- questions of the operator ----------------------------------------------------------------------------
+
+    def queries(self) -> dict[str, Query]:
+        """By name."""
+        return {
+            "vm.status": self._vm_status,
+            "console.read": self._console_read,
+            "console.write": self._console_write,
+            "page.host": self._page_host,
+            "page.out": self._page_out,
+            "page.in": self._page_in,
+        }
+
+    async def _vm_status(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        vm = self._named(arguments)
+        return {
+            "state": vm.state.value,
+            "since": vm.since,
+            "secure": vm.secure.switch.value == "done",
+            "failure": vm.failure,
+            "pages": vm.memory.page_counts(),
+        }
+
+    async def _console_read(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Printed text from byte `since`; waits up to `wait_s` for some."""
+        vm = self._named(arguments)
+        since = int(arguments["since"])
+        wait_s = min(float(arguments.get("wait_s", 0)), _MAX_READ_WAIT_SECONDS)
+        with trio.move_on_after(wait_s):
+            while vm.terminal.end <= since:
+                vm.printed = trio.Event()
+                await vm.printed.wait()
+        text = vm.terminal.read(since)
+        return {"data": text.data, "next": text.next_sequence}
+
+    async def _console_write(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        vm = self._named(arguments)
+        data = arguments["data"]
+        if not isinstance(data, bytes):
+            raise UserError("console.write takes bytes")
+        return {"taken": vm.type_in(data)}
+
+    async def _page_host(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        vm = self._named(arguments)
+        gfn = self._gfn(vm, arguments)
+        state = vm.memory.state(gfn)
+        return {"gfn": gfn, "gpa": gpa_of(gfn), "state": state.name, "host_view": state.host_state.name}
+
+    async def _page_out(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Page out `n` pages from `gpa` (memory pressure of the host)."""
+        return await self._move_pages(arguments, lambda vm, gfn: vm.secure.page_out(gfn, 0))
+
+    async def _page_in(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Offer the images of `n` pages from `gpa` back."""
+        return await self._move_pages(arguments, lambda vm, gfn: vm.secure.page_back_in(gfn, 0))
+
+    async def _move_pages(self, arguments: dict[str, Any], move: Callable[[Vm, int], Any]) -> dict[str, Any]:
+        vm = self._named(arguments)
+        first = self._gfn(vm, arguments)
+        n_pages = min(int(arguments.get("n", 1)), _MAX_PAGES_A_QUERY, vm.memory.n_pages - first)
+        codes = await vm.secure.move_many(range(first, first + n_pages), lambda gfn: move(vm, gfn))
+        return {"codes": {HCode(code).name: count for code, count in codes.items()}}
+
+    def _named(self, arguments: dict[str, Any]) -> Vm:
+        vm = self._by_name.get(str(arguments["vm"]))
+        if vm is None:
+            raise UserError(f"kvm knows no VM {arguments['vm']}")
+        return vm
+
+    def _gfn(self, vm: Vm, arguments: dict[str, Any]) -> int:
+        gfn = gfn_of(int(arguments["gpa"]))
+        if not 0 <= gfn < vm.memory.n_pages:
+            raise UserError(
+                f"gpa {int(arguments['gpa']):#x} is outside RAM of {vm.memory.n_pages * PAGE_BYTES:#x} bytes"
+            )
+        return gfn

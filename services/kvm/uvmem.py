@@ -1,0 +1,243 @@
+"""Secure VM support of KVM: the hypercalls by which the ultravisor drives it, and paging out for the host.
+
+A VM's switch has three marks, as in Linux `book3s_hv_uvmem.c`: START set by H_SVM_INIT_START, DONE by
+H_SVM_INIT_DONE, and none again after an abort or a reset. A GFN with an ultracall under way is `busy`; whoever meets
+it gets H_BUSY and comes again, so nobody holds one page while waiting for another.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from enum import Enum
+
+import trio
+
+from protocol.codes import HCode, UCode
+from protocol.errors import HostFault
+from protocol.geometry import PAGE_SHIFT, gfn_of, gpa_of
+from protocol.hcalls import H_PAGE_IN_NONSHARED, H_PAGE_IN_SHARED
+from protocol.messages import MAP_INVALIDATE, InvalidateBody, Range
+from protocol.ucalls import UV_PAGE_IN, UV_PAGE_OUT, UV_REGISTER_MEM_SLOT, UV_SVM_TERMINATE, UV_UNREGISTER_MEM_SLOT
+from services.kvm.memory import VmMemory
+from services.kvm.page_state import KvmState
+from services.kvm.ultravisor_port import UltravisorPort
+from services.runtime.link import Link
+from shared.real_address import real_address
+
+MAX_OPEN_PAGE_CALLS = 32
+_RETRY_SECONDS = 0.002
+_RETRY_LIMIT_SECONDS = 1.0
+
+
+class Switch(Enum):
+    """How far the VM is in turning secure."""
+
+    NONE = "none"
+    START = "start"
+    DONE = "done"
+
+
+class SecurePages:
+    """The secure side of one VM in KVM."""
+
+    def __init__(self, lpid: int, memory: VmMemory, ultravisor: UltravisorPort, guest: Link, *, allowed: bool) -> None:
+        self._lpid = lpid
+        self._memory = memory
+        self._ultravisor = ultravisor
+        self._guest = guest
+        self._allowed = allowed
+        self.switch = Switch.NONE
+
+    # -- the switch -------------------------------------------------------------------------------------------
+
+    async def init_start(self, cause: int) -> HCode:
+        """H_SVM_INIT_START: register every memory slot with the ultravisor."""
+        if self.switch is not Switch.NONE:
+            return HCode.H_STATE
+        self.switch = Switch.START
+        if not self._allowed:
+            return HCode.H_AUTHORITY
+        registered: list[int] = []
+        for slot in self._memory.slots.values():
+            args = [self._lpid, slot.gpa, slot.size_bytes, 0, slot.slot]
+            if (await self._ultravisor.ucall(UV_REGISTER_MEM_SLOT, args, cause))[0] != UCode.U_SUCCESS:
+                await self._unregister(registered, cause)
+                return HCode.H_PARAMETER
+            registered.append(slot.slot)
+        self._memory.unmap_all()
+        everything = InvalidateBody([Range(0, self._memory.n_pages)])
+        await self._guest.call(MAP_INVALIDATE, everything, cause)
+        return HCode.H_SUCCESS
+
+    async def _unregister(self, slots: list[int], cause: int) -> None:
+        for slot in slots:
+            await self._ultravisor.ucall(UV_UNREGISTER_MEM_SLOT, [self._lpid, slot], cause)
+
+    def init_done(self) -> HCode:
+        """H_SVM_INIT_DONE: every page that is still normal is dropped, since the ultravisor ignores its content."""
+        if self.switch is not Switch.START:
+            return HCode.H_UNSUPPORTED
+        normal = [gfn for slot in self._memory.slots.values() for gfn in slot.gfns]
+        try:
+            self._memory.drop_secure(g for g in normal if self._memory.state(g) is KvmState.NORMAL)
+        except HostFault:
+            return HCode.H_STATE
+        self.switch = Switch.DONE
+        return HCode.H_SUCCESS
+
+    async def init_abort(self, cause: int) -> HCode:
+        """H_SVM_INIT_ABORT: take every page back; what it returns is what the VM gets for its UV_ESM."""
+        if self.switch is Switch.NONE:
+            return HCode.H_UNSUPPORTED
+        if self.switch is Switch.DONE:
+            return HCode.H_STATE
+        for gfn in self._memory.in_state(KvmState.SECURE, KvmState.SHARED):
+            await self._ultravisor.ucall(UV_PAGE_OUT, self._page_args(gfn), cause)
+            self._memory.set_state(gfn, KvmState.NORMAL)
+        self.switch = Switch.NONE
+        await self._ultravisor.ucall(UV_SVM_TERMINATE, [self._lpid], cause)
+        return HCode.H_PARAMETER
+
+    async def off(self, cause: int) -> bool:
+        """The VM is reset or destroyed (KVM_PPC_SVM_OFF): end it in the ultravisor, take its frames back."""
+        if self.switch is Switch.NONE:
+            return True
+        result = await self._ultravisor.ucall(UV_SVM_TERMINATE, [self._lpid], cause)
+        self.switch = Switch.NONE
+        self._memory.forget_secure()
+        return result[0] == UCode.U_SUCCESS
+
+    # -- page in, asked by the ultravisor ---------------------------------------------------------------------
+
+    async def page_in(self, gpa: int, flags: int, shift: int, cause: int) -> HCode:
+        """H_SVM_PAGE_IN: give the ultravisor the frame of `gpa`, as a secure page or as a shared one."""
+        if self.switch is Switch.NONE:
+            return HCode.H_UNSUPPORTED
+        if shift != PAGE_SHIFT:
+            return HCode.H_P3
+        if flags not in (H_PAGE_IN_NONSHARED, H_PAGE_IN_SHARED):
+            return HCode.H_P2
+        gfn = gfn_of(gpa)
+        if gpa != gpa_of(gfn) or not self._memory.in_slots(gfn):
+            return HCode.H_PARAMETER
+        if gfn in self._memory.busy:
+            return HCode.H_BUSY
+        self._memory.busy.add(gfn)
+        try:
+            if flags == H_PAGE_IN_SHARED:
+                return await self._page_in_shared(gfn, cause)
+            return await self._page_in_secure(gfn, cause)
+        except HostFault:
+            return HCode.H_PARAMETER
+        finally:
+            self._memory.busy.discard(gfn)
+
+    async def _page_in_shared(self, gfn: int, cause: int) -> HCode:
+        state = self._memory.state(gfn)
+        if state in (KvmState.SECURE, KvmState.PAGED_OUT):
+            # The frame starts empty: neither the secure content nor an old image is left in it.
+            self._memory.punch(gfn)
+        code = await self._offer(gfn, cause)
+        if code == UCode.U_SUCCESS and self.switch is not Switch.NONE:
+            self._memory.set_state(gfn, KvmState.SHARED)
+        return _to_hcode(code)
+
+    async def _page_in_secure(self, gfn: int, cause: int) -> HCode:
+        if self._memory.state(gfn) is KvmState.SECURE:
+            return HCode.H_PARAMETER
+        self._memory.hide(gfn)
+        code = await self._offer(gfn, cause)
+        if code == UCode.U_SUCCESS and self.switch is not Switch.NONE:
+            self._memory.set_state(gfn, KvmState.SECURE)
+            self._memory.punch(gfn)
+        else:
+            self._memory.show(gfn)
+        return _to_hcode(code)
+
+    async def _offer(self, gfn: int, cause: int) -> int:
+        return (await self._ultravisor.ucall(UV_PAGE_IN, self._page_args(gfn), cause))[0]
+
+    # -- page out, asked by the host --------------------------------------------------------------------------
+
+    async def make_present(self, gfns: list[int], cause: int) -> HCode:
+        """The host wants to touch these frames: have the ultravisor put their images there."""
+        deadline = trio.current_time() + _RETRY_LIMIT_SECONDS
+        for gfn in gfns:
+            while (code := await self.page_out(gfn, cause)) == HCode.H_BUSY:
+                if trio.current_time() > deadline:
+                    return HCode.H_BUSY
+                await trio.sleep(_RETRY_SECONDS)
+            if code != HCode.H_SUCCESS:
+                return code
+        return HCode.H_SUCCESS
+
+    async def page_out_asked(self, gpa: int, flags: int, shift: int, cause: int) -> HCode:
+        """H_SVM_PAGE_OUT: the ultravisor wants a page out, to free secure memory."""
+        if self.switch is not Switch.DONE:
+            return HCode.H_UNSUPPORTED
+        if shift != PAGE_SHIFT:
+            return HCode.H_P3
+        if flags:
+            return HCode.H_P2
+        gfn = gfn_of(gpa)
+        if gpa != gpa_of(gfn) or not self._memory.in_slots(gfn):
+            return HCode.H_PARAMETER
+        return await self.page_out(gfn, cause)
+
+    async def page_out(self, gfn: int, cause: int) -> HCode:
+        """Page out for any touch by the host: SECURE to PAGED_OUT; anything else is present already."""
+        if gfn in self._memory.busy:
+            return HCode.H_BUSY
+        if self._memory.state(gfn) is not KvmState.SECURE:
+            return HCode.H_SUCCESS
+        self._memory.busy.add(gfn)
+        try:
+            # A device that looked the frame up just before it was punched may have touched it since.
+            self._memory.punch(gfn)
+            code = (await self._ultravisor.ucall(UV_PAGE_OUT, self._page_args(gfn), cause))[0]
+            if code == UCode.U_SUCCESS and self.switch is Switch.DONE:
+                self._memory.set_state(gfn, KvmState.PAGED_OUT)
+            return _to_hcode(code)
+        except HostFault:
+            return HCode.H_PARAMETER
+        finally:
+            self._memory.busy.discard(gfn)
+
+    async def page_back_in(self, gfn: int, cause: int) -> HCode:
+        """Offer a paged-out image without being asked (reclaim of normal memory)."""
+        if gfn in self._memory.busy:
+            return HCode.H_BUSY
+        if self._memory.state(gfn) is not KvmState.PAGED_OUT:
+            return HCode.H_PARAMETER
+        self._memory.busy.add(gfn)
+        try:
+            return await self._page_in_secure(gfn, cause)
+        except HostFault:
+            return HCode.H_PARAMETER
+        finally:
+            self._memory.busy.discard(gfn)
+
+    async def move_many(self, gfns: Iterable[int], move: Callable[[int], Awaitable[HCode]]) -> Counter[HCode]:
+        """Run `move` for every GFN, at most MAX_OPEN_PAGE_CALLS open; how often each code came."""
+        codes: Counter[HCode] = Counter()
+        queue = iter(gfns)
+
+        async def worker() -> None:
+            for gfn in queue:
+                codes[await move(gfn)] += 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(MAX_OPEN_PAGE_CALLS):
+                nursery.start_soon(worker)
+        return codes
+
+    def _page_args(self, gfn: int) -> list[int]:
+        gpa = gpa_of(gfn)
+        return [self._lpid, real_address(self._lpid, gpa), gpa, 0, PAGE_SHIFT]
+
+
+def _to_hcode(code: int) -> HCode:
+    if code == UCode.U_SUCCESS:
+        return HCode.H_SUCCESS
+    return HCode.H_BUSY if code in (UCode.U_RETRY, UCode.U_BUSY) else HCode.H_PARAMETER

@@ -1,0 +1,313 @@
+"""One virtual machine in KVM: its parts, its run state, and the two ways a hypercall of its guest comes in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+import trio
+
+from protocol import messages as m
+from protocol.codes import HCode
+from protocol.declare import Call, Caller
+from protocol.errors import CallTimeout, GuestFault, PefboxError
+from protocol.hcalls import HCALLS
+from protocol.messages import TceWindowBody
+from protocol.startup import VmEntry
+from protocol.wire import Envelope
+from services.kvm.guest_call import GuestCall
+from services.kvm.hcalls import Hcalls
+from services.kvm.memory import MemSlot, VmMemory
+from services.kvm.tce_tables import TceTables
+from services.kvm.terminal import Terminal
+from services.kvm.ultravisor_port import Answer, UltravisorPort
+from services.kvm.user_space import UserSpace
+from services.kvm.uvmem import SecurePages, Switch
+from services.kvm.vcpu import Vcpus
+from services.kvm.xics import Xics
+from services.runtime.link import DEFERRED, Link
+from services.runtime.log import Log
+from shared.guest_ram import GuestRam
+from shared.interrupt_sources import VTY_SOURCE
+from shared.memfd import SealedMemory
+
+_GUEST_SECONDS = 2.0
+_TCE_BYTES = 8
+TableMade = Callable[[int, int], None]
+"""Told liobn and descriptor of a new TCE table, for qemu."""
+
+
+class VmState(Enum):
+    """Run state as the operator sees it."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    OFF = "off"
+    FAILED = "failed"
+
+
+class Vm:
+    """A VM. `guest` and `qemu` are its links; both exist before the first message is served."""
+
+    def __init__(
+        self,
+        entry: VmEntry,
+        memory: VmMemory,
+        guest: Link,
+        qemu: Link,
+        ultravisor: UltravisorPort,
+        table_made: TableMade,
+        log: Log,
+    ) -> None:
+        self.entry = entry
+        self.memory = memory
+        self.state = VmState.STARTING
+        self.since = time.time()
+        self.failure: str | None = None
+        self.xics = Xics()
+        self.terminal = Terminal()
+        self.vcpus = Vcpus()
+        self.printed = trio.Event()
+        self._guest = guest
+        self._table_made = table_made
+        self._log = log.bind(vm=entry.name)
+        self._tables: dict[int, SealedMemory] = {}
+        self.tces = TceTables(self._in_ram, self._allocate_table)
+        self.secure = SecurePages(entry.lpid, memory, ultravisor, guest, allowed=entry.secure_allowed)
+        self.user_space = UserSpace(qemu)
+        self.ram = GuestRam(memory.ram, memory.host_view, self._want)
+        self.hcalls = Hcalls(self.ram, self.xics, self.tces, self.terminal, self.vcpus, self.user_space, self.secure)
+
+    # -- hypercalls -------------------------------------------------------------------------------------------
+
+    def register_guest(self, link: Link) -> None:
+        """Serve the hypercalls and faults of the VM while it is a normal one."""
+        link.on(m.MAP_FAULT, self._map_fault)
+        link.on(m.GUEST_CRASHED, self._guest_crashed)
+        for call in HCALLS:
+            if Caller.VM not in call.callers:
+                continue
+            if call.number in self.hcalls.at_once:
+                link.on(call, self._direct(call))
+            elif call.number in self.hcalls.waiting:
+                link.on_waiting(call, self._direct_waiting(call))
+
+    def _direct(self, call: Call) -> Callable[[Envelope, list[int]], list[int] | None]:
+        handler = self.hcalls.at_once[call.number]
+        n_registers = 1 + call.n_args
+
+        def serve(envelope: Envelope, registers: list[int]) -> list[int] | None:
+            if len(registers) < n_registers:
+                return [HCode.H_PARAMETER]
+
+            def answer(result: list[int]) -> None:
+                self._guest.reply(envelope, result)
+
+            result = handler(GuestCall(registers[0], registers[1:n_registers], envelope.cause, answer))
+            self.after_call()
+            return result
+
+        return serve
+
+    def _direct_waiting(self, call: Call) -> Callable[[Envelope, list[int]], Any]:
+        handler = self.hcalls.waiting[call.number]
+        n_registers = 1 + call.n_args
+
+        async def serve(envelope: Envelope, registers: list[int]) -> list[int]:
+            if len(registers) < n_registers:
+                return [HCode.H_PARAMETER]
+            args = registers[1:n_registers]
+            result = await handler(GuestCall(registers[0], args, envelope.cause, _answered_elsewhere))
+            self.after_call()
+            return result
+
+        return serve
+
+    def reflected_at_once(self, call: Call, vcpu: int, args: list[int], cause: int, answer: Answer) -> None:
+        """A hypercall that the ultravisor passed on, and that needs no waiting."""
+        result = self.hcalls.at_once[call.number](GuestCall(vcpu, args, cause, answer))
+        if result is not DEFERRED:
+            answer(result)
+        self.after_call()
+
+    async def reflected_waiting(self, call: Call, vcpu: int, args: list[int], cause: int) -> list[int]:
+        """As `reflected_at_once`, for a handler that waits; its result."""
+        result = await self.hcalls.waiting[call.number](GuestCall(vcpu, args, cause, _answered_elsewhere))
+        self.after_call()
+        return result
+
+    def after_call(self) -> None:
+        """Tell what a call changed: interrupt lines, ended waits, printed text."""
+        for server, level in self.xics.take_line_changes():
+            self.vcpus.set_line(server, level)
+            self._guest.send_event(m.VCPU_LINE, m.LineBody(server, level))
+        self.hcalls.answer_ended()
+        self.printed.set()
+
+    # -- faults of a normal VM --------------------------------------------------------------------------------
+
+    def _map_fault(self, _envelope: Envelope, body: m.MapFaultBody) -> m.Status:
+        if self.secure.switch is not Switch.NONE:
+            return m.Status(HCode.H_BUSY)
+        if not self.memory.in_slots(body.gfn):
+            return m.Status(HCode.H_PARAMETER)
+        self.memory.map_around(body.gfn)
+        return m.Status(HCode.H_SUCCESS if self.memory.map[body.gfn] else HCode.H_BUSY)
+
+    def _guest_crashed(self, _envelope: Envelope, body: m.CrashBody) -> None:
+        self.fail(body.reason)
+
+    async def _want(self, gfns: list[int]) -> None:
+        if await self.secure.make_present(gfns, 0) != HCode.H_SUCCESS:
+            raise GuestFault(f"gfn {gfns[0]:#x} cannot be made present")
+
+    # -- what qemu orders -------------------------------------------------------------------------------------
+
+    def register_qemu(self, link: Link) -> None:
+        """Serve the VM's qemu."""
+        link.on_waiting(m.PAGES_WANTED, self._pages_wanted)
+        link.on(m.IRQ_SOURCE, self._irq_source)
+        link.on(m.IRQ_SET, self._irq_set)
+        link.on(m.MEMSLOT_SET, self._memslot_set)
+        link.on(m.TCE_WINDOW_CREATE, lambda _envelope, body: m.Status(self._create_table(body)))
+        link.on(m.TCE_WINDOW_REMOVE, lambda _envelope, body: m.Status(self._remove_table(body.liobn)))
+        link.on_waiting(m.VM_START, self._vm_start)
+        link.on_waiting(m.VM_STOP, self._vm_stop)
+        link.on_waiting(m.VM_CONTINUE, self._vm_continue)
+        link.on_waiting(m.VM_RESET, self._vm_reset)
+        link.on_waiting(m.VM_POWEROFF, self._vm_poweroff)
+
+    async def _pages_wanted(self, envelope: Envelope, body: m.PagesBody) -> m.Status:
+        if any(gfn >= self.memory.n_pages for gfn in body.gfns):
+            return m.Status(HCode.H_PARAMETER)
+        return m.Status(await self.secure.make_present(body.gfns, envelope.cause))
+
+    def _irq_source(self, _envelope: Envelope, body: m.IrqSourceBody) -> m.Status:
+        return m.Status(self.xics.add_source(body.source, body.level_triggered))
+
+    def _irq_set(self, _envelope: Envelope, body: m.IrqBody) -> None:
+        self.raise_irq(body.source, body.level)
+
+    def raise_irq(self, source: int, level: bool) -> None:
+        """A source's level changed, or an edge came."""
+        self.xics.set_irq(source, level)
+        self.after_call()
+
+    def type_in(self, data: bytes) -> int:
+        """Text typed at the terminal; how many bytes were taken."""
+        taken = self.terminal.type_in(data)
+        if taken:
+            self.raise_irq(VTY_SOURCE, level=True)
+        return taken
+
+    def _memslot_set(self, _envelope: Envelope, body: m.MemslotBody) -> m.Status:
+        if self.secure.switch is not Switch.NONE:
+            return m.Status(HCode.H_STATE)
+        fits = self.memory.set_slot(MemSlot(body.slot, body.gpa, body.size_bytes))
+        return m.Status(HCode.H_SUCCESS if fits else HCode.H_PARAMETER)
+
+    # -- run state --------------------------------------------------------------------------------------------
+
+    async def _vm_start(self, envelope: Envelope, body: m.StartBody) -> m.Status:
+        if self.state not in (VmState.STARTING, VmState.OFF) or self.secure.switch is not Switch.NONE:
+            return m.Status(HCode.H_STATE)
+        self.vcpus.start(body.vcpu)
+        return await self._order_guest(m.VCPU_START, body, VmState.RUNNING, envelope.cause)
+
+    async def _vm_stop(self, envelope: Envelope, _body: m.Empty) -> m.Status:
+        if self.state is not VmState.RUNNING:
+            return m.Status(HCode.H_STATE)
+        self.vcpus.stop(0)
+        return await self._order_guest(m.VCPU_STOP, m.RunBody(0), VmState.PAUSED, envelope.cause)
+
+    async def _vm_continue(self, envelope: Envelope, _body: m.Empty) -> m.Status:
+        if self.state is not VmState.PAUSED:
+            return m.Status(HCode.H_STATE)
+        self.vcpus.go(0)
+        return await self._order_guest(m.VCPU_CONTINUE, m.RunBody(0), VmState.RUNNING, envelope.cause)
+
+    async def _vm_poweroff(self, envelope: Envelope, body: m.Empty) -> m.Status:
+        status = await self._vm_reset(envelope, body)
+        self._enter(VmState.OFF)
+        return status
+
+    async def _vm_reset(self, envelope: Envelope, _body: m.Empty) -> m.Status:
+        """Everything back to power-on; wins over every open call. Memory of a normal VM keeps its content."""
+        self._enter(VmState.STARTING)
+        self.failure = None
+        done = await self.secure.off(envelope.cause)
+        await self._stop_guest(envelope.cause)
+        self.memory.unmap_all()
+        self.hcalls.drop_open()
+        self.vcpus.reset()
+        self.xics.reset()
+        self.terminal.reset()
+        self.tces.clear()
+        self.after_call()
+        return m.Status(HCode.H_SUCCESS if done else HCode.H_HARDWARE)
+
+    async def _stop_guest(self, cause: int) -> None:
+        try:
+            with trio.fail_after(_GUEST_SECONDS):
+                await self._guest.call(m.VCPU_STOP, m.RunBody(0), cause)
+        except (trio.TooSlowError, PefboxError):
+            self._log.warning("guest does not stop")
+
+    async def _order_guest(self, order: m.Message[Any, m.Status], body: m.Body, then: VmState, cause: int) -> m.Status:
+        try:
+            with trio.fail_after(_GUEST_SECONDS):
+                status = await self._guest.call(order, body, cause)
+        except trio.TooSlowError:
+            raise CallTimeout(self._guest.peer, order.name, _GUEST_SECONDS) from None
+        if status.code == HCode.H_SUCCESS:
+            self._enter(then)
+        return status
+
+    def fail(self, reason: str) -> None:
+        """The guest cannot go on."""
+        self.failure = reason
+        self._log.error("VM failed", reason=reason)
+        self._enter(VmState.FAILED)
+        self.user_space.crashed(reason)
+
+    def _enter(self, state: VmState) -> None:
+        if state is not self.state:
+            self.state = state
+            self.since = time.time()
+            self._log.info("VM state", state=state.value)
+
+    # -- TCE tables -------------------------------------------------------------------------------------------
+
+    def _in_ram(self, gpa: int, n_bytes: int) -> bool:
+        return gpa >= 0 and gpa + n_bytes <= self.memory.size_bytes
+
+    def _allocate_table(self, window: TceWindowBody) -> memoryview:
+        table = SealedMemory(f"pefbox-tce-{window.liobn:x}", window.n_tces * _TCE_BYTES)
+        self._tables[window.liobn] = table
+        return table.buffer
+
+    def _create_table(self, window: TceWindowBody) -> HCode:
+        code = self.tces.create(window)
+        if code is HCode.H_SUCCESS:
+            self._table_made(window.liobn, self._tables[window.liobn].fd)
+        return code
+
+    def _remove_table(self, liobn: int) -> HCode:
+        code = self.tces.remove(liobn)
+        table = self._tables.pop(liobn, None)
+        if table is not None:
+            table.close()
+        return code
+
+    def close(self) -> None:
+        """Release what the VM held."""
+        for liobn in list(self._tables):
+            self._remove_table(liobn)
+        self.memory.close()
+
+
+def _answered_elsewhere(_result: list[int]) -> None:
+    """A waiting handler returns its result; nothing is answered later."""

@@ -1,0 +1,233 @@
+"""All devices of one VM, put together from its start configuration.
+
+The process around it carries kvm's exits here (`mmio_load`, `mmio_store`, `rtas`), runs `run`, and gives the ports by
+which devices reach interrupt controller, terminal and run state.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import msgspec
+import trio
+
+from protocol.codes import HCode
+from protocol.errors import HostFault, UserError
+from protocol.messages import TceWindowBody
+from protocol.roles import Role
+from protocol.rtas import RTAS, SERVED_BY
+from protocol.startup import DeviceEntry, VmEntry
+from services.qemu.device_tree import BootFacts, PciNodes, TreeFacts, build_device_tree
+from services.qemu.disk_file import DiskFile
+from services.qemu.dma import BypassSpace, IommuSpace
+from services.qemu.phb import (
+    DEFAULT_DMA_BASE,
+    DEFAULT_DMA_BYTES,
+    DEFAULT_DMA_SHIFT,
+    IRQ_EPOW,
+    IRQ_HOTPLUG,
+    IRQ_VIO,
+    IrqPort,
+    PciHostBridge,
+)
+from services.qemu.rtas import MachineFacts, MachinePort, RtasServices, RtasState
+from services.qemu.virtio_blk import VirtioBlk
+from services.qemu.virtio_device import DeviceMemory
+from services.qemu.virtio_pci import VirtioPciFunction, VirtioPciState
+from shared.guest_ram import GuestRam
+from shared.pci import devfn_of
+from shared.tce import TceTable
+
+N_CPUS = 1
+SCSI_CLASS = 0x010000
+FIRST_SLOT = 1
+ACCESS_SIZES = (1, 2, 4, 8)
+
+
+class BoardPort(IrqPort, MachinePort, Protocol):
+    """What a board needs from its process."""
+
+    def device_fault(self, device: str, reason: str) -> None:
+        """A driver broke `device`, or was refused by it: for the operator."""
+
+    def io_error(self, device: str, reason: str) -> None:
+        """The host refused a request of `device`: for the operator."""
+
+
+class BoardState(msgspec.Struct):
+    """Everything that a guest can see of its devices, between two requests; functions by devfn."""
+
+    functions: dict[int, VirtioPciState]
+    msi_blocks: dict[int, tuple[int, int]]
+    """devfn -> first source and number of sources."""
+    rtas: RtasState
+
+
+class Board:
+    """The devices of `vm`. `disks` are open descriptors by disk name; they stay the caller's to close.
+
+    With `assign_bars` BARs have addresses from the start, otherwise firmware or driver gives them. With `time` of the
+    VM "instructions" a kick returns when the device has finished what was available, so that runs repeat.
+
+    Raises UserError for a device that does not exist here or a disk without descriptor.
+    """
+
+    def __init__(
+        self, vm: VmEntry, ram: GuestRam, disks: Mapping[str, int], port: BoardPort, *, assign_bars: bool = False
+    ) -> None:
+        self.vm = vm
+        self.bridge = PciHostBridge(port)
+        self.functions: list[VirtioPciFunction] = []
+        self._ram = ram
+        self._port = port
+        self._assign_bars = assign_bars
+        self._waits_for_devices = vm.time == "instructions"
+        self._uuid = uuid.uuid5(uuid.NAMESPACE_URL, f"pefbox:{vm.name}:{vm.lpid}").bytes
+        self._memory = DeviceMemory(BypassSpace(ram), IommuSpace(ram, self.bridge.dma_windows))
+        for slot, device in enumerate(vm.devices, FIRST_SLOT):
+            self._plug(slot, device, disks)
+        facts = MachineFacts(vm.memory_bytes, N_CPUS, self._uuid)
+        self.rtas_services = RtasServices(ram, self.bridge, port, port, facts)
+        if assign_bars:
+            self.bridge.assign_bars()
+
+    # Life.
+
+    async def start(self) -> None:
+        """Tell the interrupt controller which sources exist; before the guest runs."""
+        for source in (IRQ_EPOW, IRQ_HOTPLUG, IRQ_VIO):
+            await self._port.define(source, level_triggered=False)
+        for source in self.bridge.lsi_sources():
+            await self._port.define(source, level_triggered=True)
+
+    async def run(self) -> None:
+        """Serve all devices until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for function in self.functions:
+                nursery.start_soon(function.device.run)
+
+    async def drained(self) -> None:
+        """Return when no device has anything left to do."""
+        for function in self.functions:
+            await function.device.drained()
+
+    async def reset(self) -> None:
+        """All devices as at power-on, once their open requests have ended; non-volatile memory and clock stay."""
+        for function in self.functions:
+            await function.reset_function()
+            self.bridge.msis.release(function.devfn)
+        if self._assign_bars:
+            self.bridge.assign_bars()
+
+    def default_window(self) -> TceWindowBody:
+        """The 32-bit DMA window that kvm makes for the bridge."""
+        n_tces = DEFAULT_DMA_BYTES >> DEFAULT_DMA_SHIFT
+        return TceWindowBody(self.bridge.liobn, DEFAULT_DMA_SHIFT, DEFAULT_DMA_BASE, n_tces)
+
+    def add_dma_window(self, table: TceTable) -> None:
+        """Devices translate through `table` from now on; it replaces one of the same liobn."""
+        self.remove_dma_window(table.liobn)
+        self.bridge.dma_windows.append(table)
+
+    def remove_dma_window(self, liobn: int) -> None:
+        """Devices reach nothing through the window any more."""
+        windows = self.bridge.dma_windows
+        windows[:] = [window for window in windows if window.liobn != liobn]
+
+    # Exits.
+
+    def mmio_load(self, gpa: int, size_bytes: int) -> tuple[int, int]:
+        """(H_SUCCESS, the little-endian value at `gpa`), or (H_PARAMETER, 0) where no device answers."""
+        if size_bytes not in ACCESS_SIZES:
+            return HCode.H_PARAMETER, 0
+        value = self.bridge.mmio_load(gpa, size_bytes)
+        return (HCode.H_PARAMETER, 0) if value is None else (HCode.H_SUCCESS, value)
+
+    async def mmio_store(self, gpa: int, size_bytes: int, value: int) -> int:
+        """H_SUCCESS, or H_PARAMETER where no device answers."""
+        if size_bytes not in ACCESS_SIZES or not self.bridge.mmio_store(gpa, size_bytes, value):
+            return HCode.H_PARAMETER
+        if self._waits_for_devices:
+            await self.drained()
+        return HCode.H_SUCCESS
+
+    async def rtas(self, name: str, args: list[int], n_rets: int) -> list[int]:
+        """`n_rets` return words of the service called `name`, the status first."""
+        return await self.rtas_services.call(name, args, n_rets)
+
+    async def rtas_token(self, token: int, args: list[int], n_rets: int) -> list[int]:
+        """As `rtas`, by token; an unknown one is PARAMETER_ERROR."""
+        call = RTAS.by_number.get(token)
+        return await self.rtas("" if call is None else call.name, args, n_rets)
+
+    # Description and state.
+
+    def device_tree(self, boot: BootFacts, pci_nodes: PciNodes = PciNodes.QEMU) -> bytes:
+        """The flattened tree of the machine as it stands; names only RTAS services that somebody answers."""
+        answered = {
+            call.name: call.number
+            for call in RTAS
+            if call.name in self.rtas_services.names or SERVED_BY.get(call.number) is Role.KVM
+        }
+        facts = TreeFacts(self.vm.name, self._uuid, self.vm.memory_bytes, N_CPUS, answered, pci_nodes, boot)
+        return build_device_tree(facts, self.bridge)
+
+    def save(self) -> BoardState:
+        """A copy of the state; the devices are drained."""
+        functions = {function.devfn: function.save() for function in self.functions}
+        blocks = {devfn: (block.start, len(block)) for devfn, block in self.bridge.msis.blocks.items()}
+        return BoardState(functions, blocks, self.rtas_services.save())
+
+    def load(self, state: BoardState) -> None:
+        """Go on from `state`, of a board with the same devices; raises ValueError for another one's."""
+        if set(state.functions) != {function.devfn for function in self.functions}:
+            raise ValueError("the saved board has other devices")
+        self.bridge.msis.blocks = {
+            devfn: range(first, first + n) for devfn, (first, n) in sorted(state.msi_blocks.items())
+        }
+        for function in self.functions:
+            function.load_state(state.functions[function.devfn])
+        self.rtas_services.load(state.rtas)
+
+    def faults(self) -> dict[str, str]:
+        """Why devices need a reset or refused their driver, by device name; those without a fault are left out."""
+        devices = [function.device for function in self.functions]
+        return {device.name: device.state.fault for device in devices if device.state.fault is not None}
+
+    # Inside.
+
+    def _plug(self, slot: int, device: DeviceEntry, disks: Mapping[str, int]) -> None:
+        make = _MAKERS.get(device.kind)
+        if make is None:
+            raise UserError(f"{self.vm.name}: device {device.kind!r} does not exist; there is: {', '.join(_MAKERS)}")
+        function = make(self, device, disks)
+        self.functions.append(function)
+        self.bridge.bus.plug(devfn_of(slot), function)
+
+    def _blk(self, device: DeviceEntry, disks: Mapping[str, int]) -> VirtioPciFunction:
+        entry = next((disk for disk in self.vm.disks if disk.name == device.disk), None)
+        if entry is None or entry.name not in disks:
+            raise UserError(f"{self.vm.name}: virtio-blk needs a disk of the VM, not {device.disk!r}")
+        if entry.format != "raw":
+            raise UserError(f"{self.vm.name}: disk {entry.name!r} has format {entry.format!r}; only raw is read")
+        try:
+            disk = DiskFile(disks[entry.name], readonly=entry.readonly)
+        except OSError as error:
+            raise HostFault(f"disk {entry.name!r}: {error.strerror}") from None
+        blk = VirtioBlk(
+            f"{self.vm.name}/{entry.name}",
+            self._memory,
+            disk,
+            serial=entry.name,
+            access_platform=device.access_platform,
+        )
+        blk.on_fault = self._port.device_fault
+        blk.on_io_error = self._port.io_error
+        return VirtioPciFunction(blk, SCSI_CLASS)
+
+
+_MAKERS: Mapping[str, Callable[[Board, DeviceEntry, Mapping[str, int]], VirtioPciFunction]] = {
+    "virtio-blk": Board._blk,
+}

@@ -1,0 +1,285 @@
+"""The device tree that a guest starts with, as QEMU's pseries machine describes itself.
+
+Everything that a guest must not assume is in it: memory, RTAS tokens, interrupt sources, windows of the PCI host
+bridge. Cells are big-endian; `/memory@0`, `/rtas` and `/chosen` are also what the ultravisor reads at ESM.
+
+Source: PAPR appendix B (LoPAPR device tree bindings); QEMU 7.2 `hw/ppc/spapr.c`, `hw/intc/xics_spapr.c`,
+`hw/ppc/spapr_vio.c`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from services.qemu.device_tree_pci import bridge_node
+from services.qemu.phb import IRQ_VIO, PciHostBridge
+from services.qemu.rtas import NVRAM_BYTES
+from shared.esm_digest import RTAS_TEXT
+from shared.fdt_reader import FdtNode, FdtTree
+from shared.fdt_values import add_node, cells, quads, strings
+from shared.fdt_writer import write_fdt
+
+XICP_PHANDLE = 0x1111
+VTY_REG = 0x71000000
+NVRAM_REG = 0x71000001
+TIMEBASE_HZ = 512_000_000
+CLOCK_HZ = 1_000_000_000
+POWER9_PVR = 0x004E1202
+STDOUT_PATH = f"/vdevice/vty@{VTY_REG:x}"
+
+EDGE = 0
+LEVEL = 1
+"""Second cell of an interrupt specifier."""
+
+_CACHE_BYTES = 0x8000
+_CACHE_LINE_BYTES = 128
+_RADIX_AP = ((12, 0), (16, 5), (21, 1), (30, 2))
+"""Page shift and AP encoding of each radix page size: 4 KiB, 64 KiB, 2 MiB, 1 GiB."""
+_SEGMENT_PAGE_SIZES = ((12, 0x000, ((12, 0x0), (16, 0x7))), (16, 0x110, ((16, 0x1),)))
+"""Base page shift, SLB encoding, and (shift, encoding) of the page sizes in such a segment."""
+
+_HYPERTAS = (
+    "hcall-term",
+    "hcall-interrupt",
+    "hcall-tce",
+    "hcall-multi-tce",
+    "hcall-vio",
+    "hcall-join",
+    "hcall-set-mode",
+)
+_QEMU_HYPERTAS = ("hcall-memop1",)
+
+_PLATFORM_SUPPORT = bytes((23, 0x00, 24, 0x40, 25, 0x00, 26, 0x40))
+"""Option vector 5: XICS only, radix only, no hash table options, guest translation shootdown."""
+
+
+class PciNodes(Enum):
+    """Who describes the PCI devices."""
+
+    QEMU = "qemu"
+    """The tree has a node for each device."""
+    FIRMWARE = "firmware"
+    """The tree has the bridge alone; firmware probes the bus and adds nodes, as in 2018."""
+
+
+@dataclass(frozen=True, slots=True)
+class BootFacts:
+    """What the machine was loaded with. `initrd` is (start, end) in guest memory, `rtas_base` where RTAS_TEXT lies."""
+
+    bootargs: str = ""
+    initrd: tuple[int, int] | None = None
+    rtas_base: int | None = None
+    reservations: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TreeFacts:
+    """The machine around the devices. `rtas_tokens` are the services that somebody answers."""
+
+    vm_name: str
+    uuid: bytes
+    memory_bytes: int
+    n_cpus: int
+    rtas_tokens: Mapping[str, int]
+    pci_nodes: PciNodes = PciNodes.QEMU
+    boot: BootFacts = field(default_factory=BootFacts)
+
+
+def build_device_tree(facts: TreeFacts, bridge: PciHostBridge) -> bytes:
+    """The flattened tree, version 17."""
+    root = _root(facts)
+    _add_cpus(root, facts.n_cpus)
+    _add_memory(root, facts.memory_bytes)
+    _add_rtas(root, facts)
+    _add_chosen(root, facts.boot)
+    _add_interrupt_controller(root, facts.n_cpus)
+    _add_vdevice(root)
+    devices = facts.pci_nodes is PciNodes.QEMU
+    node = bridge_node(bridge, XICP_PHANDLE, devices=devices)
+    root.children[node.name] = node
+    add_node(root, "hypervisor", {"compatible": strings("linux,kvm")})
+    return write_fdt(FdtTree(root, list(facts.boot.reservations)))
+
+
+def _root(facts: TreeFacts) -> FdtNode:
+    uuid = facts.uuid.hex()
+    text = "-".join((uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]))
+    return FdtNode(
+        "",
+        {
+            "#address-cells": cells(2),
+            "#size-cells": cells(2),
+            "device_type": strings("chrp"),
+            "model": strings("IBM pSeries (emulated by pefbox)"),
+            "compatible": strings("qemu,pseries"),
+            "vm,uuid": strings(text),
+            "system-id": strings(text),
+            "ibm,partition-name": strings(facts.vm_name),
+            "ibm,partition-no": cells(0),
+            "interrupt-parent": cells(XICP_PHANDLE),
+        },
+    )
+
+
+def _add_cpus(root: FdtNode, n_cpus: int) -> None:
+    cpus = add_node(root, "cpus", {"#address-cells": cells(1), "#size-cells": cells(0)})
+    for cpu in range(n_cpus):
+        add_node(cpus, f"PowerPC,POWER9@{cpu:x}", _cpu_properties(cpu))
+
+
+def _cpu_properties(cpu: int) -> dict[str, bytes]:
+    cache = {f"{kind}-cache-{what}": cells(value) for kind in "di" for what, value in _cache_sizes().items()}
+    return {
+        "device_type": strings("cpu"),
+        "reg": cells(cpu),
+        "status": strings("okay"),
+        "cpu-version": cells(POWER9_PVR),
+        "64-bit": b"",
+        "timebase-frequency": cells(TIMEBASE_HZ),
+        "clock-frequency": cells(CLOCK_HZ),
+        **cache,
+        "slb-size": cells(32),
+        "ibm,slb-size": cells(32),
+        "ibm,vmx": cells(2),
+        "ibm,dfp": cells(1),
+        "ibm,purr": cells(1),
+        "ibm,spurr": cells(1),
+        "ibm,pa-features": _pa_features(),
+        "ibm,processor-radix-AP-encodings": cells(*(ap << 29 | shift for shift, ap in _RADIX_AP)),
+        "ibm,segment-page-sizes": _segment_page_sizes(),
+        "ibm,ppc-interrupt-server#s": cells(cpu),
+        "ibm,ppc-interrupt-gserver#s": cells(cpu, 0),
+        "ibm,chip-id": cells(0),
+    }
+
+
+def _cache_sizes() -> dict[str, int]:
+    return {"size": _CACHE_BYTES, "line-size": _CACHE_LINE_BYTES, "block-size": _CACHE_LINE_BYTES}
+
+
+_PA_FEATURE_BITS: Mapping[int, int] = {
+    0: 0xF6,  # MMU, FPU, SLB, RUN, DABR, NX
+    1: 0x1F,
+    2: 0xC7,
+    3: 0xC0,
+    5: 0xF0,  # LE, CFAR, EB, LSQ
+    6: 0x80,
+    16: 0x80,  # vector
+    18: 0x80,  # vector scalar
+    20: 0x80,  # vector XOR
+    24: 0x80,  # extended decrementer
+    26: 0x80,
+    28: 0x80,
+    32: 0x80,  # little-endian atomics
+    34: 0xC0,  # event-based branches
+    40: 0x80,  # radix MMU
+    42: 0x80,
+    44: 0x80,
+    46: 0x80,
+    48: 0x80,
+    50: 0x80,
+    52: 0x80,
+    54: 0x80,  # decimal floating point
+    56: 0x80,
+    58: 0x80,
+    60: 0x80,
+    62: 0x80,  # random numbers
+}
+_PA_FEATURE_BYTES = 66
+
+
+def _pa_features() -> bytes:
+    """Attribute bytes of a POWER9 (ISA 3.0), after their length and type."""
+    return bytes((_PA_FEATURE_BYTES, 0, *(_PA_FEATURE_BITS.get(byte, 0) for byte in range(_PA_FEATURE_BYTES))))
+
+
+def _segment_page_sizes() -> bytes:
+    words: list[int] = []
+    for shift, encoding, pages in _SEGMENT_PAGE_SIZES:
+        words += [shift, encoding, len(pages)]
+        for page in pages:
+            words += page
+    return cells(*words)
+
+
+def _add_memory(root: FdtNode, memory_bytes: int) -> None:
+    add_node(root, "memory@0", {"device_type": strings("memory"), "reg": quads(0, memory_bytes)})
+
+
+def _add_rtas(root: FdtNode, facts: TreeFacts) -> None:
+    properties = {
+        "rtas-size": cells(len(RTAS_TEXT)),
+        "rtas-version": cells(1),
+        "rtas-event-scan-rate": cells(0),
+        "rtas-error-log-max": cells(2048),
+        "ibm,hypertas-functions": strings(*_HYPERTAS),
+        "ibm,qemu-hypertas-functions": strings(*_QEMU_HYPERTAS),
+        "ibm,max-associativity-domains": cells(4, 0, 0, 0, 1),
+        "ibm,associativity-reference-points": cells(4, 4, 2),
+        **{name: cells(token) for name, token in facts.rtas_tokens.items()},
+    }
+    base = facts.boot.rtas_base
+    if base is not None:
+        properties["linux,rtas-base"] = properties["linux,rtas-entry"] = cells(base)
+    add_node(root, "rtas", properties)
+
+
+def _add_chosen(root: FdtNode, boot: BootFacts) -> None:
+    properties = {
+        "bootargs": strings(boot.bootargs),
+        "stdout-path": strings(STDOUT_PATH),
+        "linux,stdout-path": strings(STDOUT_PATH),
+        "ibm,arch-vec-5-platform-support": _PLATFORM_SUPPORT,
+    }
+    if boot.initrd is not None:
+        properties["linux,initrd-start"] = quads(boot.initrd[0])
+        properties["linux,initrd-end"] = quads(boot.initrd[1])
+    add_node(root, "chosen", properties)
+
+
+def _add_interrupt_controller(root: FdtNode, n_cpus: int) -> None:
+    add_node(
+        root,
+        "interrupt-controller",
+        {
+            "device_type": strings("PowerPC-External-Interrupt-Presentation"),
+            "compatible": strings("IBM,ppc-xicp"),
+            "interrupt-controller": b"",
+            "ibm,interrupt-server-ranges": cells(0, n_cpus),
+            "#interrupt-cells": cells(2),
+            "#address-cells": cells(0),
+            "linux,phandle": cells(XICP_PHANDLE),
+            "phandle": cells(XICP_PHANDLE),
+        },
+    )
+
+
+def _add_vdevice(root: FdtNode) -> None:
+    vdevice = add_node(
+        root,
+        "vdevice",
+        {
+            "device_type": strings("vdevice"),
+            "compatible": strings("IBM,vdevice"),
+            "#address-cells": cells(1),
+            "#size-cells": cells(0),
+            "#interrupt-cells": cells(2),
+            "interrupt-controller": b"",
+        },
+    )
+    vty = {
+        "device_type": strings("serial"),
+        "compatible": strings("hvterm1"),
+        "reg": cells(VTY_REG),
+        "interrupts": cells(IRQ_VIO, EDGE),
+    }
+    add_node(vdevice, f"vty@{VTY_REG:x}", vty)
+    nvram = {
+        "device_type": strings("nvram"),
+        "compatible": strings("qemu,spapr-nvram"),
+        "reg": cells(NVRAM_REG),
+        "#bytes": cells(NVRAM_BYTES),
+    }
+    add_node(vdevice, f"nvram@{NVRAM_REG:x}", nvram)

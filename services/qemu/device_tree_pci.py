@@ -1,0 +1,144 @@
+"""The PCI host bridge and its devices in the device tree.
+
+A PCI address is three cells, phys.hi (space, bus, devfn, register) first; a size is two. The interrupt map sends each
+slot's pin to one of the bridge's four level sources.
+
+Source: PCI Bus Binding to IEEE 1275; QEMU 7.2 `hw/ppc/spapr_pci.c`.
+"""
+
+from __future__ import annotations
+
+from services.qemu.msix import MsixTable
+from services.qemu.pci_bus import Bar, PciFunction
+from services.qemu.phb import (
+    DEFAULT_DMA_BASE,
+    DEFAULT_DMA_BYTES,
+    IRQ_END,
+    IRQ_MSI,
+    N_PINS,
+    PciHostBridge,
+    Window,
+)
+from shared.fdt_reader import FdtNode
+from shared.fdt_values import add_node, cells, quads, strings
+from shared.pci import (
+    OF_PREFETCHABLE,
+    OF_RELOCATABLE,
+    STATUS_CAPABILITIES,
+    Capability,
+    Config,
+    OfSpace,
+    devfn_of,
+    of_phys_hi,
+)
+
+N_SLOTS = 32
+LEVEL = 1
+_SLOT_MASK = 0xF800
+_PIN_MASK = 0x7
+_NAMES = {0x0100: "scsi", 0x0200: "ethernet", 0x0780: "communication-controller", 0x00FF: "unknown"}
+"""Node names by class and subclass, as the PCI binding's generic names."""
+
+
+def bridge_node(bridge: PciHostBridge, interrupt_parent: int, *, devices: bool) -> FdtNode:
+    """The node of `bridge`; with a child for each function if `devices`."""
+    node = FdtNode(f"pci@{bridge.buid:x}", _bridge_properties(bridge, interrupt_parent))
+    if devices:
+        for _, function in sorted(bridge.bus.functions.items()):
+            add_node(node, _name(function), _function_properties(function))
+    return node
+
+
+def _bridge_properties(bridge: PciHostBridge, interrupt_parent: int) -> dict[str, bytes]:
+    dma_window = cells(bridge.liobn) + quads(DEFAULT_DMA_BASE, DEFAULT_DMA_BYTES)
+    return {
+        "device_type": strings("pci"),
+        "compatible": strings("IBM,Logical_PHB"),
+        "reg": quads(bridge.buid, 0),
+        "#address-cells": cells(3),
+        "#size-cells": cells(2),
+        "#interrupt-cells": cells(1),
+        "used-by-rtas": b"",
+        "bus-range": cells(0, 0xFF),
+        "ranges": b"".join(_range(window) for window in (bridge.io, bridge.mem32, bridge.mem64)),
+        "ibm,pci-config-space-type": cells(1),
+        "ibm,pe-total-#msi": cells(IRQ_END - IRQ_MSI),
+        "ibm,msi-ranges": cells(IRQ_MSI, IRQ_END - IRQ_MSI),
+        "interrupt-map-mask": cells(_SLOT_MASK, 0, 0, _PIN_MASK),
+        "interrupt-map": _interrupt_map(bridge, interrupt_parent),
+        "ibm,dma-window": dma_window,
+        "ibm,#dma-address-cells": cells(2),
+        "ibm,#dma-size-cells": cells(2),
+    }
+
+
+def _range(window: Window) -> bytes:
+    return cells(of_phys_hi(window.space, 0, 0)) + quads(window.bus, window.gpa, window.size_bytes)
+
+
+def _interrupt_map(bridge: PciHostBridge, interrupt_parent: int) -> bytes:
+    return b"".join(
+        cells(devfn_of(slot) << 8, 0, 0, pin, interrupt_parent, bridge.lsi_source(devfn_of(slot), pin), LEVEL)
+        for slot in range(N_SLOTS)
+        for pin in range(1, N_PINS + 1)
+    )
+
+
+def _name(function: PciFunction) -> str:
+    identity = function.identity
+    name = _NAMES.get(identity.class_code >> 8, f"pci{identity.vendor:x},{identity.device:x}")
+    slot, number = function.devfn >> 3, function.devfn & 7
+    return f"{name}@{slot:x},{number:x}" if number else f"{name}@{slot:x}"
+
+
+def _function_properties(function: PciFunction) -> dict[str, bytes]:
+    identity = function.identity
+    properties = {
+        "vendor-id": cells(identity.vendor),
+        "device-id": cells(identity.device),
+        "revision-id": cells(identity.revision),
+        "class-code": cells(identity.class_code),
+        "subsystem-vendor-id": cells(identity.subsystem_vendor),
+        "subsystem-id": cells(identity.subsystem),
+        "min-grant": cells(0),
+        "max-latency": cells(0),
+        "devsel-speed": cells(0),
+        "#address-cells": cells(3),
+        "#size-cells": cells(2),
+        "ibm,pci-config-space-type": cells(0),
+        "ibm,loc-code": strings(f"pefbox_pci@{function.devfn >> 3:x}.{function.devfn & 7:x}"),
+        "reg": _registers(function, assigned=False),
+    }
+    if identity.interrupt_pin:
+        properties["interrupts"] = cells(identity.interrupt_pin)
+    n_vectors = _n_vectors(function)
+    if n_vectors:
+        properties["ibm,req#msi-x"] = cells(n_vectors)
+    assigned = _registers(function, assigned=True)
+    if assigned:
+        properties["assigned-addresses"] = assigned
+    return properties
+
+
+def _registers(function: PciFunction, *, assigned: bool) -> bytes:
+    """`reg`: configuration space, then the sizes of the BARs. `assigned-addresses`: the BARs that have an address."""
+    entry = b"" if assigned else cells(of_phys_hi(OfSpace.CONFIG, 0, function.devfn), 0, 0, 0, 0)
+    for bar in function.bars:
+        address = function.bar_address(bar)
+        if assigned and not address:
+            continue
+        flags = (OF_RELOCATABLE if assigned else 0) | (OF_PREFETCHABLE if bar.prefetchable else 0)
+        entry += _bar(function, bar, address if assigned else 0, flags)
+    return entry
+
+
+def _bar(function: PciFunction, bar: Bar, address: int, flags: int) -> bytes:
+    high = of_phys_hi(bar.space, 0, function.devfn, bar.register, flags)
+    return cells(high) + quads(address, bar.region.size_bytes)
+
+
+def _n_vectors(function: PciFunction) -> int:
+    has_msix = function.read_config(Config.STATUS, 2) & STATUS_CAPABILITIES
+    if not has_msix or Capability.MSIX not in function.capabilities.values():
+        return 0
+    return next((bar.region.n_vectors for bar in function.bars if isinstance(bar.region, MsixTable)), 0)

@@ -1,0 +1,129 @@
+"""RTAS services of the PCI host bridge: configuration space, message interrupts, error handling.
+
+Each takes its argument words and returns the words after the status, or raises RtasError.
+
+Source: PAPR 7.3.4 and 7.3.10.5; QEMU `hw/ppc/spapr_pci.c`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+from protocol.codes import RtasStatus
+from services.qemu.msix import MsixTable
+from services.qemu.pci_bus import PciFunction
+from services.qemu.phb import MSI_WINDOW, IrqPort, PciHostBridge
+from services.qemu.virtio_pci import VirtioPciFunction
+from shared.pci import CONFIG_BYTES
+
+EDGE_TRIGGERED = 1
+MSIX_TYPE = 2
+
+
+class ChangeMsi(IntEnum):
+    """Function argument of ibm,change-msi."""
+
+    QUERY = 0
+    CHANGE = 1
+    RESET = 2
+    CHANGE_MSI = 3
+    CHANGE_MSIX = 4
+
+
+class RtasError(Exception):
+    """A service ends with this status."""
+
+    def __init__(self, status: RtasStatus) -> None:
+        self.status = status
+        super().__init__(status.name)
+
+
+class PciRtas:
+    """The services over one bridge."""
+
+    def __init__(self, phb: PciHostBridge, irq: IrqPort) -> None:
+        self._phb = phb
+        self._irq = irq
+
+    def read_first(self, config_addr: int, size_bytes: int) -> list[int]:
+        """read-pci-config: of the first bridge."""
+        function, offset = self._register(config_addr, size_bytes)
+        return [function.read_config(offset, size_bytes)]
+
+    def write_first(self, config_addr: int, size_bytes: int, value: int) -> list[int]:
+        """write-pci-config: of the first bridge."""
+        function, offset = self._register(config_addr, size_bytes)
+        function.write_config(offset, size_bytes, value & (1 << size_bytes * 8) - 1)
+        return []
+
+    def read(self, config_addr: int, buid_high: int, buid_low: int, size_bytes: int) -> list[int]:
+        """ibm,read-pci-config."""
+        self._check_bridge(buid_high, buid_low)
+        return self.read_first(config_addr, size_bytes)
+
+    def write(self, config_addr: int, buid_high: int, buid_low: int, size_bytes: int, value: int) -> list[int]:
+        """ibm,write-pci-config."""
+        self._check_bridge(buid_high, buid_low)
+        return self.write_first(config_addr, size_bytes, value)
+
+    async def change_msi(self, args: Sequence[int]) -> list[int]:
+        """ibm,change-msi: sources granted, next sequence number, type. Fewer may be granted than were asked for."""
+        config_addr, buid_high, buid_low, function, n_asked, sequence = args
+        self._check_bridge(buid_high, buid_low)
+        target = self._function(config_addr)
+        msix = _msix(target)
+        if function not in (ChangeMsi.CHANGE, ChangeMsi.CHANGE_MSIX):
+            raise RtasError(RtasStatus.PARAMETER_ERROR)
+        next_sequence = sequence + 1 & 0xFFFFFFFF
+        if n_asked == 0:
+            self._take_back(target, msix)
+            return [0, next_sequence, MSIX_TYPE]
+        sources = self._phb.msis.allocate(target.devfn, min(n_asked, msix.n_vectors))
+        if sources is None:
+            raise RtasError(RtasStatus.HARDWARE_ERROR)
+        for source in sources:
+            await self._irq.define(source, level_triggered=False)
+        for vector, source in enumerate(sources):
+            msix.set_message(vector, MSI_WINDOW, source)
+        return [len(sources), next_sequence, MSIX_TYPE]
+
+    def query_source(self, config_addr: int, buid_high: int, buid_low: int, vector: int) -> list[int]:
+        """ibm,query-interrupt-source-number: source, and 1 for edge triggered."""
+        self._check_bridge(buid_high, buid_low)
+        sources = self._phb.msis.blocks.get(self._function(config_addr).devfn)
+        if sources is None or vector >= len(sources):
+            raise RtasError(RtasStatus.HARDWARE_ERROR)
+        return [sources[vector], EDGE_TRIGGERED]
+
+    def no_error_handling(self, config_addr: int, buid_high: int, buid_low: int) -> list[int]:
+        """Enhanced error handling exists for passed-through devices only, and there is none."""
+        raise RtasError(RtasStatus.PARAMETER_ERROR)
+
+    def _take_back(self, target: PciFunction, msix: MsixTable) -> None:
+        self._phb.msis.release(target.devfn)
+        for vector in range(msix.n_vectors):
+            msix.set_message(vector, 0, 0)
+
+    def _check_bridge(self, buid_high: int, buid_low: int) -> None:
+        if buid_high << 32 | buid_low != self._phb.buid:
+            raise RtasError(RtasStatus.PARAMETER_ERROR)
+
+    def _function(self, config_addr: int) -> PciFunction:
+        function = self._phb.bus.functions.get(config_addr >> 8 & 0xFF)
+        if config_addr >> 16 & 0xFF or function is None:
+            raise RtasError(RtasStatus.PARAMETER_ERROR)
+        return function
+
+    def _register(self, config_addr: int, size_bytes: int) -> tuple[PciFunction, int]:
+        # Bits 28-31 carry bits 8-11 of an extended register number.
+        offset = config_addr >> 20 & 0xF00 | config_addr & 0xFF
+        if size_bytes not in (1, 2, 4) or offset % size_bytes or offset >= CONFIG_BYTES:
+            raise RtasError(RtasStatus.PARAMETER_ERROR)
+        return self._function(config_addr), offset
+
+
+def _msix(function: PciFunction) -> MsixTable:
+    if not isinstance(function, VirtioPciFunction):
+        raise RtasError(RtasStatus.PARAMETER_ERROR)
+    return function.msix

@@ -1,0 +1,331 @@
+"""What every virtio device does, whatever its transport: negotiation, status, reset, queues, faults.
+
+A subclass handles chains. Each queue has one worker task, the only one that touches the queue's ring: requests that
+must wait for the host run in tasks of their own and hand their result to the worker. A broken ring or an unreachable
+buffer ends in `fail`: NEEDS_RESET, a configuration interrupt and a reason for the operator, never in an exception.
+
+Source: VIRTIO 1.4, sections 2.1 to 2.7, 3.1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+import trio
+
+from protocol.errors import PefboxError
+from services.qemu.dma import DmaSpace
+from services.qemu.virtqueue import Chain, QueueState, Virtqueue
+from shared.virtio import DeviceId, DeviceStatus, Feature, feature_mask, has_feature
+from shared.virtio_pci import NO_VECTOR
+
+FEATURES = feature_mask((Feature.VERSION_1, Feature.INDIRECT_DESC, Feature.EVENT_IDX))
+"""What every device here offers."""
+
+CHAINS_BETWEEN_CHECKPOINTS = 8
+"""A guest that never lets its queue run empty does not starve the other tasks of the process."""
+
+_DRIVER_BITS = (
+    DeviceStatus.ACKNOWLEDGE
+    | DeviceStatus.DRIVER
+    | DeviceStatus.DRIVER_OK
+    | DeviceStatus.FEATURES_OK
+    | DeviceStatus.FAILED
+)
+
+
+class Transport(Protocol):
+    """How a device tells its driver something."""
+
+    def queue_interrupt(self, queue: Virtqueue) -> None:
+        """Buffers of `queue` were used."""
+
+    def config_interrupt(self) -> None:
+        """The configuration or the status changed."""
+
+    def device_reset(self) -> None:
+        """The device is as at power-on; forget vectors and pending interrupts."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """The two ways in which a device may reach memory."""
+
+    bypass: DmaSpace
+    platform: DmaSpace
+
+
+class VirtioState(msgspec.Struct):
+    """A device between two requests."""
+
+    queues: list[QueueState]
+    status: int = 0
+    driver_features: int = 0
+    config_generation: int = 0
+    config_vector: int = NO_VECTOR
+    fault: str | None = None
+    """Why the device needs a reset, or why it refused the driver's features."""
+
+
+class VirtioDevice(ABC):
+    """A virtio device. `name` is for the operator; `features` are offered beyond `FEATURES`."""
+
+    def __init__(
+        self,
+        name: str,
+        device_id: DeviceId,
+        memory: DeviceMemory,
+        *,
+        queue_sizes: Sequence[int],
+        features: int = 0,
+        access_platform: bool = False,
+    ) -> None:
+        self.name = name
+        self.device_id = device_id
+        platform = 1 << Feature.ACCESS_PLATFORM if access_platform else 0
+        self.features = FEATURES | features | platform
+        self.queues = [Virtqueue(index, size) for index, size in enumerate(queue_sizes)]
+        self.state = VirtioState([queue.state for queue in self.queues])
+        self.transport: Transport | None = None
+        self.on_fault: Callable[[str, str], None] | None = None
+        self._dma = memory.platform if access_platform else memory.bypass
+        self._kicks = [trio.Event() for _ in self.queues]
+        self._finished: list[deque[tuple[Chain, int]]] = [deque() for _ in self.queues]
+        self._nursery: trio.Nursery | None = None
+        self._working = 0
+        self._resetting = False
+        self._quiet = trio.Event()
+
+    @abstractmethod
+    async def handle(self, queue: Virtqueue, chain: Chain) -> int | None:
+        """Serve one chain: bytes written to it, or None when `later` was given the rest of the work.
+
+        GuestFault for a chain that is no request of this device.
+        """
+
+    @abstractmethod
+    def read_config(self, offset: int, n_bytes: int) -> bytes:
+        """The device configuration from `offset`; zeros beyond its end."""
+
+    # What the driver does through the transport.
+
+    @property
+    def status(self) -> int:
+        """The status byte; 0 only once a reset is complete and no request of before it is open."""
+        return self.state.status
+
+    def set_status(self, value: int) -> None:
+        """The driver writes the status byte."""
+        if value == 0:
+            self.request_reset()
+            return
+        if self._resetting:
+            return
+        # A driver never clears a bit other than by a reset, and NEEDS_RESET is the device's alone.
+        new = value & _DRIVER_BITS & ~self.state.status
+        if new & DeviceStatus.FEATURES_OK and not self._accept_features():
+            new &= ~DeviceStatus.FEATURES_OK
+        self.state.status |= new & ~DeviceStatus.DRIVER_OK
+        if new & DeviceStatus.DRIVER_OK:
+            self._driver_ok()
+
+    def set_driver_features(self, features: int) -> None:
+        """The driver writes its feature word; nothing happens once FEATURES_OK is set."""
+        if not self.state.status & DeviceStatus.FEATURES_OK:
+            self.state.driver_features = features
+
+    def configure_queue(self, index: int) -> QueueState | None:
+        """The settings of a queue while the driver may still change them, else None."""
+        locked = self._resetting or self.state.status & DeviceStatus.DRIVER_OK
+        if locked or index >= len(self.queues) or self.queues[index].state.enabled:
+            return None
+        return self.queues[index].state
+
+    def kick(self, index: int) -> None:
+        """The driver made buffers available; ignored before DRIVER_OK and for a queue that does not run."""
+        if self.serving and index < len(self.queues) and self.queues[index].running:
+            self._kicks[index].set()
+
+    # Life of the device.
+
+    @property
+    def serving(self) -> bool:
+        """Whether the device may touch buffers."""
+        live = self.state.status & (DeviceStatus.DRIVER_OK | DeviceStatus.NEEDS_RESET) == DeviceStatus.DRIVER_OK
+        return live and not self._resetting
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to do: a worker runs, a request is open, or a kick waits."""
+        return self._working > 0 or any(kick.is_set() for kick in self._kicks)
+
+    async def run(self) -> None:
+        """Serve the queues until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for queue in self.queues:
+                nursery.start_soon(self._work, queue)
+
+    async def drained(self) -> None:
+        """Return when everything that was available has been served."""
+        while self.busy:
+            await self._quiet.wait()
+
+    def request_reset(self) -> None:
+        """Back to power-on, at once or when the open requests have ended; until then the status stays non-zero."""
+        self._resetting = True
+        self._settle()
+
+    async def reset(self) -> None:
+        """As `request_reset`, and wait for it."""
+        self.request_reset()
+        while self._resetting:
+            await self._quiet.wait()
+
+    def fail(self, reason: str) -> None:
+        """The driver broke the device: NEEDS_RESET, told to the driver, and `reason` told to the operator."""
+        if self.state.status & DeviceStatus.NEEDS_RESET:
+            return
+        self._note(reason)
+        self.state.status |= DeviceStatus.NEEDS_RESET
+        if self.state.status & DeviceStatus.DRIVER_OK and self.transport is not None:
+            self.transport.config_interrupt()
+
+    def save(self) -> VirtioState:
+        """A copy of the state; the device is drained."""
+        if self.busy or self._resetting:
+            raise RuntimeError(f"{self.name} still has work to do")
+        return msgspec.convert(msgspec.to_builtins(self.state), VirtioState)
+
+    def load(self, state: VirtioState) -> None:
+        """Go on from `state`, of a device with the same queues."""
+        if len(state.queues) != len(self.queues):
+            raise ValueError(f"{self.name} has {len(self.queues)} queues, the saved one {len(state.queues)}")
+        self.state = msgspec.convert(msgspec.to_builtins(state), VirtioState)
+        for queue, saved in zip(self.queues, self.state.queues, strict=True):
+            queue.reset()
+            queue.state = saved
+        if self.serving:
+            self._start_queues()
+
+    def later(self, queue: Virtqueue, chain: Chain, work: Callable[[], Awaitable[int]], /) -> None:
+        """Run the coroutine function `work` in a task of its own; it returns the bytes written to `chain`."""
+        if self._nursery is None:
+            raise RuntimeError(f"{self.name} does not run")
+        self._working += 1
+        self._nursery.start_soon(self._finish_later, queue, chain, work)
+
+    # Inside.
+
+    def _accept_features(self) -> bool:
+        chosen = self.state.driver_features
+        refusal = None
+        if chosen & ~self.features:
+            refusal = f"the driver accepts features that are not offered ({chosen & ~self.features:#x})"
+        elif not has_feature(chosen, Feature.VERSION_1):
+            refusal = "the driver does not accept VIRTIO_F_VERSION_1"
+        elif has_feature(self.features, Feature.ACCESS_PLATFORM) and not has_feature(chosen, Feature.ACCESS_PLATFORM):
+            refusal = "the driver does not accept VIRTIO_F_ACCESS_PLATFORM"
+        if refusal is not None:
+            self._note(refusal)
+        return refusal is None
+
+    def _driver_ok(self) -> None:
+        self.state.status |= DeviceStatus.DRIVER_OK
+        if not self.state.status & DeviceStatus.FEATURES_OK:
+            self.fail("DRIVER_OK without FEATURES_OK")
+            return
+        self._start_queues()
+
+    def _start_queues(self) -> None:
+        try:
+            for queue in self.queues:
+                if queue.state.enabled:
+                    queue.start(self._dma, self.state.driver_features)
+        except PefboxError as error:
+            self.fail(str(error))
+            return
+        for queue in self.queues:
+            self.kick(queue.index)
+
+    def _note(self, reason: str) -> None:
+        self.state.fault = reason
+        if self.on_fault is not None:
+            self.on_fault(self.name, reason)
+
+    async def _work(self, queue: Virtqueue) -> None:
+        while True:
+            await self._kicks[queue.index].wait()
+            self._kicks[queue.index] = trio.Event()
+            self._working += 1
+            try:
+                await self._serve(queue)
+            except PefboxError as error:
+                self.fail(f"queue {queue.index}: {error}")
+            finally:
+                self._working -= 1
+                self._settle()
+
+    async def _serve(self, queue: Virtqueue) -> None:
+        if self.serving:
+            await queue.pause_notifications()
+        n_chains = 0
+        while self.serving:
+            await self._publish_finished(queue)
+            chain = await queue.pop()
+            if chain is None:
+                await self._signal(queue)
+                if not self._finished[queue.index] and not await queue.resume_notifications():
+                    return
+                continue
+            written = await self.handle(queue, chain)
+            if written is not None:
+                await queue.push(chain.head, written)
+            n_chains += 1
+            if n_chains % CHAINS_BETWEEN_CHECKPOINTS == 0:
+                await self._signal(queue)
+                await trio.lowlevel.checkpoint()
+
+    async def _publish_finished(self, queue: Virtqueue) -> None:
+        finished = self._finished[queue.index]
+        while finished and self.serving:
+            chain, written = finished.popleft()
+            await queue.push(chain.head, written)
+
+    async def _signal(self, queue: Virtqueue) -> None:
+        if await queue.wants_interrupt() and self.transport is not None and self.serving:
+            self.transport.queue_interrupt(queue)
+
+    async def _finish_later(self, queue: Virtqueue, chain: Chain, work: Callable[[], Awaitable[int]]) -> None:
+        try:
+            written = await work()
+            self._finished[queue.index].append((chain, written))
+            self._kicks[queue.index].set()
+        except PefboxError as error:
+            self.fail(f"queue {queue.index}: {error}")
+        finally:
+            self._working -= 1
+            self._settle()
+
+    def _settle(self) -> None:
+        """Complete a pending reset, and wake who waits for quiet."""
+        if self._resetting and self._working == 0:
+            self._complete_reset()
+        if not self.busy:
+            self._quiet.set()
+            self._quiet = trio.Event()
+
+    def _complete_reset(self) -> None:
+        for queue in self.queues:
+            queue.reset()
+        for finished in self._finished:
+            finished.clear()
+        self.state = VirtioState([queue.state for queue in self.queues])
+        self._resetting = False
+        if self.transport is not None:
+            self.transport.device_reset()

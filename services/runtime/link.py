@@ -1,0 +1,252 @@
+"""One end of a link under trio: calls out, calls in, replies matched by correlation id.
+
+The reader never awaits a handler. A handler registered with `on` answers at once and is run by the reader; one
+registered with `on_waiting` is a task of its own, at most MAX_OPEN_CALLS of them, beyond which the caller gets H_BUSY
+or U_BUSY. Whatever a peer sends ends in a reply, a line for the operator, or both; it never ends the reader (S5).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import outcome
+import trio
+
+from protocol.declare import Call
+from protocol.errors import GuestFault, MalformedMessage, PeerError, PeerGone, UnexpectedMessage
+from protocol.links import LinkKind, name_of
+from protocol.messages import BodyT, Message, ReplyT, decode_registers, decode_result
+from protocol.refusals import Refusal, refusal, why_not_served
+from protocol.roles import Role
+from protocol.wire import MAX_OPEN_CALLS, Envelope, MessageKind, decode, encode
+from services.runtime.channel import ZmqChannel
+from services.runtime.log import Log
+from services.runtime.recorder import Tap
+
+LOST_STATES = frozenset({"gone", "failed", "stopped", "unresponsive", "closed"})
+"""A peer in one of these answers nothing; in any other it is expected to answer, however late."""
+
+DEFERRED = None
+"""What a handler returns when somebody will call `Link.reply` later."""
+
+AtOnce = Callable[[Envelope, Any], Any]
+Waiting = Callable[[Envelope, Any], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Handler:
+    decode: Callable[[msgspec.Raw], Any]
+    at_once: AtOnce | None
+    waiting: Waiting | None
+
+
+class Link:
+    """One end of one link; `peer` names the other process, `peer_state` is `up` or what became of it."""
+
+    def __init__(self, channel: ZmqChannel, kind: LinkKind, me: Role, link_id: str, peer: str, log: Log) -> None:
+        self.id = link_id
+        self.peer = peer
+        self.kind = kind
+        self.peer_state = "up"
+        self.refused = 0
+        self.tap: Tap | None = None
+        self._channel = channel
+        self._inbound = kind.inbound(me)
+        self._log = log.bind(link=link_id, peer=peer)
+        self._handlers: dict[int, _Handler] = {}
+        self._pending: dict[int, trio.lowlevel.Task] = {}
+        self._correlations = itertools.count(1)
+        self._open_tasks = 0
+        self._nursery: trio.Nursery | None = None
+
+    # -- handlers ---------------------------------------------------------------------------------------------
+
+    def on(self, call: Call | Message[Any, Any], handler: AtOnce) -> None:
+        """Serve `call` in the reader: `handler(envelope, body)` returns the reply, or DEFERRED."""
+        self._register(call, _Handler(_decoder_for(call), handler, None))
+
+    def on_waiting(self, call: Call | Message[Any, Any], handler: Waiting) -> None:
+        """Serve `call` in a task of its own."""
+        self._register(call, _Handler(_decoder_for(call), None, handler))
+
+    def _register(self, call: Call | Message[Any, Any], handler: _Handler) -> None:
+        if call.number not in self._inbound:
+            raise ValueError(f"{self.kind.name} does not carry {call.name} towards this role")
+        self._handlers[call.number] = handler
+
+    # -- calls out --------------------------------------------------------------------------------------------
+
+    async def call(self, message: Message[BodyT, ReplyT], body: BodyT, cause: int = 0) -> ReplyT:
+        """Call the peer and wait for its reply; raises PeerGone, MalformedMessage."""
+        return message.decode_reply(await self._ask(message.number, body, cause))
+
+    async def call_registers(self, call: Call, args: Sequence[int], cause: int = 0) -> list[int]:
+        """Issue a hypercall or ultracall and wait for `[code, outputs...]`; raises PeerGone, MalformedMessage."""
+        return decode_result(await self._ask(call.number, args, cause))
+
+    def send_event(self, message: Message[BodyT, Any], body: BodyT, cause: int = 0) -> None:
+        """Tell the peer something that has no reply."""
+        self._send(MessageKind.EVENT, message.number, 0, cause, body)
+
+    def send_call(self, number: int, correlation: int, body: Any, cause: int) -> None:  # noqa: ANN401
+        """Send a call whose answer does not come as a reply (a reflected hypercall is answered by UV_RETURN)."""
+        if self.peer_state != "up":
+            raise PeerGone(self.peer, self.peer_state)
+        self._send(MessageKind.CALL, number, correlation, cause, body)
+
+    def reply(self, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
+        """Answer a deferred call."""
+        self._send(MessageKind.REPLY, envelope.number, envelope.correlation, envelope.cause, body)
+
+    def peer_is(self, state: str) -> None:
+        """Take note of what became of the peer; when it is lost its open calls end with PeerGone."""
+        if state not in LOST_STATES:
+            state = "up"
+        if state == self.peer_state:
+            return
+        self.peer_state = state
+        if state == "up":
+            self._log.info("peer is up again")
+            return
+        self._log.warning("peer lost", state=state, open_calls=len(self._pending))
+        for task in self._take_pending():
+            trio.lowlevel.reschedule(task, outcome.Error(PeerGone(self.peer, state)))
+
+    @property
+    def open_calls(self) -> int:
+        """Calls of this side that wait for a reply."""
+        return len(self._pending)
+
+    async def _ask(self, number: int, body: Any, cause: int) -> msgspec.Raw:  # noqa: ANN401
+        if self.peer_state != "up":
+            raise PeerGone(self.peer, self.peer_state)
+        correlation = next(self._correlations)
+        self._send(MessageKind.CALL, number, correlation, cause, body)
+        self._pending[correlation] = trio.lowlevel.current_task()
+
+        def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+            self._pending.pop(correlation, None)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        raw: msgspec.Raw = await trio.lowlevel.wait_task_rescheduled(abort)
+        return raw
+
+    def _take_pending(self) -> list[trio.lowlevel.Task]:
+        tasks, self._pending = list(self._pending.values()), {}
+        return tasks
+
+    def _send(self, kind: MessageKind, number: int, correlation: int, cause: int, body: Any) -> None:  # noqa: ANN401
+        frames = (encode(kind, number, correlation, cause, body),)
+        if self.tap is not None:
+            self.tap(self.id, "out", frames)
+        try:
+            self._channel.send(frames)
+        except PeerError as error:
+            self._refuse(str(error))
+
+    # -- calls in ---------------------------------------------------------------------------------------------
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Read and serve until cancelled; what is still open then ends with PeerGone."""
+        try:
+            async with trio.open_nursery() as self._nursery:
+                task_status.started()
+                while True:
+                    self._take(await self._channel.receive())
+        finally:
+            self.peer_is("closed")
+            self._channel.close()
+
+    def _take(self, frames: list[bytes]) -> None:
+        if self.tap is not None:
+            self.tap(self.id, "in", frames)
+        try:
+            if len(frames) != 1:
+                raise UnexpectedMessage(f"{len(frames)} frames where one is declared")
+            envelope = decode(frames[0])
+            if envelope.kind is MessageKind.REPLY:
+                self._take_reply(envelope)
+            else:
+                self._take_call(envelope)
+        except PeerError as error:
+            self._refuse(str(error))
+
+    def _take_reply(self, envelope: Envelope) -> None:
+        task = self._pending.pop(envelope.correlation, None)
+        if task is not None:
+            trio.lowlevel.reschedule(task, outcome.Value(envelope.body))
+
+    def _take_call(self, envelope: Envelope) -> None:
+        handler = self._handlers.get(envelope.number)
+        if handler is None:
+            self._answer_unknown(envelope)
+            return
+        try:
+            body = handler.decode(envelope.body)
+        except MalformedMessage as error:
+            self._answer(envelope, refusal(envelope.number, Refusal.MALFORMED))
+            raise error
+        if handler.at_once is not None:
+            self._serve_at_once(handler.at_once, envelope, body)
+        elif handler.waiting is not None:
+            self._serve_in_task(handler.waiting, envelope, body)
+
+    def _answer_unknown(self, envelope: Envelope) -> None:
+        if envelope.kind is MessageKind.CALL:
+            self._answer(envelope, refusal(envelope.number, why_not_served(envelope.number)))
+        if envelope.number not in self._inbound and not self.kind.open_numbers:
+            raise UnexpectedMessage(f"{name_of(envelope.number)} is not carried in this direction")
+
+    def _serve_at_once(self, handler: AtOnce, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
+        try:
+            result = handler(envelope, body)
+        except Exception as error:
+            result = self._failure(envelope, error)
+        if result is not DEFERRED:
+            self._answer(envelope, result)
+
+    def _serve_in_task(self, handler: Waiting, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
+        if self._open_tasks >= MAX_OPEN_CALLS or self._nursery is None:
+            self._answer(envelope, refusal(envelope.number, Refusal.BUSY))
+            return
+        self._open_tasks += 1
+        self._nursery.start_soon(self._serve, handler, envelope, body)
+
+    async def _serve(self, handler: Waiting, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
+        try:
+            try:
+                result = await handler(envelope, body)
+            except Exception as error:
+                result = self._failure(envelope, error)
+            if result is not DEFERRED:
+                self._answer(envelope, result)
+        finally:
+            self._open_tasks -= 1
+
+    def _failure(self, envelope: Envelope, error: Exception) -> Any:  # noqa: ANN401
+        """What the peer gets when its call ended in an exception."""
+        if isinstance(error, (GuestFault, PeerError)):
+            self._refuse(str(error))
+            return refusal(envelope.number, Refusal.MALFORMED)
+        if isinstance(error, PeerGone):
+            self._log.warning("call ended", call=name_of(envelope.number), reason=str(error))
+            return refusal(envelope.number, Refusal.of_peer(error.state))
+        self._log.error("internal error", call=name_of(envelope.number), exc_info=error)
+        return refusal(envelope.number, Refusal.GONE)
+
+    def _answer(self, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
+        if envelope.kind is MessageKind.CALL:
+            self.reply(envelope, body)
+
+    def _refuse(self, reason: str) -> None:
+        self.refused += 1
+        if self.refused <= 100 or self.refused % 1000 == 0:
+            self._log.warning("refused", reason=reason, refused=self.refused)
+
+
+def _decoder_for(call: Call | Message[Any, Any]) -> Callable[[msgspec.Raw], Any]:
+    return decode_registers if isinstance(call, Call) else call.decode_body

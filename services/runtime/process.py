@@ -1,0 +1,308 @@
+"""The life of a service process: start, confine, take keys, open links, serve, stop.
+
+The order matters (protocol.control): everything is imported before this runs; open files come with `Start`; then the
+process is confined; only then does it read its keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import trio
+import zmq
+
+from protocol import control
+from protocol.errors import HostFault, PefboxError, UserError
+from protocol.links import LINK_KINDS
+from protocol.roles import Role
+from protocol.startup import Keys, LinkEntry, LinkKey, ProcessConfig, VmEntry
+from services.runtime.channel import ZmqChannel
+from services.runtime.confine import confine, die_with_parent
+from services.runtime.control import ControlEnd, LauncherGone
+from services.runtime.link import Link
+from services.runtime.log import Log, open_log
+from services.runtime.recorder import Recorder
+from services.runtime.sockets import bind_socket, connect_socket
+from services.runtime.zap import ZapServer
+
+Query = Callable[[dict[str, Any]], Awaitable[Any]]
+_RECORD_FLUSH_SECONDS = 0.5
+
+
+class Service(Protocol):
+    """What a role implements. Every method runs in the trio thread."""
+
+    async def start(self) -> None:
+        """Host-wide links are open; VMs of the configuration follow by `add_vm`."""
+
+    async def add_vm(
+        self, vm: VmEntry, links: list[LinkEntry], keys: dict[str, LinkKey], files: dict[str, int]
+    ) -> None:
+        """A VM begins. `files` are descriptors by name (`ram:VM`, `disk:NAME`, ...), owned by the service."""
+
+    async def remove_vm(self, name: str) -> None:
+        """A VM ends: release all that it held."""
+
+    async def gift(self, tag: str, vm: str, fd: int) -> None:
+        """A descriptor that another process made for this one; owned by the service."""
+
+    def peer_state(self, peer: str, state: str) -> None:
+        """What became of a linked process."""
+
+    def queries(self) -> dict[str, Query]:
+        """Questions of the operator by name."""
+
+    async def stop(self) -> None:
+        """End in good order; bounded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    scope: trio.CancelScope
+    ended: trio.Event
+
+
+class Runtime:
+    """What a service gets from its shell."""
+
+    def __init__(self, control_end: ControlEnd, config: ProcessConfig, files: dict[str, int], log: Log) -> None:
+        self.config = config
+        self.role = Role(config.role)
+        self.log = log
+        self.files = files
+        self.protections: dict[str, str] = {}
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.links: dict[str, Link] = {}
+        self.recorder: Recorder | None = None
+        self._control = control_end
+        self._zap: ZapServer | None = None
+        self._nursery: trio.Nursery | None = None
+        self._serving: dict[str, _Serving] = {}
+
+    @property
+    def nursery(self) -> trio.Nursery:
+        """Tasks that live as long as the process."""
+        assert self._nursery is not None
+        return self._nursery
+
+    async def open(self, nursery: trio.Nursery) -> None:
+        """Begin to authenticate and record; before any link."""
+        self._nursery = nursery
+        self._zap = ZapServer(self.context)
+        await nursery.start(self._zap.run)
+        if self.config.record:
+            self.set_recording(True)
+        nursery.start_soon(self._flush_recorder)
+
+    async def open_link(self, entry: LinkEntry, key: LinkKey, register: Callable[[Link], None]) -> Link:
+        """Open, register handlers on, and serve one link; raises HostFault when it cannot be bound."""
+        link = self.make_link(entry, key)
+        register(link)
+        await self.serve_link(link)
+        return link
+
+    def make_link(self, entry: LinkEntry, key: LinkKey) -> Link:
+        """Open one link; handlers are registered before `serve_link`. Raises HostFault when it cannot be bound."""
+        kind = LINK_KINDS[entry.kind]
+        if self.role is kind.upper:
+            assert self._zap is not None
+            socket = bind_socket(self.context, self._zap, entry, key)
+        else:
+            socket = connect_socket(self.context, entry, key)
+        link = Link(ZmqChannel(socket), kind, self.role, entry.id, entry.peer, self.log)
+        if self.recorder is not None:
+            link.tap = self.recorder.record
+        return link
+
+    async def serve_link(self, link: Link) -> None:
+        """Read and serve until `close_link`."""
+        self.links[link.id] = link
+        await self.nursery.start(self._run_link, link)
+
+    async def close_link(self, link: Link) -> None:
+        """Stop serving a link; returns when its socket is closed and everything open on it has ended."""
+        serving = self._serving.pop(link.id, None)
+        if self.links.get(link.id) is link:
+            del self.links[link.id]
+        if self._zap is not None:
+            self._zap.forget(link.id)
+        if serving is not None:
+            serving.scope.cancel()
+            await serving.ended.wait()
+
+    def set_recording(self, on: bool) -> None:
+        """Record every frame of every link from now on, or stop."""
+        if on and self.recorder is None:
+            self.recorder = Recorder(self.files["record"])
+        elif not on and self.recorder is not None:
+            self.recorder.flush()
+            self.recorder = None
+        tap = self.recorder.record if self.recorder is not None else None
+        for link in self.links.values():
+            link.tap = tap
+
+    async def give(self, tag: str, vm: str, fd: int) -> None:
+        """Hand a descriptor to the other processes of the VM through the launcher; `fd` stays the caller's."""
+        await self._control.send(control.Give(tag, vm), [fd])
+
+    async def notice(self, what: str, vm: str | None, detail: str = "") -> None:
+        """Tell the launcher something that it acts on or shows."""
+        await self._control.send(control.Notice(what, vm, detail))
+
+    async def _run_link(self, link: Link, task_status: trio.TaskStatus[None]) -> None:
+        serving = self._serving[link.id] = _Serving(trio.CancelScope(), trio.Event())
+        try:
+            with serving.scope:
+                await link.run(task_status)
+        finally:
+            serving.ended.set()
+
+    async def _flush_recorder(self) -> None:
+        while True:
+            await trio.sleep(_RECORD_FLUSH_SECONDS)
+            if self.recorder is not None:
+                self.recorder.flush()
+
+
+ServiceFactory = Callable[[Runtime, Keys], Service]
+LandlockDirs = Callable[[ProcessConfig], Sequence[str] | None]
+
+
+def run_service(role: Role, make: ServiceFactory, landlock_dirs: LandlockDirs) -> None:
+    """The main function of every service process; returns when the launcher says stop or is gone."""
+    parser = argparse.ArgumentParser(prog=f"services.{role.value}", description="A process of a pefbox cluster.")
+    parser.add_argument("--control-fd", type=int, required=True, help="inherited end of the control socketpair")
+    arguments = parser.parse_args()
+    parent = os.getppid()
+    die_with_parent(parent)
+    trio.run(_Shell(role, make, landlock_dirs, arguments.control_fd).main)
+
+
+class _Shell:
+    """Start sequence and control loop of one process."""
+
+    def __init__(self, role: Role, make: ServiceFactory, landlock_dirs: LandlockDirs, control_fd: int) -> None:
+        self._role = role
+        self._make = make
+        self._landlock_dirs = landlock_dirs
+        self._control_fd = control_fd
+
+    async def main(self) -> None:
+        end = ControlEnd(self._control_fd)
+        try:
+            await self._start(end)
+        except LauncherGone:
+            return
+        except PefboxError as error:
+            await end.send(control.Failed(str(error)))
+            raise SystemExit(1) from None
+
+    async def _start(self, end: ControlEnd) -> None:
+        await end.send(control.Hello(os.getpid()))
+        start, descriptors = await end.receive()
+        if not isinstance(start, control.Start) or start.config.role != self._role.value:
+            raise HostFault("the launcher did not begin with the start configuration of this role")
+        config = start.config
+        files = dict(zip(config.descriptors, descriptors, strict=True))
+        log = open_log(files["log"], config.target)
+        protections = confine(dumpable=config.debuggable, landlock_dirs=self._landlock_dirs(config))
+        await end.send(control.Confined(protections))
+        keys, _ = await end.receive()
+        if not isinstance(keys, control.TakeKeys):
+            raise HostFault("the launcher did not send keys after confinement")
+        log.info("started", pid=os.getpid(), protections=protections)
+        runtime = Runtime(end, config, files, log)
+        runtime.protections = protections
+        await self._serve(end, runtime, keys.keys)
+
+    async def _serve(self, end: ControlEnd, runtime: Runtime, keys: Keys) -> None:
+        config = runtime.config
+        async with trio.open_nursery() as nursery:
+            await runtime.open(nursery)
+            service = self._make(runtime, keys)
+            loop = _ControlLoop(end, runtime, service)
+            await service.start()
+            link_keys = {key.link: key for key in keys.links}
+            for vm in config.vms:
+                links = [link for link in config.links if link.vm == vm.name]
+                await service.add_vm(vm, links, link_keys, runtime.files)
+            nursery.start_soon(loop.run, nursery)
+            await end.send(control.Ready())
+        if runtime.recorder is not None:
+            runtime.recorder.flush()
+
+
+class _ControlLoop:
+    """Serves the launcher's packets; answers a ping at once, whatever else goes on."""
+
+    def __init__(self, end: ControlEnd, runtime: Runtime, service: Service) -> None:
+        self._end = end
+        self._runtime = runtime
+        self._service = service
+        self._queries: dict[str, Query] = {"statistics": self._statistics, "record": self._record, **service.queries()}
+
+    async def run(self, nursery: trio.Nursery) -> None:
+        try:
+            while True:
+                packet, descriptors = await self._end.receive()
+                if isinstance(packet, control.Stop):
+                    break
+                await self._take(packet, descriptors, nursery)
+        except LauncherGone:
+            self._runtime.log.warning("the launcher is gone")
+        with trio.move_on_after(2):
+            await self._service.stop()
+        nursery.cancel_scope.cancel()
+
+    async def _take(self, packet: control.ToProcess, descriptors: list[int], nursery: trio.Nursery) -> None:
+        match packet:
+            case control.Ping(sequence):
+                await self._end.send(control.Pong(sequence))
+            case control.PeerState(peer, state):
+                self._peer_state(peer, state)
+            case control.Query():
+                nursery.start_soon(self._answer, packet)
+            case control.Gift(tag, vm, _):
+                await self._service.gift(tag, vm, descriptors[0])
+            case control.AddVm(vm, links, keys, names):
+                files = dict(zip(names, descriptors, strict=True))
+                await self._service.add_vm(vm, links, {key.link: key for key in keys.links}, files)
+            case control.RemoveVm(vm):
+                await self._service.remove_vm(vm)
+            case _:
+                self._runtime.log.error("packet out of turn", packet=type(packet).__name__)
+
+    def _peer_state(self, peer: str, state: str) -> None:
+        for link in list(self._runtime.links.values()):
+            if link.peer == peer:
+                link.peer_is(state)
+        self._service.peer_state(peer, state)
+
+    async def _answer(self, query: control.Query) -> None:
+        handler = self._queries.get(query.what)
+        if handler is None:
+            await self._end.send(control.Answer(query.id, error=f"{self._runtime.config.target} knows no {query.what}"))
+            return
+        try:
+            result = await handler(query.arguments)
+        except (PefboxError, UserError, KeyError, ValueError, TypeError) as error:
+            await self._end.send(control.Answer(query.id, error=str(error) or type(error).__name__))
+            return
+        except OSError as error:
+            self._runtime.log.error("query failed", what=query.what, trace=traceback.format_exc())
+            await self._end.send(control.Answer(query.id, error=f"{query.what}: {error.strerror}"))
+            return
+        await self._end.send(control.Answer(query.id, result))
+
+    async def _statistics(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        links = self._runtime.links.values()
+        return {link.id: {"open_calls": link.open_calls, "refused": link.refused} for link in links}
+
+    async def _record(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        self._runtime.set_recording(bool(arguments["on"]))
+        return {"recording": self._runtime.recorder is not None}

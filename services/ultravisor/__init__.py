@@ -1,0 +1,1 @@
+"""The ultravisor: owns secure memory, verifies what becomes secure, stands between a secure VM and KVM."""

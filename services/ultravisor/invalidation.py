@@ -1,0 +1,80 @@
+"""Taking pages away from a running guest: clear the map entries, then have the guest forget its translations.
+
+Requests that come while one invalidation is on its way travel together in the next, so that paging out many pages
+costs one round trip a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import trio
+
+from protocol.errors import PefboxError
+from protocol.messages import MAP_INVALIDATE, MAX_INVALIDATION_RANGES, InvalidateBody, Range
+from services.runtime.link import Link
+
+ACKNOWLEDGE_SECONDS = 1.0
+
+
+class _Batch:
+    def __init__(self) -> None:
+        self.gfns: list[int] = []
+        self.done = trio.Event()
+        self.acknowledged = False
+
+
+class Invalidator:
+    """Invalidations of one guest."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._next = _Batch()
+        self._in_flight: _Batch | None = None
+
+    async def invalidate(self, gfns: Iterable[int], cause: int = 0) -> bool:
+        """True when the guest acknowledged that it uses none of `gfns` any more; False after a second without."""
+        batch = self._next
+        leads = not batch.gfns
+        batch.gfns.extend(gfns)
+        if not leads:
+            await batch.done.wait()
+            return batch.acknowledged
+        if self._in_flight is not None:
+            await self._in_flight.done.wait()
+        await self._send(batch, cause)
+        return batch.acknowledged
+
+    async def _send(self, batch: _Batch, cause: int) -> None:
+        self._next = _Batch()
+        self._in_flight = batch
+        try:
+            for part in _parts(ranges_of(batch.gfns)):
+                with trio.fail_after(ACKNOWLEDGE_SECONDS):
+                    await self._link.call(MAP_INVALIDATE, InvalidateBody(part), cause)
+            batch.acknowledged = True
+        except (trio.TooSlowError, PefboxError):
+            batch.acknowledged = False
+        finally:
+            self._in_flight = None
+            batch.done.set()
+
+
+def ranges_of(gfns: Iterable[int]) -> list[Range]:
+    """The GFNs as ascending ranges without overlap."""
+    ranges: list[Range] = []
+    start = length = 0
+    for gfn in sorted(set(gfns)):
+        if length and gfn == start + length:
+            length += 1
+            continue
+        if length:
+            ranges.append(Range(start, length))
+        start, length = gfn, 1
+    if length:
+        ranges.append(Range(start, length))
+    return ranges
+
+
+def _parts(ranges: list[Range]) -> Iterable[list[Range]]:
+    return (ranges[i : i + MAX_INVALIDATION_RANGES] for i in range(0, len(ranges), MAX_INVALIDATION_RANGES))

@@ -1,0 +1,59 @@
+"""Normal RAM of a VM as the ultravisor reaches it: by descriptor only.
+
+A shared-memory segment cannot be sealed, and whoever holds it may truncate it, which would kill a process that maps
+it. So the ultravisor reads and writes it with system calls: a truncated, punched or full segment is a HostFault (S5).
+"""
+
+from __future__ import annotations
+
+import os
+
+from protocol.errors import HostFault
+from protocol.geometry import PAGE_BYTES
+
+_ZEROS = bytes(PAGE_BYTES)
+
+
+class NormalRam:
+    """Reads and writes of one VM's RAM segment; `fd` is owned here."""
+
+    def __init__(self, fd: int, size_bytes: int) -> None:
+        self._fd = fd
+        self.size_bytes = size_bytes
+
+    def read_into(self, offset: int, target: memoryview | bytearray) -> None:
+        """Fill `target` from `offset`; raises HostFault when the segment does not give all of it."""
+        try:
+            n = os.preadv(self._fd, [target], offset)
+        except OSError as error:
+            raise HostFault(f"cannot read normal memory: {error.strerror}") from None
+        if n != len(target):
+            raise HostFault("normal memory was truncated")
+
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        """`n_bytes` from `offset`; raises HostFault."""
+        data = bytearray(n_bytes)
+        self.read_into(offset, data)
+        return bytes(data)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Put `data` at `offset`; raises HostFault when the segment does not take all of it.
+
+        A write behind the end would grow a truncated segment again: the end is looked at first.
+        """
+        try:
+            if os.fstat(self._fd).st_size < self.size_bytes:
+                raise HostFault("normal memory was truncated")
+            n = os.pwrite(self._fd, data, offset)
+        except OSError as error:
+            raise HostFault(f"cannot write normal memory: {error.strerror}") from None
+        if n != len(data):
+            raise HostFault("normal memory is full")
+
+    def zero_page(self, offset: int) -> None:
+        """Zero one page; raises HostFault."""
+        self.write(offset, _ZEROS)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)

@@ -1,0 +1,117 @@
+"""A VM as the ultravisor knows it: its guest, its normal RAM, and its secure side while it has one."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Awaitable
+
+import msgspec
+import trio
+
+from protocol.codes import UCode
+from protocol.errors import PefboxError
+from protocol.messages import SVM_ENDED, Empty
+from protocol.startup import VmEntry
+from services.runtime.link import Link
+from services.ultravisor.invalidation import ACKNOWLEDGE_SECONDS, Invalidator
+from services.ultravisor.normal_ram import NormalRam
+from services.ultravisor.svm import Svm, SvmPhase
+
+
+class EsmOutcome(msgspec.Struct, frozen=True):
+    """How the last UV_ESM of a VM ended; `reason` is for the operator only."""
+
+    outcome: str
+    reason: str
+    at: str
+
+
+class Partition:
+    """One VM. `svm` exists from UV_ESM until its end; `private` is the socketpair end that only its guest shares."""
+
+    def __init__(self, entry: VmEntry, ram: NormalRam, guest: Link, private: socket.socket) -> None:
+        self.entry = entry
+        self.ram = ram
+        self.guest = guest
+        self.private = private
+        self.svm: Svm | None = None
+        self.last_esm: EsmOutcome | None = None
+        self.failure: str | None = None
+        self.invalidator = Invalidator(guest)
+        self.secure_since: float | None = None
+        self.pate = (0, 0)
+        self._operations: set[trio.CancelScope] = set()
+        self._idle = trio.Event()
+        self._idle.set()
+        self._guest_gone = trio.Event()
+
+    @property
+    def name(self) -> str:
+        """The VM's name."""
+        return self.entry.name
+
+    @property
+    def lpid(self) -> int:
+        """The VM's partition."""
+        return self.entry.lpid
+
+    @property
+    def secure(self) -> bool:
+        """Whether the VM runs as a secure one now."""
+        return self.svm is not None and self.svm.phase is SvmPhase.SECURE
+
+    async def operation(self, work: Awaitable[list[int]]) -> list[int]:
+        """Run a call of this VM; the end of the VM wins over it and answers U_STATE."""
+        with trio.CancelScope() as scope:
+            if not self._operations:
+                self._idle = trio.Event()
+            self._operations.add(scope)
+            try:
+                return await work
+            finally:
+                self._operations.discard(scope)
+                if not self._operations:
+                    self._idle.set()
+        return [UCode.U_STATE]
+
+    async def end_operations(self) -> None:
+        """Every open call of the VM ends now; returns when none touches its memory any more."""
+        for scope in list(self._operations):
+            scope.cancel()
+        await self._idle.wait()
+
+    def guest_is_gone(self) -> None:
+        """The guest process is dead: its mappings are gone with it."""
+        self._guest_gone.set()
+
+    async def guest_lets_go(self) -> bool:
+        """The guest drops secure memory and map, and says so; True also when it is dead."""
+        if self._guest_gone.is_set():
+            return True
+        try:
+            with trio.fail_after(ACKNOWLEDGE_SECONDS):
+                await self.guest.call(SVM_ENDED, Empty())
+        except (trio.TooSlowError, PefboxError):
+            return self._guest_gone.is_set()
+        return True
+
+    async def guest_death(self, seconds: float) -> bool:
+        """Whether the guest's death was reported within `seconds`."""
+        with trio.move_on_after(seconds):
+            await self._guest_gone.wait()
+        return self._guest_gone.is_set()
+
+    def note_esm(self, outcome: str, reason: str) -> None:
+        """Remember how the last ESM ended, with its true reason."""
+        self.last_esm = EsmOutcome(outcome, reason, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+    def hand_over_memory(self, svm: Svm) -> None:
+        """Send the descriptors of secure memory and map to the guest; raises OSError when it is gone."""
+        announcement = msgspec.msgpack.encode((svm.memory.size_bytes, svm.n_pages))
+        socket.send_fds(self.private, [announcement], [svm.memory.fd, svm.map_fd], socket.MSG_DONTWAIT)
+
+    def close(self) -> None:
+        """Release what belongs to the VM itself."""
+        self.private.close()
+        self.ram.close()

@@ -1,0 +1,113 @@
+"""Secure memory: an account in bytes for the host, and one memory file for each secure VM.
+
+Each VM has its own descriptor, so no guest can reach another's. `memfd_secret` takes the pages out of the kernel's own
+mapping; it counts against RLIMIT_MEMLOCK of every process that maps it, so it is used where the size may be locked,
+and a sealed ordinary memory file otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import resource
+
+from protocol.errors import HostFault
+from shared.memfd import SealedMemory
+
+_SYS_MEMFD_SECRET = 447
+_CAP_IPC_LOCK = 14
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class SecureAccount:
+    """How much of the host's secure memory is taken. A charge is never more than what is free."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self.used_bytes = 0
+
+    @property
+    def free_bytes(self) -> int:
+        """What a new charge may take."""
+        return self.total_bytes - self.used_bytes
+
+    def charge(self, n_bytes: int) -> bool:
+        """Take `n_bytes`; False and nothing taken when that is more than is free."""
+        if n_bytes > self.free_bytes:
+            return False
+        self.used_bytes += n_bytes
+        return True
+
+    def credit(self, n_bytes: int) -> None:
+        """Give `n_bytes` back."""
+        self.used_bytes -= n_bytes
+
+
+def secret_memory_limit() -> int | None:
+    """How many bytes of `memfd_secret` this process may lock: 0 where the kernel has none, None without limit."""
+    fd = _memfd_secret()
+    if fd < 0:
+        return 0
+    os.close(fd)
+    if _has_ipc_lock():
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+class SecureMemory:
+    """The secure memory of one VM: `buffer` here, `fd` for its guest. `mode` says which kind of file it is.
+
+    Zero-filled when made; a page that was never touched takes no memory.
+    """
+
+    def __init__(self, vm: str, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        limit = secret_memory_limit()
+        secret = limit is None or size_bytes <= limit // 2
+        self.mode = "memfd_secret" if secret else "memfd"
+        self._file: SecretMemory | SealedMemory = (
+            SecretMemory(size_bytes) if secret else SealedMemory(f"pefbox-secure-{vm}", size_bytes, others_write=True)
+        )
+        self.fd = self._file.fd
+        self.buffer = self._file.buffer
+
+    def close(self) -> None:
+        """Unmap and close; the memory is gone when the guest has dropped it too."""
+        self._file.close()
+
+
+class SecretMemory:
+    """A mapped `memfd_secret`: the same interface as SealedMemory."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.fd = _memfd_secret()
+        if self.fd < 0:
+            raise HostFault("memfd_secret is not available")
+        try:
+            os.ftruncate(self.fd, size_bytes)
+            self._mmap = mmap.mmap(self.fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            os.close(self.fd)
+            raise HostFault(f"cannot map {size_bytes} bytes of secret memory: {error.strerror}") from None
+        self.buffer = memoryview(self._mmap)
+
+    def close(self) -> None:
+        """Release mapping and descriptor."""
+        self.buffer.release()
+        self._mmap.close()
+        os.close(self.fd)
+
+
+def _memfd_secret() -> int:
+    fd: int = _libc.syscall(_SYS_MEMFD_SECRET, os.O_CLOEXEC)
+    return fd
+
+
+def _has_ipc_lock() -> bool:
+    with open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith("CapEff:"):
+                return bool(int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1)
+    return False

@@ -1,0 +1,158 @@
+"""The ultravisor process: links, VMs, questions of the operator."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Any
+
+from protocol.codes import HCode
+from protocol.errors import HostFault, UserError
+from protocol.geometry import gfn_of
+from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
+from services.runtime.link import LOST_STATES, Link
+from services.runtime.process import Query, Runtime
+from services.ultravisor.audit import AuditLog
+from services.ultravisor.guest_calls import GuestCalls
+from services.ultravisor.hypervisor import Hypervisor
+from services.ultravisor.hypervisor_calls import HypervisorCalls
+from services.ultravisor.identity import MachineIdentity
+from services.ultravisor.life import SvmLife
+from services.ultravisor.normal_ram import NormalRam
+from services.ultravisor.page_state import HOST_READABLE
+from services.ultravisor.partition import Partition
+from services.ultravisor.secure_memory import SecureAccount
+
+
+class Ultravisor:
+    """One host's ultravisor."""
+
+    def __init__(self, runtime: Runtime, keys: Keys) -> None:
+        self._runtime = runtime
+        self._keys = {key.link: key for key in keys.links}
+        self._identity = MachineIdentity.from_pems(keys.identity)
+        self._account = SecureAccount(runtime.config.secure_memory_bytes)
+        self._partitions: dict[int, Partition] = {}
+        self._by_name: dict[str, Partition] = {}
+        self._audit = AuditLog(runtime.files["audit"], time.time)
+        self._kvm: Link | None = None
+        self._hypervisor: Hypervisor | None = None
+        self._life: SvmLife | None = None
+
+    async def start(self) -> None:
+        """Open the link to kvm."""
+        entry = next(link for link in self._runtime.config.links if link.vm is None)
+
+        def register(link: Link) -> None:
+            self._hypervisor = Hypervisor(link, self._runtime.log)
+            self._life = SvmLife(
+                self._runtime, self._hypervisor, self._account, self._identity.machine_key, self._audit
+            )
+            HypervisorCalls(self._partitions, self._life).register(link, self._hypervisor)
+
+        self._kvm = await self._runtime.open_link(entry, self._keys[entry.id], register)
+
+    async def add_vm(
+        self, vm: VmEntry, links: list[LinkEntry], keys: dict[str, LinkKey], files: dict[str, int]
+    ) -> None:
+        """A VM begins, as a normal one."""
+        assert self._hypervisor is not None
+        assert self._life is not None
+        ram = NormalRam(files[f"ram:{vm.name}"], vm.memory_bytes)
+        private = socket.socket(fileno=files[f"secure:{vm.name}"])
+        entry = next(link for link in links if link.vm == vm.name)
+        hypervisor, life = self._hypervisor, self._life
+
+        def register(link: Link) -> None:
+            partition = Partition(vm, ram, link, private)
+            self._partitions[vm.lpid] = self._by_name[vm.name] = partition
+            GuestCalls(partition, hypervisor, life).register(link)
+
+        await self._runtime.open_link(entry, keys[entry.id], register)
+
+    async def remove_vm(self, name: str) -> None:
+        """A VM ends; its guest is dead or dying."""
+        partition = self._by_name.pop(name, None)
+        if partition is None:
+            return
+        assert self._life is not None
+        await self._life.terminate(partition, "vm-removed")
+        self._partitions.pop(partition.lpid, None)
+        await self._runtime.close_link(partition.guest)
+        partition.close()
+
+    async def gift(self, tag: str, vm: str, fd: int) -> None:
+        """No role gives the ultravisor descriptors."""
+        os.close(fd)
+        self._runtime.log.warning("unexpected descriptor", tag=tag, vm=vm)
+
+    def peer_state(self, peer: str, state: str) -> None:
+        """kvm or a guest died, stopped, came back."""
+        if self._kvm is not None and peer == self._kvm.peer:
+            self._kvm_state(state)
+            return
+        partition = next((p for p in self._partitions.values() if p.guest.peer == peer), None)
+        if partition is not None and state in ("gone", "failed"):
+            partition.guest_is_gone()
+            self._runtime.nursery.start_soon(self._guest_died, partition)
+
+    def _kvm_state(self, state: str) -> None:
+        assert self._hypervisor is not None
+        if state in ("gone", "failed"):
+            self._hypervisor.kvm_lost(HCode.H_HARDWARE)
+            for partition in list(self._partitions.values()):
+                self._runtime.nursery.start_soon(self._kvm_died, partition)
+        elif state in LOST_STATES:
+            self._hypervisor.kvm_lost(HCode.H_BUSY)
+
+    async def _kvm_died(self, partition: Partition) -> None:
+        assert self._life is not None
+        await self._life.fail(partition, "hypervisor-gone")
+
+    async def _guest_died(self, partition: Partition) -> None:
+        assert self._life is not None
+        await self._life.fail(partition, "guest-gone")
+
+    async def stop(self) -> None:
+        """End every secure VM."""
+        for name in list(self._by_name):
+            await self.remove_vm(name)
+
+    # -- questions of the operator ----------------------------------------------------------------------------
+
+    def queries(self) -> dict[str, Query]:
+        """By name."""
+        return {"vm.status": self._vm_status, "page.secure": self._page_secure, "account": self._account_status}
+
+    async def _vm_status(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        partition = self._named(arguments)
+        esm = partition.last_esm
+        return {
+            "secure": partition.secure,
+            "since": partition.secure_since,
+            "failure": partition.failure,
+            "last_esm": None if esm is None else {"outcome": esm.outcome, "reason": esm.reason, "at": esm.at},
+            "pages": partition.svm.page_counts() if partition.svm is not None and partition.secure else None,
+            "memory_mode": partition.svm.memory.mode if partition.svm is not None else None,
+        }
+
+    async def _page_secure(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        partition = self._named(arguments)
+        gfn = gfn_of(int(arguments["gpa"]))
+        if not partition.secure or partition.svm is None:
+            return {"gfn": gfn, "state": "NORMAL", "readable_by": ["guest", "kvm", "qemu", "ultravisor"]}
+        if not partition.svm.in_slots(gfn):
+            raise HostFault(f"gfn {gfn:#x} is outside the memory slots")
+        state = partition.svm.states[gfn]
+        readers = ["guest", "kvm", "qemu", "ultravisor"] if state in HOST_READABLE else ["guest", "ultravisor"]
+        return {"gfn": gfn, "state": state.name, "readable_by": readers}
+
+    async def _account_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"total_bytes": self._account.total_bytes, "used_bytes": self._account.used_bytes}
+
+    def _named(self, arguments: dict[str, Any]) -> Partition:
+        partition = self._by_name.get(str(arguments["vm"]))
+        if partition is None:
+            raise UserError(f"the ultravisor knows no VM {arguments['vm']}")
+        return partition

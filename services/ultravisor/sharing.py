@@ -1,0 +1,232 @@
+"""Sharing: how a page of a secure VM becomes visible to the host, and stops being so. Only the VM itself asks (S2).
+
+    UV_SHARE_PAGE   SECURE -> HV_SHARING -> (H_SVM_PAGE_IN shared; kvm answers with UV_PAGE_IN) HV_SHARED -> SHARED
+    UV_UNSHARE_PAGE SHARED -> HV_UNSHARING -> (H_SVM_PAGE_IN; kvm drops its frame) HV_UNSHARED -> SECURE
+
+A range is all or nothing. A page that changes is zeroed on the side that the guest will see, before it is mapped; one
+that already is in the asked state keeps its content (the document and the real code differ here; this is the code's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+
+import trio
+
+from protocol.codes import HCode, UCode
+from protocol.errors import CallTimeout, HostFault, PefboxError
+from protocol.geometry import PAGE_SHIFT, gpa_of
+from protocol.hcalls import H_PAGE_IN_NONSHARED, H_PAGE_IN_SHARED, H_SVM_PAGE_IN
+from services.ultravisor.hypervisor import Hypervisor
+from services.ultravisor.page_state import TRANSIENT, GfnState, PageEvent
+from services.ultravisor.partition import Partition
+from services.ultravisor.svm import Svm
+
+MAX_OPEN_PAGE_INS = 32
+MAX_REFUSALS = 3
+_BUSY_TRIES = 50
+_BUSY_SECONDS = 0.002
+_EXPLICIT = frozenset({GfnState.SHARED, GfnState.SHARED_INV})
+_IMPLICIT = frozenset(
+    {
+        GfnState.SHARED_IMPLICIT,
+        GfnState.SHARED_IMPLICIT_INV,
+        GfnState.PSEUDO_SHARED,
+        GfnState.PSEUDO_SHARED_INV,
+    }
+)
+
+
+class SvmBroken(PefboxError):
+    """The secure VM cannot go on; `reason` goes to the audit log."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+async def share(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfn: int, n_pages: int, cause: int) -> UCode:
+    """UV_SHARE_PAGE for a checked range; raises SvmBroken."""
+    refused = check_range(svm, gfn, n_pages)
+    if refused is not None:
+        return refused
+    pages = range(gfn, gfn + n_pages)
+    if any(svm.states[page] in TRANSIENT for page in pages):
+        return UCode.U_RETRY
+    for page in (p for p in pages if svm.states[p] is GfnState.PAGED_OUT):
+        if not await bring_in(partition, svm, hypervisor, page, cause):
+            return UCode.U_RETRY
+    changing = [page for page in pages if svm.states[page] is GfnState.SECURE]
+    if any(svm.states[page] in TRANSIENT | {GfnState.PAGED_OUT} for page in pages):
+        return UCode.U_RETRY
+    return await _share_pages(partition, svm, hypervisor, changing, cause)
+
+
+async def _share_pages(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfns: list[int], cause: int) -> UCode:
+    _begin(svm, gfns, PageEvent.SHARE)
+    if gfns and not await partition.invalidator.invalidate(gfns, cause):
+        _revert_unseen(svm, gfns)
+        return UCode.U_RETRY
+    refused = await _page_in_all(partition, hypervisor, gfns, H_PAGE_IN_SHARED, cause)
+    if refused or not _zero_shared(svm, gfns):
+        await _revert_share(partition, svm, hypervisor, gfns, cause)
+        return UCode.U_PARAMETER
+    for page in gfns:
+        if svm.apply(page, PageEvent.SHARE_DONE) is GfnState.SHARED:
+            svm.map_shared(page)
+    return UCode.U_SUCCESS
+
+
+async def unshare(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfn: int, n_pages: int, cause: int) -> UCode:
+    """UV_UNSHARE_PAGE for a checked range; raises SvmBroken."""
+    refused = check_range(svm, gfn, n_pages)
+    if refused is not None:
+        return refused
+    pages = range(gfn, gfn + n_pages)
+    if any(svm.states[page] in TRANSIENT for page in pages):
+        return UCode.U_RETRY
+    if any(svm.states[page] in _IMPLICIT for page in pages):
+        return UCode.U_P2
+    await _unshare_pages(partition, svm, hypervisor, [p for p in pages if svm.states[p] in _EXPLICIT], cause)
+    return UCode.U_SUCCESS
+
+
+async def unshare_all(partition: Partition, svm: Svm, hypervisor: Hypervisor, cause: int) -> UCode:
+    """UV_UNSHARE_ALL_PAGES: every page that the guest shared itself; raises SvmBroken."""
+    if any(svm.states.counts[state] for state in TRANSIENT):
+        return UCode.U_RETRY
+    await _unshare_pages(partition, svm, hypervisor, svm.states.in_state(*_EXPLICIT), cause)
+    return UCode.U_SUCCESS
+
+
+async def _unshare_pages(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfns: list[int], cause: int) -> None:
+    _begin(svm, gfns, PageEvent.UNSHARE)
+    await _take_back(partition, svm, hypervisor, gfns, cause)
+
+
+async def _take_back(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfns: list[int], cause: int) -> None:
+    if not gfns:
+        return
+    if not await partition.invalidator.invalidate(gfns, cause):
+        raise SvmBroken("guest-unresponsive")
+    for page in gfns:
+        svm.zero_secure(page)
+    if await _page_in_all(partition, hypervisor, gfns, H_PAGE_IN_NONSHARED, cause):
+        raise SvmBroken("hypervisor-refused-unshare")
+    for page in gfns:
+        if svm.states[page] is not GfnState.HV_UNSHARED:
+            raise SvmBroken("hypervisor-kept-shared-page")
+        svm.apply(page, PageEvent.UNSHARE_DONE)
+        svm.map_secure(page)
+
+
+async def bring_in(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfn: int, cause: int) -> bool:
+    """Have kvm give a paged-out page back; False when it should be tried again. Raises SvmBroken (S3).
+
+    Three refused images of one page end the VM.
+    """
+    code = await _page_in_one(partition, hypervisor, gfn, H_PAGE_IN_NONSHARED, cause)
+    if svm.states[gfn] is not GfnState.PAGED_OUT:
+        return svm.states[gfn] is GfnState.SECURE
+    if svm.refused_images.get(gfn, 0) >= MAX_REFUSALS:
+        raise SvmBroken("page-integrity")
+    if code != HCode.H_BUSY:
+        svm.withheld[gfn] = svm.withheld.get(gfn, 0) + 1
+        if svm.withheld[gfn] >= MAX_REFUSALS:
+            raise SvmBroken("page-withheld")
+    return False
+
+
+async def bring_back_shared(partition: Partition, hypervisor: Hypervisor, gfn: int, cause: int) -> None:
+    """Have kvm give the normal frame of a shared page back after it took it away."""
+    await _page_in_one(partition, hypervisor, gfn, H_PAGE_IN_SHARED, cause)
+
+
+def check_range(svm: Svm, gfn: int, n_pages: int) -> UCode | None:
+    """The refusal of a range, or None when it lies wholly inside the slots."""
+    if n_pages == 0 or n_pages > svm.n_pages:
+        return UCode.U_P3
+    return None if svm.in_slots(gfn, n_pages) else UCode.U_P2
+
+
+def _begin(svm: Svm, gfns: Iterable[int], event: PageEvent) -> None:
+    for page in gfns:
+        svm.apply(page, event)
+        svm.map.clear(page)
+
+
+def _revert_unseen(svm: Svm, gfns: Iterable[int]) -> None:
+    for page in gfns:
+        svm.apply(page, PageEvent.SHARE_REVERT)
+        svm.map_secure(page)
+
+
+async def _revert_share(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfns: list[int], cause: int) -> None:
+    taken = []
+    for page in gfns:
+        if svm.apply(page, PageEvent.SHARE_REVERT) is GfnState.SECURE:
+            svm.map_secure(page)
+        else:
+            taken.append(page)
+    if taken and await _page_in_all(partition, hypervisor, taken, H_PAGE_IN_NONSHARED, cause):
+        raise SvmBroken("hypervisor-refused-unshare")
+    for page in taken:
+        svm.apply(page, PageEvent.UNSHARE_DONE)
+        svm.map_secure(page)
+
+
+def _zero_shared(svm: Svm, gfns: Iterable[int]) -> bool:
+    try:
+        for page in gfns:
+            if svm.states[page] not in (GfnState.HV_SHARED, GfnState.HV_SHARED_INV):
+                return False
+            svm.zero_shared(page)
+    except HostFault:
+        return False
+    return True
+
+
+async def _page_in_all(
+    partition: Partition, hypervisor: Hypervisor, gfns: list[int], flags: int, cause: int
+) -> list[int]:
+    """H_SVM_PAGE_IN for every GFN, several open at once; returns those that kvm refused."""
+    refused: list[int] = []
+
+    async def one(page: int) -> None:
+        if await _page_in_one(partition, hypervisor, page, flags, cause) != HCode.H_SUCCESS:
+            refused.append(page)
+
+    await for_each(gfns, one, MAX_OPEN_PAGE_INS)
+    return refused
+
+
+async def _page_in_one(partition: Partition, hypervisor: Hypervisor, gfn: int, flags: int, cause: int) -> int:
+    args = [gpa_of(gfn), flags, PAGE_SHIFT]
+    for _ in range(_BUSY_TRIES):
+        try:
+            result = await hypervisor.ask(partition.lpid, H_SVM_PAGE_IN, args, cause)
+        except CallTimeout as timeout:
+            raise SvmBroken(f"hypervisor-silent: {timeout}") from None
+        if result[0] != HCode.H_BUSY:
+            return result[0]
+        await trio.sleep(_BUSY_SECONDS)
+    return HCode.H_BUSY
+
+
+async def for_each(items: list[int], work: Callable[[int], Awaitable[None]], at_once: int) -> None:
+    """Run `work` for every item, at most `at_once` of them open."""
+    queue = iter(items)
+
+    async def worker() -> None:
+        for item in queue:
+            await work(item)
+
+    if len(items) == 1:
+        await work(items[0])
+        return
+    try:
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(at_once, len(items))):
+                nursery.start_soon(worker)
+    except* SvmBroken as group:
+        raise group.exceptions[0] from None

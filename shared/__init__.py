@@ -1,0 +1,1 @@
+"""What several processes map, or must agree on bit for bit."""

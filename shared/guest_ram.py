@@ -1,0 +1,88 @@
+"""The one accessor through which device and kvm code reaches guest RAM.
+
+It looks each GFN up in the host view and asks kvm for what is absent; kvm then has the ultravisor page it out, so
+that what the caller reads is the encrypted image and never the secure content (S1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from protocol.errors import GuestFault
+from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, pages_spanned
+from shared.host_view import HostState
+
+
+class GuestRam:
+    """Normal RAM of one VM as the host sees it.
+
+    `ram` is the mapped segment, `host_view` one byte a GFN. `want` is called with the absent GFNs of an access and
+    returns when kvm made them present; it raises GuestFault when kvm refuses. `dirty`, a byte a GFN, is set for every
+    frame written here (the device dirty map).
+    """
+
+    def __init__(
+        self,
+        ram: memoryview,
+        host_view: memoryview,
+        want: Callable[[list[int]], Awaitable[None]],
+        dirty: memoryview | None = None,
+    ) -> None:
+        self.size_bytes = len(ram)
+        self._ram = ram
+        self._view = host_view
+        self._want = want
+        self._dirty = dirty
+
+    async def read(self, gpa: int, n_bytes: int) -> bytes:
+        """`n_bytes` from `gpa`; raises GuestFault outside RAM."""
+        await self._present(gpa, n_bytes)
+        return bytes(self._ram[gpa : gpa + n_bytes])
+
+    async def write(self, gpa: int, data: bytes | memoryview) -> None:
+        """Store `data` at `gpa`; raises GuestFault outside RAM."""
+        await self._present(gpa, len(data))
+        self._ram[gpa : gpa + len(data)] = data
+        self._mark_dirty(gpa, len(data))
+
+    async def view(self, gpa: int, n_bytes: int, *, writing: bool) -> memoryview:
+        """The frames themselves, for bulk transfer (`preadv` into guest RAM); raises GuestFault outside RAM.
+
+        The caller drops the view before it next waits for a peer: kvm may punch the frames at any time after.
+        """
+        await self._present(gpa, n_bytes)
+        if writing:
+            self._mark_dirty(gpa, n_bytes)
+        return self._ram[gpa : gpa + n_bytes]
+
+    def view_now(self, gpa: int, n_bytes: int, *, writing: bool) -> memoryview | None:
+        """As `view`, without waiting; None when a frame is absent."""
+        self.check(gpa, n_bytes)
+        if self._absent(gpa, n_bytes):
+            return None
+        if writing:
+            self._mark_dirty(gpa, n_bytes)
+        return self._ram[gpa : gpa + n_bytes]
+
+    def check(self, gpa: int, n_bytes: int) -> None:
+        """Raise GuestFault unless the whole range lies in RAM."""
+        if gpa < 0 or n_bytes < 0 or gpa + n_bytes > self.size_bytes:
+            raise GuestFault(f"{n_bytes} bytes at gpa {gpa:#x} are outside RAM of {self.size_bytes:#x} bytes")
+
+    async def _present(self, gpa: int, n_bytes: int) -> None:
+        self.check(gpa, n_bytes)
+        # A frame that just came may be taken again while the next one is fetched, so look until all are there.
+        while absent := self._absent(gpa, n_bytes):
+            await self._want(absent)
+
+    def _absent(self, gpa: int, n_bytes: int) -> list[int]:
+        first = gpa >> PAGE_SHIFT
+        if (gpa & (PAGE_BYTES - 1)) + n_bytes <= PAGE_BYTES:
+            return [] if self._view[first] != HostState.ABSENT or not n_bytes else [first]
+        return [gfn for gfn in pages_spanned(gpa, n_bytes) if self._view[gfn] == HostState.ABSENT]
+
+    def _mark_dirty(self, gpa: int, n_bytes: int) -> None:
+        if self._dirty is None:
+            return
+        for gfn in pages_spanned(gpa, n_bytes):
+            self._dirty[gfn] = 1

@@ -1,0 +1,58 @@
+"""Sealed memory files: maps, host views, dirty maps, TCE tables.
+
+The owner maps its file, then seals it: SHRINK and GROW so that no holder can cut it under a mapping,
+FUTURE_WRITE where others only read. The descriptor then goes to the readers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+from protocol.errors import HostFault
+
+_F_SEAL_FUTURE_WRITE = 0x0010  # Linux uapi/linux/fcntl.h; not in Python's fcntl before 3.13
+
+
+class SealedMemory:
+    """A memory file of `size_bytes` that this process owns.
+
+    `fd` is for others, `buffer` is the owner's writable mapping. `close` releases both.
+    """
+
+    def __init__(self, name: str, size_bytes: int, *, others_write: bool = False) -> None:
+        self.size_bytes = size_bytes
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, size_bytes)
+        self._mmap = mmap.mmap(self.fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+        if not others_write:
+            seals |= _F_SEAL_FUTURE_WRITE
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+        self.buffer = memoryview(self._mmap)
+
+    def close(self) -> None:
+        """Release mapping and descriptor; views taken from `buffer` must be gone."""
+        self.buffer.release()
+        self._mmap.close()
+        os.close(self.fd)
+
+
+def map_sealed(fd: int, size_bytes: int, *, writable: bool = False) -> mmap.mmap:
+    """Map somebody else's sealed file and close `fd`.
+
+    Raises HostFault when it is not sealed against shrinking or smaller than promised: touching such a mapping could
+    kill this process.
+    """
+    try:
+        if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise HostFault("a memory file came without its seals")
+        if os.fstat(fd).st_size < size_bytes:
+            raise HostFault(f"a memory file is smaller than {size_bytes} bytes")
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        return mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, protection)
+    except OSError as error:
+        raise HostFault(f"cannot map a memory file: {error.strerror}") from None
+    finally:
+        os.close(fd)

@@ -1,0 +1,146 @@
+"""A TCE table: the emulated IOMMU's map from bus addresses (ioba) to guest physical addresses.
+
+kvm makes the table as a sealed memory file and stores into it, qemu reads it at each DMA. An entry is one native u64:
+bit 0 the device may read, bit 1 the device may write, the upper bits the address of the guest page; without either
+bit it faults. Each entry is written by one aligned store, so a reader sees the old or the new one.
+Source: PAPR 14.5.4.1, Linux `arch/powerpc/include/asm/tce.h`.
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+
+from protocol.errors import GuestFault
+from protocol.messages import TceWindowBody
+from shared.words import words_u64
+
+ENTRY_BYTES = 8
+MIN_PAGE_SHIFT = 12
+ADDRESS_MASK = (1 << 64) - (1 << MIN_PAGE_SHIFT)
+
+
+class TcePermission(IntFlag):
+    """What an entry lets the device do with the page."""
+
+    NONE = 0
+    READ = 1
+    WRITE = 2
+
+
+PERMISSION_MASK = int(TcePermission.READ | TcePermission.WRITE)
+
+
+def tce(gpa: int, permission: TcePermission) -> int:
+    """The entry that maps the page at `gpa`."""
+    return gpa & ADDRESS_MASK | permission
+
+
+def gpa_of_tce(value: int) -> int:
+    """The page address of an entry."""
+    return value & ADDRESS_MASK
+
+
+class TceTable:
+    """The entries of one DMA window over `window.n_tces * ENTRY_BYTES` bytes of memory.
+
+    `window` says liobn, page shift, first bus address and number of entries. `release` drops the views, so that the
+    memory can be unmapped.
+    """
+
+    def __init__(self, window: TceWindowBody, buffer: memoryview) -> None:
+        self.window = window
+        self.liobn = window.liobn
+        self.page_shift = window.page_shift
+        self.base = window.base
+        self.n_tces = window.n_tces
+        self.page_bytes = 1 << window.page_shift
+        self._end = window.base + (window.n_tces << window.page_shift)
+        self._words = words_u64(buffer[: window.n_tces * ENTRY_BYTES])
+        if len(self._words) != self.n_tces:
+            raise ValueError(f"a table of {self.n_tces} TCEs over {len(buffer)} bytes")
+
+    @property
+    def size_bytes(self) -> int:
+        """How much bus address space the window covers."""
+        return self._end - self.base
+
+    def index_of(self, ioba: int) -> int | None:
+        """The index of the entry that covers bus address `ioba`; None outside the window."""
+        return ioba - self.base >> self.page_shift if self.base <= ioba < self._end else None
+
+    def entry(self, index: int) -> int:
+        """The raw entry; raises IndexError outside the table."""
+        if not 0 <= index < self.n_tces:
+            raise IndexError(f"TCE {index} of {self.n_tces}")
+        value: int = self._words[index]
+        return value
+
+    def store(self, index: int, value: int) -> None:
+        """Replace one entry with one store; for the owner of the memory only."""
+        self._words[index] = value
+
+    def fill(self, index: int, n: int, value: int) -> None:
+        """Replace `n` entries from `index`, one store each."""
+        words = self._words
+        for position in range(index, index + n):
+            words[position] = value
+
+    def nonzero(self) -> dict[int, int]:
+        """Every entry that is not 0, by index."""
+        return {index: value for index, value in enumerate(self._words) if value}
+
+    def lookup(self, ioba: int) -> int | None:
+        """The guest physical address behind `ioba`; None outside the window or where no access is permitted."""
+        index = self.index_of(ioba)
+        if index is None:
+            return None
+        value: int = self._words[index]
+        if not value & PERMISSION_MASK:
+            return None
+        return value & ADDRESS_MASK & -self.page_bytes | ioba & self.page_bytes - 1
+
+    def translate(self, ioba: int, n_bytes: int, write: bool) -> list[tuple[int, int]]:
+        """`n_bytes` from `ioba` as (gpa, bytes) pieces in order; neighbouring pages make one piece.
+
+        `write` says that the device writes. Raises GuestFault when any page is outside the window or does not permit
+        the access. The result may name addresses outside guest RAM: whoever touches memory checks that.
+        """
+        if n_bytes <= 0:
+            if n_bytes < 0:
+                raise GuestFault(f"a transfer of {n_bytes} bytes")
+            return []
+        if ioba < self.base or ioba + n_bytes > self._end:
+            raise GuestFault(f"{n_bytes} bytes at ioba {ioba:#x} leave the window of liobn {self.liobn:#x}")
+        needed = TcePermission.WRITE if write else TcePermission.READ
+        page_bytes = self.page_bytes
+        page_address_mask = -page_bytes & ADDRESS_MASK
+        offset = ioba & page_bytes - 1
+        index = ioba - self.base >> self.page_shift
+        pieces: list[tuple[int, int]] = []
+        start = end = -1
+        words = self._words
+        while n_bytes > 0:
+            value = words[index]
+            if not value & needed:
+                raise self._fault(index, value, write)
+            gpa = (value & page_address_mask) + offset
+            n = min(page_bytes - offset, n_bytes)
+            if gpa != end:
+                if end >= 0:
+                    pieces.append((start, end - start))
+                start = gpa
+            end = gpa + n
+            offset = 0
+            index += 1
+            n_bytes -= n
+        pieces.append((start, end - start))
+        return pieces
+
+    def release(self) -> None:
+        """Drop the views of the memory; the table is unusable after."""
+        self._words.release()
+
+    def _fault(self, index: int, value: int, write: bool) -> GuestFault:
+        ioba = self.base + (index << self.page_shift)
+        verb = "write" if write else "read"
+        return GuestFault(f"the device may not {verb} ioba {ioba:#x} of liobn {self.liobn:#x} (TCE {value:#x})")

@@ -1,0 +1,163 @@
+"""A process that speaks the control protocol and nothing else: what the launcher is tested with.
+
+It plays any role. Orders come as queries: `seen` tells what arrived so far, `hang` stops answering for good,
+`notice` and `give` send packets, `exit` ends it. kvm answers `vm.status`; its state is set with `set-vm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import ctypes
+import os
+import signal
+import socket
+import time
+from typing import Any
+
+from protocol import control
+from protocol.startup import ProcessConfig
+
+_INT_BYTES = array.array("i").itemsize
+
+
+class FakeService:
+    """State and packet loop of one fake process."""
+
+    def __init__(self, fd: int) -> None:
+        self.socket = socket.socket(fileno=fd)
+        self.events: list[str] = []
+        self.files: dict[str, int] = {}
+        self.gifts: dict[str, list[Any]] = {}
+        self.vms: dict[str, dict[str, Any]] = {}
+        self.configs: list[ProcessConfig] = []
+        self.keys: list[str] = []
+
+    def send(self, packet: control.FromProcess, fd: int | None = None) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd is not None else []
+        self.socket.sendmsg([control.encode(packet)], rights)
+
+    def receive(self) -> tuple[control.ToProcess, list[int]]:
+        space = socket.CMSG_SPACE(control.MAX_DESCRIPTORS * _INT_BYTES)
+        data, ancillary, _, _ = self.socket.recvmsg(control.MAX_PACKET_BYTES, space)
+        if not data:
+            raise SystemExit(3)
+        fds = array.array("i")
+        for _, _, rights in ancillary:
+            fds.frombytes(rights)
+        return control.decode_to_process(data), list(fds)
+
+    def run(self) -> None:
+        self.send(control.Hello(os.getpid()))
+        while True:
+            packet, fds = self.receive()
+            self.events.append(type(packet).__name__)
+            if isinstance(packet, control.Stop):
+                return
+            self.take(packet, fds)
+
+    def take(self, packet: control.ToProcess, fds: list[int]) -> None:
+        match packet:
+            case control.Start(config):
+                self.start(config, fds)
+            case control.TakeKeys(keys):
+                self.keys = sorted([key.link for key in keys.links] + list(keys.identity))
+                self.give_first()
+                self.send(control.Ready())
+            case control.AddVm(vm, links, keys, names):
+                self.files.update(zip(names, fds, strict=True))
+                self.vms[vm.name] = {"state": "running", "secure": False, "pages": {"normal": vm.memory_bytes >> 16}}
+                self.keys += [f"{key.link}" for key in keys.links]
+                self.events.append(f"added {vm.name}.{vm.incarnation} {sorted(link.id for link in links)}")
+            case control.RemoveVm(name):
+                self.vms.pop(name)
+            case control.PeerState(peer, state):
+                self.events.append(f"{peer} {state}")
+            case control.Gift(tag, _, giver):
+                self.gifts[tag] = [giver, os.pread(fds[0], 100, 0).decode()]
+            case control.Ping(sequence):
+                self.events.pop()
+                self.send(control.Pong(sequence))
+            case control.Query():
+                self.answer(packet)
+
+    def start(self, config: ProcessConfig, fds: list[int]) -> None:
+        self.configs.append(config)
+        self.files = dict(zip(config.descriptors, fds, strict=True))
+        os.write(self.files["log"], b'{"event":"started"}\n')
+        if "fail-" + config.target in os.environ.get("PEFBOX_FAKE", ""):
+            self.send(control.Failed("told to fail"))
+            raise SystemExit(1)
+        for vm in config.vms:
+            self.vms[vm.name] = {"state": "running", "secure": False, "pages": {"normal": vm.memory_bytes >> 16}}
+        self.send(control.Confined({"landlock": "on"}))
+
+    def give_first(self) -> None:
+        """kvm has something for the qemu of each VM, long before that one has its keys."""
+        if self.configs[0].role == "kvm":
+            for vm in self.vms:
+                self.give("host-view", vm)
+
+    def give(self, tag: str, vm: str) -> None:
+        fd = os.memfd_create("gift")
+        os.write(fd, f"{tag} of {vm}".encode())
+        self.send(control.Give(tag, vm), fd)
+        os.close(fd)
+
+    def answer(self, query: control.Query) -> None:
+        arguments = query.arguments
+        match query.what:
+            case "seen":
+                config = self.configs[0]
+                result: Any = {
+                    "events": self.events,
+                    "gifts": self.gifts,
+                    "keys": self.keys,
+                    "files": sorted(self.files),
+                    "links": [link.id for link in config.links],
+                    "config": {"run_dir": config.run_dir, "record": config.record, "debuggable": config.debuggable},
+                    "open": sorted(os.listdir("/proc/self/fd"), key=int),
+                }
+            case "vm.status":
+                result = self.vms[arguments["vm"]] | ({"last_esm": None} if "ultravisor" in self.configs[0].role else {})
+            case "set-vm":
+                result = self.vms[arguments["vm"]].update(arguments["values"])
+            case "account":
+                result = {"bytes": self.configs[0].secure_memory_bytes}
+            case "write-ram":
+                result = os.pwrite(self.files[f"ram:{arguments['vm']}"], arguments["data"], 0)
+            case "read-ram":
+                result = os.pread(self.files[f"ram:{arguments['vm']}"], 16, 0)
+            case "send-private":
+                result = os.write(self.files[f"secure:{arguments['vm']}"], arguments["data"])
+            case "read-private":
+                result = os.read(self.files[f"secure:{arguments['vm']}"], 100)
+            case "notice":
+                result = self.send(control.Notice(arguments["what"], arguments["vm"], arguments.get("detail", "")))
+            case "give":
+                result = self.give(arguments["tag"], arguments["vm"])
+            case "console.read":
+                result = {"data": b"hello\n"[arguments["since"] :], "next": 6}
+            case "hang":
+                while True:
+                    signal.pause()
+            case "slow":
+                time.sleep(arguments["seconds"])
+                result = None
+            case "exit":
+                os._exit(arguments["status"])
+            case _:
+                self.send(control.Answer(query.id, error=f"knows no {query.what}"))
+                return
+        self.send(control.Answer(query.id, result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--control-fd", type=int)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    FakeService(parser.parse_args().control_fd).run()
+
+
+if __name__ == "__main__":
+    main()
