@@ -97,7 +97,7 @@ class CallDecoder:
             envelope = decode(entry.frame)
             body = msgspec.msgpack.decode(envelope.body)
             answered = _answered(envelope, body)
-            if answered is not None and (answered != envelope.correlation or envelope.kind is MessageKind.REPLY):
+            if answered is not None:
                 return self._key(entry, answered, reply=True) in self._open
         except (MalformedMessage, msgspec.MsgspecError):
             return False

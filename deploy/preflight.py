@@ -95,9 +95,9 @@ def descriptor_findings(cluster: Cluster, machine: Machine) -> list[str]:
     for process in processes:
         n = len(plan.descriptors(process, cluster))
         if n > MAX_DESCRIPTORS:
-            what = "disks on " if process.role is Role.QEMU else "VMs on "
+            what = "disks" if process.role is Role.QEMU else "VMs on the host"
             findings.append(
-                f"{process.target} needs {n} descriptors of {MAX_DESCRIPTORS}: too many {what}{process.host}"
+                f"{process.target} would need {n} descriptors of at most {MAX_DESCRIPTORS}: too many {what}"
             )
     return findings
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from protocol.decoding import DECODE_ERRORS
 from protocol.errors import MalformedMessage
 from protocol.roles import Role
 from protocol.startup import Keys, LinkEntry, ProcessConfig, VmEntry
@@ -185,5 +186,5 @@ PacketT = TypeVar("PacketT")
 def _decode(decoder: msgspec.msgpack.Decoder[PacketT], data: bytes) -> PacketT:
     try:
         return decoder.decode(data)
-    except (msgspec.MsgspecError, OverflowError) as error:
+    except DECODE_ERRORS as error:
         raise MalformedMessage(str(error)) from None

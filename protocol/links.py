@@ -86,6 +86,7 @@ KVM_QEMU = LinkKind(
         m.VM_POWEROFF,
         m.TCE_WINDOW_CREATE,
         m.TCE_WINDOW_REMOVE,
+        m.TERMINAL_OUTPUT,
     ),
     downward=_numbers(m.EXIT_MMIO_LOAD, m.EXIT_MMIO_STORE, m.EXIT_RTAS, m.EXIT_HCALL, m.VM_EVENT),
 )

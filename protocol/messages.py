@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from protocol.codes import HCode, RtasStatus
+from protocol.decoding import DECODE_ERRORS
 from protocol.errors import MalformedMessage
 from protocol.geometry import MAX_VM_BYTES, PAGE_SHIFT
 
@@ -41,7 +42,7 @@ def decode_registers(body: msgspec.Raw | bytes) -> list[int]:
     """Argument registers of a call body; raises MalformedMessage."""
     try:
         return _registers_decoder.decode(body)
-    except (msgspec.MsgspecError, OverflowError) as error:
+    except DECODE_ERRORS as error:
         raise MalformedMessage(str(error)) from None
 
 
@@ -49,7 +50,7 @@ def decode_result(body: msgspec.Raw | bytes) -> list[int]:
     """`[code, outputs...]` of a reply body; raises MalformedMessage."""
     try:
         return _result_decoder.decode(body)
-    except (msgspec.MsgspecError, OverflowError) as error:
+    except DECODE_ERRORS as error:
         raise MalformedMessage(str(error)) from None
 
 
@@ -103,7 +104,7 @@ AnyBodyT = TypeVar("AnyBodyT", bound=Body)
 def _decode(name: str, kind: type[AnyBodyT], raw: msgspec.Raw | bytes) -> AnyBodyT:
     try:
         return _decoder_of(kind).decode(raw)
-    except (msgspec.MsgspecError, OverflowError) as error:
+    except DECODE_ERRORS as error:
         raise MalformedMessage(f"{name}: {error}") from None
 
 
@@ -363,6 +364,12 @@ class LiobnBody(Body, frozen=True):
     liobn: Word
 
 
+class TerminalBody(Body, frozen=True):
+    """Bytes that RTAS displays on the first terminal."""
+
+    data: Annotated[bytes, Meta(max_length=16)]
+
+
 PAGES_WANTED = _declare(0x10301, "PAGES_WANTED", PagesBody, Status)
 IRQ_SOURCE = _declare(0x10302, "IRQ_SOURCE", IrqSourceBody, Status, leaf=True)
 IRQ_SET = _event(0x10303, "IRQ_SET", IrqBody)
@@ -374,3 +381,4 @@ VM_RESET = _declare(0x10308, "VM_RESET", Empty, Status)
 TCE_WINDOW_CREATE = _declare(0x10309, "TCE_WINDOW_CREATE", TceWindowBody, Status, leaf=True)
 TCE_WINDOW_REMOVE = _declare(0x1030A, "TCE_WINDOW_REMOVE", LiobnBody, Status, leaf=True)
 VM_POWEROFF = _declare(0x1030B, "VM_POWEROFF", Empty, Status)
+TERMINAL_OUTPUT = _event(0x1030C, "TERMINAL_OUTPUT", TerminalBody)

@@ -113,9 +113,8 @@ def _messages_section() -> str:
     ]
     for message in sorted(MESSAGES.values(), key=lambda message: message.number):
         reply = "" if message.reply is None else _fields(message.reply)
-        rows.append(
-            f"| {message.number:#x} | {message.name} | {_fields(message.body)} | {reply} | {_nature(message)} |"
-        )
+        facts = (message.name, _fields(message.body), reply, _nature(message), _says(message.body))
+        rows.append(f"| {message.number:#x} | {' | '.join(facts)} |")
     nested = sorted(_nested_types(), key=lambda kind: kind.__name__)
     rows += ["", *(f"`{kind.__name__}` is [{_fields(kind)}]." for kind in nested), ""]
     return "\n".join(rows)

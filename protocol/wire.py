@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from protocol.decoding import DECODE_ERRORS
 from protocol.errors import MalformedMessage
 
 VERSION = 1
@@ -57,7 +58,7 @@ def decode(frame: bytes | memoryview) -> Envelope:
     """The envelope of `frame`; raises MalformedMessage for anything else."""
     try:
         envelope = _decoder.decode(frame)
-    except (msgspec.MsgspecError, OverflowError) as error:
+    except DECODE_ERRORS as error:
         raise MalformedMessage(str(error)) from None
     if envelope.version != VERSION:
         raise MalformedMessage(f"version {envelope.version}, this side speaks {VERSION}")

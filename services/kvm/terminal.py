@@ -65,12 +65,16 @@ class Terminal:
         """Print up to 16 bytes."""
         if termno not in self._numbers or not 0 <= n_bytes <= CALL_BYTES:
             return _PARAMETER
-        self._output += (char0_7 << 64 | char8_15).to_bytes(CALL_BYTES, "big")[:n_bytes]
+        self.put((char0_7 << 64 | char8_15).to_bytes(CALL_BYTES, "big")[:n_bytes])
+        return _SUCCESS
+
+    def put(self, data: bytes) -> None:
+        """Print `data`; the oldest text makes room."""
+        self._output += data
         excess = len(self._output) - OUTPUT_BYTES
         if excess > 0:
             del self._output[:excess]
             self._start += excess
-        return _SUCCESS
 
     def h_get_term_char(self, termno: int) -> list[int]:
         """Take up to 16 typed bytes: `[H_SUCCESS, n_bytes, char0_7, char8_15]`; 0 bytes when nothing was typed."""

@@ -174,6 +174,7 @@ class Vm:
         link.on(m.MEMSLOT_SET, self._memslot_set)
         link.on(m.TCE_WINDOW_CREATE, lambda _envelope, body: m.Status(self._create_table(body)))
         link.on(m.TCE_WINDOW_REMOVE, lambda _envelope, body: m.Status(self._remove_table(body.liobn)))
+        link.on(m.TERMINAL_OUTPUT, self._terminal_output)
         link.on_waiting(m.VM_START, self._vm_start)
         link.on_waiting(m.VM_STOP, self._vm_stop)
         link.on_waiting(m.VM_CONTINUE, self._vm_continue)
@@ -190,6 +191,10 @@ class Vm:
 
     def _irq_set(self, _envelope: Envelope, body: m.IrqBody) -> None:
         self.raise_irq(body.source, body.level)
+
+    def _terminal_output(self, _envelope: Envelope, body: m.TerminalBody) -> None:
+        self.terminal.put(body.data)
+        self.printed.set()
 
     def raise_irq(self, source: int, level: bool) -> None:
         """A source's level changed, or an edge came."""

@@ -66,9 +66,13 @@ class PciNodes(Enum):
 
 @dataclass(frozen=True, slots=True)
 class BootFacts:
-    """What the machine was loaded with. `initrd` is (start, end) in guest memory, `rtas_base` where RTAS_TEXT lies."""
+    """What the machine was loaded with.
+
+    `kernel` (start, bytes) and `initrd` (start, end) are in guest memory, `rtas_base` is where RTAS_TEXT lies.
+    """
 
     bootargs: str = ""
+    kernel: tuple[int, int] | None = None
     initrd: tuple[int, int] | None = None
     rtas_base: int | None = None
     reservations: tuple[tuple[int, int], ...] = ()
@@ -233,6 +237,8 @@ def _add_chosen(root: FdtNode, boot: BootFacts) -> None:
         "linux,stdout-path": strings(STDOUT_PATH),
         "ibm,arch-vec-5-platform-support": _PLATFORM_SUPPORT,
     }
+    if boot.kernel is not None:
+        properties["qemu,boot-kernel"] = quads(*boot.kernel)
     if boot.initrd is not None:
         properties["linux,initrd-start"] = quads(boot.initrd[0])
         properties["linux,initrd-end"] = quads(boot.initrd[1])

@@ -75,6 +75,7 @@ class FakeService:
                 self.events.append(f"{peer} {state}")
             case control.Gift(tag, _, giver):
                 self.gifts[tag] = [giver, os.pread(fds[0], 100, 0).decode()]
+                os.close(fds[0])
             case control.Ping(sequence):
                 self.events.pop()
                 self.send(control.Pong(sequence))
@@ -119,7 +120,9 @@ class FakeService:
                     "open": sorted(os.listdir("/proc/self/fd"), key=int),
                 }
             case "vm.status":
-                result = self.vms[arguments["vm"]] | ({"last_esm": None} if "ultravisor" in self.configs[0].role else {})
+                result = self.vms[arguments["vm"]] | (
+                    {"last_esm": None} if "ultravisor" in self.configs[0].role else {}
+                )
             case "set-vm":
                 result = self.vms[arguments["vm"]].update(arguments["values"])
             case "account":
@@ -133,9 +136,11 @@ class FakeService:
             case "read-private":
                 result = os.read(self.files[f"secure:{arguments['vm']}"], 100)
             case "notice":
-                result = self.send(control.Notice(arguments["what"], arguments["vm"], arguments.get("detail", "")))
+                self.send(control.Notice(arguments["what"], arguments["vm"], arguments.get("detail", "")))
+                result = None
             case "give":
-                result = self.give(arguments["tag"], arguments["vm"])
+                self.give(arguments["tag"], arguments["vm"])
+                result = None
             case "console.read":
                 result = {"data": b"hello\n"[arguments["since"] :], "next": 6}
             case "hang":

@@ -16,15 +16,17 @@ from protocol.declare import Space
 from protocol.errors import ImageRefused
 from protocol.geometry import PAGE_BYTES
 from protocol.ucalls import UV_ESM
-from services.guest.model import flat_tree, image, xics
+from services.guest.model import image, xics
 from services.guest.model.bulk import CHUNK_BYTES
 from services.guest.model.cpu import RTAS_AREA_BYTES, NoDevice, Step
-from services.guest.model.machine import RTAS_CODE, has_boot_arg, load_tree, place, read_machine, write_chosen
+from services.guest.model.machine import has_boot_arg, load_tree, place, read_machine, write_chosen
 from services.guest.model.pages import PageUse, pages_for
 from services.guest.model.parts import Parts
 from services.guest.model.state import Phase, Workload
 from shared import boot_partition
 from shared.boot_partition import PartitionType
+from shared.esm_digest import RTAS_TEXT
+from shared.fdt_writer import write_fdt
 from shared.virtio_blk import SECTOR_BYTES
 
 DEMO_NORMAL_BYTES = 1 << 20
@@ -61,7 +63,7 @@ class BootStage:
         if not machine.rtas_base:
             machine.rtas_base = place(machine, RTAS_AREA_BYTES)
         parts.cpu.fill(machine.rtas_base, RTAS_AREA_BYTES)
-        parts.cpu.store(machine.rtas_base, RTAS_CODE)
+        parts.cpu.store(machine.rtas_base, RTAS_TEXT)
         parts.set_up_memory()
         parts.console.say(f"pefbox: boot stage, {machine.memory_bytes >> 20} MiB")
         yield from xics.open_interrupts(parts.cpu)
@@ -209,7 +211,7 @@ class BootStage:
         machine, parts = self._state.machine, self._parts
         tree, _ = load_tree(parts.cpu, machine.fdt)
         write_chosen(tree, machine)
-        data = flat_tree.build(tree)
+        data = write_fdt(tree)
         # The ultravisor adds its reservations to the tree in place: leave it a page.
         n_pages = pages_for(len(data)) + 1
         machine.fdt, machine.fdt_bytes = parts.pages.must_alloc(n_pages, PageUse.RESERVED), len(data)

@@ -17,7 +17,6 @@ from services.guest.model.pages import PageAllocator, PageUse, pages_for
 from services.guest.model.state import Bulk, DiskHash
 from shared.virtio_blk import SECTOR_BYTES
 
-CHUNKS_A_STEP = 4
 REBUILD_BYTES_A_STEP = 2 << 20
 
 
@@ -68,14 +67,11 @@ class DiskHasher:
         return self._consume() if self._reader.has_chunk() else None
 
     def _consume(self) -> Step[None]:
-        for _ in range(CHUNKS_A_STEP):
-            if not self._reader.has_chunk():
-                break
-            gpa, n_bytes = self._reader.chunk(self._bulk.consumed)
-            self._digest.update(self._cpu.load(gpa, n_bytes))
-            self._state.position += n_bytes
-            self._digest_at = self._state.position
-            self._reader.consume()
+        gpa, n_bytes = self._reader.chunk(self._bulk.consumed)
+        self._digest.update(self._cpu.load(gpa, n_bytes))
+        self._state.position += n_bytes
+        self._digest_at = self._state.position
+        self._reader.consume()
         return
         yield
 

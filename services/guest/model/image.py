@@ -51,7 +51,6 @@ OPTIONS: dict[str, type] = {
     "dma": str,
     "swiotlb_slots": int,
     "swiotlb_areas": int,
-    "demo_normal_bytes": int,
     "page_cache": bool,
     "disk_ops": int,
     "seed": int,

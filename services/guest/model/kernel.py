@@ -76,12 +76,12 @@ class Kernel:
             return Crash(state.crash)
         now_ns = self._clock.now_ns()
         if now_ns < state.wake_ns:
-            return Idle(state.wake_ns)
+            return Idle(state.wake_ns, device_open=bool(state.blk.requests))
         if state.phase in (Phase.OFF, Phase.HALTED):
             return Idle(None)
         step = self._urgent(now_ns) or self._parts.console.work(now_ns) or self._phase_step()
         if step is None:
-            return Idle(self._deadline_ns())
+            return Idle(self._deadline_ns(), device_open=bool(state.blk.requests))
         if not self._parts.hasher.rebuilding:
             self._clock.charge(STEP_COST)
         return step

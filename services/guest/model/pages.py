@@ -38,10 +38,10 @@ class PageAllocator:
         uses = bytearray(n_pages)
         uses[0] = PageUse.RESERVED
         for gpa, n_bytes in reserved:
-            for gfn in pages_spanned(gpa, n_bytes):
-                if gfn < n_pages:
-                    uses[gfn] = PageUse.RESERVED
-        table_pages = len(pages_spanned(0, n_pages))
+            taken = pages_spanned(gpa, n_bytes)
+            first, end = min(taken.start, n_pages), min(taken.stop, n_pages)
+            uses[first:end] = bytes([PageUse.RESERVED]) * (end - first)
+        table_pages = pages_for(n_pages)
         table = bytes(uses).find(bytes(table_pages))
         if table < 0:
             raise Panic("no memory for the page table")

@@ -1,0 +1,10 @@
+"""`python -m services.qemu`: started by the launcher, once a VM."""
+
+from __future__ import annotations
+
+from protocol.roles import Role
+from services.qemu.service import Qemu
+from services.runtime.process import run_service
+
+if __name__ == "__main__":
+    run_service(Role.QEMU, Qemu, landlock_dirs=lambda config: [config.run_dir])

@@ -1,0 +1,77 @@
+"""What qemu puts into guest RAM before the processor starts: kernel, initial RAM disk and device tree.
+
+0          boot stage (the model's own entry is at 0x100)
+64 KiB     kernel, when the VM boots without a disk
+behind it  initial RAM disk, page aligned
+below 256 MiB, at the end of RAM at most: device tree
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from protocol.errors import HostFault, UserError
+from protocol.geometry import PAGE_BYTES
+from services.qemu.board import Board
+from services.qemu.device_tree import BootFacts
+from shared.guest_ram import GuestRam
+from shared.newc import prepend_blob
+
+ENTRY = 0x100
+KERNEL_BASE = 16 << 20
+_TREE_LIMIT = 256 << 20
+_TREE_ROOM_BYTES = 1 << 20
+
+
+async def load_machine(board: Board, ram: GuestRam, files: Mapping[str, int]) -> dict[int, int]:
+    """Load everything; returns the general registers of the start (r3 = device tree).
+
+    `files` are descriptors by name (`image`, `initrd`, `esm_blob`). Raises UserError when something does not fit.
+    """
+    boot = await _load_boot_files(board, ram, files)
+    tree = board.device_tree(boot)
+    at = min(ram.size_bytes, _TREE_LIMIT) - _TREE_ROOM_BYTES
+    if len(tree) > _TREE_ROOM_BYTES:
+        raise UserError(f"{board.vm.name}: a device tree of {len(tree)} bytes is more than {_TREE_ROOM_BYTES}")
+    await ram.write(at, tree)
+    return {3: at, 4: 0, 5: 0}
+
+
+async def _load_boot_files(board: Board, ram: GuestRam, files: Mapping[str, int]) -> BootFacts:
+    command_line = board.vm.guest.command_line
+    if "image" not in files:
+        return BootFacts(bootargs=command_line)
+    image = _read_all(files["image"], "image")
+    kernel = (KERNEL_BASE, len(image))
+    await _place(ram, KERNEL_BASE, image, "image")
+    initrd = _initrd(files)
+    if not initrd:
+        return BootFacts(bootargs=command_line, kernel=kernel)
+    start = (KERNEL_BASE + len(image) + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
+    await _place(ram, start, initrd, "initrd")
+    return BootFacts(bootargs=command_line, kernel=kernel, initrd=(start, start + len(initrd)))
+
+
+def _initrd(files: Mapping[str, int]) -> bytes:
+    initrd = _read_all(files["initrd"], "initrd") if "initrd" in files else b""
+    if "esm_blob" in files:
+        return prepend_blob(initrd, _read_all(files["esm_blob"], "esm_blob"))
+    return initrd
+
+
+async def _place(ram: GuestRam, gpa: int, data: bytes, what: str) -> None:
+    if gpa + len(data) > ram.size_bytes - _TREE_ROOM_BYTES:
+        raise UserError(f"{what}: {len(data)} bytes do not fit into RAM of {ram.size_bytes} bytes")
+    await ram.write(gpa, data)
+
+
+def _read_all(fd: int, what: str) -> bytes:
+    try:
+        size = os.fstat(fd).st_size
+        data = os.pread(fd, size, 0)
+    except OSError as error:
+        raise HostFault(f"cannot read {what}: {error.strerror}") from None
+    if len(data) != size:
+        raise HostFault(f"cannot read {what}: {len(data)} of {size} bytes")
+    return data

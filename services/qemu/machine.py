@@ -1,0 +1,201 @@
+"""The machine around the board: its link to kvm, its run state, what the monitor may do to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from protocol import messages as m
+from protocol.codes import HCode
+from protocol.errors import GuestFault, PefboxError
+from protocol.wire import Envelope
+from services.qemu.qmp import CommandFailed, MonitorEvents, Reset, Resumed, RunState, Shutdown, ShutdownCause, Stopped
+from services.runtime.link import Link
+from services.runtime.log import Log
+
+if TYPE_CHECKING:
+    from services.qemu.board import Board
+
+_ORDER_SECONDS = 5.0
+_N_CPUS = 1
+
+
+class Machine:
+    """Implements the board's port to kvm and the monitor's MachineControl.
+
+    `load` puts firmware, kernel and device tree into RAM and returns the start registers.
+    """
+
+    def __init__(self, link: Link, events: MonitorEvents, nursery: trio.Nursery, log: Log) -> None:
+        self.state = RunState.PRELAUNCH
+        self.quit_asked = trio.Event()
+        self.board: Board | None = None
+        self.load: Callable[[], Awaitable[dict[int, int]]] | None = None
+        self._link = link
+        self._events = events
+        self._nursery = nursery
+        self._log = log
+        self._orders = trio.Lock()
+
+    # -- exits from kvm ---------------------------------------------------------------------------------------
+
+    def register(self, link: Link) -> None:
+        """Serve kvm's exits to user space."""
+        link.on(m.EXIT_MMIO_LOAD, self._mmio_load)
+        link.on_waiting(m.EXIT_MMIO_STORE, self._mmio_store)
+        link.on_waiting(m.EXIT_RTAS, self._rtas)
+        link.on_waiting(m.EXIT_HCALL, self._hcall)
+        link.on(m.VM_EVENT, self._vm_event)
+
+    def _mmio_load(self, _envelope: Envelope, body: m.MmioLoadBody) -> m.MmioLoadReply:
+        code, value = self._board().mmio_load(body.gpa, body.size)
+        return m.MmioLoadReply(code, value)
+
+    async def _mmio_store(self, _envelope: Envelope, body: m.MmioStoreBody) -> m.Status:
+        return m.Status(await self._board().mmio_store(body.gpa, body.size, body.value))
+
+    async def _rtas(self, _envelope: Envelope, body: m.RtasBody) -> m.RtasReply:
+        return m.RtasReply(await self._board().rtas_token(body.token, body.args, body.n_rets))
+
+    async def _hcall(self, _envelope: Envelope, _body: m.HcallExitBody) -> m.HcallExitReply:
+        return m.HcallExitReply(HCode.H_FUNCTION)
+
+    def _vm_event(self, _envelope: Envelope, body: m.VmEventBody) -> None:
+        self._log.error("guest crashed", reason=body.reason)
+        self.state = RunState.GUEST_PANICKED
+
+    def _board(self) -> Board:
+        if self.board is None:
+            raise GuestFault("the machine has no devices yet")
+        return self.board
+
+    # -- the board's port -------------------------------------------------------------------------------------
+
+    async def want(self, gfns: list[int]) -> None:
+        """Have kvm make frames present; raises GuestFault when it refuses."""
+        for first in range(0, len(gfns), 256):
+            status = await self._link.call(m.PAGES_WANTED, m.PagesBody(gfns[first : first + 256]))
+            if status.code not in (HCode.H_SUCCESS, HCode.H_BUSY):
+                raise GuestFault(f"gfn {gfns[first]:#x} cannot be made present: code {status.code}")
+
+    def msi(self, source: int) -> None:
+        """An edge of `source`."""
+        self._link.send_event(m.IRQ_SET, m.IrqBody(source, level=True))
+
+    def lsi(self, source: int, level: bool) -> None:
+        """The new level of `source`."""
+        self._link.send_event(m.IRQ_SET, m.IrqBody(source, level))
+
+    async def define(self, source: int, *, level_triggered: bool) -> None:
+        """`source` exists from now on."""
+        await self._link.call(m.IRQ_SOURCE, m.IrqSourceBody(source, level_triggered))
+
+    def display(self, character: int) -> None:
+        """One byte for the first terminal."""
+        self._link.send_event(m.TERMINAL_OUTPUT, m.TerminalBody(bytes([character])))
+
+    def power_off(self) -> None:
+        """The guest switched itself off."""
+        self._nursery.start_soon(self._power_off)
+
+    def reboot(self) -> None:
+        """The guest wants a system reset."""
+        self._nursery.start_soon(self._reset, ShutdownCause.GUEST_RESET)
+
+    def os_term(self, text: str) -> None:
+        """The guest's kernel gave up."""
+        self._log.error("guest: ibm,os-term", text=text)
+        self._nursery.start_soon(self._panic)
+
+    def wall_ns(self) -> int:
+        """Nanoseconds since 1970-01-01 UTC."""
+        return time.time_ns()
+
+    def cpu_stopped(self, cpu: int) -> bool | None:
+        """Whether the processor is stopped; None when there is none of this number."""
+        return self.state is not RunState.RUNNING if cpu < _N_CPUS else None
+
+    def device_fault(self, device: str, reason: str) -> None:
+        """A driver broke `device`, or was refused by it."""
+        self._log.warning("device fault", device=device, reason=reason)
+
+    def io_error(self, device: str, reason: str) -> None:
+        """The host refused a request of `device`."""
+        self._log.error("disk error", device=device, reason=reason)
+
+    # -- run state --------------------------------------------------------------------------------------------
+
+    async def power_on(self) -> None:
+        """Load the machine and start its processor; raises PefboxError."""
+        assert self.load is not None
+        gprs = await self.load()
+        await self._order(m.VM_START, m.StartBody(0, 0x100, gprs))
+        self.state = RunState.RUNNING
+
+    async def stop(self) -> None:
+        """As MachineControl."""
+        async with self._orders:
+            if self.state is not RunState.RUNNING:
+                return
+            await self._order(m.VM_STOP, m.Empty())
+            self.state = RunState.PAUSED
+            self._events.emit(Stopped())
+
+    async def cont(self) -> None:
+        """As MachineControl."""
+        async with self._orders:
+            if self.state is not RunState.PAUSED:
+                return
+            await self._order(m.VM_CONTINUE, m.Empty())
+            self.state = RunState.RUNNING
+            self._events.emit(Resumed())
+
+    async def reset(self) -> None:
+        """As MachineControl."""
+        await self._reset(ShutdownCause.HOST_RESET)
+
+    async def quit(self) -> None:
+        """As MachineControl."""
+        self._events.emit(Shutdown.by(ShutdownCause.HOST_QUIT))
+        self.quit_asked.set()
+
+    async def status(self) -> RunState:
+        """As MachineControl."""
+        return self.state
+
+    async def _reset(self, cause: ShutdownCause) -> None:
+        async with self._orders:
+            self._events.emit(Reset.by(cause))
+            self.state = RunState.PRELAUNCH
+            try:
+                await self._order(m.VM_RESET, m.Empty())
+                await self._board().reset()
+                await self.power_on()
+            except PefboxError as error:
+                self.state = RunState.INTERNAL_ERROR
+                self._log.error("reset failed", reason=str(error))
+                raise CommandFailed(str(error)) from None
+
+    async def _power_off(self) -> None:
+        async with self._orders:
+            self._events.emit(Shutdown.by(ShutdownCause.GUEST_SHUTDOWN))
+            self.state = RunState.SHUTDOWN
+            await self._order(m.VM_POWEROFF, m.Empty())
+            await self._board().reset()
+
+    async def _panic(self) -> None:
+        async with self._orders:
+            self._events.emit(Shutdown.by(ShutdownCause.GUEST_PANIC))
+            self.state = RunState.GUEST_PANICKED
+            await self._order(m.VM_STOP, m.Empty())
+
+    async def _order(self, message: m.Message[m.BodyT, m.Status], body: m.BodyT) -> None:
+        with trio.move_on_after(_ORDER_SECONDS):
+            status = await self._link.call(message, body)
+            if status.code != HCode.H_SUCCESS:
+                raise GuestFault(f"kvm refused {message.name}: code {status.code}")
+            return
+        raise GuestFault(f"kvm did not answer {message.name} within {_ORDER_SECONDS:g} s")

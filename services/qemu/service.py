@@ -1,0 +1,169 @@
+"""The qemu process: one VM's devices, monitor and boot."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any
+
+import trio
+
+from protocol import messages as m
+from protocol.errors import GuestFault, HostFault, PefboxError
+from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
+from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
+from services.qemu.board import Board
+from services.qemu.loader import load_machine
+from services.qemu.machine import Machine
+from services.qemu.qmp import Monitored, MonitorEvents, serve_monitors
+from services.runtime.link import Link
+from services.runtime.process import Query, Runtime
+from shared.guest_ram import GuestRam
+from shared.host_view import HostState
+from shared.memfd import SealedMemory, map_sealed
+from shared.tce import ENTRY_BYTES, TceTable
+
+_TABLE_SECONDS = 5.0
+
+
+class Qemu:
+    """One VM's device model."""
+
+    def __init__(self, runtime: Runtime, keys: Keys) -> None:
+        self._runtime = runtime
+        self._vm: VmEntry | None = None
+        self._machine: Machine | None = None
+        self._link: Link | None = None
+        self._ram: GuestRam | None = None
+        self._host_view: memoryview | None = None
+        self._has_view = trio.Event()
+        self._tables: dict[str, trio.Event] = {}
+        self._windows: dict[int, m.TceWindowBody] = {}
+        self._mappings: list[mmap.mmap] = []
+
+    async def start(self) -> None:
+        """Nothing host-wide."""
+
+    async def add_vm(
+        self, vm: VmEntry, links: list[LinkEntry], keys: dict[str, LinkKey], files: dict[str, int]
+    ) -> None:
+        """The VM of this process."""
+        self._vm = vm
+        entry = next(link for link in links if link.vm == vm.name)
+        link = self._link = self._runtime.make_link(entry, keys[entry.id])
+        events = MonitorEvents()
+        machine = self._machine = Machine(link, events, self._runtime.nursery, self._runtime.log)
+        machine.register(link)
+        await self._runtime.serve_link(link)
+        self._runtime.nursery.start_soon(self._run, vm, files, events)
+
+    async def _run(self, vm: VmEntry, files: dict[str, int], events: MonitorEvents) -> None:
+        assert self._machine is not None
+        try:
+            await self._build(vm, files)
+            await self._serve_monitor(vm, events)
+            await self._machine.power_on()
+        except PefboxError as error:
+            self._runtime.log.error("the machine does not start", reason=str(error))
+            await self._runtime.notice("vm-failed", vm.name, str(error))
+            return
+        await self._machine.quit_asked.wait()
+        await self._runtime.notice("vm-off", vm.name, "quit")
+
+    async def _build(self, vm: VmEntry, files: dict[str, int]) -> None:
+        assert self._machine is not None
+        assert self._link is not None
+        await self._has_view.wait()
+        assert self._host_view is not None
+        dirty = SealedMemory("pefbox-dirty-device", vm.memory_bytes >> PAGE_SHIFT, others_write=True)
+        await self._runtime.give("device-dirty-map", vm.name, dirty.fd)
+        ram_fd = files[f"ram:{vm.name}"]
+        ram = self._ram = GuestRam(
+            memoryview(self._map_ram(ram_fd, vm.memory_bytes)), self._host_view, self._machine.want, dirty.buffer
+        )
+        disks = {name.removeprefix("disk:"): fd for name, fd in files.items() if name.startswith("disk:")}
+        loads = {name.removeprefix("file:"): fd for name, fd in files.items() if name.startswith("file:")}
+        board = self._machine.board = Board(vm, ram, disks, self._machine)
+        self._machine.load = lambda: load_machine(board, ram, loads)
+        await self._link.call(m.MEMSLOT_SET, m.MemslotBody(0, 0, vm.memory_bytes))
+        await board.start()
+        await self._make_window(board)
+        self._runtime.nursery.start_soon(board.run)
+
+    def _map_ram(self, fd: int, size_bytes: int) -> mmap.mmap:
+        try:
+            mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except (OSError, ValueError) as error:
+            raise HostFault(f"cannot map the RAM segment: {error}") from None
+        os.close(fd)
+        self._mappings.append(mapping)
+        return mapping
+
+    async def _make_window(self, board: Board) -> None:
+        """The bridge's default DMA window: kvm makes the table and sends its descriptor."""
+        assert self._link is not None
+        window = board.default_window()
+        arrived = self._tables[f"tce-table:{window.liobn:x}"] = trio.Event()
+        self._windows[window.liobn] = window
+        status = await self._link.call(m.TCE_WINDOW_CREATE, window)
+        if status.code:
+            raise GuestFault(f"kvm made no TCE table: code {status.code}")
+        with trio.move_on_after(_TABLE_SECONDS):
+            await arrived.wait()
+            return
+        raise HostFault("the TCE table did not arrive")
+
+    async def _serve_monitor(self, vm: VmEntry, events: MonitorEvents) -> None:
+        config = self._runtime.config
+        if config.monitor_socket is None or config.control_monitor_socket is None or self._machine is None:
+            return
+        monitored = Monitored(vm.name, self._machine, events, self._runtime.log)
+        await self._runtime.nursery.start(
+            serve_monitors, monitored, config.monitor_socket, config.control_monitor_socket
+        )
+
+    async def remove_vm(self, name: str) -> None:
+        """A qemu process ends with its VM."""
+
+    async def gift(self, tag: str, vm: str, fd: int) -> None:
+        """kvm's host view and TCE tables."""
+        if tag == "host-view" and self._vm is not None and not self._has_view.is_set():
+            mapping = map_sealed(fd, self._vm.memory_bytes >> PAGE_SHIFT)
+            self._mappings.append(mapping)
+            self._host_view = memoryview(mapping)
+            self._has_view.set()
+        elif tag in self._tables and self._machine is not None and self._machine.board is not None:
+            window = self._windows[int(tag.partition(":")[2], 16)]
+            mapping = map_sealed(fd, window.n_tces * ENTRY_BYTES)
+            self._machine.board.add_dma_window(TceTable(window, memoryview(mapping)))
+            self._tables.pop(tag).set()
+        else:
+            os.close(fd)
+            self._runtime.log.warning("unexpected descriptor", tag=tag, vm=vm)
+
+    def peer_state(self, peer: str, state: str) -> None:
+        """kvm died, stopped, came back: the link tells whoever waits."""
+
+    async def stop(self) -> None:
+        """Nothing to end: the disks are written through."""
+
+    # -- questions of the operator ----------------------------------------------------------------------------
+
+    def queries(self) -> dict[str, Query]:
+        """By name."""
+        return {"vm.status": self._vm_status, "page.bytes": self._page_bytes}
+
+    async def _vm_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        machine = self._machine
+        if machine is None or machine.board is None:
+            return {"state": "prelaunch", "faults": {}}
+        return {"state": machine.state.value, "faults": machine.board.faults()}
+
+    async def _page_bytes(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """One page as the host sees it, through the accessor; with `raw` the frame itself when it is present."""
+        if self._ram is None or self._host_view is None:
+            raise HostFault("the machine has no memory yet")
+        gpa = gpa_of(gfn_of(int(arguments["gpa"])))
+        self._ram.check(gpa, PAGE_BYTES)
+        before = HostState(self._host_view[gfn_of(gpa)]).name
+        return {"gpa": gpa, "host_view": before, "bytes": await self._ram.read(gpa, PAGE_BYTES)}

@@ -1,0 +1,44 @@
+"""Fixtures of the tests that start real processes: own run and state directories, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.api import RunningCluster, cluster
+
+CLUSTERS = Path(__file__).parents[2] / "deploy" / "clusters"
+MINIMAL = CLUSTERS / "minimal.toml"
+FAKE_SERVICE = "fake_service"
+
+
+@pytest.fixture(autouse=True)
+def own_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Run and state directories of this test alone; afterwards no RAM segment of it may exist."""
+    before = set(os.listdir("/dev/shm"))
+    # pytest's own temporary path is too long for Unix sockets.
+    with tempfile.TemporaryDirectory(prefix="pb-") as runtime:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        yield Path(runtime)
+    left = {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("pefbox-api-")}
+    assert not left
+
+
+@pytest.fixture
+async def fake_cluster(tmp_path: Path) -> AsyncIterator[RunningCluster]:
+    """The minimal cluster with processes that speak nothing but the control protocol."""
+    async with cluster(MINIMAL, service_module=FAKE_SERVICE, state_dir=tmp_path / "own-state") as running:
+        yield running
+
+
+@pytest.fixture
+async def minimal_cluster(tmp_path: Path) -> AsyncIterator[RunningCluster]:
+    """The minimal cluster with the real services."""
+    async with cluster(MINIMAL, state_dir=tmp_path / "own-state") as running:
+        yield running

@@ -1,0 +1,359 @@
+"""The launcher with processes that only speak the control protocol: start, watching, restart, end, clean."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from deploy.api import RunningCluster, cluster, processes_of
+from deploy.manifest import ManifestData, clean_run_dir, is_alive, read_manifest
+from deploy.run_dirs import running_clusters
+from protocol.errors import UserError
+from tests.cluster.conftest import FAKE_SERVICE, MINIMAL
+
+TWO_HOSTS = """
+[hosts.alpha]
+secure_memory = "64M"
+[hosts.beta]
+secure_memory = "64M"
+[vms.vm1]
+host = "alpha"
+memory = "16M"
+guest.boot = "kernel"
+[vms.vm2]
+host = "alpha"
+memory = "16M"
+guest.boot = "kernel"
+[vms.vm3]
+host = "beta"
+memory = "16M"
+guest.boot = "kernel"
+"""
+
+
+def pefbox(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "deploy.cli", *arguments], capture_output=True, text=True, timeout=30)
+
+
+async def seen(running: RunningCluster, target: str) -> dict[str, Any]:
+    answer: dict[str, Any] = await running.process(target).query("seen")
+    return answer
+
+
+async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+    with trio.fail_after(3):
+        while True:
+            if await holds():
+                return
+            await trio.sleep(0.02)
+
+
+async def until_event(running: RunningCluster, target: str, event: str) -> None:
+    async def came() -> bool:
+        return event in (await seen(running, target))["events"]
+
+    await until(came)
+
+
+def exists(path: str) -> bool:
+    return os.path.exists(path)
+
+
+def segments_exist(manifest: ManifestData) -> list[bool]:
+    return [os.path.exists(f"/dev/shm/{name}") for name in manifest.segments]
+
+
+def command_lines_of_children(pid: int) -> list[bytes]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
+
+
+async def test_every_process_gets_its_links_files_and_keys_and_nothing_else(fake_cluster: RunningCluster) -> None:
+    ultravisor = await seen(fake_cluster, "alpha/ultravisor")
+    kvm = await seen(fake_cluster, "alpha/kvm")
+    qemu = await seen(fake_cluster, "vm1/qemu")
+    guest = await seen(fake_cluster, "vm1/guest")
+
+    assert ultravisor["files"] == ["audit", "log", "ram:vm1", "record", "secure:vm1"]
+    assert kvm["files"] == ["log", "ram:vm1", "record"]
+    assert qemu["files"] == ["log", "ram:vm1", "record"]
+    assert guest["files"] == ["log", "ram:vm1", "record", "secure:vm1"]
+    assert ultravisor["keys"] == [
+        "alpha:ultravisor-kvm.1", "identity-key", "machine-key", "vm1:ultravisor-guest.1"
+    ]  # fmt: skip
+    assert kvm["keys"] == ["alpha:ultravisor-kvm.1", "vm1:kvm-guest.1", "vm1:kvm-qemu.1"]
+    assert qemu["keys"] == ["vm1:kvm-qemu.1"]
+    assert guest["keys"] == ["vm1:kvm-guest.1", "vm1:ultravisor-guest.1"]
+    assert all(process["events"][:2] == ["Start", "TakeKeys"] for process in (ultravisor, kvm, qemu, guest))
+    # Standard streams, control socket, its files, and the directory that `seen` lists: nothing else was inherited.
+    assert [len(p["open"]) - len(p["files"]) for p in (ultravisor, kvm, qemu, guest)] == [5, 5, 5, 5]
+
+
+async def test_ram_segment_and_private_socketpair_join_the_right_processes(fake_cluster: RunningCluster) -> None:
+    await fake_cluster.process("alpha/kvm").query("write-ram", {"vm": "vm1", "data": b"written by kvm"})
+    await fake_cluster.process("vm1/guest").query("send-private", {"vm": "vm1", "data": b"a secret"})
+
+    assert (await fake_cluster.process("vm1/qemu").query("read-ram", {"vm": "vm1"})).startswith(b"written by kvm")
+    assert await fake_cluster.process("alpha/ultravisor").query("read-private", {"vm": "vm1"}) == b"a secret"
+
+
+async def test_gift_of_kvm_waits_until_the_receiver_has_its_keys(fake_cluster: RunningCluster) -> None:
+    qemu = await seen(fake_cluster, "vm1/qemu")
+
+    assert qemu["events"][:3] == ["Start", "TakeKeys", "Gift"]
+    assert qemu["gifts"] == {"host-view": ["alpha/kvm", "host-view of vm1"]}
+
+
+async def test_gift_of_a_role_that_may_not_give_it_reaches_nobody(fake_cluster: RunningCluster) -> None:
+    await fake_cluster.process("vm1/qemu").query("give", {"tag": "normal-map", "vm": "vm1"})
+    await fake_cluster.process("vm1/qemu").query("give", {"tag": "device-dirty-map", "vm": "vm1"})
+
+    async def came() -> bool:
+        return "device-dirty-map" in (await seen(fake_cluster, "alpha/kvm"))["gifts"]
+
+    await until(came)
+    assert (await seen(fake_cluster, "vm1/guest"))["gifts"] == {}
+    assert "gift refused" in fake_cluster.paths.launcher_log.read_text()
+
+
+async def test_killed_process_is_reported_by_name_to_its_peers(fake_cluster: RunningCluster) -> None:
+    with trio.fail_after(2):
+        await fake_cluster.process("vm1/qemu").kill()
+        row = await fake_cluster.process("vm1/qemu").wait_state("failed")
+        await until_event(fake_cluster, "alpha/kvm", "vm1/qemu failed")
+
+    assert row.detail == "killed by SIGKILL"
+    assert "vm1/qemu failed" not in (await seen(fake_cluster, "alpha/ultravisor"))["events"]
+    vm = await fake_cluster.vm("vm1").wait_state("failed")
+    assert vm.reason == "vm1/qemu is failed (killed by SIGKILL)"
+    await fake_cluster.vm("vm1").guest.wait_state("gone")
+
+
+async def test_stopped_process_is_shown_and_told_and_comes_back(fake_cluster: RunningCluster) -> None:
+    kvm = fake_cluster.process("alpha/kvm")
+    with trio.fail_after(2):
+        await kvm.stop()
+        await kvm.wait_state("stopped")
+        await until_event(fake_cluster, "vm1/guest", "alpha/kvm stopped")
+
+    await kvm.resume()
+    await kvm.wait_state("running")
+    await until_event(fake_cluster, "vm1/guest", "alpha/kvm running")
+
+
+async def test_hanging_process_is_unresponsive_within_two_seconds_and_is_not_killed(
+    fake_cluster: RunningCluster,
+) -> None:
+    ultravisor = fake_cluster.process("alpha/ultravisor")
+    started = trio.current_time()
+    with pytest.raises(UserError, match="silent"):
+        await ultravisor.query("hang", seconds=0.05)
+
+    row = await ultravisor.wait_state("unresponsive")
+    await until_event(fake_cluster, "alpha/kvm", "alpha/ultravisor unresponsive")
+
+    assert trio.current_time() - started < 2.2
+    assert exists(f"/proc/{row.pid}")
+    before = trio.current_time()
+    await fake_cluster.status()
+    assert trio.current_time() - before < 1
+
+
+async def test_process_that_was_slow_is_running_again(fake_cluster: RunningCluster) -> None:
+    guest = fake_cluster.vm("vm1").guest
+    with pytest.raises(UserError, match="silent"):
+        await guest.query("slow", {"seconds": 2.5}, seconds=0.05)
+
+    await guest.wait_state("unresponsive")
+    await guest.wait_state("running")
+
+
+async def test_death_of_kvm_fails_all_vms_of_its_host_only(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(TWO_HOSTS)
+    async with cluster(file, service_module=FAKE_SERVICE) as running:
+        await running.process("alpha/kvm").kill()
+
+        await running.vm("vm1").wait_state("failed")
+        await running.vm("vm2").wait_state("failed")
+        assert (await running.vm("vm3").row()).state == "running"
+
+
+async def test_death_of_the_ultravisor_fails_secure_vms_only(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(TWO_HOSTS)
+    async with cluster(file, service_module=FAKE_SERVICE) as running:
+        values = {"secure": True}
+        await running.process("alpha/ultravisor").query("set-vm", {"vm": "vm1", "values": values})
+        await running.vm("vm1").secure()
+        await running.process("alpha/ultravisor").kill()
+
+        await running.vm("vm1").wait_state("failed")
+        assert (await running.vm("vm2").row()).state == "running"
+
+
+async def test_restarted_vm_has_new_links_keys_and_zeroed_ram(fake_cluster: RunningCluster) -> None:
+    await fake_cluster.process("alpha/kvm").query("write-ram", {"vm": "vm1", "data": b"old"})
+    before = await fake_cluster.vm("vm1").row()
+
+    await fake_cluster.vm("vm1").restart()
+
+    after = await fake_cluster.vm("vm1").row()
+    assert (before.incarnation, after.incarnation, after.lpid) == (1, 2, before.lpid)
+    assert {row.pid for row in before.processes}.isdisjoint(row.pid for row in after.processes)
+    kvm = await seen(fake_cluster, "alpha/kvm")
+    added = "added vm1.2 ['vm1:kvm-guest.2', 'vm1:kvm-qemu.2']"
+    assert kvm["events"].index("RemoveVm") < kvm["events"].index(added)
+    assert (await seen(fake_cluster, "vm1/guest"))["keys"] == ["vm1:kvm-guest.2", "vm1:ultravisor-guest.2"]
+    for target in ("alpha/kvm", "alpha/ultravisor", "vm1/guest", "vm1/qemu"):
+        assert await fake_cluster.process(target).query("read-ram", {"vm": "vm1"}) == bytes(16)
+    await fake_cluster.process("vm1/guest").query("send-private", {"vm": "vm1", "data": b"second life"})
+    assert await fake_cluster.process("alpha/ultravisor").query("read-private", {"vm": "vm1"}) == b"second life"
+
+
+async def test_failed_vm_runs_again_after_restart(fake_cluster: RunningCluster) -> None:
+    await fake_cluster.vm("vm1").guest.kill()
+    await fake_cluster.vm("vm1").wait_state("failed")
+
+    await fake_cluster.vm("vm1").restart()
+
+    assert (await fake_cluster.vm("vm1").wait_state("running")).reason == ""
+
+
+async def test_host_restarts_only_when_its_kvm_or_ultravisor_is_gone(fake_cluster: RunningCluster) -> None:
+    with pytest.raises(UserError, match="both live"):
+        await fake_cluster.restart("alpha")
+    await fake_cluster.process("alpha/kvm").kill()
+    await fake_cluster.vm("vm1").wait_state("failed")
+    with pytest.raises(UserError, match="alpha/kvm is failed: pefbox restart alpha"):
+        await fake_cluster.vm("vm1").restart()
+
+    await fake_cluster.restart("alpha")
+
+    await fake_cluster.vm("vm1").wait_state("running")
+    assert (await seen(fake_cluster, "alpha/kvm"))["keys"][0] == "alpha:ultravisor-kvm.2"
+
+
+async def test_ultravisor_may_have_a_guest_killed_and_qemu_may_not(fake_cluster: RunningCluster) -> None:
+    notice = {"what": "guest-must-die", "vm": "vm1", "detail": "no acknowledgement"}
+    await fake_cluster.process("vm1/qemu").query("notice", notice)
+    assert (await fake_cluster.vm("vm1").guest.row()).state == "running"
+
+    await fake_cluster.process("alpha/ultravisor").query("notice", notice)
+
+    row = await fake_cluster.vm("vm1").guest.wait_state("failed")
+    assert row.detail == "killed for alpha/ultravisor: no acknowledgement"
+
+
+async def test_down_removes_every_process_segment_and_socket(own_directories: Path) -> None:
+    async with cluster(MINIMAL, service_module=FAKE_SERVICE) as running:
+        manifest = read_manifest(running.paths.manifest)
+        assert manifest is not None
+        assert len(manifest.processes) == 4
+        assert segments_exist(manifest) == [True]
+
+        assert await running.down() == 0
+        assert await running.down() == 0
+
+    assert not any(is_alive(process) for process in manifest.processes)
+    assert segments_exist(manifest) == [False]
+    assert list((own_directories / "pefbox").iterdir()) == []
+
+
+async def test_down_ends_stopped_and_hanging_processes_too(fake_cluster: RunningCluster) -> None:
+    await fake_cluster.process("alpha/kvm").stop()
+    with pytest.raises(UserError):
+        await fake_cluster.process("vm1/guest").query("hang", seconds=0.05)
+
+    with trio.fail_after(8):
+        assert await fake_cluster.down() == 0
+    assert running_clusters() == []
+
+
+async def test_killed_launcher_takes_all_along_and_clean_removes_the_rest(fake_cluster: RunningCluster) -> None:
+    manifest = read_manifest(fake_cluster.paths.manifest)
+    assert manifest is not None
+
+    async def all_ended() -> bool:
+        return not any(is_alive(process) for process in manifest.processes)
+
+    fake_cluster.kill_launcher()
+    await fake_cluster.wait_launcher()
+    await until(all_ended)
+    removed = clean_run_dir(fake_cluster.paths.run_dir)
+
+    assert removed is not None
+    assert f"segment {manifest.segments[0]}" in removed
+    assert not fake_cluster.paths.run_dir.exists()
+
+
+async def test_clean_leaves_a_running_cluster_alone(fake_cluster: RunningCluster) -> None:
+    assert clean_run_dir(fake_cluster.paths.run_dir) is None
+    assert (await fake_cluster.status()).healthy
+
+
+async def test_start_that_fails_names_process_and_reason_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, own_directories: Path
+) -> None:
+    monkeypatch.setenv("PEFBOX_FAKE", "fail-vm1/guest")
+
+    with pytest.raises(UserError, match="vm1/guest did not start: told to fail"):
+        async with cluster(MINIMAL, service_module=FAKE_SERVICE):
+            pass
+
+    assert list((own_directories / "pefbox").iterdir()) == []
+
+
+async def test_service_that_cannot_be_imported_is_a_failed_start() -> None:
+    with pytest.raises(UserError, match=r"did not start: exit status 1: .*No module named no_such_service"):
+        async with cluster(MINIMAL, service_module="no_such_service"):
+            pass
+
+
+async def test_two_clusters_run_side_by_side_and_a_name_runs_once() -> None:
+    async with cluster(MINIMAL, name="one", service_module=FAKE_SERVICE) as one:
+        async with cluster(MINIMAL, name="two", service_module=FAKE_SERVICE) as two:
+            assert running_clusters() == ["one", "two"]
+            assert (await two.status()).cluster == "two"
+            with pytest.raises(UserError, match='a cluster "one" runs already'):
+                async with cluster(MINIMAL, name="one", service_module=FAKE_SERVICE):
+                    pass
+            status = await trio.to_thread.run_sync(pefbox, "status")
+            assert (status.returncode, status.stderr) == (
+                1,
+                "pefbox: several clusters run, say which with --cluster: one, two\n",
+            )
+        assert len(processes_of(await one.status())) == 4
+
+
+async def test_launcher_and_processes_start_no_resource_tracker(fake_cluster: RunningCluster) -> None:
+    pids = [fake_cluster.launcher_pid, *(row.pid for row in processes_of(await fake_cluster.status()))]
+
+    command_lines = [line for pid in pids for line in command_lines_of_children(pid)]
+
+    assert len(command_lines) == 4
+    assert all(FAKE_SERVICE.encode() in line for line in command_lines)
+
+
+async def test_commands_answer_from_the_running_cluster(fake_cluster: RunningCluster) -> None:
+    commands = ("status --json", "ps --json", "status", "ps", "logs alpha/kvm", "logs launcher", "page vm1 0x10000")
+    for command in commands:
+        result = await trio.to_thread.run_sync(pefbox, *command.split())
+        assert (result.returncode, result.stderr) == (0, ""), command
+        assert result.stdout, command
+
+
+async def test_line_console_prints_what_the_vm_wrote(fake_cluster: RunningCluster) -> None:
+    result = await trio.to_thread.run_sync(
+        lambda: subprocess.run(
+            [sys.executable, "-m", "deploy.cli", "console", "vm1"], capture_output=True, input=b"", timeout=20
+        )
+    )
+    assert result.stdout == b"hello\n"

@@ -1,0 +1,159 @@
+"""Cluster files: what is read, and what a mistake says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy.cluster_file import Cluster, parse_cluster, read_cluster_file, resolve_state
+from deploy.toml_lines import LineIndex
+from protocol.errors import ClusterFileError, UserError
+
+CLUSTERS = Path(__file__).parents[2] / "deploy" / "clusters"
+
+GOOD = """\
+[hosts.alpha]
+secure_memory = "512M"
+
+[vms.vm1]
+host = "alpha"
+memory = "64M"
+
+[vms.vm1.guest]
+boot = "disk"
+
+[vms.vm1.disks.root]
+path = "root.img"
+"""
+
+
+def parse(text: str) -> Cluster:
+    return parse_cluster(text, "c.toml", Path("/base"), "c")
+
+
+def test_file_with_defaults_gives_every_field() -> None:
+    cluster = parse(GOOD)
+
+    (vm,) = cluster.vms
+    assert (cluster.name, cluster.hosts[0].secure_memory_bytes) == ("c", 512 << 20)
+    assert (vm.lpid, vm.memory_bytes, vm.time, vm.secure_allowed, vm.debuggable) == (
+        1, 64 << 20, "instructions", True, False,
+    )  # fmt: skip
+    assert vm.disks[0].path == "/base/root.img"
+    assert [(device.kind, device.disk) for device in vm.devices] == [("virtio-blk", "root")]
+
+
+@pytest.mark.parametrize("name", ["minimal", "two-hosts"])
+def test_shipped_cluster_files_are_read(name: str) -> None:
+    assert read_cluster_file(CLUSTERS / f"{name}.toml").vms
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "key", "problem"),
+    [
+        ('memory = "64M"', 'memroy = "64M"', 6, "vms.vm1.memroy", 'did you mean "memory"?'),
+        ('memory = "64M"', "", 4, "vms.vm1.memory", "is missing"),
+        ('memory = "64M"', 'memory = "64 miles"', 6, "vms.vm1.memory", 'a string such as "512M"'),
+        ('memory = "64M"', 'memory = "1M"', 6, "vms.vm1.memory", "allowed: 16777216 to"),
+        ('memory = "64M"', "memory = 67108865", 6, "vms.vm1.memory", "no multiple of 65536"),
+        ('host = "alpha"', 'host = "alpa"', 5, "vms.vm1.host", 'did you mean "alpha"?; allowed: "alpha"'),
+        ('boot = "disk"', 'boot = "floppy"', 9, "vms.vm1.guest.boot", 'allowed: "disk", "kernel"'),
+        ('path = "root.img"', "path = 7", 12, "vms.vm1.disks.root.path", "must be a string, not an integer"),
+        ("[vms.vm1.disks.root]", "[vms.vm1.disks.Root]", 11, "vms.vm1.disks.Root", "lower-case letters"),
+        ('secure_memory = "512M"', "", 1, "hosts.alpha.secure_memory", "is missing"),
+        ("[vms.vm1.guest]", "[vms.vm1.gast]", 8, "vms.vm1.gast", 'did you mean "guest"?'),
+        ('host = "alpha"', 'host = "alpha"\nlpid = 0', 6, "vms.vm1.lpid", "allowed: 1 to 255"),
+        ('host = "alpha"', 'host = "alpha"\nsecure = "yes"', 6, "vms.vm1.secure", "must be true or false"),
+    ],
+)
+def test_mistake_names_file_line_key_and_what_is_allowed(old: str, new: str, line: int, key: str, problem: str) -> None:
+    with pytest.raises(ClusterFileError) as caught:
+        parse(GOOD.replace(old, new))
+
+    assert (caught.value.path, caught.value.line, caught.value.key) == ("c.toml", line, key)
+    assert problem in caught.value.problem
+    assert str(caught.value).startswith(f"c.toml:{line}: {key}: ")
+
+
+def test_broken_toml_names_the_line() -> None:
+    with pytest.raises(ClusterFileError) as caught:
+        parse(GOOD + "x = \n")
+
+    assert caught.value.line == 13
+
+
+def test_missing_file_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"/nowhere.toml: No such file or directory"):
+        read_cluster_file(Path("/nowhere.toml"))
+
+
+def test_lpids_are_unique_and_the_lowest_free_ones() -> None:
+    more = '[vms.vm2]\nhost = "alpha"\nmemory = "16M"\nlpid = 1\nguest.boot = "kernel"\n'
+
+    assert [(vm.name, vm.lpid) for vm in parse(GOOD + more).vms] == [("vm1", 2), ("vm2", 1)]
+    with pytest.raises(ClusterFileError, match="1 is taken by vm2"):
+        parse(GOOD + more + more.replace("vm2", "vm3"))
+
+
+def test_boot_from_disk_without_a_disk_is_refused() -> None:
+    with pytest.raises(ClusterFileError, match="boots from disk but has none"):
+        parse(GOOD[: GOOD.index("[vms.vm1.disks")])
+
+
+def test_vm_named_like_a_host_is_refused() -> None:
+    with pytest.raises(ClusterFileError, match='"alpha" is a host already'):
+        parse(GOOD.replace("vm1", "alpha"))
+
+
+def test_device_may_not_share_its_disk() -> None:
+    device = '[[vms.vm1.devices]]\nkind = "virtio-blk"\ndisk = "root"\n'
+
+    with pytest.raises(ClusterFileError) as caught:
+        parse(GOOD + device + device)
+
+    assert (caught.value.line, caught.value.key) == (18, "vms.vm1.devices[1].disk")
+
+
+def test_iommu_design_offers_the_platform_feature_by_default() -> None:
+    (vm,) = parse(GOOD.replace('boot = "disk"', 'boot = "disk"\ndma = "iommu"')).vms
+
+    assert vm.devices[0].access_platform
+
+
+def test_link_names_two_hosts_that_exist() -> None:
+    with pytest.raises(ClusterFileError, match='no host "beta"'):
+        parse(GOOD + '[[links]]\nbetween = ["alpha", "beta"]\n')
+
+
+def test_state_prefix_means_the_state_directory() -> None:
+    cluster = parse(GOOD.replace("root.img", "@state/root.img"))
+
+    assert resolve_state(cluster, Path("/s")).vms[0].disks[0].path == "/s/root.img"
+
+
+def test_lines_after_values_of_several_lines_are_right() -> None:
+    text = 'a = [\n  1, # ]\n  2,\n]\nb = """\n[x]\nc = 1\n"""\n[t]\nd.e = "=]"\n[[u.v]]\nf = 1\n[[u.v]]\nf = 2\n'
+
+    index = LineIndex(text)
+
+    assert [index.line_of(path) for path in (("a",), ("b",), ("t",), ("t", "d", "e"))] == [1, 5, 9, 10]
+    assert index.line_of(("u", "v", 1, "f")) == 14
+    assert index.line_of(("x",)) is None
+
+
+@given(st.text(alphabet="ab.=[]{}\"'#\n\\ 1", max_size=60))
+def test_line_index_never_fails_and_never_leaves_the_text(text: str) -> None:
+    line = LineIndex(text).line_of(("a",))
+
+    assert line is None or 1 <= line <= len(text.splitlines())
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_cluster_or_a_named_mistake(text: str) -> None:
+    try:
+        parse(text)
+    except ClusterFileError as error:
+        assert str(error).startswith("c.toml")
