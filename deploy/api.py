@@ -140,18 +140,21 @@ class Vm:
         return answer["data"], answer["next"]
 
     async def console_write(self, data: bytes) -> None:
-        """Type on its terminal."""
+        """Type on its terminal; waits while the input buffer is full."""
         kvm = await self._kvm()
-        await kvm.query("console.write", {"vm": self.name, "data": data})
+        while data:
+            answer = await kvm.query("console.write", {"vm": self.name, "data": data})
+            data = data[int(answer["taken"]) :]
+            if data:
+                await trio.sleep(_POLL_SECONDS)
 
     async def console_command(self, line: str, prompt: str = "> ", seconds: float = 10.0) -> str:
         """Type a line; returns what the VM wrote until its `prompt` came again, the echo of the line removed.
 
         Raises UserError when the prompt does not come in `seconds`.
         """
-        kvm = await self._kvm()
         _, since = await self.console_read()
-        await kvm.query("console.write", {"vm": self.name, "data": line.encode() + b"\r"})
+        await self.console_write(line.encode() + b"\r")
         output = b""
         with trio.move_on_after(seconds):
             while True:

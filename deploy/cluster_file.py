@@ -27,7 +27,7 @@ DEVICE_KEYS = ("kind", "disk", "access_platform")
 LINK_KEYS = ("between",)
 
 TIMES = ("wall", "instructions")
-KERNELS = ("model",)
+KERNELS = ("model", "bench")
 BOOTS = ("disk", "kernel")
 DMA_DESIGNS = ("quirk", "iommu")
 DISK_FORMATS = ("raw",)

@@ -41,6 +41,8 @@ class VmRecord:
     state: VmState = VmState.STARTING
     since_s: float = field(default_factory=time.time)
     reason: str = ""
+    lost: bool = False
+    """Its processes are gone or told to go: only a restart helps."""
     secure: bool = False
     segment: str = ""
     gifts_wanted: bool = True
@@ -50,8 +52,8 @@ class VmRecord:
     last_esm: Any = None
 
     def change(self, state: VmState, reason: str = "") -> bool:
-        """Note a new state; a failed VM stays failed until it is restarted."""
-        if self.state is VmState.FAILED or (self.state is state and self.reason == reason):
+        """Note a new state; a lost VM keeps its last one until it is restarted."""
+        if self.lost or (self.state is state and self.reason == reason):
             return False
         self.state, self.reason, self.since_s = state, reason, time.time()
         return True
@@ -60,7 +62,7 @@ class VmRecord:
         """The next incarnation starts."""
         self.incarnation += 1
         self.state, self.reason, self.since_s = VmState.STARTING, "", time.time()
-        self.secure, self.segment = False, segment
+        self.lost, self.secure, self.segment = False, False, segment
         self.last_kvm, self.last_ultravisor, self.last_esm = {}, {}, None
 
 

@@ -11,6 +11,7 @@ import select
 import sys
 import termios
 import threading
+import time
 import tty
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ _WAIT_SECONDS = 1.0
 _QUIET_SECONDS = 1.0
 _QUERY_MARGIN_SECONDS = 0.5
 _INPUT_BYTES = 1024
+_FULL_SECONDS = 0.05
 
 
 class Terminal:
@@ -41,8 +43,12 @@ class Terminal:
         return bytes(answer["data"])
 
     def write(self, data: bytes) -> None:
-        """Type `data`."""
-        self._client.query(self._kvm, "console.write", {"vm": self._vm, "data": data})
+        """Type `data`; waits while the VM's input buffer is full."""
+        while data:
+            answer = self._client.query(self._kvm, "console.write", {"vm": self._vm, "data": data})
+            data = data[int(answer["taken"]) :]
+            if data:
+                time.sleep(_FULL_SECONDS)
 
 
 def raw_console(reading: LauncherClient, writing: LauncherClient, kvm: str, vm: str) -> None:

@@ -17,19 +17,16 @@ import trio
 from deploy import makers, preflight
 from deploy.cluster_file import check_cluster_name, read_cluster_file, resolve_state
 from deploy.cluster_run import ClusterRun, LaunchOptions, Log
+from deploy.health import wait_until_started
 from deploy.manifest import clean_run_dir, new_manifest
 from deploy.operator_socket import OperatorSocket
 from deploy.plan import cluster_processes
 from deploy.run_dirs import LOCK_FILE, Lock, Paths, default_paths, is_locked, make_private_dir
-from deploy.start import StartFailed, start_cluster
-from deploy.states import VmState
-from deploy.status import refresh
+from deploy.start import start_cluster
 from deploy.stopping import remove_everything, stop_processes
 from deploy.supervise import heartbeat, watch_signals
 from protocol.errors import PefboxError, UserError
 
-HEALTHY_SECONDS = 15.0
-_HEALTH_POLL_SECONDS = 0.02
 _PR_SET_DUMPABLE = 4
 
 
@@ -101,7 +98,7 @@ async def _live(run: ClusterRun, on_healthy: Callable[[ClusterRun], None]) -> Pe
 async def _start(run: ClusterRun, on_healthy: Callable[[ClusterRun], None], failure: list[PefboxError]) -> None:
     try:
         await start_cluster(run)
-        await _wait_until_healthy(run)
+        await wait_until_started(run, run.vms.values())
     except PefboxError as error:
         if not run.stopping:
             run.log.error("start failed", reason=str(error))
@@ -111,21 +108,6 @@ async def _start(run: ClusterRun, on_healthy: Callable[[ClusterRun], None], fail
     run.healthy = True
     run.log.info("healthy")
     on_healthy(run)
-
-
-async def _wait_until_healthy(run: ClusterRun) -> None:
-    """Returns when every VM has left `starting`; raises StartFailed when one failed or takes too long."""
-    with trio.move_on_after(HEALTHY_SECONDS):
-        while True:
-            await refresh(run)
-            for vm in run.vms.values():
-                if vm.state is VmState.FAILED:
-                    raise StartFailed(f"{vm.spec.name} failed: {vm.reason}")
-            if all(vm.state is not VmState.STARTING for vm in run.vms.values()):
-                return
-            await trio.sleep(_HEALTH_POLL_SECONDS)
-    late = ", ".join(vm.spec.name for vm in run.vms.values() if vm.state is VmState.STARTING)
-    raise StartFailed(f"still starting after {HEALTHY_SECONDS:g} s: {late}")
 
 
 async def _watch_orders_to_end(run: ClusterRun, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -162,9 +162,9 @@ GUEST_FILES = ("image", "initrd", "esm_blob")
 
 
 def guest_files(guest: GuestEntry) -> dict[str, str]:
-    """The files that qemu loads for a VM booted without its disk, by descriptor name (`file:image`, ...)."""
+    """The files that qemu loads for a VM booted without its disk, by descriptor name."""
     paths = {name: getattr(guest, name) for name in GUEST_FILES}
-    return {f"file:{name}": path for name, path in paths.items() if path is not None}
+    return {name: path for name, path in paths.items() if path is not None}
 
 
 def vm_descriptors(role: Role, vm: VmSpec) -> list[str]:

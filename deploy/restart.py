@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ import trio
 from deploy import plan
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun, OpenFiles, VmRecord
+from deploy.health import wait_until_started
 from deploy.plan import KeyRing
 from deploy.start import (
     configure,
@@ -55,8 +57,11 @@ async def _restart_vm(run: ClusterRun, vm: VmRecord) -> None:
             await _barrier(keeper)
     finally:
         vm.gifts_wanted = True
+    for link in plan.vm_links(run.paths, vm.spec.host, vm.spec.name, vm.incarnation):
+        shutil.rmtree(link.directory, ignore_errors=True)
     with _failing(run, [vm]):
         await _start_vm(run, vm, keepers)
+        await wait_until_started(run, [vm])
 
 
 async def _start_vm(run: ClusterRun, vm: VmRecord, keepers: list[Child]) -> None:
@@ -89,6 +94,8 @@ async def _restart_host(run: ClusterRun, name: str) -> None:
     host = run.hosts[name]
     vms = [vm for vm in run.vms.values() if vm.spec.host == name]
     await _end_all(run.host_children(name))
+    for child in run.host_children(name):
+        shutil.rmtree(run.paths.process_dir(child.target), ignore_errors=True)
     host.incarnation += 1
     links = [plan.host_link(run.paths, name, host.incarnation)]
     processes = plan.host_processes(name)
@@ -97,6 +104,7 @@ async def _restart_host(run: ClusterRun, name: str) -> None:
         processes += plan.vm_processes(vm.spec)
     with _failing(run, vms):
         await start_group(run, processes, [vm.spec.name for vm in vms], links)
+        await wait_until_started(run, vms)
 
 
 def _keeper(run: ClusterRun, vm: VmRecord, role: Role) -> Child:

@@ -23,7 +23,7 @@ class KvmVmStatus(msgspec.Struct, kw_only=True):
     state: str
     secure: bool
     pages: dict[str, int] = {}
-    since: float | None = None
+    failure: str | None = None
 
 
 class UltravisorVmStatus(msgspec.Struct, kw_only=True):
@@ -31,7 +31,7 @@ class UltravisorVmStatus(msgspec.Struct, kw_only=True):
 
     secure: bool
     last_esm: Any = None
-    pages: dict[str, int] = {}
+    pages: dict[str, int] | None = None
 
 
 class ProcessRow(msgspec.Struct, kw_only=True):
@@ -129,7 +129,7 @@ async def _refresh_from_kvm(run: ClusterRun, vm: VmRecord) -> None:
     if ultravisor is None or not ultravisor.state.answers:
         # Where the ultravisor can be asked, kvm's word on this does not count.
         vm.secure = status.secure
-    take_vm_state(vm, status.state)
+    take_vm_state(vm, status.state, status.failure or "")
 
 
 async def _refresh_from_ultravisor(run: ClusterRun, vm: VmRecord) -> None:
@@ -138,7 +138,7 @@ async def _refresh_from_ultravisor(run: ClusterRun, vm: VmRecord) -> None:
         status = msgspec.convert(answer, UltravisorVmStatus)
     except msgspec.ValidationError:
         return
-    vm.last_ultravisor = status.pages
+    vm.last_ultravisor = status.pages or {}
     vm.last_esm = status.last_esm
     vm.secure = status.secure
 

@@ -21,6 +21,7 @@ from protocol.roles import Role
 
 _STOP_SECONDS = 1.0
 _SECOND_LOOK_SECONDS = 0.05
+_VM_STATES = frozenset(state.value for state in VmState)
 _CHANGES = os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG
 
 
@@ -75,8 +76,8 @@ def _consequences(run: ClusterRun, child: Child, quit_by_user: bool) -> None:
     reason = f"{child.target} is {child.state.value} ({child.detail})"
     if child.plan.vm is not None:
         vm = run.vms[child.plan.vm]
-        if quit_by_user and vm.change(VmState.OFF, "quit"):
-            _end_vm_processes(run, vm)
+        if quit_by_user:
+            _vm_quit(run, vm)
         elif not child.exit_expected:
             fail_vm(run, vm, reason)
         return
@@ -108,8 +109,18 @@ async def _kvm_calls_secure(run: ClusterRun, vm: VmRecord) -> bool:
 
 def fail_vm(run: ClusterRun, vm: VmRecord, reason: str) -> None:
     """The VM has failed: say so, and end what is left of it."""
-    if vm.change(VmState.FAILED, reason):
+    if not vm.lost:
+        vm.change(VmState.FAILED, reason)
+        vm.lost = True
         run.report(f"{vm.spec.name} failed: {reason}", vm=vm.spec.name)
+        _end_vm_processes(run, vm)
+
+
+def _vm_quit(run: ClusterRun, vm: VmRecord) -> None:
+    """Its user told the monitor to quit."""
+    if not vm.lost:
+        vm.change(VmState.OFF, "quit")
+        vm.lost = True
         _end_vm_processes(run, vm)
 
 
@@ -253,6 +264,8 @@ def _noticed(run: ClusterRun, child: Child, notice: control.Notice) -> None:
             _kill_guest(run, child, vm, notice.detail)
         case "vm-failed":
             fail_vm(run, vm, notice.detail or f"reported by {child.target}")
+        case "vm-off" if notice.detail == "quit" and child.plan.role is Role.QEMU:
+            _vm_quit(run, vm)
         case "vm-off":
             vm.change(VmState.OFF, notice.detail)
         case "vm-state":
@@ -268,9 +281,12 @@ def _kill_guest(run: ClusterRun, child: Child, vm: VmRecord, detail: str) -> Non
     guest.kill()
 
 
-def take_vm_state(vm: VmRecord, state: str) -> None:
-    """Note a state as kvm names it; `secure` and `normal` say which kind of VM it is now."""
+def take_vm_state(vm: VmRecord, state: str, reason: str = "") -> None:
+    """Note a state as kvm names it; `secure` and `normal` say which kind of VM it is now.
+
+    A VM that kvm calls failed, because its guest gave up, keeps its processes: a reset brings it back.
+    """
     if state in ("secure", "normal"):
         vm.secure = state == "secure"
-    elif state in (VmState.STARTING.value, VmState.RUNNING.value, VmState.PAUSED.value, VmState.OFF.value):
-        vm.change(VmState(state))
+    elif state in _VM_STATES:
+        vm.change(VmState(state), reason)

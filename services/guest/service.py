@@ -14,6 +14,7 @@ from protocol.geometry import PAGE_BYTES, gfn_of, gpa_of
 from protocol.links import KVM_GUEST, LINK_KINDS, ULTRAVISOR_GUEST
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.guest.address_space import AddressSpace
+from services.guest.bench_engine import BenchEngine
 from services.guest.clock import make_clock
 from services.guest.link_end import LinkEnd
 from services.guest.model.engine import ModelEngine
@@ -25,6 +26,7 @@ from services.runtime.sockets import connect_socket
 
 _JOIN_SECONDS = 1.0
 _QUERY_SECONDS = 1.0
+_JOB_SECONDS = 60.0
 T = TypeVar("T")
 
 
@@ -37,6 +39,7 @@ class Guest:
         self._memory: GuestVmMemory | None = None
         self._ends: list[LinkEnd] = []
         self._processor: Processor | None = None
+        self._engine: ModelEngine | None = None
         self._has_map = trio.Event()
         self._recorder: Recorder | None = None
 
@@ -59,9 +62,9 @@ class Guest:
             memory.normal, memory.dirty.buffer, lambda gfn, access: processor[0].resolve_fault(gfn, access)
         )
         memory.space = space
-        engine = ModelEngine(space, clock)
+        engine = BenchEngine(space, clock) if vm.guest.kernel == "bench" else ModelEngine(space, clock)
         processor.append(Processor(engine, memory, kvm, ultravisor, clock, self._runtime.log))
-        self._memory, self._processor = memory, processor[0]
+        self._memory, self._processor, self._engine = memory, processor[0], engine
         await self._runtime.give("guest-dirty-map", vm.name, memory.dirty.fd)
         self._runtime.nursery.start_soon(self._run)
 
@@ -122,7 +125,12 @@ class Guest:
 
     def queries(self) -> dict[str, Query]:
         """By name."""
-        return {"page.guest": self._page_guest, "vm.status": self._vm_status, "record": self._record}
+        return {
+            "page.guest": self._page_guest,
+            "vm.status": self._vm_status,
+            "record": self._record,
+            "bench": self._bench,
+        }
 
     async def _page_guest(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The page as the guest sees it; only of a VM started debuggable (S1)."""
@@ -159,6 +167,27 @@ class Guest:
 
         await self._in_processor(switch)
         return {"recording": on}
+
+    async def _bench(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Have a debuggable VM's bench kernel do a job; its outcome."""
+        engine, vm = self._engine, self._vm
+        if vm is None or not vm.debuggable or not isinstance(engine, BenchEngine):
+            raise UserError('jobs are for a VM with guest.kernel = "bench" and `debuggable = true`')
+        done = trio.Event()
+        outcome: list[Any] = []
+        token = trio.lowlevel.current_trio_token()
+
+        def take_outcome(result: object) -> None:
+            outcome.append(result)
+            token.run_sync_soon(done.set)
+
+        job = engine.job(str(arguments["job"]), arguments, take_outcome)
+        await self._in_processor(lambda: engine.take(job))
+        with trio.move_on_after(_JOB_SECONDS):
+            await done.wait()
+        if not outcome:
+            raise HostFault("the job did not end")
+        return outcome[0]
 
     async def _in_processor(self, work: Callable[[], T]) -> T:
         """Run `work` in the processor's thread; raises HostFault when it does not come to it."""

@@ -248,8 +248,6 @@ def _pci_services(pci: PciRtas) -> dict[str, _Service]:
         "ibm,query-interrupt-source-number": (4, pci.query_source),
     }
     table = {name: _Service(n_args, _at_once(call)) for name, (n_args, call) in services.items()}
-    for name in ("ibm,set-eeh-option", "ibm,get-config-addr-info2", "ibm,read-slot-reset-state2"):
-        table[name] = _Service(3, _at_once(pci.no_error_handling))
     table["ibm,change-msi"] = _Service(6, pci.change_msi)
     return table
 

@@ -1,4 +1,6 @@
-"""RTAS services of the PCI host bridge: configuration space, message interrupts, error handling.
+"""RTAS services of the PCI host bridge: configuration space and message interrupts.
+
+Enhanced error handling is not among them: it exists for passed-through devices only, and there are none.
 
 Each takes its argument words and returns the words after the status, or raises RtasError.
 
@@ -95,10 +97,6 @@ class PciRtas:
         if sources is None or vector >= len(sources):
             raise RtasError(RtasStatus.HARDWARE_ERROR)
         return [sources[vector], EDGE_TRIGGERED]
-
-    def no_error_handling(self, config_addr: int, buid_high: int, buid_low: int) -> list[int]:
-        """Enhanced error handling exists for passed-through devices only, and there is none."""
-        raise RtasError(RtasStatus.PARAMETER_ERROR)
 
     def _take_back(self, target: PciFunction, msix: MsixTable) -> None:
         self._phb.msis.release(target.devfn)

@@ -143,6 +143,9 @@ class FakeService:
                 result = None
             case "console.read":
                 result = {"data": b"hello\n"[arguments["since"] :], "next": 6}
+            case "console.write":
+                result = {"taken": min(len(arguments["data"]), 4)}
+                self.events.append(f"typed {arguments['data'][:4].decode()!r}")
             case "hang":
                 while True:
                     signal.pause()

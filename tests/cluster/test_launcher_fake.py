@@ -357,3 +357,10 @@ async def test_line_console_prints_what_the_vm_wrote(fake_cluster: RunningCluste
         )
     )
     assert result.stdout == b"hello\n"
+
+
+async def test_text_that_does_not_fit_the_input_buffer_is_typed_in_parts(fake_cluster: RunningCluster) -> None:
+    await fake_cluster.vm("vm1").console_write(b"hash all\r")
+
+    events = (await seen(fake_cluster, "alpha/kvm"))["events"]
+    assert [event for event in events if event.startswith("typed")] == ["typed 'hash'", "typed ' all'", "typed '\\r'"]

@@ -62,7 +62,7 @@ class FakeDisk:
 
     def __init__(self, content: bytearray, *, access_platform: bool = False) -> None:
         self.content = content
-        self.offered = 1 << 32 | 1 << 28 | 1 << 29 | 1 << 9 | (1 << 33 if access_platform else 0)
+        self.offered = 1 << 32 | 1 << 28 | 1 << 29 | 1 << 9 | 1 << 13 | 1 << 14 | (1 << 33 if access_platform else 0)
         self.config = bytearray(256)
         struct.pack_into("<HH", self.config, 0, 0x1AF4, 0x1042)
         struct.pack_into("<H", self.config, 6, 1 << 4)
@@ -75,6 +75,7 @@ class FakeDisk:
             struct.pack_into("<BBBBBxxxII", self.config, at, 9, after, 16 + len(extra), kind, 4, offset, 0x1000)
             self.config[at + 16 : at + 16 + len(extra)] = extra
         self.lie = ""
+        self.ranges: list[tuple[int, int, int]] = []
         self.reset()
 
     def reset(self) -> None:
@@ -385,6 +386,13 @@ class World:
         elif kind == 1:
             data = self._read(disk, segments[1][0], segments[1][1])
             disk.content[sector * 512 : sector * 512 + len(data)] = data
+        elif kind == 8:
+            self._write(disk, segments[1][0], b"serial".ljust(20, b"\0"))
+            written += 20
+        elif kind in (11, 13):
+            first, n_sectors, _ = struct.unpack("<QII", self._read(disk, segments[1][0], 16))
+            disk.content[first * 512 : (first + n_sectors) * 512] = bytes(n_sectors * 512)
+            disk.ranges.append((kind, first, n_sectors))
         self._write(disk, segments[-1][0], b"\0")
         return written
 
@@ -501,6 +509,11 @@ def test_prompt_commands_answer_one_line_each() -> None:
     assert world.ask("share 0x1000 2") == "error U_P2"
     assert world.ask("unshare 0x1f0 1") == "ok"
     assert world.ask("write").startswith("ok ")
+    assert world.ask("zero").startswith("ok ")
+    assert world.ask("discard").startswith("ok ")
+    assert [(kind, n_sectors) for kind, _, n_sectors in world.disk.ranges] == [(13, 128), (11, 128)]
+    assert world.disk.content.find(region_pattern(1, 65536)) < 0
+    assert world.ask("id") == "ok serial"
     assert world.ask("pages").startswith("ok free=")
     assert "UV_SHARE_PAGE=" in world.ask("calls")
     assert world.ask("null 120").startswith("ok 120 p50_ns ")

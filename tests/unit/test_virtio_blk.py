@@ -93,7 +93,7 @@ MakeRig = Callable[..., Awaitable[Rig]]
 
 @pytest.fixture
 async def make_rig(tmp_path: Path) -> AsyncIterator[MakeRig]:
-    numbers = itertools.count()
+    numbers, fds = itertools.count(), list[int]()
     async with trio.open_nursery() as nursery:
 
         async def make(entry: VmEntry | None = None, *, go: bool = True) -> Rig:
@@ -101,7 +101,7 @@ async def make_rig(tmp_path: Path) -> AsyncIterator[MakeRig]:
             image = tmp_path / f"disk{next(numbers)}.img"
             image.write_bytes(os.urandom(4 * MIB))
             ram, port = TestRam(entry.memory_bytes), TestPort()
-            fd = os.open(image, os.O_RDONLY if entry.disks[0].readonly else os.O_RDWR)
+            fds.append(fd := os.open(image, os.O_RDONLY if entry.disks[0].readonly else os.O_RDWR))
             board = Board(entry, ram.accessor, {"disk0": fd}, port, assign_bars=True)
             nursery.start_soon(board.run)
             driver = TestDriver(board, board.functions[0])
@@ -112,6 +112,8 @@ async def make_rig(tmp_path: Path) -> AsyncIterator[MakeRig]:
 
         yield make
         nursery.cancel_scope.cancel()
+    for fd in fds:
+        os.close(fd)
 
 
 async def test_configuration_tells_capacity_and_limits(make_rig: MakeRig) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from protocol.errors import GuestFault
 from protocol.geometry import PAGE_BYTES
 from services.qemu.dma import BypassSpace
-from services.qemu.testing import TestRam, TestRing, chained
+from services.qemu.testing import Descriptor, TestRam, TestRing, chained
 from services.qemu.virtqueue import RingError, RingFault, Virtqueue
 from shared.host_view import HostState
 from shared.virtio import Feature, feature_mask
@@ -184,7 +184,7 @@ async def test_a_head_in_flight_is_refused() -> None:
     assert await fault_of(queue) is RingFault.HEAD_IN_FLIGHT
 
 
-HOSTILE_DIRECT = {
+HOSTILE_DIRECT: dict[str, tuple[list[Descriptor], RingFault]] = {
     "loop": ([(DATA, 16, N, 1), (DATA, 16, N, 0)], RingFault.CHAIN_TOO_LONG),
     "self loop": ([(DATA, 0, N, 0)], RingFault.CHAIN_TOO_LONG),
     "next outside": ([(DATA, 16, N, SIZE)], RingFault.NEXT_OUT_OF_RANGE),
@@ -203,13 +203,13 @@ HOSTILE_DIRECT = {
 async def test_a_hostile_direct_chain_is_refused_by_name(name: str) -> None:
     descriptors, fault = HOSTILE_DIRECT[name]
     _, ring, queue = make()
-    ring.put_descriptors([(int(a), int(b), int(c), int(d)) for a, b, c, d in descriptors])
+    ring.put_descriptors(descriptors)
     ring.offer(0)
 
     assert await fault_of(queue) is fault
 
 
-HOSTILE_INDIRECT = {
+HOSTILE_INDIRECT: dict[str, tuple[list[Descriptor], RingFault]] = {
     "nested": ([(TABLE, 16, IND, 0)], RingFault.INDIRECT_NESTED),
     "loop": ([(DATA, 16, N, 1), (DATA, 16, N, 0)], RingFault.CHAIN_TOO_LONG),
     "next outside": ([(DATA, 16, N, 2), (DATA, 16, 0, 0)], RingFault.NEXT_OUT_OF_RANGE),
@@ -221,7 +221,7 @@ async def test_a_hostile_indirect_table_is_refused_by_name(name: str) -> None:
     descriptors, fault = HOSTILE_INDIRECT[name]
     ram, ring, queue = make()
     table = TestRing(ram.bytes, SIZE, TABLE, 0, 0)
-    table.put_descriptors([(int(a), int(b), int(c), int(d)) for a, b, c, d in descriptors])
+    table.put_descriptors(descriptors)
     ring.put_descriptors([(TABLE, desc_bytes(len(descriptors)), IND, 0)])
     ring.offer(0)
 

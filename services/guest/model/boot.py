@@ -62,8 +62,8 @@ class BootStage:
         read_machine(tree, machine, parts.cpu.memory.size_bytes)
         if not machine.rtas_base:
             machine.rtas_base = place(machine, RTAS_AREA_BYTES)
-        parts.cpu.fill(machine.rtas_base, RTAS_AREA_BYTES)
-        parts.cpu.store(machine.rtas_base, RTAS_TEXT)
+            parts.cpu.fill(machine.rtas_base, RTAS_AREA_BYTES)
+            parts.cpu.store(machine.rtas_base, RTAS_TEXT)
         parts.set_up_memory()
         parts.console.say(f"pefbox: boot stage, {machine.memory_bytes >> 20} MiB")
         yield from xics.open_interrupts(parts.cpu)

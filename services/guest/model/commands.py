@@ -19,10 +19,12 @@ from services.guest.model.demo import Demo, start_hash, start_write
 from services.guest.model.pages import PageUse
 from services.guest.model.parts import Parts
 from services.guest.model.state import Phase
+from shared.virtio_blk import BlkRequest
 
 HELP = (
     "help, pages, calls       what there is; pages by use; calls made, by name",
     "hash, write              hash the whole disk; write and flush a region of the scratch partition",
+    "zero, discard, id        write zeroes to it, or discard it, and flush; the disk's serial number",
     "reveal                   print the demo's secrets",
     "esm, reboot, poweroff    turn secure; reset; end",
     "share GFN [N], unshare GFN [N], touch GFN, fill GFN BYTE, sum GFN",
@@ -48,6 +50,9 @@ class Commands:
             "calls": self._calls,
             "hash": self._hash,
             "write": self._write,
+            "zero": self._zero,
+            "discard": self._discard,
+            "id": self._id,
             "reveal": self._reveal,
             "esm": self._esm,
             "reboot": self._reboot,
@@ -141,11 +146,28 @@ class Commands:
         yield
 
     def _write(self, _: list[str]) -> Step[str]:
+        return (yield from self._write_region(BlkRequest.OUT))
+
+    def _zero(self, _: list[str]) -> Step[str]:
+        return (yield from self._write_region(BlkRequest.WRITE_ZEROES))
+
+    def _discard(self, _: list[str]) -> Step[str]:
+        return (yield from self._write_region(BlkRequest.DISCARD))
+
+    def _write_region(self, kind: BlkRequest) -> Step[str]:
         if self._parts.state.writer.stage:
             raise Refused("a region is being written")
-        refusal = start_write(self._parts, asked=True)
+        refusal = start_write(self._parts, kind, asked=True)
         if refusal:
             raise Refused(refusal)
+        return ""
+        yield
+
+    def _id(self, _: list[str]) -> Step[str]:
+        state = self._parts.state
+        if not state.blk.ready or state.writer.stage:
+            raise Refused("no disk" if not state.blk.ready else "a region is being written")
+        self._parts.writer.start(0, 0, kind=BlkRequest.GET_ID, asked=True)
         return ""
         yield
 

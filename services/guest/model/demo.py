@@ -20,7 +20,7 @@ from services.guest.model.cpu import Panic, Step
 from services.guest.model.pages import PageUse
 from services.guest.model.parts import Parts
 from services.guest.model.region_writer import BUFFER_OFFSET, REGION_BYTES
-from shared.virtio_blk import SECTOR_BYTES
+from shared.virtio_blk import SECTOR_BYTES, BlkRequest
 
 SECRET_BYTES = 32
 NAMES = ("random", "beside", "registers", "old-page", "marker")
@@ -168,7 +168,7 @@ def hash_line(parts: Parts) -> str:
     return f"pefbox: disk sha256 {state.result} bytes {state.position} swiotlb {parts.state.pool.bytes_bounced}"
 
 
-def start_write(parts: Parts, *, asked: bool) -> str:
+def start_write(parts: Parts, kind: BlkRequest = BlkRequest.OUT, *, asked: bool) -> str:
     """Begin to write the region at the start of the scratch partition; the reason when it cannot be."""
     first, n_sectors = parts.state.partitions.scratch
     if not parts.state.blk.ready:
@@ -177,5 +177,8 @@ def start_write(parts: Parts, *, asked: bool) -> str:
         return "the disk has no scratch partition"
     if parts.state.blk.read_only:
         return "the disk is read-only"
-    parts.writer.start(first, min(REGION_BYTES, n_sectors * SECTOR_BYTES), asked=asked)
+    offered = {BlkRequest.DISCARD: parts.state.blk.discard, BlkRequest.WRITE_ZEROES: parts.state.blk.write_zeroes}
+    if not offered.get(kind, True):
+        return f"the disk does not offer {kind.name}"
+    parts.writer.start(first, min(REGION_BYTES, n_sectors * SECTOR_BYTES), kind=kind, asked=asked)
     return ""

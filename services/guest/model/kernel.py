@@ -56,6 +56,7 @@ class Kernel:
             Phase.KERNEL_DISK: self._disk,
             Phase.KERNEL_TABLE: self._table,
             Phase.RUN: self._run,
+            Phase.HALTED: lambda: None,
         }
 
     def start(self, pc: int, gprs: dict[int, int], *, secure: bool) -> None:
@@ -77,7 +78,7 @@ class Kernel:
         now_ns = self._clock.now_ns()
         if now_ns < state.wake_ns:
             return Idle(state.wake_ns, device_open=bool(state.blk.requests))
-        if state.phase in (Phase.OFF, Phase.HALTED):
+        if state.phase is Phase.OFF:
             return Idle(None)
         step = self._urgent(now_ns) or self._parts.console.work(now_ns) or self._phase_step()
         if step is None:

@@ -11,7 +11,7 @@ from services.guest.model.cpu import Busy, Cpu, Step
 from services.guest.model.pages import PageAllocator, PageUse
 from services.guest.model.state import Owner, Writer
 from services.guest.model.virtio_blk import BlkDriver, Finished
-from shared.virtio_blk import SECTOR_BYTES, BlkRequest
+from shared.virtio_blk import ID_BYTES, SECTOR_BYTES, BlkRequest
 
 REGION_BYTES = 64 * 1024
 BUFFER_OFFSET = 0x1000
@@ -40,15 +40,19 @@ class RegionWriter:
             self._cpu.fill(self._state.buffer, _BUFFER_PAGES << 16)
         return self._state.buffer
 
-    def start(self, sector: int, n_bytes: int, *, asked: bool) -> None:
-        """Write `n_bytes` (at most REGION_BYTES) at `sector`."""
+    def start(self, sector: int, n_bytes: int, *, kind: BlkRequest = BlkRequest.OUT, asked: bool) -> None:
+        """Write `n_bytes` (at most REGION_BYTES) at `sector`: a new pattern, zeros, or nothing that is kept."""
         state = self._state
         gpa = self.prepare() + BUFFER_OFFSET
-        state.generation += 1
-        data = region_pattern(state.generation, min(n_bytes, REGION_BYTES, self._blk.max_bytes))
+        n_bytes = ID_BYTES if kind is BlkRequest.GET_ID else min(n_bytes, REGION_BYTES, self._blk.max_bytes)
+        data = bytes(n_bytes)
+        if kind is BlkRequest.OUT:
+            state.generation += 1
+            data = region_pattern(state.generation, n_bytes)
         self._cpu.store(gpa, data)
         state.sha256 = hashlib.sha256(data).hexdigest()
-        state.stage, state.asked, state.sector, state.n_bytes, state.error = 1, asked, sector, len(data), ""
+        state.stage, state.asked, state.kind, state.sector = 1, asked, kind, sector
+        state.n_bytes, state.error = n_bytes, ""
 
     def work(self) -> Step[None] | None:
         """Submit what is next."""
@@ -56,7 +60,7 @@ class RegionWriter:
 
     def _submit(self) -> Step[None]:
         state = self._state
-        kind = BlkRequest.OUT if state.stage == 1 else BlkRequest.FLUSH
+        kind = BlkRequest(state.kind) if state.stage == 1 else BlkRequest.FLUSH
         gpa = state.buffer + BUFFER_OFFSET
         if not (yield from self._blk.submit(kind, state.sector, gpa, state.n_bytes, Owner.WRITER, state.stage)):
             raise Busy("the DMA pool")
@@ -68,7 +72,8 @@ class RegionWriter:
         if finished.error:
             self.fail(finished.error)
         elif self._state.stage == 2:
-            self._state.stage = 3 if self._blk.state.flush else 5
+            flushes = self._blk.state.flush and self._state.kind != BlkRequest.GET_ID
+            self._state.stage = 3 if flushes else 5
         else:
             self._state.stage = 5
 
@@ -80,4 +85,7 @@ class RegionWriter:
     def describe(self) -> str:
         """The result line."""
         state = self._state
+        if state.kind == BlkRequest.GET_ID:
+            text = self._cpu.load(state.buffer + BUFFER_OFFSET, ID_BYTES).split(b"\0")[0]
+            return "".join(char if char.isprintable() else "?" for char in text.decode("ascii", "replace"))
         return f"{state.sector} {state.n_bytes // SECTOR_BYTES} sha256 {state.sha256}"

@@ -290,6 +290,8 @@ class Writer(Struct):
 
     stage: int = 0
     asked: bool = False
+    kind: int = 1
+    """The request type: OUT, DISCARD, WRITE_ZEROES; or GET_ID, which writes nothing."""
     sector: int = 0
     n_bytes: int = 0
     buffer: int = 0

@@ -19,7 +19,6 @@ from services.guest.model.virtio_pci import Transport
 from services.guest.model.virtqueue import ANSWER_LIMIT_NS, QueueBroken, QueueError, Segment, Virtqueue
 from shared.virtio import DeviceId, Feature, feature_mask, has_feature
 from shared.virtio_blk import (
-    ID_BYTES,
     RANGE,
     RANGE_BYTES,
     REQUEST_HEADER,
@@ -201,10 +200,6 @@ class BlkDriver:
         """Tell the device of what was submitted, when it wants to know."""
         if self.state.ready and self._queue.must_kick():
             yield from self._transport.kick(self.state.queue)
-
-    def get_id_bytes(self) -> int:
-        """The buffer that GET_ID needs."""
-        return ID_BYTES
 
     # -- outcomes ---------------------------------------------------------------------------------------------------
 

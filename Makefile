@@ -1,0 +1,41 @@
+# Everything runs from a virtual environment of this checkout; no root, nothing installed outside it.
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
+READY := $(VENV)/.ready
+RUN := $(VENV)/bin
+
+.PHONY: help setup demo test lint bench docs clean
+
+help: ## what can be made
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "pefbox needs Python 3.11, 3.12 or 3.13 on the PATH (set PYTHON=...)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+setup: $(READY) ## the virtual environment
+
+demo: $(READY) ## set up, then run the main job: two hosts, two secure VMs, every check
+	$(RUN)/pefbox demo
+
+test: $(READY) ## set up, then run all tests
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+	$(RUN)/pytest
+
+lint: $(READY) ## style and types only
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+bench: $(READY) ## figures against their floors, into build/bench.json
+	$(RUN)/python -m tests.bench
+
+docs: $(READY) ## what is generated: docs/protocol.md
+	$(RUN)/python -m protocol.reference > docs/protocol.md
+
+clean: ## remove what was made in this checkout
+	rm -rf $(VENV) build *.egg-info
