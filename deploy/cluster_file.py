@@ -16,12 +16,13 @@ from deploy.cluster_section import Document, Section, did_you_mean, quoted
 from protocol.errors import ClusterFileError, UserError
 from protocol.geometry import MAX_VM_BYTES, PAGE_BYTES
 from protocol.startup import DeviceEntry, DiskEntry, GuestEntry
+from services.guest.model.image import OPTIONS
 from shared.real_address import MAX_LPID
 
 TOP_KEYS = ("name", "seed", "make", "hosts", "vms", "links")
 HOST_KEYS = ("secure_memory",)
 VM_KEYS = ("host", "lpid", "memory", "time", "secure", "debuggable", "guest", "disks", "devices")
-GUEST_KEYS = ("kernel", "boot", "image", "initrd", "esm_blob", "command_line", "workload", "dma")
+GUEST_KEYS = ("kernel", "boot", "image", "initrd", "esm_blob", "command_line", "workload", "dma", "options")
 DISK_KEYS = ("path", "readonly", "format")
 DEVICE_KEYS = ("kind", "disk", "access_platform")
 LINK_KEYS = ("between",)
@@ -29,13 +30,14 @@ LINK_KEYS = ("between",)
 TIMES = ("wall", "instructions")
 KERNELS = ("model", "bench")
 BOOTS = ("disk", "kernel")
-DMA_DESIGNS = ("quirk", "iommu")
+DMA_DESIGNS = ("quirk", "iommu", "plain")
 DISK_FORMATS = ("raw",)
 DEVICE_KINDS = ("virtio-blk",)
 MAKES = ("demo",)
 
 MIN_VM_BYTES = 16 << 20
 MAX_SECURE_BYTES = 1 << 40
+MAX_OPTION = (1 << 63) - 1
 STATE_PREFIX = "@state/"
 _CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,40}", re.ASCII)
 
@@ -230,7 +232,19 @@ def _guest(vm: Section, base: Path) -> GuestEntry:
         command_line=guest.text("command_line", ""),
         workload=guest.text("workload", "prompt"),
         dma=guest.choice("dma", DMA_DESIGNS, "quirk"),
+        options=_options(guest),
     )
+
+
+def _options(guest: Section) -> dict[str, str | int | bool]:
+    """What goes into the image of the model kernel beside workload and DMA design."""
+    kinds = {name: kind for name, kind in OPTIONS.items() if name != "dma"}
+    section = guest.table("options", tuple(kinds))
+    values: dict[str, str | int | bool] = {}
+    for name, kind in kinds.items():
+        if name in section:
+            values[name] = section.flag(name, False) if kind is bool else section.integer(name, 0, 0, MAX_OPTION)
+    return values
 
 
 def _path(section: Section, name: str, base: Path) -> str | None:

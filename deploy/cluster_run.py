@@ -45,8 +45,8 @@ class VmRecord:
     """Its processes are gone or told to go: only a restart helps."""
     secure: bool = False
     segment: str = ""
-    gifts_wanted: bool = True
-    """False while the previous incarnation is being removed: its last descriptors must not reach the next."""
+    being_removed: bool = False
+    """While an incarnation is removed, its last descriptors and notices must not reach the next."""
     last_kvm: dict[str, int] = field(default_factory=dict)
     last_ultravisor: dict[str, int] = field(default_factory=dict)
     last_esm: Any = None

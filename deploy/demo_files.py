@@ -72,7 +72,7 @@ def secure_files(vm: VmSpec, state_dir: Path) -> SecureFiles:
     """Image, initial RAM disk, blob and command line of one VM; raises UserError for settings the kernel refuses."""
     command_line = vm.guest.command_line or COMMAND_LINE
     try:
-        image = build_image(vm.guest.workload, {"dma": vm.guest.dma})
+        image = build_image(vm.guest.workload, {**vm.guest.options, "dma": vm.guest.dma})
     except ImageRefused as refused:
         raise UserError(f"vm {vm.name}: {refused.reason}") from None
     initrd = random.Random(vm.name).randbytes(_INITRD_BYTES)

@@ -36,7 +36,7 @@ def relay(run: ClusterRun, giver: Child, packet: control.Give, descriptors: Sequ
             raise UnexpectedMessage(f"{giver.target} gave {packet.tag!r} with {len(descriptors)} descriptors")
         vm = run.vms.get(packet.vm)
         targets = receivers(giver.plan, packet, vm.spec.host if vm is not None else None)
-        if vm is None or not vm.gifts_wanted or run.children.get(giver.target) is not giver:
+        if vm is None or vm.being_removed or run.children.get(giver.target) is not giver:
             return
         for target in targets:
             _hand_over(run, target, control.Gift(packet.tag, packet.vm, giver.target), descriptors[0])

@@ -49,14 +49,14 @@ async def restart(run: ClusterRun, name: str) -> None:
 
 async def _restart_vm(run: ClusterRun, vm: VmRecord) -> None:
     keepers = [_keeper(run, vm, role) for role in (Role.ULTRAVISOR, Role.KVM)]
-    await _end_all(run.vm_children(vm.spec.name))
-    vm.gifts_wanted = False
+    vm.being_removed = True
     try:
+        await _end_all(run.vm_children(vm.spec.name))
         for keeper in keepers:
             keeper.channel.send(control.RemoveVm(vm.spec.name))
             await _barrier(keeper)
     finally:
-        vm.gifts_wanted = True
+        vm.being_removed = False
     for link in plan.vm_links(run.paths, vm.spec.host, vm.spec.name, vm.incarnation):
         shutil.rmtree(link.directory, ignore_errors=True)
     with _failing(run, [vm]):

@@ -74,12 +74,13 @@ def _ended(run: ClusterRun, child: Child, code: int, status: int) -> None:
 
 def _consequences(run: ClusterRun, child: Child, quit_by_user: bool) -> None:
     reason = f"{child.target} is {child.state.value} ({child.detail})"
+    if quit_by_user and child.plan.vm is not None:
+        _vm_quit(run, run.vms[child.plan.vm])
+        return
+    if child.exit_expected:
+        return
     if child.plan.vm is not None:
-        vm = run.vms[child.plan.vm]
-        if quit_by_user:
-            _vm_quit(run, vm)
-        elif not child.exit_expected:
-            fail_vm(run, vm, reason)
+        fail_vm(run, run.vms[child.plan.vm], reason)
         return
     vms = [vm for vm in run.vms.values() if vm.spec.host == child.plan.host]
     if child.plan.role is Role.KVM:
@@ -259,6 +260,9 @@ def _noticed(run: ClusterRun, child: Child, notice: control.Notice) -> None:
         run.log.error("notice refused", process=child.target, what=notice.what, vm=notice.vm)
         return
     run.log.info("notice", process=child.target, what=notice.what, vm=notice.vm, detail=notice.detail)
+    if run.stopping or vm.being_removed:
+        # Everything ends anyway, and what is said of the end is no news.
+        return
     match notice.what:
         case "guest-must-die":
             _kill_guest(run, child, vm, notice.detail)

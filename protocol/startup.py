@@ -34,7 +34,8 @@ class GuestEntry(Struct, frozen=True):
     """The guest kernel of a VM.
 
     `kernel` is "model" (and later "machine"); `boot` is "disk" or "kernel" (image, initrd and blob loaded by qemu);
-    `workload` names what the model runs; `dma` is the DMA design of its drivers.
+    `workload` names what the model runs; `dma` is the DMA design of its drivers; `options` are further settings of
+    the model's image.
     """
 
     kernel: str = "model"
@@ -45,6 +46,7 @@ class GuestEntry(Struct, frozen=True):
     command_line: str = ""
     workload: str = "prompt"
     dma: str = "quirk"
+    options: dict[str, str | int | bool] = {}
 
 
 class VmEntry(Struct, frozen=True):

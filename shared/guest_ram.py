@@ -76,9 +76,11 @@ class GuestRam:
             await self._want(absent)
 
     def _absent(self, gpa: int, n_bytes: int) -> list[int]:
+        if not n_bytes:
+            return []
         first = gpa >> PAGE_SHIFT
         if (gpa & (PAGE_BYTES - 1)) + n_bytes <= PAGE_BYTES:
-            return [] if self._view[first] != HostState.ABSENT or not n_bytes else [first]
+            return [] if self._view[first] != HostState.ABSENT else [first]
         return [gfn for gfn in pages_spanned(gpa, n_bytes) if self._view[gfn] == HostState.ABSENT]
 
     def _mark_dirty(self, gpa: int, n_bytes: int) -> None:

@@ -7,6 +7,7 @@ None when it stays open (H_CEDE and its kin) and is answered later.
 from __future__ import annotations
 
 import os
+import time
 from enum import IntEnum
 
 from protocol import hcalls as h
@@ -25,6 +26,11 @@ from shared.guest_ram import GuestRam
 
 _SUCCESS: Result = [HCode.H_SUCCESS]
 _TCE_BYTES = 8
+
+
+def _timebase() -> int:
+    """The time base of a POWER9: 512 MHz."""
+    return time.monotonic_ns() * 512 // 1000
 
 
 class SetModeResource(IntEnum):
@@ -69,7 +75,7 @@ class Hcalls:
             h.H_IPI.number: lambda call: self._xics.h_ipi(*call.args),
             h.H_IPOLL.number: lambda call: self._xics.h_ipoll(*call.args),
             h.H_XIRR.number: lambda call: self._xics.h_xirr(call.vcpu),
-            h.H_XIRR_X.number: lambda call: self._xics.h_xirr_x(call.vcpu, 0),
+            h.H_XIRR_X.number: lambda call: self._xics.h_xirr_x(call.vcpu, _timebase()),
             h.H_CEDE.number: self.h_cede,
             h.H_CONFER.number: self.h_confer,
             h.H_PROD.number: lambda call: [self._vcpus.h_prod(*call.args)],
@@ -92,20 +98,26 @@ class Hcalls:
     # -- virtual processor ------------------------------------------------------------------------------------
 
     def h_cede(self, call: GuestCall) -> Result | None:
-        """H_CEDE. A processor that cedes again has left its last cede by its own decrementer."""
-        if call.vcpu < len(self._vcpus):
-            self._vcpus.wake(call.vcpu)
-            self.answer_ended()
+        """H_CEDE."""
+        self._leave_cede(call.vcpu)
         return self._keep_open(call, self._vcpus.h_cede(call.vcpu))
 
     def h_confer(self, call: GuestCall) -> Result | None:
         """H_CONFER."""
+        self._leave_cede(call.vcpu)
         target, dispatch = call.args
         return self._keep_open(call, self._vcpus.h_confer(call.vcpu, target, dispatch))
 
     def h_join(self, call: GuestCall) -> Result | None:
         """H_JOIN."""
+        self._leave_cede(call.vcpu)
         return self._keep_open(call, self._vcpus.h_join(call.vcpu))
+
+    def _leave_cede(self, vcpu: int) -> None:
+        """A processor that waits again has left its last cede by its own decrementer."""
+        if vcpu < len(self._vcpus):
+            self._vcpus.wake(vcpu)
+            self.answer_ended()
 
     def answer_ended(self) -> None:
         """Answer every open call that ended since the last time."""

@@ -189,17 +189,17 @@ class Kvm:
 
     async def _page_out(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Page out `n` pages from `gpa` (memory pressure of the host)."""
-        return await self._move_pages(arguments, lambda vm, gfn: vm.secure.page_out(gfn, 0))
+        return await self._move_pages(arguments, lambda vm, gfns: vm.secure.page_out_all(gfns, 0))
 
     async def _page_in(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Offer the images of `n` pages from `gpa` back."""
-        return await self._move_pages(arguments, lambda vm, gfn: vm.secure.page_back_in(gfn, 0))
+        return await self._move_pages(arguments, lambda vm, gfns: vm.secure.page_back_in_all(gfns, 0))
 
-    async def _move_pages(self, arguments: dict[str, Any], move: Callable[[Vm, int], Any]) -> dict[str, Any]:
+    async def _move_pages(self, arguments: dict[str, Any], move: Callable[[Vm, list[int]], Any]) -> dict[str, Any]:
         vm = self._named(arguments)
         first = self._gfn(vm, arguments)
         n_pages = min(int(arguments.get("n", 1)), _MAX_PAGES_A_QUERY, vm.memory.n_pages - first)
-        codes = await vm.secure.move_many(range(first, first + n_pages), lambda gfn: move(vm, gfn))
+        codes = await vm.secure.move_many(range(first, first + n_pages), lambda gfns: move(vm, gfns))
         return {"codes": {HCode(code).name: count for code, count in codes.items()}}
 
     def _named(self, arguments: dict[str, Any]) -> Vm:

@@ -7,7 +7,7 @@ that is still open is left alone, an answered one is answered again from the rec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from protocol.codes import UCode
 from protocol.declare import Call
@@ -37,6 +37,13 @@ class UltravisorPort:
             return await self._link.call_registers(call, args, cause)
         except PeerGone:
             return [UCode.U_NOT_AVAILABLE]
+
+    async def ucalls(self, call: Call, args_of_each: Sequence[list[int]], cause: int) -> list[list[int]]:
+        """As `ucall` for each of `args_of_each`, open together; the results in the same order."""
+        try:
+            return await self._link.call_many(call, args_of_each, cause)
+        except PeerGone:
+            return [[UCode.U_NOT_AVAILABLE] for _ in args_of_each]
 
     def take(self, envelope: Envelope) -> Answer | None:
         """A reflected call has come: how to answer it, or None when it is a repetition that needs nothing more."""

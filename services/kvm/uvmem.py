@@ -8,7 +8,7 @@ it gets H_BUSY and comes again, so nobody holds one page while waiting for anoth
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 
 import trio
@@ -26,6 +26,7 @@ from services.runtime.link import Link
 from shared.real_address import real_address
 
 MAX_OPEN_PAGE_CALLS = 32
+_PART_PAGES = 16
 _RETRY_SECONDS = 0.002
 _RETRY_LIMIT_SECONDS = 1.0
 
@@ -41,19 +42,31 @@ class Switch(Enum):
 class SecurePages:
     """The secure side of one VM in KVM."""
 
-    def __init__(self, lpid: int, memory: VmMemory, ultravisor: UltravisorPort, guest: Link, *, allowed: bool) -> None:
+    def __init__(
+        self,
+        lpid: int,
+        memory: VmMemory,
+        ultravisor: UltravisorPort,
+        guest: Link,
+        *,
+        allowed: bool,
+        started: Callable[[], bool],
+    ) -> None:
+        """`started` says whether the VM was started and is not being reset."""
         self._lpid = lpid
         self._memory = memory
         self._ultravisor = ultravisor
         self._guest = guest
         self._allowed = allowed
+        self._started = started
         self.switch = Switch.NONE
 
     # -- the switch -------------------------------------------------------------------------------------------
 
     async def init_start(self, cause: int) -> HCode:
         """H_SVM_INIT_START: register every memory slot with the ultravisor."""
-        if self.switch is not Switch.NONE:
+        if self.switch is not Switch.NONE or not self._started():
+            # A reset has found no switch to end: one that was on its way must not begin behind its back.
             return HCode.H_STATE
         self.switch = Switch.START
         if not self._allowed:
@@ -147,12 +160,19 @@ class SecurePages:
         if self._memory.state(gfn) is KvmState.SECURE:
             return HCode.H_PARAMETER
         self._memory.hide(gfn)
-        code = await self._offer(gfn, cause)
+        try:
+            return self._took_in(gfn, await self._offer(gfn, cause))
+        finally:
+            self._memory.show(gfn)
+
+    def _took_in(self, gfn: int, code: int) -> HCode:
+        """The ultravisor's answer to the offer of a frame; a frame that it took is punched."""
         if code == UCode.U_SUCCESS and self.switch is not Switch.NONE:
             self._memory.set_state(gfn, KvmState.SECURE)
-            self._memory.punch(gfn)
-        else:
-            self._memory.show(gfn)
+            try:
+                self._memory.punch(gfn)
+            except HostFault:
+                return HCode.H_PARAMETER
         return _to_hcode(code)
 
     async def _offer(self, gfn: int, cause: int) -> int:
@@ -187,48 +207,69 @@ class SecurePages:
 
     async def page_out(self, gfn: int, cause: int) -> HCode:
         """Page out for any touch by the host: SECURE to PAGED_OUT; anything else is present already."""
-        if gfn in self._memory.busy:
-            return HCode.H_BUSY
-        if self._memory.state(gfn) is not KvmState.SECURE:
-            return HCode.H_SUCCESS
-        self._memory.busy.add(gfn)
-        try:
-            # A device that looked the frame up just before it was punched may have touched it since.
-            self._memory.punch(gfn)
-            code = (await self._ultravisor.ucall(UV_PAGE_OUT, self._page_args(gfn), cause))[0]
-            if code == UCode.U_SUCCESS and self.switch is Switch.DONE:
-                self._memory.set_state(gfn, KvmState.PAGED_OUT)
-            return _to_hcode(code)
-        except HostFault:
-            return HCode.H_PARAMETER
-        finally:
-            self._memory.busy.discard(gfn)
+        return (await self.page_out_all([gfn], cause))[0]
 
-    async def page_back_in(self, gfn: int, cause: int) -> HCode:
-        """Offer a paged-out image without being asked (reclaim of normal memory)."""
-        if gfn in self._memory.busy:
-            return HCode.H_BUSY
-        if self._memory.state(gfn) is not KvmState.PAGED_OUT:
-            return HCode.H_PARAMETER
-        self._memory.busy.add(gfn)
+    async def page_out_all(self, gfns: list[int], cause: int) -> list[HCode]:
+        """As `page_out` for each of `gfns`, with their calls open together."""
+        codes, moving = [HCode.H_SUCCESS] * len(gfns), []
         try:
-            return await self._page_in_secure(gfn, cause)
+            for i, gfn in enumerate(gfns):
+                if gfn in self._memory.busy:
+                    codes[i] = HCode.H_BUSY
+                elif self._memory.state(gfn) is KvmState.SECURE:
+                    self._memory.busy.add(gfn)
+                    moving.append(i)
+                    codes[i] = HCode.H_PARAMETER
+                    # A device that looked the frame up just before it was punched may have touched it since.
+                    self._memory.punch(gfn)
+            results = await self._ultravisor.ucalls(UV_PAGE_OUT, [self._page_args(gfns[i]) for i in moving], cause)
+            for i, result in zip(moving, results, strict=True):
+                if result[0] == UCode.U_SUCCESS and self.switch is Switch.DONE:
+                    self._memory.set_state(gfns[i], KvmState.PAGED_OUT)
+                codes[i] = _to_hcode(result[0])
         except HostFault:
-            return HCode.H_PARAMETER
+            return codes
         finally:
-            self._memory.busy.discard(gfn)
+            for i in moving:
+                self._memory.busy.discard(gfns[i])
+        return codes
 
-    async def move_many(self, gfns: Iterable[int], move: Callable[[int], Awaitable[HCode]]) -> Counter[HCode]:
-        """Run `move` for every GFN, at most MAX_OPEN_PAGE_CALLS open; how often each code came."""
+    async def page_back_in_all(self, gfns: list[int], cause: int) -> list[HCode]:
+        """Offer paged-out images without being asked (reclaim of normal memory), with their calls open together."""
+        codes, moving = [HCode.H_PARAMETER] * len(gfns), []
+        for i, gfn in enumerate(gfns):
+            if gfn in self._memory.busy:
+                codes[i] = HCode.H_BUSY
+            elif self._memory.state(gfn) is KvmState.PAGED_OUT:
+                self._memory.busy.add(gfn)
+                self._memory.hide(gfn)
+                moving.append(i)
+        try:
+            results = await self._ultravisor.ucalls(UV_PAGE_IN, [self._page_args(gfns[i]) for i in moving], cause)
+            for i, result in zip(moving, results, strict=True):
+                codes[i] = self._took_in(gfns[i], result[0])
+        finally:
+            for i in moving:
+                self._memory.show(gfns[i])
+                self._memory.busy.discard(gfns[i])
+        return codes
+
+    async def move_many(
+        self, gfns: Sequence[int], move: Callable[[list[int]], Awaitable[list[HCode]]]
+    ) -> Counter[HCode]:
+        """Run `move` for all GFNs, at most MAX_OPEN_PAGE_CALLS open; how often each code came.
+
+        Two halves of the open calls take turns: while the ultravisor works on one, this side prepares the other.
+        """
         codes: Counter[HCode] = Counter()
-        queue = iter(gfns)
+        parts = iter([list(gfns[i : i + _PART_PAGES]) for i in range(0, len(gfns), _PART_PAGES)])
 
         async def worker() -> None:
-            for gfn in queue:
-                codes[await move(gfn)] += 1
+            for part in parts:
+                codes.update(await move(part))
 
         async with trio.open_nursery() as nursery:
-            for _ in range(MAX_OPEN_PAGE_CALLS):
+            for _ in range(MAX_OPEN_PAGE_CALLS // _PART_PAGES):
                 nursery.start_soon(worker)
         return codes
 

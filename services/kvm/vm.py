@@ -76,7 +76,9 @@ class Vm:
         self._log = log.bind(vm=entry.name)
         self._tables: dict[int, SealedMemory] = {}
         self.tces = TceTables(self._in_ram, self._allocate_table)
-        self.secure = SecurePages(entry.lpid, memory, ultravisor, guest, allowed=entry.secure_allowed)
+        self.secure = SecurePages(
+            entry.lpid, memory, ultravisor, guest, allowed=entry.secure_allowed, started=self._is_started
+        )
         self.user_space = UserSpace(qemu)
         self.ram = GuestRam(memory.ram, memory.host_view, self._want)
         self.hcalls = Hcalls(self.ram, self.xics, self.tces, self.terminal, self.vcpus, self.user_space, self.secure)
@@ -215,6 +217,9 @@ class Vm:
         return m.Status(HCode.H_SUCCESS if fits else HCode.H_PARAMETER)
 
     # -- run state --------------------------------------------------------------------------------------------
+
+    def _is_started(self) -> bool:
+        return self.state in (VmState.RUNNING, VmState.PAUSED)
 
     async def _vm_start(self, envelope: Envelope, body: m.StartBody) -> m.Status:
         if self.state not in (VmState.STARTING, VmState.OFF) or self.secure.switch is not Switch.NONE:

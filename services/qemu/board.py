@@ -22,21 +22,13 @@ from protocol.startup import DeviceEntry, VmEntry
 from services.qemu.device_tree import BootFacts, PciNodes, TreeFacts, build_device_tree
 from services.qemu.disk_file import DiskFile
 from services.qemu.dma import BypassSpace, IommuSpace
-from services.qemu.phb import (
-    DEFAULT_DMA_BASE,
-    DEFAULT_DMA_BYTES,
-    DEFAULT_DMA_SHIFT,
-    IRQ_EPOW,
-    IRQ_HOTPLUG,
-    IRQ_VIO,
-    IrqPort,
-    PciHostBridge,
-)
+from services.qemu.phb import DEFAULT_DMA_BASE, DEFAULT_DMA_BYTES, DEFAULT_DMA_SHIFT, IrqPort, PciHostBridge
 from services.qemu.rtas import MachineFacts, MachinePort, RtasServices, RtasState
 from services.qemu.virtio_blk import VirtioBlk
 from services.qemu.virtio_device import DeviceMemory
 from services.qemu.virtio_pci import VirtioPciFunction, VirtioPciState
 from shared.guest_ram import GuestRam
+from shared.interrupt_sources import EPOW_SOURCE, HOTPLUG_SOURCE, VTY_SOURCE
 from shared.pci import devfn_of
 from shared.tce import TceTable
 
@@ -97,7 +89,7 @@ class Board:
 
     async def start(self) -> None:
         """Tell the interrupt controller which sources exist; before the guest runs."""
-        for source in (IRQ_EPOW, IRQ_HOTPLUG, IRQ_VIO):
+        for source in (EPOW_SOURCE, HOTPLUG_SOURCE, VTY_SOURCE):
             await self._port.define(source, level_triggered=False)
         for source in self.bridge.lsi_sources():
             await self._port.define(source, level_triggered=True)

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from services.qemu.device_tree_pci import bridge_node
-from services.qemu.phb import IRQ_VIO, PciHostBridge
+from services.qemu.phb import PciHostBridge
 from services.qemu.rtas import NVRAM_BYTES
 from shared.esm_digest import RTAS_TEXT
 from shared.fdt_reader import FdtNode, FdtTree
 from shared.fdt_values import add_node, cells, quads, strings
 from shared.fdt_writer import write_fdt
+from shared.interrupt_sources import VTY_SOURCE
 
 XICP_PHANDLE = 0x1111
 VTY_REG = 0x71000000
@@ -279,7 +280,7 @@ def _add_vdevice(root: FdtNode) -> None:
         "device_type": strings("serial"),
         "compatible": strings("hvterm1"),
         "reg": cells(VTY_REG),
-        "interrupts": cells(IRQ_VIO, EDGE),
+        "interrupts": cells(VTY_SOURCE, EDGE),
     }
     add_node(vdevice, f"vty@{VTY_REG:x}", vty)
     nvram = {

@@ -10,17 +10,10 @@ from __future__ import annotations
 
 from services.qemu.msix import MsixTable
 from services.qemu.pci_bus import Bar, PciFunction
-from services.qemu.phb import (
-    DEFAULT_DMA_BASE,
-    DEFAULT_DMA_BYTES,
-    IRQ_END,
-    IRQ_MSI,
-    N_PINS,
-    PciHostBridge,
-    Window,
-)
+from services.qemu.phb import DEFAULT_DMA_BASE, DEFAULT_DMA_BYTES, N_PINS, PciHostBridge, Window
 from shared.fdt_reader import FdtNode
 from shared.fdt_values import add_node, cells, quads, strings
+from shared.interrupt_sources import MSI_BASE, SOURCES_END
 from shared.pci import (
     OF_PREFETCHABLE,
     OF_RELOCATABLE,
@@ -62,8 +55,8 @@ def _bridge_properties(bridge: PciHostBridge, interrupt_parent: int) -> dict[str
         "bus-range": cells(0, 0xFF),
         "ranges": b"".join(_range(window) for window in (bridge.io, bridge.mem32, bridge.mem64)),
         "ibm,pci-config-space-type": cells(1),
-        "ibm,pe-total-#msi": cells(IRQ_END - IRQ_MSI),
-        "ibm,msi-ranges": cells(IRQ_MSI, IRQ_END - IRQ_MSI),
+        "ibm,pe-total-#msi": cells(SOURCES_END - MSI_BASE),
+        "ibm,msi-ranges": cells(MSI_BASE, SOURCES_END - MSI_BASE),
         "interrupt-map-mask": cells(_SLOT_MASK, 0, 0, _PIN_MASK),
         "interrupt-map": _interrupt_map(bridge, interrupt_parent),
         "ibm,dma-window": dma_window,

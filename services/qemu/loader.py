@@ -19,6 +19,8 @@ from shared.guest_ram import GuestRam
 from shared.newc import prepend_blob
 
 ENTRY = 0x100
+BOOT_FILES = ("image", "initrd", "esm_blob")
+"""Descriptors that come for a VM that boots without its disk."""
 KERNEL_BASE = 16 << 20
 _TREE_LIMIT = 256 << 20
 _TREE_ROOM_BYTES = 1 << 20

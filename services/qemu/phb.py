@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.qemu.pci_bus import Bar, PciBus, PciFunction, Region
+from shared.interrupt_sources import MSI_BASE, PCI_LSI_BASE, SOURCES_END
 from shared.pci import Command, Config, OfSpace
 from shared.tce import TceTable
 
@@ -31,13 +32,6 @@ MEM64_BYTES = 1 << 40
 MSI_WINDOW = 0x40000000000
 N_PINS = 4
 
-IRQ_EPOW = 0x1000
-IRQ_HOTPLUG = 0x1001
-IRQ_VIO = 0x1100
-IRQ_PCI_LSI = 0x1200
-IRQ_MSI = 0x1300
-IRQ_END = 0x2000
-"""Interrupt sources from here up do not exist."""
 
 LIOBN_PCI = 0x80000000
 DEFAULT_DMA_BASE = 0
@@ -101,11 +95,11 @@ class PciHostBridge:
 
     def lsi_source(self, devfn: int, pin: int) -> int:
         """The source that pin 1 to 4 of `devfn` drives: pins rotate by slot."""
-        return IRQ_PCI_LSI + self.index * N_PINS + _line(devfn, pin)
+        return PCI_LSI_BASE + self.index * N_PINS + _line(devfn, pin)
 
     def lsi_sources(self) -> range:
         """The four level sources of the bridge."""
-        first = IRQ_PCI_LSI + self.index * N_PINS
+        first = PCI_LSI_BASE + self.index * N_PINS
         return range(first, first + N_PINS)
 
     def assign_bars(self) -> None:
@@ -154,7 +148,7 @@ class PciHostBridge:
 class MsiSources:
     """Which function owns which block of message sources."""
 
-    def __init__(self, first: int = IRQ_MSI, end: int = IRQ_END) -> None:
+    def __init__(self, first: int = MSI_BASE, end: int = SOURCES_END) -> None:
         self._first, self._end = first, end
         self.blocks: dict[int, range] = {}
         """devfn -> its sources."""

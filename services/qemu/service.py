@@ -13,7 +13,7 @@ from protocol.errors import GuestFault, HostFault, PefboxError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.qemu.board import Board
-from services.qemu.loader import load_machine
+from services.qemu.loader import BOOT_FILES, load_machine
 from services.qemu.machine import Machine
 from services.qemu.qmp import Monitored, MonitorEvents, serve_monitors
 from services.runtime.link import Link
@@ -82,7 +82,7 @@ class Qemu:
             memoryview(self._map_ram(ram_fd, vm.memory_bytes)), self._host_view, self._machine.want, dirty.buffer
         )
         disks = {name.removeprefix("disk:"): fd for name, fd in files.items() if name.startswith("disk:")}
-        loads = {name.removeprefix("file:"): fd for name, fd in files.items() if name.startswith("file:")}
+        loads = {name: files[name] for name in BOOT_FILES if name in files}
         board = self._machine.board = Board(vm, ram, disks, self._machine)
         self._machine.load = lambda: load_machine(board, ram, loads)
         await self._link.call(m.MEMSLOT_SET, m.MemslotBody(0, 0, vm.memory_bytes))

@@ -7,7 +7,6 @@ or U_BUSY. Whatever a peer sends ends in a reply, a line for the operator, or bo
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +36,25 @@ AtOnce = Callable[[Envelope, Any], Any]
 Waiting = Callable[[Envelope, Any], Awaitable[Any]]
 
 
+class _Group:
+    """Calls of one task that are waited for together."""
+
+    __slots__ = ("correlations", "missing", "replies", "task")
+
+    def __init__(self, task: trio.lowlevel.Task, correlations: range) -> None:
+        self.task = task
+        self.correlations = correlations
+        self.missing = len(correlations)
+        self.replies: list[msgspec.Raw] = [msgspec.Raw()] * len(correlations)
+
+    def take(self, envelope: Envelope) -> None:
+        """One reply; the last one wakes the task."""
+        self.replies[envelope.correlation - self.correlations.start] = envelope.body
+        self.missing -= 1
+        if not self.missing:
+            trio.lowlevel.reschedule(self.task, outcome.Value(None))
+
+
 @dataclass(frozen=True, slots=True)
 class _Handler:
     decode: Callable[[msgspec.Raw], Any]
@@ -58,8 +76,8 @@ class Link:
         self._inbound = kind.inbound(me)
         self._log = log.bind(link=link_id, peer=peer)
         self._handlers: dict[int, _Handler] = {}
-        self._pending: dict[int, trio.lowlevel.Task] = {}
-        self._correlations = itertools.count(1)
+        self._pending: dict[int, trio.lowlevel.Task | _Group] = {}
+        self._next_correlation = 1
         self._open_tasks = 0
         self._nursery: trio.Nursery | None = None
 
@@ -88,6 +106,34 @@ class Link:
         """Issue a hypercall or ultracall and wait for `[code, outputs...]`; raises PeerGone, MalformedMessage."""
         return decode_result(await self._ask(call.number, args, cause))
 
+    async def call_many(self, call: Call, args_of_each: Sequence[Sequence[int]], cause: int = 0) -> list[list[int]]:
+        """As `call_registers` for each of `args_of_each`, all open at once; the results in the same order."""
+        if not args_of_each:
+            await trio.lowlevel.checkpoint()
+            return []
+        if self.peer_state != "up":
+            raise PeerGone(self.peer, self.peer_state)
+        first = self._next_correlation
+        self._next_correlation += len(args_of_each)
+        correlations = range(first, self._next_correlation)
+        group = _Group(trio.lowlevel.current_task(), correlations)
+        self._send_many(
+            [
+                encode(MessageKind.CALL, call.number, correlation, cause, args)
+                for correlation, args in zip(correlations, args_of_each, strict=True)
+            ]
+        )
+        for correlation in correlations:
+            self._pending[correlation] = group
+
+        def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+            for correlation in correlations:
+                self._pending.pop(correlation, None)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+        return [decode_result(reply) for reply in group.replies]
+
     def send_event(self, message: Message[BodyT, Any], body: BodyT, cause: int = 0) -> None:
         """Tell the peer something that has no reply."""
         self._send(MessageKind.EVENT, message.number, 0, cause, body)
@@ -101,6 +147,15 @@ class Link:
     def reply(self, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
         """Answer a deferred call."""
         self._send(MessageKind.REPLY, envelope.number, envelope.correlation, envelope.cause, body)
+
+    def reply_many(self, answers: Sequence[tuple[Envelope, Any]]) -> None:
+        """Answer several deferred calls together."""
+        self._send_many(
+            [
+                encode(MessageKind.REPLY, envelope.number, envelope.correlation, envelope.cause, body)
+                for envelope, body in answers
+            ]
+        )
 
     def peer_is(self, state: str) -> None:
         """Take note of what became of the peer; when it is lost its open calls end with PeerGone."""
@@ -124,7 +179,8 @@ class Link:
     async def _ask(self, number: int, body: Any, cause: int) -> msgspec.Raw:  # noqa: ANN401
         if self.peer_state != "up":
             raise PeerGone(self.peer, self.peer_state)
-        correlation = next(self._correlations)
+        correlation = self._next_correlation
+        self._next_correlation += 1
         self._send(MessageKind.CALL, number, correlation, cause, body)
         self._pending[correlation] = trio.lowlevel.current_task()
 
@@ -136,8 +192,8 @@ class Link:
         return raw
 
     def _take_pending(self) -> list[trio.lowlevel.Task]:
-        tasks, self._pending = list(self._pending.values()), {}
-        return tasks
+        waiting, self._pending = self._pending.values(), {}
+        return list({waiter.task if isinstance(waiter, _Group) else waiter: None for waiter in waiting})
 
     def _send(self, kind: MessageKind, number: int, correlation: int, cause: int, body: Any) -> None:  # noqa: ANN401
         frames = (encode(kind, number, correlation, cause, body),)
@@ -145,6 +201,25 @@ class Link:
             self.tap(self.id, "out", frames)
         try:
             self._channel.send(frames)
+        except PeerError as error:
+            self._refuse(str(error))
+
+    def _send_from_reader(self, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
+        frames = (encode(MessageKind.REPLY, envelope.number, envelope.correlation, envelope.cause, body),)
+        if self.tap is not None:
+            self.tap(self.id, "out", frames)
+        try:
+            self._channel.send_from_reader(frames)
+        except PeerError as error:
+            self._refuse(str(error))
+
+    def _send_many(self, encoded: list[bytes]) -> None:
+        messages = [(frame,) for frame in encoded]
+        if self.tap is not None:
+            for frames in messages:
+                self.tap(self.id, "out", frames)
+        try:
+            self._channel.send_many(messages)
         except PeerError as error:
             self._refuse(str(error))
 
@@ -176,9 +251,11 @@ class Link:
             self._refuse(str(error))
 
     def _take_reply(self, envelope: Envelope) -> None:
-        task = self._pending.pop(envelope.correlation, None)
-        if task is not None:
-            trio.lowlevel.reschedule(task, outcome.Value(envelope.body))
+        waiter = self._pending.pop(envelope.correlation, None)
+        if isinstance(waiter, _Group):
+            waiter.take(envelope)
+        elif waiter is not None:
+            trio.lowlevel.reschedule(waiter, outcome.Value(envelope.body))
 
     def _take_call(self, envelope: Envelope) -> None:
         handler = self._handlers.get(envelope.number)
@@ -206,8 +283,8 @@ class Link:
             result = handler(envelope, body)
         except Exception as error:
             result = self._failure(envelope, error)
-        if result is not DEFERRED:
-            self._answer(envelope, result)
+        if result is not DEFERRED and envelope.kind is MessageKind.CALL:
+            self._send_from_reader(envelope, result)
 
     def _serve_in_task(self, handler: Waiting, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
         if self._open_tasks >= MAX_OPEN_CALLS or self._nursery is None:

@@ -40,9 +40,16 @@ class Invalidator:
         if not leads:
             await batch.done.wait()
             return batch.acknowledged
-        if self._in_flight is not None:
-            await self._in_flight.done.wait()
-        await self._send(batch, cause)
+        try:
+            if self._in_flight is not None:
+                await self._in_flight.done.wait()
+            await self._send(batch, cause)
+        finally:
+            # Also when the end of the VM takes the leader away while it waits its turn: nobody may join a batch
+            # that will never be sent.
+            if self._next is batch:
+                self._next = _Batch()
+            batch.done.set()
         return batch.acknowledged
 
     async def _send(self, batch: _Batch, cause: int) -> None:
@@ -57,7 +64,6 @@ class Invalidator:
             batch.acknowledged = False
         finally:
             self._in_flight = None
-            batch.done.set()
 
 
 def ranges_of(gfns: Iterable[int]) -> list[Range]:

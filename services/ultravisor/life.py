@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import trio
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from protocol.codes import HCode, UCode
@@ -49,6 +50,8 @@ class SvmLife:
         bad = first_refusal(partition, kbase, fdt_gpa)
         if bad is not None:
             return [UCode.U_P2 if bad == "kbase" else UCode.U_P3]
+        if partition.removed:
+            return [UCode.U_PERMISSION]
         if partition.svm is not None:
             return [UCode.U_RETRY]
         try:
@@ -128,13 +131,22 @@ class SvmLife:
         await self._runtime.notice("vm-failed", partition.name, reason)
 
     async def terminate(self, partition: Partition, reason: str) -> None:
-        """End the secure side of a VM; wins over every open call of it.
+        """End the secure side of a VM; wins over every open call of it, and returns when it has ended.
 
         The account is credited only when the guest has let go of its memory, or is dead.
         """
         svm, partition.svm = partition.svm, None
         if svm is None:
+            # Somebody else may be ending it right now: whoever asks must not go on before the guest has let go.
+            await partition.ended.wait()
             return
+        partition.ended = trio.Event()
+        try:
+            await self._end(partition, svm, reason)
+        finally:
+            partition.ended.set()
+
+    async def _end(self, partition: Partition, svm: Svm, reason: str) -> None:
         aborted = svm.phase is SvmPhase.ABORTING
         svm.phase = SvmPhase.ENDED
         partition.secure_since = None

@@ -41,6 +41,11 @@ class Partition:
         self.invalidator = Invalidator(guest)
         self.secure_since: float | None = None
         self.pate = (0, 0)
+        self.removed = False
+        """The VM is being taken from this host: it cannot turn secure any more."""
+        self.ended = trio.Event()
+        """Set unless the secure side is being ended at the moment."""
+        self.ended.set()
         self._operations: set[trio.CancelScope] = set()
         self._idle = trio.Event()
         self._idle.set()

@@ -77,6 +77,7 @@ class Ultravisor:
         if partition is None:
             return
         assert self._life is not None
+        partition.removed = True
         await self._life.terminate(partition, "vm-removed")
         self._partitions.pop(partition.lpid, None)
         await self._runtime.close_link(partition.guest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from deploy.api import RunningCluster, cluster
+from deploy.client import DetachedStart, start_detached
 
 CLUSTERS = Path(__file__).parents[2] / "deploy" / "clusters"
 MINIMAL = CLUSTERS / "minimal.toml"
@@ -19,15 +21,22 @@ FAKE_SERVICE = "fake_service"
 @pytest.fixture(autouse=True)
 def own_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Run and state directories of this test alone; afterwards no RAM segment of it may exist."""
-    before = set(os.listdir("/dev/shm"))
+    started: list[str] = []
+
+    def start_and_note(start: DetachedStart) -> tuple[str, subprocess.Popen[bytes]]:
+        name, launcher = start_detached(start)
+        started.append(name)
+        return name, launcher
+
+    monkeypatch.setattr("deploy.api.start_detached", start_and_note)
     # pytest's own temporary path is too long for Unix sockets.
     with tempfile.TemporaryDirectory(prefix="pb-") as runtime:
         monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
         yield Path(runtime)
-    left = {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("pefbox-api-")}
-    assert not left
+    prefixes = tuple(f"pefbox-{name}-" for name in started)
+    assert [name for name in os.listdir("/dev/shm") if name.startswith(prefixes)] == []
 
 
 @pytest.fixture

@@ -218,6 +218,15 @@ async def test_restarted_vm_has_new_links_keys_and_zeroed_ram(fake_cluster: Runn
     assert await fake_cluster.process("alpha/ultravisor").query("read-private", {"vm": "vm1"}) == b"second life"
 
 
+async def test_notice_of_a_failed_vm_ends_it_by_name(fake_cluster: RunningCluster) -> None:
+    notice = {"what": "vm-failed", "vm": "vm1", "detail": "page-integrity"}
+    await fake_cluster.process("alpha/ultravisor").query("notice", notice)
+
+    assert (await fake_cluster.vm("vm1").wait_state("failed")).reason == "page-integrity"
+    await fake_cluster.vm("vm1").guest.wait_state("gone")
+    assert (await fake_cluster.process("alpha/kvm").row()).state == "running"
+
+
 async def test_failed_vm_runs_again_after_restart(fake_cluster: RunningCluster) -> None:
     await fake_cluster.vm("vm1").guest.kill()
     await fake_cluster.vm("vm1").wait_state("failed")

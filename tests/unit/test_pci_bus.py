@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from services.qemu.msix import MsixTable
 from services.qemu.pci_bus import Bar, PciFunction, PciIdentity
-from services.qemu.phb import IRQ_END, IRQ_MSI, MEM32_BUS, MsiSources, PciHostBridge
+from services.qemu.phb import MEM32_BUS, MsiSources, PciHostBridge
 from services.qemu.testing import TestPort
+from shared.interrupt_sources import MSI_BASE, SOURCES_END
 from shared.pci import Command, Config, OfSpace, devfn_of
 
 
@@ -154,7 +155,7 @@ def test_a_taken_slot_is_refused() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 32)), max_size=60))
 def test_message_sources_never_overlap(requests: list[tuple[int, int]]) -> None:
-    sources = MsiSources(end=IRQ_MSI + 128)
+    sources = MsiSources(end=MSI_BASE + 128)
     for devfn, n in requests:
         if n == 0:
             sources.release(devfn)
@@ -163,15 +164,15 @@ def test_message_sources_never_overlap(requests: list[tuple[int, int]]) -> None:
 
     taken = [source for block in sources.blocks.values() for source in block]
     assert len(taken) == len(set(taken))
-    assert all(IRQ_MSI <= source < IRQ_END and sources.owned(source) for source in taken)
+    assert all(MSI_BASE <= source < SOURCES_END and sources.owned(source) for source in taken)
 
 
 def test_message_sources_run_out() -> None:
-    sources = MsiSources(end=IRQ_MSI + 4)
+    sources = MsiSources(end=MSI_BASE + 4)
 
-    assert sources.allocate(1, 3) == range(IRQ_MSI, IRQ_MSI + 3)
+    assert sources.allocate(1, 3) == range(MSI_BASE, MSI_BASE + 3)
     assert sources.allocate(2, 2) is None
-    assert sources.allocate(1, 4) == range(IRQ_MSI, IRQ_MSI + 4)
+    assert sources.allocate(1, 4) == range(MSI_BASE, MSI_BASE + 4)
 
 
 @given(st.integers(0, 0xFFF), st.sampled_from([1, 2, 4, 8]), st.integers(0, (1 << 64) - 1))

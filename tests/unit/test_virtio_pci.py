@@ -11,9 +11,9 @@ from protocol.codes import HCode
 from protocol.geometry import PAGE_BYTES
 from protocol.startup import DeviceEntry, DiskEntry, GuestEntry, VmEntry
 from services.qemu.board import Board
-from services.qemu.phb import IRQ_MSI
 from services.qemu.testing import TestDriver, TestPort, TestRam, TestRing
 from services.qemu.virtio_pci import MODERN_BAR, MODERN_BAR_BYTES, MSIX_BAR
+from shared.interrupt_sources import MSI_BASE
 from shared.pci import (
     MSIX_ENABLE,
     MSIX_FUNCTION_MASK,
@@ -290,8 +290,8 @@ async def test_msix_sends_the_edge_that_change_msi_gave(make_rig: MakeRig) -> No
 
     await rig.driver.kick()
 
-    assert rig.port.edges == [IRQ_MSI + 1]
-    assert rig.port.sources[IRQ_MSI + 1] is False
+    assert rig.port.edges == [MSI_BASE + 1]
+    assert rig.port.sources[MSI_BASE + 1] is False
     assert not rig.port.levels.get(LSI)
 
 
@@ -308,7 +308,7 @@ async def test_a_masked_vector_stays_pending_until_unmasked(make_rig: MakeRig) -
 
     rig.driver.function.write_config(control, 2, MSIX_ENABLE)
 
-    assert rig.port.edges == [IRQ_MSI]
+    assert rig.port.edges == [MSI_BASE]
     assert rig.driver.function.msix.load(0x800, 8) == 0
 
 

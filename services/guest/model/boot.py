@@ -16,7 +16,7 @@ from protocol.declare import Space
 from protocol.errors import ImageRefused
 from protocol.geometry import PAGE_BYTES
 from protocol.ucalls import UV_ESM
-from services.guest.model import image, xics
+from services.guest.model import image
 from services.guest.model.bulk import CHUNK_BYTES
 from services.guest.model.cpu import RTAS_AREA_BYTES, NoDevice, Step
 from services.guest.model.machine import has_boot_arg, load_tree, place, read_machine, write_chosen
@@ -66,8 +66,7 @@ class BootStage:
             parts.cpu.store(machine.rtas_base, RTAS_TEXT)
         parts.set_up_memory()
         parts.console.say(f"pefbox: boot stage, {machine.memory_bytes >> 20} MiB")
-        yield from xics.open_interrupts(parts.cpu)
-        self._state.interrupts_on = True
+        yield from parts.open_interrupts()
         self._state.kbase = machine.kernel
         self._state.phase = Phase.BOOT_BUS
 

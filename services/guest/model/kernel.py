@@ -16,7 +16,7 @@ from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from protocol.ucalls import UV_SHARE_PAGE
 from services.guest.address_space import AddressSpace
 from services.guest.exits import Crash, Idle
-from services.guest.model import image, pci, xics
+from services.guest.model import image, xics
 from services.guest.model.boot import BootStage, read_partitions
 from services.guest.model.commands import Commands
 from services.guest.model.cpu import STEP_COST, Clock, Panic, Step
@@ -158,7 +158,7 @@ class Kernel:
         self._build()
         self._parts.set_up_memory()
         self._parts.console.say(f"pefbox: kernel {state.workload} secure={int(state.secure)}")
-        yield from self._open_interrupts()
+        yield from self._parts.open_interrupts()
         state.phase = Phase.KERNEL_POOL if self._parts.dma.bounces else Phase.KERNEL_WINDOW
 
     def _check_sources(self, header: image.ImageHeader) -> None:
@@ -166,12 +166,6 @@ class Kernel:
         payload = self._parts.cpu.load(self.state.kbase + image.HEADER_BYTES, header.payload_bytes)
         if header.sources_sha512 != image.sources_digest() or payload != image.sources():
             raise Panic("kernel image: not of this version of the model kernel")
-
-    def _open_interrupts(self) -> Step[None]:
-        yield from xics.open_interrupts(self._parts.cpu)
-        if self.state.machine.console_irq:
-            yield from pci.unmask(self._parts.cpu, self.state.machine.console_irq)
-        self.state.interrupts_on = True
 
     def _pool(self) -> Step[None]:
         options = self.state.options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from services.guest.address_space import AddressSpace
+from services.guest.model import xics
 from services.guest.model.bulk import BulkReader
 from services.guest.model.console import Console
 from services.guest.model.cpu import Clock, Cpu, NoDevice, Step
@@ -11,7 +12,7 @@ from services.guest.model.disk_load import DiskWorkload
 from services.guest.model.dma import Dma
 from services.guest.model.iommu import IoWindow
 from services.guest.model.pages import PageAllocator
-from services.guest.model.pci import Bus
+from services.guest.model.pci import Bus, unmask
 from services.guest.model.region_writer import RegionWriter
 from services.guest.model.state import KernelState, Owner
 from services.guest.model.swiotlb import Swiotlb
@@ -37,6 +38,13 @@ class Parts:
         self.hasher = DiskHasher(self.cpu, self.pages, self.reader, state.bulk, state.disk_hash)
         self.writer = RegionWriter(self.cpu, self.pages, self.blk, state.writer)
         self.load = DiskWorkload(self.cpu, self.pages, self.blk, state.disk_load)
+
+    def open_interrupts(self) -> Step[None]:
+        """Take interrupts of every priority, the terminal's among them."""
+        yield from xics.open_interrupts(self.cpu)
+        if self.machine.console_irq:
+            yield from unmask(self.cpu, self.machine.console_irq)
+        self.state.interrupts_on = True
 
     # -- the disk's outcomes, handed to whoever asked --------------------------------------------------------------
 

@@ -1,0 +1,52 @@
+"""When each played call was open: for how long no call stays open, and which calls were open at once."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One call, from its first byte out to its answer in; times in seconds of one monotonic clock."""
+
+    name: str
+    start_s: float
+    end_s: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it was open."""
+        return self.end_s - self.start_s
+
+    def overlaps(self, other: Span) -> bool:
+        """Whether both were open at some moment."""
+        return max(self.start_s, other.start_s) < min(self.end_s, other.end_s)
+
+
+@dataclass(slots=True)
+class CallLog:
+    """Every played call by name: how many, the longest, and those open now."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    longest_s: dict[str, float] = field(default_factory=dict)
+    open_now: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[None]:
+        """A call is open for as long as the block runs."""
+        start = time.monotonic()
+        self.open_now[name] += 1
+        try:
+            yield
+        finally:
+            self.open_now[name] -= 1
+            self.counts[name] += 1
+            self.longest_s[name] = max(self.longest_s.get(name, 0.0), time.monotonic() - start)
+
+    def still_open(self) -> list[str]:
+        """Names of calls that nobody has answered."""
+        return sorted(name for name, count in self.open_now.items() if count)

@@ -1,0 +1,137 @@
+"""A qemu that lies to its guest: an honest one until the query `lie` says how.
+
+Started by the launcher in place of `services.qemu`. It runs as the real one does, confined, with the real links; what
+it breaks are its device's rings, its answers to MMIO, and its interrupts.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, cast
+
+import trio
+
+from protocol.codes import HCode
+from protocol.roles import Role
+from services.qemu import service, virtio_device
+from services.qemu.board import Board
+from services.qemu.service import Qemu
+from services.qemu.virtqueue import Chain, Virtqueue
+from services.runtime.process import Query, run_service
+from shared.vring import RING_IDX, USED_ELEM, avail_bytes, desc_bytes, used_bytes, used_entry
+
+FLOOD_SECONDS = 3.0
+_EVENTS_A_ROUND = 32
+_GARBAGE = 0xA5
+_FIRST_MSI, _N_SOURCES = 0x1300, 64
+
+
+class Lie(Enum):
+    """What the device does wrong from now on."""
+
+    NONE = "nothing"
+    BAD_ID = "used id outside the queue"
+    NOT_A_HEAD = "used id of a descriptor that is free"
+    LENGTH = "more bytes written than there was room"
+    JUMP = "used.idx jumps ahead"
+    BACK = "used.idx goes back"
+    SILENT = "no answer"
+    GARBAGE = "garbage all over the rings"
+    MMIO_GONE = "no device at its address"
+    MMIO_MALFORMED = "answers to MMIO that are no numbers"
+    MMIO_GARBAGE = "all ones in every register"
+    FLOOD = "interrupts without end"
+
+
+_RING_LIES = {
+    Lie.BAD_ID: lambda head, size, written: (size, written),
+    Lie.NOT_A_HEAD: lambda head, size, written: ((head + size // 2) % size, written),
+    Lie.LENGTH: lambda head, size, written: (head, 1 << 30),
+}
+_INDEX_LIES = {Lie.JUMP: 1000, Lie.BACK: -2}
+_lie = Lie.NONE
+
+
+class LyingQueue(Virtqueue):
+    """A ring whose device side tells the lie of the moment, and always interrupts when it does."""
+
+    async def pop(self) -> Chain | None:
+        """After garbage nothing in the ring means anything any more."""
+        return None if _lie is Lie.GARBAGE and not self.in_flight else await super().pop()
+
+    async def push(self, head: int, written_bytes: int) -> None:
+        """Give a chain back, wrongly."""
+        if _lie is Lie.SILENT:
+            return
+        if _lie is Lie.GARBAGE:
+            self.in_flight.clear()
+            await self._spoil()
+            return
+        await super().push(head, written_bytes)
+        state = self.state
+        if change := _RING_LIES.get(_lie):
+            slot = state.next_used - 1 & state.size - 1
+            await self.dma.write(state.device + used_entry(slot), USED_ELEM.pack(*change(head, state.size, written_bytes)))
+        if _lie in _INDEX_LIES:
+            await self.dma.store_u16(state.device + RING_IDX, state.next_used + _INDEX_LIES[_lie] & 0xFFFF)
+
+    async def wants_interrupt(self) -> bool:
+        """Whether to interrupt."""
+        return await super().wants_interrupt() or _lie is not Lie.NONE
+
+    async def _spoil(self) -> None:
+        state = self.state
+        parts = ((state.desc, desc_bytes), (state.driver, avail_bytes), (state.device, used_bytes))
+        for address, n_bytes in parts:
+            await self.dma.write(address, bytes([_GARBAGE]) * n_bytes(state.size))
+
+
+class LyingBoard(Board):
+    """Answers to MMIO as the lie of the moment has it."""
+
+    def mmio_load(self, gpa: int, size_bytes: int) -> tuple[int, int]:
+        """A load."""
+        if _lie is Lie.MMIO_GARBAGE:
+            return HCode.H_SUCCESS, (1 << 64) - 1
+        return super().mmio_load(gpa, size_bytes)
+
+    async def mmio_store(self, gpa: int, size_bytes: int, value: int) -> int:
+        """A store."""
+        if _lie is Lie.MMIO_GONE:
+            return HCode.H_PARAMETER
+        if _lie is Lie.MMIO_MALFORMED:
+            no_number: Any = "no number"
+            return cast(int, no_number)
+        return await super().mmio_store(gpa, size_bytes, value)
+
+
+class HostileQemu(Qemu):
+    """The query `lie` changes its mind."""
+
+    def queries(self) -> dict[str, Query]:
+        """The real one's, and `lie`."""
+        return {**super().queries(), "lie": self._begin}
+
+    async def _begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        global _lie
+        _lie = Lie[arguments["what"]]
+        if _lie is Lie.FLOOD:
+            self._runtime.nursery.start_soon(self._flood)
+        return {"lie": _lie.value}
+
+    async def _flood(self) -> None:
+        assert self._machine is not None
+        sent = 0
+        with trio.move_on_after(FLOOD_SECONDS):
+            while True:
+                for n in range(_EVENTS_A_ROUND):
+                    self._machine.msi(_FIRST_MSI + n % _N_SOURCES)
+                sent += _EVENTS_A_ROUND
+                await trio.lowlevel.checkpoint()
+        self._runtime.log.info("flood over", sent=sent)
+
+
+if __name__ == "__main__":
+    vars(virtio_device)["Virtqueue"] = LyingQueue
+    vars(service)["Board"] = LyingBoard
+    run_service(Role.QEMU, HostileQemu, landlock_dirs=lambda config: [config.run_dir])

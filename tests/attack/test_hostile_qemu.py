@@ -1,0 +1,128 @@
+"""A qemu process that lies, in a real cluster: the queue ends in a named error, everything else lives on, S1 holds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import trio
+
+from deploy.api import RunningCluster, Vm, cluster, processes_of
+from deploy.demo_evidence import Evidence, take_evidence
+from protocol.roles import Role
+from services.guest.model.virtqueue import QueueError
+from tests.attack.hostile.qemu import FLOOD_SECONDS, Lie
+from tests.cluster.conftest import own_directories
+from tests.cluster.vm_files import answer_of, console_end, console_until, make_vm_files
+
+__all__ = ["own_directories"]
+
+HOSTILE = "tests.attack.hostile.{role}"
+UP = "pefbox: secrets planted"
+PROMPT_SECONDS = 2.0
+ANSWER_LIMIT_SECONDS = 2.0
+
+QUEUE_ERRORS = {
+    Lie.BAD_ID: QueueError.BAD_ID,
+    Lie.NOT_A_HEAD: QueueError.NOT_A_HEAD,
+    Lie.LENGTH: QueueError.USED_LENGTH,
+    Lie.JUMP: QueueError.INDEX_JUMP,
+    Lie.BACK: QueueError.INDEX_JUMP,
+    Lie.SILENT: QueueError.NO_ANSWER,
+    Lie.GARBAGE: QueueError.INDEX_JUMP,
+    Lie.MMIO_GONE: QueueError.NO_DEVICE,
+    Lie.MMIO_MALFORMED: QueueError.NO_DEVICE,
+}
+_SECRET = re.compile(r"secret (\S+) ([0-9a-f]{64})")
+
+
+@pytest.mark.parametrize("time", ["wall", "instructions"])
+@pytest.mark.parametrize("lie", QUEUE_ERRORS, ids=lambda lie: lie.name.lower())
+async def test_a_lie_ends_the_queue_by_name_and_nothing_else(tmp_path: Path, lie: Lie, time: str) -> None:
+    if time == "instructions" and lie not in (Lie.SILENT, Lie.JUMP):
+        pytest.skip("the clock matters where the guest waits")
+    files = make_vm_files(tmp_path, vm=f'time = "{time}"', guest='workload = "demo"')
+    options = {"state_dir": files.state_dir, "service_module": HOSTILE, "record": True}
+    async with cluster(files.cluster_file, **options) as running:
+        vm = running.vm("vm1")
+        await console_until(vm, UP)
+        await vm.qemu.query("lie", {"what": lie.name})
+
+        limit = PROMPT_SECONDS + (ANSWER_LIMIT_SECONDS if lie is Lie.SILENT else 0)
+        with trio.fail_after(limit):
+            assert await ask(vm, "hash", f"error queue 0: {QUEUE_ERRORS[lie].value}")
+
+        await check_alive(running)
+        await check_secrets(running)
+
+
+async def test_a_device_of_which_every_register_is_wrong_is_given_up_and_the_vm_comes_up_without(tmp_path: Path) -> None:
+    files = make_vm_files(tmp_path, guest='workload = "demo"')
+    async with cluster(files.cluster_file, state_dir=files.state_dir, service_module=HOSTILE) as running:
+        vm = running.vm("vm1")
+        await console_until(vm, UP)
+        await vm.qemu.query("lie", {"what": Lie.MMIO_GARBAGE.name})
+        since = await console_end(vm)
+        await vm.console_write(b"reboot\r")
+
+        text = await console_until(vm, "this is the boot stage", since=since)
+
+        assert "pefbox: disk: the device does not finish its reset" in text
+        assert answer_of(await vm.console_command("hash")).startswith("error the device does not finish its reset")
+        await vm.qemu.query("lie", {"what": Lie.NONE.name})
+        await vm.console_write(b"reboot\r")
+        await console_until(vm, UP, since=await console_end(vm))
+        await check_alive(running)
+
+
+async def test_a_flood_of_interrupts_leaves_guest_kvm_and_ultravisor_at_work(tmp_path: Path) -> None:
+    files = make_vm_files(tmp_path, guest='workload = "demo"')
+    options = {"state_dir": files.state_dir, "service_module": HOSTILE, "record": False}
+    async with cluster(files.cluster_file, **options) as running:
+        vm = running.vm("vm1")
+        await console_until(vm, UP)
+        await vm.qemu.query("lie", {"what": Lie.FLOOD.name})
+
+        with trio.fail_after(FLOOD_SECONDS):
+            assert answer_of(await vm.console_command("pages")).startswith("ok free=")
+        assert answer_of(await vm.console_command("hash")).startswith("ok ")
+        assert {row.state for row in processes_of(await running.status())} == {"running"}
+        await check_alive(running)
+
+
+async def ask(vm: Vm, line: str, wanted: str) -> bool:
+    """Whether the answer to `line` is `wanted`; says what came instead."""
+    since = await console_end(vm)
+    await vm.console_write(line.encode() + b"\r")
+    text = await console_until(vm, "ok", "error", since=since)
+    while not text.rstrip().endswith(">"):
+        data, since = await vm.console_read(since + len(text), 0.2)
+        text += data.decode()
+    assert answer_of(text) == wanted
+    return True
+
+
+async def check_alive(running: RunningCluster) -> None:
+    """Guest, kvm and ultravisor answer, and the VM is still secure."""
+    vm = running.vm("vm1")
+    assert answer_of(await vm.console_command("pages")).startswith("ok free=")
+    row = await vm.row()
+    assert (row.secure, row.state) == (True, "running")
+    assert {row.state for row in processes_of(await running.status())} == {"running"}
+    for target in ("alpha/kvm", "alpha/ultravisor"):
+        assert "Traceback" not in running.process(target).log()
+
+
+async def check_secrets(running: RunningCluster) -> None:
+    """S1: nothing of what the guest planted is where the host can see it, but for what it shared (the control)."""
+    rows = {row.target: row for row in processes_of(await running.status())}
+    host_side = {t: row.pid for t, row in rows.items() if row.role in (Role.KVM.value, Role.QEMU.value)}
+    for target in host_side:
+        await running.process(target).query("record", {"on": False})
+    evidence: Evidence = await trio.to_thread.run_sync(take_evidence, running.paths, host_side)
+    secrets = dict(_SECRET.findall(await running.vm("vm1").console_command("reveal")))
+    assert len(secrets) == 5
+    assert evidence.where(bytes.fromhex(secrets.pop("marker")))
+    for name, value in secrets.items():
+        assert evidence.where(bytes.fromhex(value)) == [], name

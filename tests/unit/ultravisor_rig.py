@@ -1,0 +1,289 @@
+"""An ultravisor without processes: its real parts, a kvm that a test can make lie, a guest that takes what it is sent.
+
+The links are played, so every call runs at once in the test's own thread; only what a peer could send crosses them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+import structlog
+import trio
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+
+from protocol import hcalls as h
+from protocol import messages as m
+from protocol.codes import HCode
+from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
+from protocol.registers import to_register
+from protocol.startup import GuestEntry, VmEntry
+from protocol.wire import Envelope, MessageKind
+from services.runtime.link import Link
+from services.runtime.process import Runtime
+from services.testing.image import PlayedImage
+from services.ultravisor.audit import AuditLine, AuditLog
+from services.ultravisor.guest_calls import GuestCalls
+from services.ultravisor.hypervisor import Hypervisor
+from services.ultravisor.hypervisor_calls import HypervisorCalls
+from services.ultravisor.life import SvmLife
+from services.ultravisor.normal_ram import NormalRam
+from services.ultravisor.partition import Partition
+from services.ultravisor.secure_memory import SecureAccount
+from shared.real_address import real_address
+
+LPID = 5
+MEMORY_BYTES = 4 << 20
+N_PAGES = MEMORY_BYTES // PAGE_BYTES
+LOG = structlog.wrap_logger(structlog.ReturnLogger())
+
+Registers = list[int]
+Served = Callable[[Registers], Awaitable[Registers | None]]
+"""What kvm does with a hypercall `[args...]`: `[code, outputs...]`, or None for no answer at all."""
+
+
+def envelope(number: int = 0, correlation: int = 0) -> Envelope:
+    """The frame around a call whose body is handed over beside it."""
+    return Envelope(1, MessageKind.CALL, number, correlation, 0, msgspec.Raw(b"\xc0"))
+
+
+class PlayedGuestLink:
+    """The ultravisor's end of its link to a guest: every call of the ultravisor is answered at once."""
+
+    peer = "vm1/guest"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, m.Body]] = []
+        self.replies: list[tuple[Envelope, Any]] = []
+        self.codes: dict[int, int] = {}
+        """What the guest answers, by message; H_SUCCESS otherwise."""
+
+    async def call(self, message: m.Message[Any, Any], body: m.Body, _cause: int = 0) -> m.Status:
+        await trio.lowlevel.checkpoint()
+        self.calls.append((message.name, body))
+        return m.Status(self.codes.get(message.number, HCode.H_SUCCESS))
+
+    def reply(self, to: Envelope, body: Any) -> None:  # noqa: ANN401
+        self.replies.append((to, body))
+
+
+class PlayedKvm:
+    """The peer of the ultravisor's other link. It obeys, unless a test puts a handler of its own into `lies`."""
+
+    peer = "alpha/kvm"
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.frames: list[tuple[int, int, Registers]] = []
+        """Number, correlation id and body of everything that the ultravisor sent."""
+        self.lies: dict[int, Served] = {}
+        self.extra_outputs: Registers = []
+        self.hypervisor: Hypervisor
+        self.calls: HypervisorCalls
+        self._nursery = nursery
+
+    def send_call(self, number: int, correlation: int, body: Registers, _cause: int) -> None:
+        """As Link.send_call."""
+        self.frames.append((number, correlation, list(body)))
+        self._nursery.start_soon(self._serve, number, correlation, list(body))
+
+    def names(self) -> list[str]:
+        """The hypercalls that came, in order."""
+        return [h.HCALLS.by_number[number].name for number, _, _ in self.frames]
+
+    async def _serve(self, number: int, cookie: int, body: Registers) -> None:
+        await trio.lowlevel.checkpoint()
+        result = await self.lies.get(number, self.obey(number))(body[2:])
+        if result is not None:
+            self.give_back(cookie, result)
+
+    def give_back(self, cookie: int, result: Registers) -> Registers | None:
+        """UV_RETURN; what the ultravisor answers to it."""
+        registers = [to_register(result[0]), cookie, *result[1:], *self.extra_outputs]
+        return self.hypervisor.take_return(envelope(), registers)
+
+    def obey(self, number: int) -> Served:
+        """The handler of a kvm that does what it is asked."""
+        handlers: dict[int, Served] = {
+            h.H_SVM_INIT_START.number: self._init_start,
+            h.H_SVM_PAGE_IN.number: self._page_in,
+            h.H_SVM_INIT_ABORT.number: self._init_abort,
+        }
+        return handlers.get(number, _success)
+
+    async def _init_start(self, _args: Registers) -> Registers:
+        result = self.calls.uv_register_mem_slot(envelope(), [LPID, 0, MEMORY_BYTES, 0, 0])
+        return [HCode.H_SUCCESS if not result[0] else HCode.H_PARAMETER]
+
+    async def _page_in(self, args: Registers) -> Registers:
+        return [HCode.H_SUCCESS if not self.page_in(args[0] >> PAGE_SHIFT) else HCode.H_PARAMETER]
+
+    async def _init_abort(self, _args: Registers) -> Registers:
+        for gfn in range(N_PAGES):
+            await self.page_out(gfn)
+        await self.calls.uv_svm_terminate(envelope(), [LPID])
+        return [HCode.H_PARAMETER]
+
+    # -- ultracalls of this kvm -------------------------------------------------------------------------------
+
+    def page_in(self, gfn: int) -> int:
+        """UV_PAGE_IN of a frame."""
+        return self.calls.uv_page_in(envelope(), page_registers(gfn))[0]
+
+    async def page_out(self, gfn: int) -> int:
+        """UV_PAGE_OUT of a frame."""
+        return (await self.calls.uv_page_out(envelope(), page_registers(gfn)))[0]
+
+    async def page_inval(self, gfn: int) -> int:
+        """UV_PAGE_INVAL of a frame."""
+        return (await self.calls.uv_page_inval(envelope(), [LPID, gpa_of(gfn), PAGE_SHIFT]))[0]
+
+
+async def _success(_args: Registers) -> Registers:
+    return [HCode.H_SUCCESS]
+
+
+def answering(*result: int) -> Served:
+    """A kvm that answers this and does nothing."""
+
+    async def serve(_args: Registers) -> Registers:
+        return list(result)
+
+    return serve
+
+
+async def silence(_args: Registers) -> None:
+    """A kvm that never answers."""
+
+
+def page_registers(gfn: int, flags: int = 0, order: int = PAGE_SHIFT) -> Registers:
+    """lpid, real address, gpa, flags and order of UV_PAGE_IN and UV_PAGE_OUT."""
+    return [LPID, real_address(LPID, gpa_of(gfn)), gpa_of(gfn), flags, order]
+
+
+class UltravisorRig:
+    """One host with one VM of 64 pages whose RAM is `ram_fd`."""
+
+    def __init__(self, nursery: trio.Nursery, key: RSAPrivateKey, secure_memory_bytes: int = 64 << 20) -> None:
+        self.account = SecureAccount(secure_memory_bytes)
+        self.notices: list[tuple[str, str, str]] = []
+        self.ram_fd = os.memfd_create("ram", os.MFD_CLOEXEC)
+        os.ftruncate(self.ram_fd, MEMORY_BYTES)
+        self._audit_fd = os.memfd_create("audit", os.MFD_CLOEXEC)
+        self._guest_end, private = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        runtime = cast(Runtime, SimpleNamespace(log=LOG, protections={}, notice=self._notice))
+        self.guest, self.kvm = PlayedGuestLink(), PlayedKvm(nursery)
+        self.hypervisor = Hypervisor(cast(Link, self.kvm), LOG)
+        self.life = SvmLife(runtime, self.hypervisor, self.account, key, AuditLog(self._audit_fd, lambda: 0.0))
+        ram = NormalRam(os.dup(self.ram_fd), MEMORY_BYTES)
+        self.partition = Partition(_entry(), ram, cast(Link, self.guest), private)
+        self.calls = HypervisorCalls({LPID: self.partition}, self.life)
+        self.guest_calls = GuestCalls(self.partition, self.hypervisor, self.life)
+        self.kvm.hypervisor, self.kvm.calls = self.hypervisor, self.calls
+
+    async def _notice(self, what: str, vm: str, reason: str) -> None:
+        self.notices.append((what, vm, reason))
+
+    # -- the VM -----------------------------------------------------------------------------------------------
+
+    def load(self, image: PlayedImage) -> None:
+        """Put an image into normal RAM, among other bytes of the host."""
+        for gfn in range(N_PAGES):
+            self.write(gfn, bytes([gfn + 1]) * PAGE_BYTES)
+        for gpa, data in image.parts.items():
+            os.pwrite(self.ram_fd, data, gpa)
+
+    async def esm(self, image: PlayedImage) -> int:
+        """UV_ESM of the guest."""
+        return (await self.guest_calls.uv_esm(envelope(), [0, image.kbase, image.fdt_gpa]))[0]
+
+    async def secure(self, image: PlayedImage) -> None:
+        """The VM with `image` loaded, as a secure one."""
+        self.load(image)
+        assert await self.esm(image) == 0
+
+    async def share(self, gfn: int, n_pages: int = 1) -> int:
+        """UV_SHARE_PAGE of the guest."""
+        return (await self.guest_calls.uv_share_page(envelope(), [0, gfn, n_pages]))[0]
+
+    async def unshare(self, gfn: int, n_pages: int = 1) -> int:
+        """UV_UNSHARE_PAGE of the guest."""
+        return (await self.guest_calls.uv_unshare_page(envelope(), [0, gfn, n_pages]))[0]
+
+    async def fault(self, gfn: int) -> int:
+        """A store of the guest to a page that its map does not give."""
+        return (await self.guest_calls.map_fault(envelope(), m.MapFaultBody(0, gfn, m.Access.WRITE))).code
+
+    def state(self, gfn: int) -> str:
+        """The ultravisor's state of a frame."""
+        assert self.partition.svm is not None
+        return self.partition.svm.states[gfn].name
+
+    def page(self, gfn: int) -> memoryview:
+        """The secure frame."""
+        assert self.partition.svm is not None
+        return self.partition.svm.secure_page(gfn)
+
+    # -- the host ---------------------------------------------------------------------------------------------
+
+    def read(self, gfn: int) -> bytes:
+        """A normal frame."""
+        return os.pread(self.ram_fd, PAGE_BYTES, gpa_of(gfn))
+
+    def write(self, gfn: int, data: bytes) -> None:
+        """Store into a normal frame."""
+        os.pwrite(self.ram_fd, data, gpa_of(gfn))
+
+    def ram(self) -> bytes:
+        """All normal RAM."""
+        return os.pread(self.ram_fd, MEMORY_BYTES, 0)
+
+    def audit(self) -> list[AuditLine]:
+        """The audit log."""
+        text = os.pread(self._audit_fd, 1 << 20, 0)
+        return [msgspec.json.decode(line, type=AuditLine) for line in text.splitlines()]
+
+    def audited(self, event: str) -> list[dict[str, Any]]:
+        """The facts of every line of an event."""
+        return [line.facts for line in self.audit() if line.event == event]
+
+    def close(self) -> None:
+        """Release what the rig opened."""
+        if self.partition.svm is not None:
+            self.partition.svm.release()
+        self.partition.close()
+        self._guest_end.close()
+        os.close(self.ram_fd)
+        os.close(self._audit_fd)
+
+
+def _entry() -> VmEntry:
+    return VmEntry(
+        name="vm1",
+        lpid=LPID,
+        incarnation=1,
+        memory_bytes=MEMORY_BYTES,
+        ram_segment="",
+        time="wall",
+        secure_allowed=True,
+        debuggable=False,
+        guest=GuestEntry(),
+        disks=[],
+        devices=[],
+    )
+
+
+@contextmanager
+def ultravisor_rig(
+    nursery: trio.Nursery, key: RSAPrivateKey, secure_memory_bytes: int = 64 << 20
+) -> Iterator[UltravisorRig]:
+    """A rig, closed at the end."""
+    rig = UltravisorRig(nursery, key, secure_memory_bytes)
+    try:
+        yield rig
+    finally:
+        rig.close()
