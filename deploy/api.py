@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
-from deploy.client import DetachedStart, start_detached
+from deploy.client import DetachedStart, read_token, start_detached
 from deploy.operator_protocol import LENGTH, Request, Response, frame
 from deploy.run_dirs import LAUNCHER_SOCKET, Paths, runtime_root
 from deploy.status import ClusterStatus, ProcessRow, VmRow
@@ -183,11 +183,12 @@ class RunningCluster:
     async def order(self, what: str, arguments: dict[str, Any] | None = None) -> Any:  # noqa: ANN401
         """One order to the launcher; raises UserError with its refusal, or when it is gone."""
         try:
+            token = read_token(self.paths.run_dir)
             stream = await trio.open_unix_socket(str(self.paths.run_dir / LAUNCHER_SOCKET))
         except OSError as error:
             raise UserError(f'cluster "{self.name}": its launcher cannot be reached: {error.strerror}') from None
         async with stream:
-            await stream.send_all(frame(Request(what, arguments or {})))
+            await stream.send_all(frame(Request(token, what, arguments or {})))
             (n_bytes,) = LENGTH.unpack(await self._read(stream, LENGTH.size))
             response = msgspec.msgpack.decode(await self._read(stream, n_bytes), type=Response)
         if response.error is not None:

@@ -18,7 +18,7 @@ import trio
 from deploy.control_channel import ControlChannel
 from deploy.plan import ProcessPlan
 from deploy.run_dirs import Paths
-from deploy.states import ProcessState
+from deploy.states import ProcessState, printable
 from protocol import control
 from protocol.errors import PeerGone, UserError
 
@@ -68,7 +68,7 @@ class Child:
         if self.state.is_over or self.state is state:
             return False
         self.state, self.since_s = state, time.time()
-        self.detail = detail or (self.detail if state.is_over else "")
+        self.detail = printable(detail) or (self.detail if state.is_over else "")
         return True
 
     def gone(self, status: int, code: int) -> None:

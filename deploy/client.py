@@ -16,7 +16,15 @@ from typing import Any
 import msgspec
 
 from deploy.operator_protocol import LENGTH, Request, Response, frame
-from deploy.run_dirs import LAUNCHER_SOCKET, LOCK_FILE, MANIFEST_FILE, choose_cluster, is_locked, runtime_root
+from deploy.run_dirs import (
+    LAUNCHER_SOCKET,
+    LOCK_FILE,
+    MANIFEST_FILE,
+    TOKEN_FILE,
+    choose_cluster,
+    is_locked,
+    runtime_root,
+)
 from protocol.errors import UserError
 
 _CALL_SECONDS = 5.0
@@ -24,11 +32,20 @@ _DOWN_SECONDS = 20.0
 _POLL_SECONDS = 0.01
 
 
+def read_token(run_dir: Path) -> str:
+    """What the launcher wants to see with each order; raises UserError when no launcher runs there."""
+    try:
+        return (run_dir / TOKEN_FILE).read_text(encoding="ascii")
+    except OSError as error:
+        raise UserError(f'cluster "{run_dir.name}": its launcher cannot be reached: {error.strerror}') from None
+
+
 class LauncherClient:
     """A connection to the launcher of a running cluster."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
+        self._token = read_token(run_dir)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.connect(str(run_dir / LAUNCHER_SOCKET))
@@ -52,7 +69,7 @@ class LauncherClient:
         """One order; raises UserError with the launcher's own line, or when it does not answer in `seconds`."""
         self._socket.settimeout(seconds)
         try:
-            self._socket.sendall(frame(Request(what, arguments or {})))
+            self._socket.sendall(frame(Request(self._token, what, arguments or {})))
             (n_bytes,) = LENGTH.unpack(self._read(LENGTH.size))
             response = msgspec.msgpack.decode(self._read(n_bytes), type=Response)
         except TimeoutError:

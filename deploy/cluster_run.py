@@ -17,7 +17,7 @@ from deploy.manifest import Manifest
 from deploy.memory_segments import create_segment, segment_name, unlink_segment
 from deploy.plan import ConfigFrame, cluster_processes
 from deploy.run_dirs import Paths
-from deploy.states import VmState
+from deploy.states import VmState, printable
 from protocol.roles import Role
 
 Log = structlog.typing.FilteringBoundLogger
@@ -53,6 +53,7 @@ class VmRecord:
 
     def change(self, state: VmState, reason: str = "") -> bool:
         """Note a new state; a lost VM keeps its last one until it is restarted."""
+        reason = printable(reason)
         if self.lost or (self.state is state and self.reason == reason):
             return False
         self.state, self.reason, self.since_s = state, reason, time.time()
@@ -108,7 +109,7 @@ class ClusterRun:
     def report(self, text: str, **facts: object) -> None:
         """Tell the operator something and log it."""
         self.log.warning(text, **facts)
-        self.on_event(text)
+        self.on_event(printable(text))
 
     def child(self, owner: str, role: Role) -> Child | None:
         """The process of that role of a host or VM, alive or dead."""

@@ -28,7 +28,6 @@ class ControlChannel:
         self._socket = trio.socket.from_stdlib_socket(end)
         self._target = target
         self._waiting: deque[tuple[control.ToProcess, list[int]]] = deque()
-        self._peer_news: dict[str, str] = {}
         self._wake = trio.Event()
         self._closed = False
 
@@ -40,21 +39,21 @@ class ControlChannel:
         self._wake.set()
 
     def tell_peer_state(self, peer: str, state: str) -> None:
-        """Queue news about a peer; only the newest of a peer is kept."""
-        self._peer_news.pop(peer, None)
-        self._peer_news[peer] = state
+        """Queue news about a peer, before whatever is queued later; only the newest of a peer is kept."""
+        for entry in self._waiting:
+            if isinstance(entry[0], control.PeerState) and entry[0].peer == peer:
+                self._waiting.remove(entry)
+                break
+        self._waiting.append((control.PeerState(peer, state), []))
         self._wake.set()
 
     async def write(self) -> None:
         """Send what is queued, until the process is gone."""
         while not self._closed:
-            if not self._waiting and not self._peer_news:
+            if not self._waiting:
                 await self._wake.wait()
                 self._wake = trio.Event()
                 continue
-            if not self._waiting:
-                peer = next(iter(self._peer_news))
-                self._waiting.append((control.PeerState(peer, self._peer_news.pop(peer)), []))
             packet, descriptors = self._waiting.popleft()
             try:
                 await self._send_now(packet, descriptors)

@@ -1,6 +1,7 @@
 """What commands and the launcher say to each other on `launcher.sock`: a length, then a MessagePack Struct.
 
-A connection carries any number of requests, one at a time. The socket lies in a directory of this user alone.
+A connection carries any number of requests, one at a time. Each shows the token that lies beside the socket: the
+services run as the same user, and Landlock keeps them from reading files there, but not from connecting.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ LENGTH = struct.Struct(">I")
 class Request(msgspec.Struct, frozen=True):
     """An order or question; `what` is one of the orders in `deploy.operator_socket`."""
 
+    token: str
     what: str
     arguments: dict[str, Any] = {}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hmac
 import os
+import secrets
 import signal
 import socket
 import struct
@@ -29,6 +31,7 @@ class OperatorSocket:
 
     def __init__(self, run: ClusterRun) -> None:
         self._run = run
+        self._token = secrets.token_hex(16)
         self._orders: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
             "status": self._status,
             "query": self._query,
@@ -40,6 +43,7 @@ class OperatorSocket:
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen and serve until cancelled."""
+        self._write_token()
         listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         await listening.bind(str(self._run.paths.launcher_socket))
         listening.listen(_BACKLOG)
@@ -58,7 +62,14 @@ class OperatorSocket:
         finally:
             await stream.aclose()
 
+    def _write_token(self) -> None:
+        fd = os.open(self._run.paths.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w", encoding="ascii") as file:
+            file.write(self._token)
+
     async def _answer(self, request: Request) -> Response:
+        if not hmac.compare_digest(request.token.encode(), self._token.encode()):
+            return Response(error="the token does not fit: only who can read the run directory may give orders")
         order = self._orders.get(request.what)
         if order is None:
             return Response(error=f"this launcher knows no order {request.what!r}")

@@ -17,6 +17,7 @@ from protocol.errors import UserError
 LOCK_FILE = "lock"
 MANIFEST_FILE = "manifest.json"
 LAUNCHER_SOCKET = "launcher.sock"
+TOKEN_FILE = "token"
 LAUNCHER_LOG = "launcher.log"
 
 
@@ -36,6 +37,11 @@ class Paths:
     def launcher_socket(self) -> Path:
         """Where the operator's commands reach the launcher."""
         return self.run_dir / LAUNCHER_SOCKET
+
+    @property
+    def token_file(self) -> Path:
+        """What a client of the launcher shows to prove that it can read this directory."""
+        return self.run_dir / TOKEN_FILE
 
     @property
     def launcher_log(self) -> Path:

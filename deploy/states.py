@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from enum import Enum
 
+MAX_TEXT_CHARS = 300
+
+
+def printable(text: str) -> str:
+    """What a guest or service said, safe for a terminal: no control characters, and not too long."""
+    shown = "".join(char if char.isprintable() else "?" for char in text[:MAX_TEXT_CHARS])
+    return shown if len(text) <= MAX_TEXT_CHARS else f"{shown}..."
+
 
 class ProcessState(Enum):
     """What a process is doing; the value is its name for people."""

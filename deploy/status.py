@@ -128,7 +128,7 @@ async def _refresh_from_kvm(run: ClusterRun, vm: VmRecord) -> None:
     ultravisor = run.child(vm.spec.host, Role.ULTRAVISOR)
     if ultravisor is None or not ultravisor.state.answers:
         # Where the ultravisor can be asked, kvm's word on this does not count.
-        vm.secure = status.secure
+        vm.secure = status.secure and not vm.lost
     take_vm_state(vm, status.state, status.failure or "")
 
 

@@ -112,7 +112,7 @@ def fail_vm(run: ClusterRun, vm: VmRecord, reason: str) -> None:
     """The VM has failed: say so, and end what is left of it."""
     if not vm.lost:
         vm.change(VmState.FAILED, reason)
-        vm.lost = True
+        vm.lost, vm.secure = True, False
         run.report(f"{vm.spec.name} failed: {reason}", vm=vm.spec.name)
         _end_vm_processes(run, vm)
 

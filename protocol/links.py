@@ -32,6 +32,7 @@ class LinkKind:
     `upward` and `downward` are the numbers of calls and events that each direction carries.
     `open_numbers` says that an unknown call number is answered with the space's "no such function" code
     instead of being a breach of the protocol: a guest may try any number.
+    `bundles` says that messages which leave together share a frame (protocol.wire).
     """
 
     upper: Role
@@ -39,6 +40,7 @@ class LinkKind:
     upward: frozenset[int]
     downward: frozenset[int]
     open_numbers: bool = False
+    bundles: bool = False
 
     @property
     def name(self) -> str:
@@ -61,7 +63,7 @@ ULTRAVISOR_GUEST = LinkKind(
     upper=Role.ULTRAVISOR,
     lower=Role.GUEST,
     upward=_GUEST_UCALLS | _GUEST_HCALLS | _numbers(m.MAP_FAULT, m.GUEST_CRASHED),
-    downward=_numbers(m.SVM_START, m.SVM_ENDED, m.SVM_INTERRUPT, m.MAP_INVALIDATE),
+    downward=_numbers(m.SVM_START, m.SVM_ENDED, m.MAP_INVALIDATE),
     open_numbers=True,
 )
 ULTRAVISOR_KVM = LinkKind(
@@ -70,6 +72,7 @@ ULTRAVISOR_KVM = LinkKind(
     upward=_HV_UCALLS,
     downward=_ALL_HCALLS,
     open_numbers=True,
+    bundles=True,
 )
 KVM_QEMU = LinkKind(
     upper=Role.KVM,

@@ -216,13 +216,6 @@ class SvmStartBody(Body, frozen=True):
     gprs: Annotated[dict[int, Register], Meta(max_length=32)]
 
 
-class InterruptBody(Body, frozen=True):
-    """An interrupt that the ultravisor synthesises at `vector`."""
-
-    vcpu: Vcpu
-    vector: Annotated[int, Meta(ge=0x100, lt=0x2000)]
-
-
 VCPU_START = _declare(0x10101, "VCPU_START", StartBody, Status, leaf=True)
 VCPU_STOP = _declare(0x10102, "VCPU_STOP", RunBody, Status, leaf=True)
 VCPU_CONTINUE = _declare(0x10103, "VCPU_CONTINUE", RunBody, Status, leaf=True)
@@ -230,7 +223,6 @@ VCPU_LINE = _event(0x10104, "VCPU_LINE", LineBody)
 MAP_INVALIDATE = _declare(0x10105, "MAP_INVALIDATE", InvalidateBody, Status, leaf=True)
 SVM_START = _declare(0x10106, "SVM_START", SvmStartBody, Status, leaf=True)
 SVM_ENDED = _declare(0x10107, "SVM_ENDED", Empty, Status, leaf=True)
-SVM_INTERRUPT = _event(0x10108, "SVM_INTERRUPT", InterruptBody)
 
 
 # -- kvm -> qemu: exits to user space -------------------------------------------------------------------------

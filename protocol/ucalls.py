@@ -113,7 +113,11 @@ UV_UNREGISTER_MEM_SLOT = UCALLS.declare(
     "UV_UNREGISTER_MEM_SLOT",
     args=(_LPID, Reg("slot", Kind.COUNT)),
     callers=_HV,
-    errors={UCode.U_PARAMETER: "no such lpid", UCode.U_P2: "no such slot"},
+    errors={
+        UCode.U_PARAMETER: "no such lpid",
+        UCode.U_P2: "no such slot",
+        UCode.U_STATE: "the VM is secure and runs on the slot",
+    },
     source=_RST,
 )
 UV_PAGE_IN = UCALLS.declare(
@@ -155,7 +159,7 @@ UV_SHARE_PAGE = UCALLS.declare(
     errors={
         UCode.U_P2: "the range is not wholly inside the memory slots",
         UCode.U_P3: "no page, or too many",
-        UCode.U_RETRY: "a page of the range is in transition",
+        UCode.U_RETRY: "a page of the range is in transition, or the guest did not acknowledge its invalidation",
         UCode.U_PARAMETER: "the hypervisor refused; no page changed",
     },
     source=_RST,
@@ -168,7 +172,7 @@ UV_UNSHARE_PAGE = UCALLS.declare(
     errors={
         UCode.U_P2: "the range is not wholly inside the memory slots, or a page was not shared by the guest",
         UCode.U_P3: "no page, or too many",
-        UCode.U_RETRY: "a page of the range is in transition",
+        UCode.U_RETRY: "a page of the range is in transition, or the guest did not acknowledge its invalidation",
     },
     source=_RST,
 )
@@ -198,7 +202,7 @@ UV_UNSHARE_ALL_PAGES = UCALLS.declare(
     0xF140,
     "UV_UNSHARE_ALL_PAGES",
     callers=_SVM,
-    errors={UCode.U_RETRY: "a page is in transition"},
+    errors={UCode.U_RETRY: "a page is in transition, or the guest did not acknowledge its invalidation"},
     source=_RST,
 )
 _BUFFER_ARGS = (Reg("buffer", Kind.RA), Reg("handle"), Reg("offset"), Reg("size", Kind.SIZE))

@@ -12,6 +12,9 @@ from protocol.errors import GuestFault
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, pages_spanned
 from shared.host_view import HostState
 
+_MAX_ROUNDS = 100
+"""A guest that keeps taking its pages back holds a device up for so many rounds, and no longer."""
+
 
 class GuestRam:
     """Normal RAM of one VM as the host sees it.
@@ -71,9 +74,13 @@ class GuestRam:
 
     async def _present(self, gpa: int, n_bytes: int) -> None:
         self.check(gpa, n_bytes)
-        # A frame that just came may be taken again while the next one is fetched, so look until all are there.
-        while absent := self._absent(gpa, n_bytes):
+        # A frame that just came may be taken again by the guest while the next one is fetched.
+        for _ in range(_MAX_ROUNDS):
+            absent = self._absent(gpa, n_bytes)
+            if not absent:
+                return
             await self._want(absent)
+        raise GuestFault(f"{n_bytes} bytes at gpa {gpa:#x} do not stay present")
 
     def _absent(self, gpa: int, n_bytes: int) -> list[int]:
         if not n_bytes:

@@ -18,18 +18,21 @@ _F_SEAL_FUTURE_WRITE = 0x0010  # Linux uapi/linux/fcntl.h; not in Python's fcntl
 class SealedMemory:
     """A memory file of `size_bytes` that this process owns.
 
-    `fd` is for others, `buffer` is the owner's writable mapping. `close` releases both.
+    `fd` is for others, `buffer` is the owner's writable mapping. `close` releases both. Raises HostFault when the
+    machine has no descriptor or memory for it.
     """
 
     def __init__(self, name: str, size_bytes: int, *, others_write: bool = False) -> None:
         self.size_bytes = size_bytes
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, size_bytes)
-        self._mmap = mmap.mmap(self.fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-        if not others_write:
-            seals |= _F_SEAL_FUTURE_WRITE
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+        try:
+            self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise HostFault(f"no memory file {name}: {error.strerror}") from None
+        try:
+            self._mmap = _map_and_seal(self.fd, size_bytes, others_write=others_write)
+        except OSError as error:
+            os.close(self.fd)
+            raise HostFault(f"no memory file {name} of {size_bytes} bytes: {error.strerror}") from None
         self.buffer = memoryview(self._mmap)
 
     def close(self) -> None:
@@ -37,6 +40,16 @@ class SealedMemory:
         self.buffer.release()
         self._mmap.close()
         os.close(self.fd)
+
+
+def _map_and_seal(fd: int, size_bytes: int, *, others_write: bool) -> mmap.mmap:
+    os.ftruncate(fd, size_bytes)
+    mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+    if not others_write:
+        seals |= _F_SEAL_FUTURE_WRITE
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+    return mapping
 
 
 def map_sealed(fd: int, size_bytes: int, *, writable: bool = False) -> mmap.mmap:

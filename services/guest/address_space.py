@@ -83,7 +83,8 @@ class AddressSpace:
 
     def peek(self, gpa: int, n_bytes: int) -> bytes | None:
         """`n_bytes` inside one page without faulting: None when the map does not give it (for debuggers)."""
-        if self._map is None or not self._map[gpa >> PAGE_SHIFT] & _READ:
+        gfn = gpa >> PAGE_SHIFT
+        if self._map is None or not 0 <= gfn < len(self._map) or not self._map[gfn] & _READ:
             return None
         return self.load(gpa, n_bytes)
 

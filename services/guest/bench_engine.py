@@ -12,56 +12,72 @@ import itertools
 import os
 import time
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, Protocol
 
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
-from protocol.hcalls import H_CPPR
+from protocol.hcalls import H_IPOLL
 from services.guest.address_space import AddressSpace
 from services.guest.exits import Exit, Hypercall, Idle, Pause
-from services.guest.model import xics
+from services.guest.model.bulk import CHUNK_BYTES, DEPTH
 from services.guest.model.cpu import Clock
 from services.guest.model.engine import ModelEngine
+from services.guest.model.pages import PageUse
+from services.guest.model.parts import Parts
 
 MAX_CALLS = 20_000
 MAX_PAGES = 8192
+MAX_READ_BYTES = 1 << 30
 PAGES_A_TURN = 8
 POLL_NS = 50_000_000
 """An idle bench kernel looks for a job this often."""
+_READ_BUFFERS = 2 * DEPTH
+_READ_PAGES = _READ_BUFFERS * CHUNK_BYTES // PAGE_BYTES
 
 Done = Callable[[Any], None]
 
 
-class Job(Protocol):
-    """Something to do at a safe point of the model kernel. `done` is told the outcome, once."""
+class Turn(Enum):
+    """What a job wants when it has no exit to make."""
 
-    def run(self) -> Exit | None:
-        """The next exit, or None when the job is over."""
+    KERNEL = "the kernel goes on"
+    OVER = "the job is over"
+
+
+class Job(Protocol):
+    """Something to do at safe points of the model kernel; it tells its outcome once, to the `done` it was made with."""
+
+    def run(self) -> Exit | Turn:
+        """The next exit, or what should happen instead."""
 
     def resume(self, result: list[int]) -> None:
-        """The outcome of that exit."""
+        """The outcome of a hypercall that `run` gave."""
+
+    def is_ready(self) -> bool:
+        """Whether there is something to do before the processor may idle."""
 
 
 class HypercallJob:
-    """`n_calls` hypercalls that do nothing (H_CPPR), back to back. Outcome: nanoseconds of each."""
+    """`n_calls` hypercalls that change nothing (H_IPOLL), back to back. Outcome: nanoseconds of each."""
 
     def __init__(self, n_calls: int, done: Done) -> None:
         if not 1 <= n_calls <= MAX_CALLS:
             raise UserError(f"n must be 1 to {MAX_CALLS}")
         self._n_calls = n_calls
         self._done = done
-        self._exit = Hypercall(H_CPPR.number, (xics.ALLOW_ALL,))
+        self._exit = Hypercall(H_IPOLL.number, (0,))
         self._times_ns: list[int] = []
         self._last_ns = 0
 
-    def run(self) -> Exit | None:
+    def run(self) -> Exit | Turn:
         """From one exit to the next is one call: with all that the processor does in between."""
         now_ns = time.perf_counter_ns()
         if self._last_ns:
             self._times_ns.append(now_ns - self._last_ns)
         if len(self._times_ns) == self._n_calls:
             self._done(self._times_ns)
-            return None
+            return Turn.OVER
         self._last_ns = now_ns
         return self._exit
 
@@ -69,6 +85,10 @@ class HypercallJob:
         """A refused call would be a figure of something else."""
         if result[0]:
             raise RuntimeError(f"the null hypercall ended with {result[0]}")
+
+    def is_ready(self) -> bool:
+        """Always: the next call."""
+        return True
 
 
 class MemoryJob:
@@ -82,17 +102,66 @@ class MemoryJob:
         self._results: list[Any] = []
         self._done = done
 
-    def run(self) -> Exit | None:
+    def run(self) -> Exit | Turn:
         """The next pages; a fault is resolved inside the access."""
         pages = list(itertools.islice(self._pages, PAGES_A_TURN))
         if not pages:
             self._done(self._results)
-            return None
+            return Turn.OVER
         self._results += [self._work(gfn) for gfn in pages]
         return Pause.SLICE_END
 
     def resume(self, result: list[int]) -> None:
-        """Never called: there are no exits."""
+        """Never called: there are no hypercalls."""
+
+    def is_ready(self) -> bool:
+        """Always: the next pages."""
+        return True
+
+
+class DiskReadJob:
+    """Read the first `n_bytes` of the disk through the kernel's driver and DMA layer, several requests deep.
+
+    Outcome: nanoseconds until the last byte lay in a buffer of the guest's own.
+    """
+
+    def __init__(self, parts: Parts, n_bytes: int, done: Done) -> None:
+        if not parts.state.blk.ready or parts.state.bulk.active:
+            raise UserError("there is no disk that could be read now")
+        if not 0 < n_bytes <= MAX_READ_BYTES or n_bytes % CHUNK_BYTES:
+            raise UserError(f"n must be a multiple of {CHUNK_BYTES} up to {MAX_READ_BYTES}")
+        self._parts = parts
+        self._n_bytes = n_bytes
+        self._done = done
+        self._buffers: int | None = None
+        self._started_ns = 0
+
+    def run(self) -> Exit | Turn:
+        """Take what has arrived; the kernel's own steps issue the requests."""
+        if self._buffers is None:
+            self._start()
+        reader, bulk = self._parts.reader, self._parts.state.bulk
+        while reader.has_chunk():
+            reader.consume()
+        if not reader.finished:
+            return Turn.KERNEL
+        took_ns = time.perf_counter_ns() - self._started_ns
+        bulk.active = False
+        self._parts.pages.free(bulk.buffers, _READ_PAGES)
+        self._done({"ns": took_ns, "error": bulk.error})
+        return Turn.OVER
+
+    def _start(self) -> None:
+        self._buffers = self._parts.pages.must_alloc(_READ_PAGES, PageUse.BUFFER)
+        self._started_ns = time.perf_counter_ns()
+        self._parts.reader.start(0, self._n_bytes, self._buffers, _READ_BUFFERS, CHUNK_BYTES)
+
+    def resume(self, result: list[int]) -> None:
+        """Never called: the kernel makes the calls."""
+
+    def is_ready(self) -> bool:
+        """Whether a chunk waits to be taken."""
+        return self._parts.reader.has_chunk() or self._parts.reader.finished
 
 
 class BenchEngine(ModelEngine):
@@ -106,10 +175,12 @@ class BenchEngine(ModelEngine):
         self._job_called = False
 
     def job(self, what: str, arguments: dict[str, Any], done: Done) -> Job:
-        """A new job: `hypercalls {n}`; `fill`, `digest` or `touch {gfn, n}`. Raises UserError, KeyError."""
+        """A new job: `hypercalls {n}`; `fill`, `digest` or `touch {gfn, n}`; `read {n}`. Raises UserError, KeyError."""
         n = int(arguments.get("n", 1))
         if what == "hypercalls":
             return HypercallJob(n, done)
+        if what == "read":
+            return DiskReadJob(self._kernel._parts, n, done)
         work = {"fill": self._fill, "digest": self._digest, "touch": self._touch}[what]
         return MemoryJob(work, int(arguments["gfn"]), n, done)
 
@@ -120,16 +191,25 @@ class BenchEngine(ModelEngine):
 
     def run(self, slice_ns: int) -> Exit:
         """As ModelEngine; a job goes first wherever the kernel is at a safe point."""
-        if self._job is not None and self.at_safe_point:
-            exit_ = self._job.run()
-            if exit_ is not None:
-                self._job_called = exit_ is not Pause.SLICE_END
+        while True:
+            if self._job is not None and self.at_safe_point:
+                exit_ = self._run_job(self._job)
+                if exit_ is not None:
+                    return exit_
+            exit_ = super().run(slice_ns)
+            if not isinstance(exit_, Idle):
                 return exit_
+            if self._job is None or not self._job.is_ready():
+                look_ns = self._time.now_ns() + POLL_NS
+                return Idle(min(exit_.until_ns or look_ns, look_ns), exit_.device_open)
+
+    def _run_job(self, job: Job) -> Exit | None:
+        exit_ = job.run()
+        if exit_ is Turn.OVER:
             self._job = None
-        exit_ = super().run(slice_ns)
-        if isinstance(exit_, Idle):
-            look_ns = self._time.now_ns() + POLL_NS
-            return Idle(min(exit_.until_ns or look_ns, look_ns), exit_.device_open)
+        if isinstance(exit_, Turn):
+            return None
+        self._job_called = exit_ is not Pause.SLICE_END
         return exit_
 
     def resume(self, result: list[int]) -> None:

@@ -18,12 +18,18 @@ from protocol.roles import Role
 from protocol.wire import Envelope, MessageKind, decode, encode
 from services.runtime.recorder import Tap
 
+# As plain integers: an operation on the library's enums costs as much as a call into it.
+_NOBLOCK = int(zmq.NOBLOCK)
+_RCVMORE = int(zmq.RCVMORE)
+
 
 class LinkEnd:
     """One link of a processor. `peer_state` is `up` or what became of the peer."""
 
     def __init__(self, socket: zmq.Socket[bytes], kind: LinkKind, link_id: str, peer: str) -> None:
         self.socket = socket
+        self._recv = socket.recv
+        self._get = socket.getsockopt
         self.id = link_id
         self.peer = peer
         self.peer_state = "up"
@@ -48,9 +54,11 @@ class LinkEnd:
     def receive(self) -> Envelope | None:
         """The next message, or None; raises MalformedMessage, UnexpectedMessage."""
         try:
-            frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            frames = [self._recv(_NOBLOCK)]
         except zmq.Again:
             return None
+        while self._get(_RCVMORE):
+            frames.append(self._recv())
         if self.tap is not None:
             self.tap(self.id, "in", frames)
         if len(frames) != 1:
@@ -65,7 +73,7 @@ class LinkEnd:
         if self.tap is not None:
             self.tap(self.id, "out", _single(frame))
         try:
-            self.socket.send(frame, zmq.NOBLOCK)
+            self.socket.send(frame, _NOBLOCK)
         except zmq.Again:
             return False
         return True

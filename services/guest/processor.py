@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -79,8 +80,9 @@ class Processor:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._poller = zmq.Poller()
-        for end in (kvm, ultravisor):
-            self._poller.register(end.socket, zmq.POLLIN)
+        self._ends: dict[Any, LinkEnd] = {kvm.socket: kvm, ultravisor.socket: ultravisor}
+        for socket in self._ends:
+            self._poller.register(socket, zmq.POLLIN)
         self._poller.register(self._wake, zmq.POLLIN)
         self._thread = threading.Thread(target=self._main, name="vcpu0", daemon=True)
         self._quit = False
@@ -91,6 +93,8 @@ class Processor:
         self._replies: dict[tuple[LinkEnd, int], Envelope | None] = {}
         self._resume_with: list[int] | None = None
         self._line = False
+        self._just_looked = False
+        """Whether a call has just taken what was due: back-to-back calls need not look twice each."""
 
     # -- for the control thread -------------------------------------------------------------------------------
 
@@ -108,12 +112,13 @@ class Processor:
         state = state if state in LOST_STATES else "up"
         if state != end.peer_state:
             end.peer_state = state
-            self._log.warning("peer lost" if state != "up" else "peer is up again", peer=end.peer, state=state)
+            open_calls = sum(1 for other, _ in self._replies if other is end)
+            event = "peer lost" if state != "up" else "peer is up again"
+            self._log.warning(event, peer=end.peer, state=state, open_calls=open_calls)
 
     def quit(self) -> None:
-        """Leave the loop."""
-        self._quit = True
-        os.eventfd_write(self._wake, 1)
+        """Leave the loop, after everything that was posted before."""
+        self.post(self._leave)
 
     def join(self, seconds: float) -> bool:
         """Whether the thread ended within `seconds`."""
@@ -122,9 +127,22 @@ class Processor:
 
     # -- the loop ---------------------------------------------------------------------------------------------
 
+    def _leave(self) -> None:
+        self._quit = True
+
     def _main(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            # A process without its processor would look alive for ever: its end is what others notice (L1).
+            self._log.error("the processor broke", exc_info=error)
+            os._exit(1)
+
+    def _loop(self) -> None:
         while not self._quit:
-            self._take_due()
+            if not self._just_looked:
+                self._take_due()
+            self._just_looked = False
             if self.state is not RunState.RUNNING:
                 self._wait(_IDLE_POLL_MS)
                 continue
@@ -184,10 +202,16 @@ class Processor:
         until_ns = idle.until_ns
         if self._line:
             return
-        # Time does not jump over an open device request, or its time-out would fire first.
-        if until_ns is not None and not idle.device_open and self._clock.skip_to(until_ns):
+        if until_ns is None:
+            self._call(self._hypervisor(), H_CEDE.number, [_VCPU], None)
             return
-        self._call(self._hypervisor(), H_CEDE.number, [_VCPU], until_ns)
+        # Time does not jump over an open device request, or its time-out would fire first: the device has as long.
+        if not idle.device_open and self._clock.skip_to(until_ns):
+            return
+        deadline_ns = time.monotonic_ns() + until_ns - self._clock.now_ns()
+        self._call(self._hypervisor(), H_CEDE.number, [_VCPU], deadline_ns)
+        if not self._line and time.monotonic_ns() >= deadline_ns:
+            self._clock.skip_to(until_ns)
 
     def _crash(self, reason: str) -> None:
         self.state = RunState.CRASHED
@@ -202,8 +226,11 @@ class Processor:
 
     # -- calls ------------------------------------------------------------------------------------------------
 
-    def _call(self, end: LinkEnd, number: int, body: Any, until_ns: int | None) -> Envelope | None:  # noqa: ANN401
-        """Call and wait; None when the processor was started, ended or, by `until_ns`, woken meanwhile."""
+    def _call(self, end: LinkEnd, number: int, body: Any, deadline_ns: int | None) -> Envelope | None:  # noqa: ANN401
+        """Call and wait; None when the processor was started or ended meanwhile.
+
+        With `deadline_ns`, on the host's monotonic clock, it also ends then and when the interrupt line rises.
+        """
         generation = self._generation
         correlation = end.send_call(number, body, self._new_cause()) if end.peer_state == "up" else None
         if correlation is None:
@@ -218,18 +245,17 @@ class Processor:
                     return reply
                 if end.peer_state != "up":
                     return self._lost_reply(end, number)
-                if until_ns is not None and (until_ns <= self._clock.now_ns() or self._line):
+                if deadline_ns is not None and (deadline_ns <= time.monotonic_ns() or self._line):
                     return None
-                self._wait(self._patience_ms(until_ns))
-                self._take_due()
+                self._take_next(self._patience_ms(deadline_ns))
         finally:
             del self._replies[key]
         return None
 
-    def _patience_ms(self, until_ns: int | None) -> int:
-        if until_ns is None or self.state is not RunState.RUNNING:
+    def _patience_ms(self, deadline_ns: int | None) -> int:
+        if deadline_ns is None or self.state is not RunState.RUNNING:
             return _IDLE_POLL_MS
-        return max(1, min(_IDLE_POLL_MS, -(-(until_ns - self._clock.now_ns()) // _NS_PER_MS)))
+        return max(1, min(_IDLE_POLL_MS, -(-(deadline_ns - time.monotonic_ns()) // _NS_PER_MS)))
 
     def _lost_reply(self, end: LinkEnd, number: int) -> Envelope:
         """What a call gets whose peer is dead, stopped or takes no messages."""
@@ -260,8 +286,18 @@ class Processor:
     # -- messages ---------------------------------------------------------------------------------------------
 
     def _wait(self, milliseconds: int) -> None:
-        """Sleep until something comes; state stopped holds the clock."""
+        """Sleep until something comes."""
         self._poller.poll(milliseconds)
+
+    def _take_next(self, milliseconds: int) -> None:
+        """Sleep until something comes, and take a message of each link that has one."""
+        for source, _ in self._poller.poll(milliseconds):
+            end = self._ends.get(source)
+            if end is None:
+                self._take_posted()
+            else:
+                self._take_one(end)
+        self._just_looked = True
 
     def _take_due(self) -> None:
         for end in (self._kvm, self._ultravisor):
@@ -318,7 +354,8 @@ class Processor:
 
     def _refuse(self, reason: str) -> None:
         self.refused += 1
-        self._log.warning("refused", reason=reason)
+        if self.refused <= 100 or self.refused % 1000 == 0:
+            self._log.warning("refused", reason=reason, refused=self.refused)
 
     # -- what kvm and ultravisor order ------------------------------------------------------------------------
 
@@ -375,10 +412,6 @@ class Processor:
         self._engine.set_line(body.level)
         return HCode.H_SUCCESS
 
-    def _interrupt(self, body: m.InterruptBody) -> int:
-        self._log.info("interrupt synthesised by the ultravisor", vector=body.vector)
-        return HCode.H_SUCCESS
-
 
 _UNWINDING = frozenset({m.VCPU_START.number, m.SVM_START.number, m.SVM_ENDED.number})
 _HANDLERS: dict[int, Callable[[Processor, Any], int]] = {
@@ -389,5 +422,4 @@ _HANDLERS: dict[int, Callable[[Processor, Any], int]] = {
     m.VCPU_STOP.number: Processor._stop,
     m.VCPU_CONTINUE.number: Processor._continue,
     m.VCPU_LINE.number: Processor._set_line,
-    m.SVM_INTERRUPT.number: Processor._interrupt,
 }

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import outcome
 import trio
 
 from protocol.errors import GuestFault, HostFault, UserError
@@ -192,11 +193,11 @@ class Guest:
     async def _in_processor(self, work: Callable[[], T]) -> T:
         """Run `work` in the processor's thread; raises HostFault when it does not come to it."""
         done = trio.Event()
-        results: list[T] = []
+        results: list[outcome.Outcome[T]] = []
         token = trio.lowlevel.current_trio_token()
 
         def run() -> None:
-            results.append(work())
+            results.append(outcome.capture(work))
             token.run_sync_soon(done.set)
 
         if self._processor is None:
@@ -206,4 +207,4 @@ class Guest:
             await done.wait()
         if not results:
             raise HostFault("the processor does not answer")
-        return results[0]
+        return results[0].unwrap()

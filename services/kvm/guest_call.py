@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.kvm.ultravisor_port import Answer
 
@@ -11,8 +11,7 @@ Result = list[int]
 """`[code, outputs...]`."""
 
 
-@dataclass(frozen=True, slots=True)
-class GuestCall:
+class GuestCall(NamedTuple):
     """`args` are the declared ones, no more and no fewer; `answer` gives a result later (H_CEDE)."""
 
     vcpu: int

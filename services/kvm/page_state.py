@@ -29,9 +29,5 @@ class KvmState(IntEnum):
         return _HOST_STATE[self]
 
 
-_HOST_STATE = {
-    KvmState.NORMAL: HostState.PRESENT,
-    KvmState.SECURE: HostState.ABSENT,
-    KvmState.PAGED_OUT: HostState.PRESENT,
-    KvmState.SHARED: HostState.SHARED,
-}
+_HOST_STATE = (HostState.PRESENT, HostState.ABSENT, HostState.PRESENT, HostState.SHARED)
+"""By the value of the KvmState."""

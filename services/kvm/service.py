@@ -10,10 +10,11 @@ import trio
 
 from protocol.codes import HCode
 from protocol.declare import Call
-from protocol.errors import UserError
+from protocol.errors import PeerGone, UserError
 from protocol.geometry import PAGE_BYTES, gfn_of, gpa_of
 from protocol.hcalls import HCALLS
 from protocol.links import KVM_GUEST, KVM_QEMU
+from protocol.refusals import Refusal
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from protocol.wire import Envelope
 from services.kvm.memory import VmMemory
@@ -21,6 +22,7 @@ from services.kvm.ultravisor_port import UltravisorPort
 from services.kvm.vm import Vm
 from services.runtime.link import DEFERRED, Link
 from services.runtime.process import Query, Runtime
+from shared.host_view import HostState
 
 _MAX_READ_WAIT_SECONDS = 0.4
 _MAX_PAGES_A_QUERY = 4096
@@ -77,7 +79,10 @@ class Kvm:
         self, vm: Vm, call: Call, vcpu: int, args: list[int], cause: int, answer: Callable[[list[int]], None]
     ) -> None:
         try:
-            result = await vm.reflected_waiting(call, vcpu, args, cause)
+            with vm.at_work():
+                result = await vm.reflected_waiting(call, vcpu, args, cause)
+        except PeerGone as gone:
+            result = [Refusal.of_peer(gone.state).value[0]]
         except Exception as error:
             self._runtime.log.error("internal error", call=call.name, exc_info=error)
             result = [HCode.H_HARDWARE]
@@ -99,7 +104,8 @@ class Kvm:
             ends[kind] = self._runtime.make_link(by_kind[kind], keys[by_kind[kind].id])
 
         def table_made(liobn: int, fd: int) -> None:
-            self._runtime.nursery.start_soon(self._runtime.give, f"tce-table:{liobn:x}", vm.name, fd)
+            # A copy: qemu may have the table removed before the descriptor is on its way.
+            self._runtime.nursery.start_soon(self._give_away, f"tce-table:{liobn:x}", vm.name, os.dup(fd))
 
         new = Vm(vm, memory, ends[KVM_GUEST.name], ends[KVM_QEMU.name], self._port, table_made, self._runtime.log)
         new.register_guest(ends[KVM_GUEST.name])
@@ -111,6 +117,12 @@ class Kvm:
         await self._runtime.give("host-view", vm.name, memory.view_fd)
         await self._runtime.give("normal-map", vm.name, memory.map_fd)
 
+    async def _give_away(self, tag: str, vm: str, fd: int) -> None:
+        try:
+            await self._runtime.give(tag, vm, fd)
+        finally:
+            os.close(fd)
+
     async def remove_vm(self, name: str) -> None:
         """A VM ends, and with it its secure side in the ultravisor."""
         vm = self._by_name.pop(name, None)
@@ -120,10 +132,11 @@ class Kvm:
         self._vms.pop(vm.entry.lpid, None)
         for link in self._links.pop(name):
             await self._runtime.close_link(link)
+        await vm.at_rest()
         vm.close()
 
     async def gift(self, tag: str, vm: str, fd: int) -> None:
-        """Dirty maps of guest and qemu; kept for migration."""
+        """Dirty maps of guest and qemu: nothing here reads them yet."""
         os.close(fd)
 
     def peer_state(self, peer: str, state: str) -> None:
@@ -185,7 +198,7 @@ class Kvm:
         vm = self._named(arguments)
         gfn = self._gfn(vm, arguments)
         state = vm.memory.state(gfn)
-        return {"gfn": gfn, "gpa": gpa_of(gfn), "state": state.name, "host_view": state.host_state.name}
+        return {"gfn": gfn, "gpa": gpa_of(gfn), "state": state.name, "host_view": HostState(vm.memory.host_view[gfn]).name}
 
     async def _page_out(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Page out `n` pages from `gpa` (memory pressure of the host)."""
@@ -199,7 +212,8 @@ class Kvm:
         vm = self._named(arguments)
         first = self._gfn(vm, arguments)
         n_pages = min(int(arguments.get("n", 1)), _MAX_PAGES_A_QUERY, vm.memory.n_pages - first)
-        codes = await vm.secure.move_many(range(first, first + n_pages), lambda gfns: move(vm, gfns))
+        with vm.at_work():
+            codes = await vm.secure.move_many(range(first, first + n_pages), lambda gfns: move(vm, gfns))
         return {"codes": {HCode(code).name: count for code, count in codes.items()}}
 
     def _named(self, arguments: dict[str, Any]) -> Vm:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from protocol.codes import UCode
 from protocol.declare import Call
 from protocol.errors import PeerGone
+from protocol.refusals import Refusal
 from protocol.registers import to_register
 from protocol.ucalls import UV_RETURN
 from protocol.wire import Envelope
@@ -32,18 +33,18 @@ class UltravisorPort:
         self._answered: dict[int, list[int]] = {}
 
     async def ucall(self, call: Call, args: list[int], cause: int) -> list[int]:
-        """An ultracall; a lost ultravisor answers U_NOT_AVAILABLE."""
+        """An ultracall; a dead ultravisor answers U_NOT_AVAILABLE, a stopped one U_BUSY: it may still serve the call."""
         try:
             return await self._link.call_registers(call, args, cause)
-        except PeerGone:
-            return [UCode.U_NOT_AVAILABLE]
+        except PeerGone as gone:
+            return [_lost_code(gone)]
 
     async def ucalls(self, call: Call, args_of_each: Sequence[list[int]], cause: int) -> list[list[int]]:
         """As `ucall` for each of `args_of_each`, open together; the results in the same order."""
         try:
             return await self._link.call_many(call, args_of_each, cause)
-        except PeerGone:
-            return [[UCode.U_NOT_AVAILABLE] for _ in args_of_each]
+        except PeerGone as gone:
+            return [[_lost_code(gone)] for _ in args_of_each]
 
     def take(self, envelope: Envelope) -> Answer | None:
         """A reflected call has come: how to answer it, or None when it is a repetition that needs nothing more."""
@@ -76,3 +77,7 @@ class UltravisorPort:
     def open_calls(self) -> int:
         """Reflected calls that are not answered yet."""
         return len(self._open)
+
+
+def _lost_code(gone: PeerGone) -> UCode:
+    return UCode.U_BUSY if Refusal.of_peer(gone.state) is Refusal.BUSY else UCode.U_NOT_AVAILABLE

@@ -59,6 +59,8 @@ class SecurePages:
         self._guest = guest
         self._allowed = allowed
         self._started = started
+        self._unsure: set[int] = set()
+        """SECURE GFNs whose page-out got U_BUSY: an ultravisor that was stopped may put the image there yet."""
         self.switch = Switch.NONE
 
     # -- the switch -------------------------------------------------------------------------------------------
@@ -107,6 +109,9 @@ class SecurePages:
             return HCode.H_STATE
         for gfn in self._memory.in_state(KvmState.SECURE, KvmState.SHARED):
             await self._ultravisor.ucall(UV_PAGE_OUT, self._page_args(gfn), cause)
+            if self.switch is not Switch.START:
+                # A reset or the end of the VM came between: the frames are no longer this switch's.
+                return HCode.H_STATE
             self._memory.set_state(gfn, KvmState.NORMAL)
         self.switch = Switch.NONE
         await self._ultravisor.ucall(UV_SVM_TERMINATE, [self._lpid], cause)
@@ -118,6 +123,7 @@ class SecurePages:
             return True
         result = await self._ultravisor.ucall(UV_SVM_TERMINATE, [self._lpid], cause)
         self.switch = Switch.NONE
+        self._unsure.clear()
         self._memory.forget_secure()
         return result[0] == UCode.U_SUCCESS
 
@@ -157,7 +163,7 @@ class SecurePages:
         return _to_hcode(code)
 
     async def _page_in_secure(self, gfn: int, cause: int) -> HCode:
-        if self._memory.state(gfn) is KvmState.SECURE:
+        if self._memory.state(gfn) is KvmState.SECURE and gfn not in self._unsure:
             return HCode.H_PARAMETER
         self._memory.hide(gfn)
         try:
@@ -169,6 +175,7 @@ class SecurePages:
         """The ultravisor's answer to the offer of a frame; a frame that it took is punched."""
         if code == UCode.U_SUCCESS and self.switch is not Switch.NONE:
             self._memory.set_state(gfn, KvmState.SECURE)
+            self._unsure.discard(gfn)
             try:
                 self._memory.punch(gfn)
             except HostFault:
@@ -194,7 +201,7 @@ class SecurePages:
 
     async def page_out_asked(self, gpa: int, flags: int, shift: int, cause: int) -> HCode:
         """H_SVM_PAGE_OUT: the ultravisor wants a page out, to free secure memory."""
-        if self.switch is not Switch.DONE:
+        if self.switch is Switch.NONE:
             return HCode.H_UNSUPPORTED
         if shift != PAGE_SHIFT:
             return HCode.H_P3
@@ -220,19 +227,31 @@ class SecurePages:
                     self._memory.busy.add(gfn)
                     moving.append(i)
                     codes[i] = HCode.H_PARAMETER
-                    # A device that looked the frame up just before it was punched may have touched it since.
-                    self._memory.punch(gfn)
+                    if gfn not in self._unsure:
+                        # A device that looked the frame up just before it was punched may have touched it since.
+                        self._memory.punch(gfn)
             results = await self._ultravisor.ucalls(UV_PAGE_OUT, [self._page_args(gfns[i]) for i in moving], cause)
             for i, result in zip(moving, results, strict=True):
-                if result[0] == UCode.U_SUCCESS and self.switch is Switch.DONE:
-                    self._memory.set_state(gfns[i], KvmState.PAGED_OUT)
-                codes[i] = _to_hcode(result[0])
+                codes[i] = self._put_out(gfns[i], result[0])
         except HostFault:
             return codes
         finally:
             for i in moving:
                 self._memory.busy.discard(gfns[i])
         return codes
+
+    def _put_out(self, gfn: int, code: int) -> HCode:
+        """The ultravisor's answer to UV_PAGE_OUT."""
+        if self.switch is not Switch.DONE:
+            return _to_hcode(code)
+        if code == UCode.U_BUSY:
+            self._unsure.add(gfn)
+        elif code == UCode.U_SUCCESS or (code == UCode.U_PARAMETER and gfn in self._unsure):
+            # U_PARAMETER: it is out already, by the call that nobody answered.
+            self._unsure.discard(gfn)
+            self._memory.set_state(gfn, KvmState.PAGED_OUT)
+            return HCode.H_SUCCESS
+        return _to_hcode(code)
 
     async def page_back_in_all(self, gfns: list[int], cause: int) -> list[HCode]:
         """Offer paged-out images without being asked (reclaim of normal memory), with their calls open together."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -71,6 +72,8 @@ class Vm:
         self.terminal = Terminal()
         self.vcpus = Vcpus()
         self.printed = trio.Event()
+        self._at_work = 0
+        self._at_rest = trio.Event()
         self._guest = guest
         self._table_made = table_made
         self._log = log.bind(vm=entry.name)
@@ -228,12 +231,17 @@ class Vm:
         return await self._order_guest(m.VCPU_START, body, VmState.RUNNING, envelope.cause)
 
     async def _vm_stop(self, envelope: Envelope, _body: m.Empty) -> m.Status:
+        if self.state is VmState.PAUSED:
+            # A repeated order: the first one was served although its answer was lost.
+            return m.Status(HCode.H_SUCCESS)
         if self.state is not VmState.RUNNING:
             return m.Status(HCode.H_STATE)
         self.vcpus.stop(0)
         return await self._order_guest(m.VCPU_STOP, m.RunBody(0), VmState.PAUSED, envelope.cause)
 
     async def _vm_continue(self, envelope: Envelope, _body: m.Empty) -> m.Status:
+        if self.state is VmState.RUNNING:
+            return m.Status(HCode.H_SUCCESS)
         if self.state is not VmState.PAUSED:
             return m.Status(HCode.H_STATE)
         self.vcpus.go(0)
@@ -277,7 +285,9 @@ class Vm:
         return status
 
     def fail(self, reason: str) -> None:
-        """The guest cannot go on."""
+        """The guest cannot go on; what it says after that is not heard."""
+        if self.state is VmState.FAILED:
+            return
         self.failure = reason
         self._log.error("VM failed", reason=reason)
         self._enter(VmState.FAILED)
@@ -312,8 +322,25 @@ class Vm:
             table.close()
         return code
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Memory of the VM is needed for as long as the block runs."""
+        self._at_work += 1
+        try:
+            yield
+        finally:
+            self._at_work -= 1
+            if not self._at_work:
+                self._at_rest.set()
+
+    async def at_rest(self) -> None:
+        """Returns when nothing is `at_work`; the VM has ended, so that nothing new begins."""
+        while self._at_work:
+            self._at_rest = trio.Event()
+            await self._at_rest.wait()
+
     def close(self) -> None:
-        """Release what the VM held."""
+        """Release what the VM held; only when it is `at_rest`."""
         for liobn in list(self._tables):
             self._remove_table(liobn)
         self.memory.close()

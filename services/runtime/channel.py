@@ -12,17 +12,25 @@ it anew. So answers that the reader itself gives are sent together: when nothing
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import trio
 import zmq
 
 from protocol.errors import PeerError
+from protocol.wire import MAX_BUNDLED, bundle
 
 MAX_BACKLOG = 1024
 _SLEEP_CAP_SECONDS = 1.0
 _BURST = 64
 _SEND_BURST = 16
+# As plain integers: an operation on the library's enums costs as much as a call into it.
+_IN = int(zmq.POLLIN)
+_IN_OR_OUT = int(zmq.POLLIN | zmq.POLLOUT)
+_EVENTS = int(zmq.EVENTS)
+_RCVMORE = int(zmq.RCVMORE)
+_NOBLOCK = int(zmq.NOBLOCK)
 
 
 class ZmqChannel:
@@ -33,12 +41,16 @@ class ZmqChannel:
     """
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self.bundles = False
+        """Whether one-frame messages that leave together share a frame; the owner unbundles."""
         self._socket = socket
         self._fd: int = socket.FD
+        self._get: Callable[[int], Any] = socket.getsockopt
+        self._recv = socket.recv
         self._backlog: deque[Sequence[bytes]] = deque()
         self._held: list[Sequence[bytes]] = []
         self._sleeping: trio.CancelScope | None = None
-        self._received_in_burst = 0
+        self._n_received = 0
         self.missed_edges = 0
 
     def send(self, frames: Sequence[bytes]) -> None:
@@ -52,8 +64,9 @@ class ZmqChannel:
         """As `send` for each of `messages`, together."""
         if self._held:
             self._send_held()
-        for frames in messages:
-            self._put(frames)
+        if len(self._backlog) + len(messages) > MAX_BACKLOG:
+            raise PeerError(f"{MAX_BACKLOG} messages wait for a peer that does not read")
+        self._put_many(messages)
         self._poke()
 
     def send_from_reader(self, frames: Sequence[bytes]) -> None:
@@ -65,36 +78,82 @@ class ZmqChannel:
             self._send_held()
 
     async def receive(self) -> list[bytes]:
-        """The next message. Only one task calls this."""
+        """The next message. Only one task reads a channel."""
         while True:
-            if self._backlog:
-                self._flush()
-            try:
-                frames = [self._socket.recv(zmq.NOBLOCK)]
-            except zmq.Again:
-                self._received_in_burst = 0
-                if self._held:
-                    self._send_held()
-                    if self._has_work():
-                        continue
+            frames = self._try_receive()
+            self._n_received = 0 if frames is None else (self._n_received + 1) % _BURST
+            if frames is not None:
+                if not self._n_received:
+                    await trio.lowlevel.checkpoint()
+                return frames
+            if not self._looks_again():
                 await self._sleep()
-                continue
-            while self._socket.getsockopt(zmq.RCVMORE):
-                frames.append(self._socket.recv())
-            self._received_in_burst += 1
-            if self._received_in_burst >= _BURST:
+
+    async def serve(self, take: Callable[[list[bytes]], int]) -> NoReturn:
+        """Hand what comes to `take`, which does not wait and returns how many messages it was, until cancelled.
+
+        Only one task reads a channel.
+
+        One scope serves many messages, since entering one costs as much as a message; a poke ends it.
+        """
+        while True:
+            with trio.CancelScope() as scope:
+                await self._serve_until_poked(take, scope)
+
+    async def _serve_until_poked(self, take: Callable[[list[bytes]], int], scope: trio.CancelScope) -> None:
+        n_in_burst = 0
+        while True:
+            # Most messages come alone: to look is cheaper than to be refused. In a burst it is the other way round.
+            frames = None if n_in_burst == 1 and not self._get(_EVENTS) & _IN else self._try_receive()
+            if frames is not None:
+                n_in_burst += take(frames)
+                if n_in_burst < _BURST:
+                    continue
                 # A flood must not keep the loop from its other work.
-                self._received_in_burst = 0
-                if self._held:
-                    self._send_held()
+                self._send_held()
                 await trio.lowlevel.checkpoint()
-            return frames
+            elif not self._looks_again():
+                self._sleeping = scope
+                try:
+                    await trio.lowlevel.wait_readable(self._fd)
+                finally:
+                    self._sleeping = None
+            n_in_burst = 0
+
+    async def watch(self) -> NoReturn:
+        """Once a second, wake a reader that sleeps although there is something to do: an edge was missed."""
+        while True:
+            await trio.sleep(_SLEEP_CAP_SECONDS)
+            if self._sleeping is not None and self._has_work():
+                self.missed_edges += 1
+                self._sleeping.cancel()
 
     def close(self) -> None:
         """Close the socket; messages that still wait are dropped."""
         if not self._socket.closed:
             trio.lowlevel.notify_closing(self._fd)
             self._socket.close(linger=0)
+
+    def _try_receive(self) -> list[bytes] | None:
+        if self._backlog:
+            self._flush()
+        try:
+            frames = [self._recv(_NOBLOCK)]
+        except zmq.Again:
+            return None
+        while self._get(_RCVMORE):
+            frames.append(self._recv())
+        return frames
+
+    def _looks_again(self) -> bool:
+        """Before the reader sleeps: send what is held. Whether there is something to do after all.
+
+        What was just tried may have consumed an edge: of a message, or of a peer that can take one now.
+        """
+        if not self._held and not self._backlog:
+            return False
+        self._send_held()
+        return self._has_work()
 
     def _put(self, frames: Sequence[bytes]) -> None:
         if self._backlog or not self._try_send(frames):
@@ -104,18 +163,41 @@ class ZmqChannel:
 
     def _send_held(self) -> None:
         held, self._held = self._held, []
-        for frames in held:
-            if self._backlog or not self._try_send(frames):
-                self._backlog.append(frames)
+        self._put_many(held)
+
+    def _put_many(self, messages: Sequence[Sequence[bytes]]) -> None:
+        """Nothing is done between two sends, so that libzmq's thread, once awake, finds the next and stays awake."""
+        if self.bundles and len(messages) > 1:
+            messages = [
+                (bundle([frame for (frame,) in messages[i : i + MAX_BUNDLED]]),)
+                for i in range(0, len(messages), MAX_BUNDLED)
+            ]
+        n_sent = 0
+        if not self._backlog:
+            send = self._socket.send
+            try:
+                for frames in messages:
+                    if len(frames) == 1:
+                        send(frames[0], _NOBLOCK)
+                    else:
+                        self._socket.send_multipart(frames, zmq.NOBLOCK)
+                    n_sent += 1
+            except zmq.Again:
+                pass
+            except zmq.ZMQError as error:
+                raise PeerError(f"the link is closed: {error.strerror}") from None
+        self._backlog.extend(messages[n_sent:])
 
     def _try_send(self, frames: Sequence[bytes]) -> bool:
         try:
             if len(frames) == 1:
-                self._socket.send(frames[0], zmq.NOBLOCK)
+                self._socket.send(frames[0], _NOBLOCK)
             else:
                 self._socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             return False
+        except zmq.ZMQError as error:
+            raise PeerError(f"the link is closed: {error.strerror}") from None
         return True
 
     def _flush(self) -> None:
@@ -128,8 +210,7 @@ class ZmqChannel:
             self._sleeping.cancel()
 
     def _has_work(self) -> bool:
-        wanted = zmq.POLLIN | zmq.POLLOUT if self._backlog else zmq.POLLIN
-        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & wanted)
+        return bool(self._get(_EVENTS) & (_IN_OR_OUT if self._backlog else _IN))
 
     async def _sleep(self) -> None:
         with trio.CancelScope(deadline=trio.current_time() + _SLEEP_CAP_SECONDS) as scope:

@@ -21,7 +21,7 @@ from protocol.links import LinkKind, name_of
 from protocol.messages import BodyT, Message, ReplyT, decode_registers, decode_result
 from protocol.refusals import Refusal, refusal, why_not_served
 from protocol.roles import Role
-from protocol.wire import MAX_OPEN_CALLS, Envelope, MessageKind, decode, encode
+from protocol.wire import MAX_OPEN_CALLS, Envelope, MessageKind, decode, encode, is_bundle, unbundle
 from services.runtime.channel import ZmqChannel
 from services.runtime.log import Log
 from services.runtime.recorder import Tap
@@ -34,6 +34,9 @@ DEFERRED = None
 
 AtOnce = Callable[[Envelope, Any], Any]
 Waiting = Callable[[Envelope, Any], Awaitable[Any]]
+Batch = list[tuple[Envelope, list[int]]]
+"""Calls with their registers."""
+TogetherHandler = Callable[[Batch], Awaitable[list[Any]]]
 
 
 class _Group:
@@ -58,8 +61,9 @@ class _Group:
 @dataclass(frozen=True, slots=True)
 class _Handler:
     decode: Callable[[msgspec.Raw], Any]
-    at_once: AtOnce | None
-    waiting: Waiting | None
+    at_once: AtOnce | None = None
+    waiting: Waiting | None = None
+    together: TogetherHandler | None = None
 
 
 class Link:
@@ -73,23 +77,32 @@ class Link:
         self.refused = 0
         self.tap: Tap | None = None
         self._channel = channel
+        channel.bundles = kind.bundles
         self._inbound = kind.inbound(me)
         self._log = log.bind(link=link_id, peer=peer)
         self._handlers: dict[int, _Handler] = {}
         self._pending: dict[int, trio.lowlevel.Task | _Group] = {}
         self._next_correlation = 1
         self._open_tasks = 0
+        self._gathered: dict[tuple[int, int], Batch] = {}
         self._nursery: trio.Nursery | None = None
 
     # -- handlers ---------------------------------------------------------------------------------------------
 
     def on(self, call: Call | Message[Any, Any], handler: AtOnce) -> None:
         """Serve `call` in the reader: `handler(envelope, body)` returns the reply, or DEFERRED."""
-        self._register(call, _Handler(_decoder_for(call), handler, None))
+        self._register(call, _Handler(_decoder_for(call), at_once=handler))
 
     def on_waiting(self, call: Call | Message[Any, Any], handler: Waiting) -> None:
         """Serve `call` in a task of its own."""
-        self._register(call, _Handler(_decoder_for(call), None, handler))
+        self._register(call, _Handler(_decoder_for(call), waiting=handler))
+
+    def on_together(self, call: Call, handler: TogetherHandler) -> None:
+        """Serve `call` in a task, together with all that came with it and have the same first register.
+
+        `handler` returns a reply for each.
+        """
+        self._register(call, _Handler(_decoder_for(call), together=handler))
 
     def _register(self, call: Call | Message[Any, Any], handler: _Handler) -> None:
         if call.number not in self._inbound:
@@ -117,12 +130,14 @@ class Link:
         self._next_correlation += len(args_of_each)
         correlations = range(first, self._next_correlation)
         group = _Group(trio.lowlevel.current_task(), correlations)
-        self._send_many(
+        sent = self._send_many(
             [
                 encode(MessageKind.CALL, call.number, correlation, cause, args)
                 for correlation, args in zip(correlations, args_of_each, strict=True)
             ]
         )
+        if not sent:
+            raise PeerGone(self.peer, "unresponsive")
         for correlation in correlations:
             self._pending[correlation] = group
 
@@ -142,7 +157,7 @@ class Link:
         """Send a call whose answer does not come as a reply (a reflected hypercall is answered by UV_RETURN)."""
         if self.peer_state != "up":
             raise PeerGone(self.peer, self.peer_state)
-        self._send(MessageKind.CALL, number, correlation, cause, body)
+        self._send_or_raise(number, correlation, cause, body)
 
     def reply(self, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
         """Answer a deferred call."""
@@ -154,6 +169,7 @@ class Link:
             [
                 encode(MessageKind.REPLY, envelope.number, envelope.correlation, envelope.cause, body)
                 for envelope, body in answers
+                if envelope.kind is MessageKind.CALL
             ]
         )
 
@@ -181,7 +197,7 @@ class Link:
             raise PeerGone(self.peer, self.peer_state)
         correlation = self._next_correlation
         self._next_correlation += 1
-        self._send(MessageKind.CALL, number, correlation, cause, body)
+        self._send_or_raise(number, correlation, cause, body)
         self._pending[correlation] = trio.lowlevel.current_task()
 
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
@@ -195,7 +211,12 @@ class Link:
         waiting, self._pending = self._pending.values(), {}
         return list({waiter.task if isinstance(waiter, _Group) else waiter: None for waiter in waiting})
 
-    def _send(self, kind: MessageKind, number: int, correlation: int, cause: int, body: Any) -> None:  # noqa: ANN401
+    def _send_or_raise(self, number: int, correlation: int, cause: int, body: Any) -> None:  # noqa: ANN401
+        """A call that was not sent is never answered: raises PeerGone."""
+        if not self._send(MessageKind.CALL, number, correlation, cause, body):
+            raise PeerGone(self.peer, "unresponsive")
+
+    def _send(self, kind: MessageKind, number: int, correlation: int, cause: int, body: Any) -> bool:  # noqa: ANN401
         frames = (encode(kind, number, correlation, cause, body),)
         if self.tap is not None:
             self.tap(self.id, "out", frames)
@@ -203,6 +224,8 @@ class Link:
             self._channel.send(frames)
         except PeerError as error:
             self._refuse(str(error))
+            return False
+        return True
 
     def _send_from_reader(self, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
         frames = (encode(MessageKind.REPLY, envelope.number, envelope.correlation, envelope.cause, body),)
@@ -213,7 +236,7 @@ class Link:
         except PeerError as error:
             self._refuse(str(error))
 
-    def _send_many(self, encoded: list[bytes]) -> None:
+    def _send_many(self, encoded: list[bytes]) -> bool:
         messages = [(frame,) for frame in encoded]
         if self.tap is not None:
             for frames in messages:
@@ -222,6 +245,8 @@ class Link:
             self._channel.send_many(messages)
         except PeerError as error:
             self._refuse(str(error))
+            return False
+        return True
 
     # -- calls in ---------------------------------------------------------------------------------------------
 
@@ -229,14 +254,31 @@ class Link:
         """Read and serve until cancelled; what is still open then ends with PeerGone."""
         try:
             async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._channel.watch)
                 task_status.started()
-                while True:
-                    self._take(await self._channel.receive())
+                await self._channel.serve(self._take)
         finally:
             self.peer_is("closed")
             self._channel.close()
 
-    def _take(self, frames: list[bytes]) -> None:
+    def _take(self, frames: list[bytes]) -> int:
+        """Serve what came as one ZeroMQ message; how many messages it was."""
+        if self.kind.bundles and is_bundle(frames[0]):
+            return self._take_bundle(frames[0])
+        self._take_message(frames)
+        return 1
+
+    def _take_bundle(self, frame: bytes) -> int:
+        try:
+            messages = unbundle(frame)
+        except MalformedMessage as error:
+            self._refuse(str(error))
+            return 1
+        for message in messages:
+            self._take_message([message])
+        return len(messages) or 1
+
+    def _take_message(self, frames: list[bytes]) -> None:
         if self.tap is not None:
             self.tap(self.id, "in", frames)
         try:
@@ -271,6 +313,8 @@ class Link:
             self._serve_at_once(handler.at_once, envelope, body)
         elif handler.waiting is not None:
             self._serve_in_task(handler.waiting, envelope, body)
+        elif handler.together is not None:
+            self._gather(handler.together, envelope, body)
 
     def _answer_unknown(self, envelope: Envelope) -> None:
         if envelope.kind is MessageKind.CALL:
@@ -281,10 +325,10 @@ class Link:
     def _serve_at_once(self, handler: AtOnce, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
         try:
             result = handler(envelope, body)
+            if result is not DEFERRED and envelope.kind is MessageKind.CALL:
+                self._send_from_reader(envelope, result)
         except Exception as error:
-            result = self._failure(envelope, error)
-        if result is not DEFERRED and envelope.kind is MessageKind.CALL:
-            self._send_from_reader(envelope, result)
+            self._answer(envelope, self._failure(envelope, error))
 
     def _serve_in_task(self, handler: Waiting, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
         if self._open_tasks >= MAX_OPEN_CALLS or self._nursery is None:
@@ -293,14 +337,37 @@ class Link:
         self._open_tasks += 1
         self._nursery.start_soon(self._serve, handler, envelope, body)
 
+    def _gather(self, handler: TogetherHandler, envelope: Envelope, registers: list[int]) -> None:
+        if self._open_tasks >= MAX_OPEN_CALLS or self._nursery is None:
+            self._answer(envelope, refusal(envelope.number, Refusal.BUSY))
+            return
+        self._open_tasks += 1
+        key = (envelope.number, registers[0] if registers else 0)
+        batch = self._gathered.get(key)
+        if batch is None:
+            batch = self._gathered[key] = []
+            self._nursery.start_soon(self._serve_together, handler, key)
+        batch.append((envelope, registers))
+
+    async def _serve_together(self, handler: TogetherHandler, key: tuple[int, int]) -> None:
+        batch = self._gathered.pop(key)
+        try:
+            try:
+                results = await handler(batch)
+                self.reply_many([(envelope, result) for (envelope, _), result in zip(batch, results, strict=True)])
+            except Exception as error:
+                self.reply_many([(envelope, self._failure(envelope, error)) for envelope, _ in batch])
+        finally:
+            self._open_tasks -= len(batch)
+
     async def _serve(self, handler: Waiting, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
         try:
             try:
                 result = await handler(envelope, body)
+                if result is not DEFERRED:
+                    self._answer(envelope, result)
             except Exception as error:
-                result = self._failure(envelope, error)
-            if result is not DEFERRED:
-                self._answer(envelope, result)
+                self._answer(envelope, self._failure(envelope, error))
         finally:
             self._open_tasks -= 1
 

@@ -198,8 +198,11 @@ class _Shell:
             await self._start(end)
         except LauncherGone:
             return
-        except PefboxError as error:
-            await end.send(control.Failed(str(error)))
+        except (PefboxError, ExceptionGroup) as error:
+            reason = _reason(error)
+            if reason is None:
+                raise
+            await end.send(control.Failed(reason))
             raise SystemExit(1) from None
 
     async def _start(self, end: ControlEnd) -> None:
@@ -237,8 +240,19 @@ class _Shell:
             runtime.recorder.flush()
 
 
+def _reason(error: PefboxError | ExceptionGroup[Exception]) -> str | None:
+    """The line for the operator; None when there is an error in `error` that nobody raised on purpose."""
+    if isinstance(error, PefboxError):
+        return str(error)
+    reasons = [_reason(it) if isinstance(it, (PefboxError, ExceptionGroup)) else None for it in error.exceptions]
+    return None if None in reasons else reasons[0]
+
+
 class _ControlLoop:
-    """Serves the launcher's packets; answers a ping at once, whatever else goes on."""
+    """Serves the launcher's packets in their order, so that the answer to a ping says that all before it is done.
+
+    Whatever takes long is bounded: while it goes on no ping is answered.
+    """
 
     def __init__(self, end: ControlEnd, runtime: Runtime, service: Service) -> None:
         self._end = end
@@ -271,11 +285,19 @@ class _ControlLoop:
                 await self._service.gift(tag, vm, descriptors[0])
             case control.AddVm(vm, links, keys, names):
                 files = dict(zip(names, descriptors, strict=True))
-                await self._service.add_vm(vm, links, {key.link: key for key in keys.links}, files)
+                await self._add_vm(vm, links, keys, files)
             case control.RemoveVm(vm):
                 await self._service.remove_vm(vm)
             case _:
                 self._runtime.log.error("packet out of turn", packet=type(packet).__name__)
+
+    async def _add_vm(self, vm: VmEntry, links: list[LinkEntry], keys: Keys, files: dict[str, int]) -> None:
+        """A VM that cannot begin here fails; the others go on."""
+        try:
+            await self._service.add_vm(vm, links, {key.link: key for key in keys.links}, files)
+        except Exception as error:
+            self._runtime.log.error("VM not added", vm=vm.name, exc_info=error)
+            await self._runtime.notice("vm-failed", vm.name, f"{self._runtime.config.target}: {error}")
 
     def _peer_state(self, peer: str, state: str) -> None:
         for link in list(self._runtime.links.values()):

@@ -154,11 +154,10 @@ class PlayedGuest:
             (m.VCPU_STOP, self._stop),
             (m.VCPU_CONTINUE, self._continue),
         ):
-            self._kvm.on_waiting(message, self._guarded(self._kvm, handler))  # type: ignore[arg-type]
+            self._kvm.on_waiting(message, self._guarded(self._kvm, handler))
         self._kvm.on(m.VCPU_LINE, lambda _envelope, _body: None)
         self._ultravisor.on(m.SVM_START, self._start_secure)
         self._ultravisor.on(m.SVM_ENDED, self._end_secure)
-        self._ultravisor.on(m.SVM_INTERRUPT, lambda _envelope, _body: None)
 
     def _guarded(self, link: Link, handler: Any) -> Any:  # noqa: ANN401
         async def serve(envelope: Envelope, body: Any) -> Any:  # noqa: ANN401
@@ -214,4 +213,3 @@ class PlayedGuest:
             self._normal_map.close()
         self._private.close()
         self.secure, self.pc = False, None
-

@@ -14,7 +14,9 @@ Source: open-power/ultravisor `svm/svm-esm.c`; Linux `Documentation/powerpc/ultr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
@@ -65,7 +67,7 @@ class SecureBoot:
 
 
 class EsmSwitch:
-    """One UV_ESM under way; `run` returns when the guest has started as a secure VM."""
+    """One UV_ESM under way: `run` makes the VM a secure one, `start_guest` has it begin."""
 
     def __init__(self, partition: Partition, svm: Svm, hypervisor: Hypervisor, key: RSAPrivateKey, cause: int) -> None:
         self._partition = partition
@@ -75,10 +77,10 @@ class EsmSwitch:
         self._cause = cause
 
     async def run(self, kbase: int, fdt_gpa: int) -> SecureBoot:
-        """Raises ImageRefused with the true reason, and the caller aborts; SvmBroken when it is too late for that."""
+        """All up to the guest's start. Raises ImageRefused with the true reason, and the caller aborts."""
         await self._init_start()
         fdt = await self._take_fdt(fdt_gpa)
-        tree = self._parse_tree(fdt)
+        tree = await _in_thread(self._parse_tree, fdt)
         layout = read_layout(tree, fdt, self._svm.ram.size_bytes)
         await self._take(layout.rtas)
         await self._take(layout.initrd)
@@ -86,14 +88,14 @@ class EsmSwitch:
         kernel = checked_extent("kernel", kbase, opened.digests.kernel_size_bytes, self._svm.ram.size_bytes)
         await self._take(kernel)
         parts = [layout.fdt, layout.rtas, layout.initrd, kernel]
-        await trio.to_thread.run_sync(check_image, opened.digests, self._image(layout, kernel))
+        await _in_thread(check_image, opened.digests, self._image(layout, kernel))
         bounce = await self._make_bounce_pages(layout, parts, tree)
-        new_tree = self._edit_tree(tree, layout, parts, bounce)
+        new_tree = await _in_thread(self._edit_tree, tree, layout, parts, bounce)
         await self._init_done()
+        # The end of the VM, too, wakes whoever waits for kvm.
+        await trio.lowlevel.checkpoint_if_cancelled()
         self._commit(parts, layout.fdt, new_tree)
-        boot = SecureBoot(bounce, opened.files(), opened.lockbox, layout.initrd.n_bytes, kernel.n_bytes)
-        await self._start_guest(kbase, fdt_gpa)
-        return boot
+        return SecureBoot(bounce, opened.files(), opened.lockbox, layout.initrd.n_bytes, kernel.n_bytes)
 
     # -- 1 and 5: the hypervisor's consent --------------------------------------------------------------------
 
@@ -151,7 +153,7 @@ class EsmSwitch:
         archive = self._bytes(initrd)
         found = find_blob(archive)
         blob = archive[found.blob_start : found.blob_end]
-        return await trio.to_thread.run_sync(open_blob, blob, self._key)
+        return await _in_thread(open_blob, blob, self._key)
 
     def _image(self, layout: BootLayout, kernel: Extent) -> SecureImage:
         archive = self._bytes(layout.initrd)
@@ -212,7 +214,8 @@ class EsmSwitch:
             at = min(last, PAGE_BYTES)
         page[at:] = bytes(PAGE_BYTES - at)
 
-    async def _start_guest(self, kbase: int, fdt_gpa: int) -> None:
+    async def start_guest(self, kbase: int, fdt_gpa: int) -> None:
+        """Memory, map and start go to the guest; raises SvmBroken when it does not start."""
         body = SvmStartBody(0, kbase, {3: fdt_gpa, 4: kbase, 5: 0})
         try:
             self._partition.hand_over_memory(self._svm)
@@ -238,6 +241,34 @@ class EsmSwitch:
         if code != HCode.H_SUCCESS:
             names = {int(known): known.name for known in HCode}
             raise ImageRefused(f"hypervisor: {what} returned {names.get(code, code)}")
+
+
+_P = ParamSpec("_P")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    reason: str
+
+
+async def _in_thread(check: Callable[_P, _Result], *args: _P.args, **kwargs: _P.kwargs) -> _Result:
+    """What `check` returns; raises ImageRefused as it does. For what takes long: hashes, RSA, a tree of 1 MiB.
+
+    An exception that leaves a thread keeps its frames, and with them views of secure memory, until the garbage
+    collector comes by; the memory of a refused VM could not be given back before. So the reason comes as a value.
+    """
+
+    def verdict() -> _Result | _Refused:
+        try:
+            return check(*args, **kwargs)
+        except ImageRefused as refused:
+            return _Refused(refused.reason)
+
+    found = await trio.to_thread.run_sync(verdict)
+    if isinstance(found, _Refused):
+        raise ImageRefused(found.reason)
+    return found
 
 
 def first_refusal(partition: Partition, kbase: int, fdt_gpa: int) -> str | None:

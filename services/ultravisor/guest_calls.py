@@ -8,9 +8,9 @@ from typing import Any
 
 from protocol.codes import HCode, UCode
 from protocol.declare import Call, Caller
-from protocol.errors import GuestFault, PeerGone
+from protocol.errors import GuestFault, HostFault, PeerGone
 from protocol.hcalls import H_RANDOM, H_RTAS, HCALLS
-from protocol.messages import GUEST_CRASHED, MAP_FAULT, CrashBody, MapFaultBody, Status
+from protocol.messages import GUEST_CRASHED, MAP_FAULT, Access, CrashBody, MapFaultBody, Status
 from protocol.refusals import Refusal
 from protocol.ucalls import (
     UV_ESM,
@@ -67,7 +67,8 @@ class GuestCalls:
             partition = self._partition
             if not partition.secure or len(registers) < n_registers:
                 return [HCode.H_PARAMETER]
-            if self._hypervisor.open_of(partition.lpid) >= MAX_OPEN_CALLS:
+            busy = self._hypervisor.open_calls >= MAX_OPEN_CALLS
+            if busy and self._hypervisor.open_of(partition.lpid) >= MAX_OPEN_CALLS:
                 return [HCode.H_BUSY]
 
             def on_result(result: list[int]) -> None:
@@ -135,7 +136,7 @@ class GuestCalls:
     def uv_esmb_get_file(self, _envelope: Envelope, registers: list[int]) -> list[int]:
         """UV_ESMB_GET_FILE: `[bytes or code, data0...data7]`."""
         files = self._life.files.get(self._partition.lpid)
-        if files is None:
+        if files is None or not self._partition.secure:
             return [UCode.U_PERMISSION]
         if len(registers) < 10:
             return [UCode.U_PARAMETER]
@@ -178,12 +179,12 @@ class GuestCalls:
             done = await sharing.bring_in(self._partition, svm, self._hypervisor, body.gfn, cause)
             return HCode.H_SUCCESS if done else HCode.H_BUSY
         if state in _RESTORABLE:
-            await sharing.bring_back_shared(self._partition, self._hypervisor, body.gfn, cause)
+            await sharing.bring_back_shared(self._partition, svm, self._hypervisor, body.gfn, cause)
             return HCode.H_SUCCESS
         if state in (GfnState.SHARED_IMPLICIT, GfnState.SHARED_IMPLICIT_INV):
             raise SvmBroken(f"the guest touched gfn {body.gfn:#x}, a bounce page of the ultravisor")
         # The page is mapped already unless what is wanted is not permitted at all (code from a shared page).
-        permitted = bool(svm.map[body.gfn]) and not (state is GfnState.SHARED and body.access == 2)
+        permitted = bool(svm.map[body.gfn]) and not (state is GfnState.SHARED and body.access is Access.EXECUTE)
         return HCode.H_SUCCESS if permitted else HCode.H_PARAMETER
 
     async def guest_crashed(self, _envelope: Envelope, body: CrashBody) -> None:
@@ -205,3 +206,10 @@ class GuestCalls:
             return [UCode.U_STATE]
         except GuestFault:
             return [HCode.H_PARAMETER]
+        except HostFault:
+            return [HCode.H_HARDWARE]
+        except PeerGone:
+            raise
+        except Exception as error:
+            await self._life.fail_for_error(self._partition, error)
+            return [UCode.U_STATE]

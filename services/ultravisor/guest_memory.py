@@ -44,8 +44,10 @@ class GuestMemory:
             at += length
 
     async def _present(self, gpa: int, n_bytes: int) -> None:
+        if not n_bytes:
+            return
         gfns = pages_spanned(gpa, n_bytes)
-        if not gfns or not self._svm.in_slots(gfns.start, len(gfns)):
+        if not self._svm.in_slots(gfns.start, len(gfns)):
             raise GuestFault(f"{n_bytes} bytes at {gpa:#x} lie outside the memory slots")
         for gfn in gfns:
             if self._svm.states[gfn] is GfnState.PAGED_OUT:

@@ -8,8 +8,8 @@ results come back, as the declaration names (S4).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import outcome
 import trio
@@ -25,14 +25,15 @@ from services.runtime.log import Log
 TRY_SECONDS = 5.0
 TRIES = 3
 _COOKIE_BITS = 62
+_COOKIE_MASK = (1 << _COOKIE_BITS) - 1
+_COOKIES_A_DRAW = 256
 _FIRST_OUTPUT = 2
 _REMEMBERED_ENDED = 1024
 
 OnResult = Callable[[list[int]], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Open:
+class _Open(NamedTuple):
     lpid: int
     call: Call
     on_result: OnResult
@@ -47,6 +48,7 @@ class Hypervisor:
         self._log = log
         self._open: dict[int, _Open] = {}
         self._ended: dict[int, None] = {}
+        self._cookies: Iterator[int] = iter(())
 
     def forward(self, lpid: int, vcpu: int, call: Call, args: list[int], cause: int, on_result: OnResult) -> None:
         """Send a hypercall; `on_result` gets `[code, outputs...]` once. Keeps a record, no task.
@@ -133,9 +135,13 @@ class Hypervisor:
 
     def kvm_lost(self, code: int) -> None:
         """kvm is gone or stopped: the guests' open hypercalls end with `code`; the ultravisor's own are tried again."""
-        for cookie, record in list(self._open.items()):
-            if record.own or (record.call.open_ended and code == HCode.H_BUSY):
-                continue
+        ended = {
+            cookie: record
+            for cookie, record in self._open.items()
+            if not record.own and not (record.call.open_ended and code == HCode.H_BUSY)
+        }
+        self._log.warning("open hypercalls end", peer=self._link.peer, code=HCode(code).name, open_calls=len(ended))
+        for cookie, record in ended.items():
             del self._open[cookie]
             self._remember_ended(cookie)
             record.on_result([code])
@@ -150,7 +156,13 @@ class Hypervisor:
         return sum(record.lpid == lpid for record in self._open.values())
 
     def _new_cookie(self) -> int:
-        return secrets.randbits(_COOKIE_BITS) | 1 << _COOKIE_BITS
+        cookie = next(self._cookies, 0)
+        if not cookie:
+            # Drawn by the hundred: a system call each would be a good part of a hypercall's own cost.
+            words = memoryview(secrets.token_bytes(_COOKIES_A_DRAW * 8)).cast("Q")
+            self._cookies = iter([word & _COOKIE_MASK | 1 << _COOKIE_BITS for word in words])
+            cookie = next(self._cookies)
+        return cookie
 
     def _send(self, cookie: int, lpid: int, vcpu: int, call: Call, args: list[int], cause: int) -> None:
         self._link.send_call(call.number, cookie, [lpid, vcpu, *args[: call.n_args]], cause)

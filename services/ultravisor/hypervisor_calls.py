@@ -16,7 +16,7 @@ from protocol.ucalls import (
     UV_WRITE_PATE,
 )
 from protocol.wire import Envelope
-from services.runtime.link import Link
+from services.runtime.link import Batch, Link
 from services.ultravisor import page_calls
 from services.ultravisor.hypervisor import Hypervisor
 from services.ultravisor.life import SvmLife
@@ -45,7 +45,7 @@ class HypervisorCalls:
         link.on(UV_REGISTER_MEM_SLOT, self.uv_register_mem_slot)
         link.on(UV_UNREGISTER_MEM_SLOT, self.uv_unregister_mem_slot)
         link.on(UV_PAGE_IN, self.uv_page_in)
-        link.on_waiting(UV_PAGE_OUT, self.uv_page_out)
+        link.on_together(UV_PAGE_OUT, self.uv_page_out)
         link.on_waiting(UV_PAGE_INVAL, self.uv_page_inval)
         link.on_waiting(UV_SVM_TERMINATE, self.uv_svm_terminate)
 
@@ -75,7 +75,7 @@ class HypervisorCalls:
     def uv_register_mem_slot(self, _envelope: Envelope, registers: list[int]) -> list[int]:
         """UV_REGISTER_MEM_SLOT."""
         svm = self._svm(registers, 5)
-        if svm is None or svm.phase not in (SvmPhase.STARTING, SvmPhase.SECURE):
+        if svm is None or svm.phase is not SvmPhase.STARTING:
             return [UCode.U_PARAMETER]
         return [page_calls.register_slot(svm, *registers[1:5])]
 
@@ -99,20 +99,24 @@ class HypervisorCalls:
             self._life.write_audit(svm.name, "page-refused", gpa=registers[2])
         return [code]
 
-    async def uv_page_out(self, envelope: Envelope, registers: list[int]) -> list[int]:
-        """UV_PAGE_OUT."""
-        svm = self._svm(registers, 5)
+    async def uv_page_out(self, calls: Batch) -> list[list[int]]:
+        """UV_PAGE_OUT; all `calls` name the same VM."""
+        svm = self._svm(calls[0][1], 1)
         if svm is None:
-            return [UCode.U_PARAMETER]
-        partition = self._partitions[registers[0]]
-        _, dst_ra, gpa, flags, order = registers[:5]
-        request = page_calls.PageRequest(dst_ra, gpa, flags, order, envelope.cause)
+            return [[UCode.U_PARAMETER]] * len(calls)
+        partition = self._partitions[svm.lpid]
+        whole = [i for i, (_, registers) in enumerate(calls) if len(registers) >= 5]
+        requests = [page_calls.PageRequest.of(calls[i][1], calls[i][0].cause) for i in whole]
+        codes: list[int] = [UCode.U_STATE] * len(calls)
 
         async def work() -> list[int]:
-            return [await page_calls.page_out(partition, svm, request)]
+            for i, code in zip(whole, await page_calls.page_out(partition, svm, requests), strict=True):
+                codes[i] = code
+            return codes
 
         # The pages that an abort gives back belong to no operation of the VM that could be ended.
-        return await (work() if svm.phase is SvmPhase.ABORTING else partition.operation(work()))
+        await (work() if svm.phase is SvmPhase.ABORTING else partition.operation(work()))
+        return [[code if i in whole else UCode.U_PARAMETER] for i, code in enumerate(codes)]
 
     async def uv_page_inval(self, envelope: Envelope, registers: list[int]) -> list[int]:
         """UV_PAGE_INVAL."""

@@ -1,7 +1,7 @@
 """Taking pages away from a running guest: clear the map entries, then have the guest forget its translations.
 
-Requests that come while one invalidation is on its way travel together in the next, so that paging out many pages
-costs one round trip a batch.
+Requests that come while invalidations are on their way travel together in the next, so that paging out many pages
+costs one round trip a batch. Two may be on their way, so that what the first one freed is worked on meanwhile.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from protocol.messages import MAP_INVALIDATE, MAX_INVALIDATION_RANGES, Invalidat
 from services.runtime.link import Link
 
 ACKNOWLEDGE_SECONDS = 1.0
+MAX_IN_FLIGHT = 2
 
 
 class _Batch:
@@ -30,7 +31,7 @@ class Invalidator:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._next = _Batch()
-        self._in_flight: _Batch | None = None
+        self._in_flight: list[_Batch] = []
 
     async def invalidate(self, gfns: Iterable[int], cause: int = 0) -> bool:
         """True when the guest acknowledged that it uses none of `gfns` any more; False after a second without."""
@@ -41,12 +42,11 @@ class Invalidator:
             await batch.done.wait()
             return batch.acknowledged
         try:
-            if self._in_flight is not None:
-                await self._in_flight.done.wait()
+            while len(self._in_flight) >= MAX_IN_FLIGHT:
+                await self._in_flight[0].done.wait()
             await self._send(batch, cause)
         finally:
-            # Also when the end of the VM takes the leader away while it waits its turn: nobody may join a batch
-            # that will never be sent.
+            # Also when the leader was cancelled: nobody may wait for a batch without one.
             if self._next is batch:
                 self._next = _Batch()
             batch.done.set()
@@ -54,7 +54,7 @@ class Invalidator:
 
     async def _send(self, batch: _Batch, cause: int) -> None:
         self._next = _Batch()
-        self._in_flight = batch
+        self._in_flight.append(batch)
         try:
             for part in _parts(ranges_of(batch.gfns)):
                 with trio.fail_after(ACKNOWLEDGE_SECONDS):
@@ -63,7 +63,7 @@ class Invalidator:
         except (trio.TooSlowError, PefboxError):
             batch.acknowledged = False
         finally:
-            self._in_flight = None
+            self._in_flight.remove(batch)
 
 
 def ranges_of(gfns: Iterable[int]) -> list[Range]:

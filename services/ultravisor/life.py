@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
-from protocol.codes import HCode, UCode
+from protocol.codes import UCode
 from protocol.errors import CallTimeout, HostFault, ImageRefused
 from protocol.hcalls import H_SVM_INIT_ABORT
+from services.runtime.confine import landlock_abi
 from services.runtime.process import Runtime
 from services.ultravisor.audit import AuditLog
+from services.ultravisor.audit_limit import AuditLimit
 from services.ultravisor.esm import EsmSwitch, SecureBoot, first_refusal
 from services.ultravisor.esm_files import EsmFiles
 from services.ultravisor.hypervisor import Hypervisor
@@ -35,13 +38,20 @@ class SvmLife:
         self._account = account
         self._key = key
         self._audit = audit
+        self._limit = AuditLimit(time.monotonic)
         self.files: dict[int, EsmFiles] = {}
         self.bounce: dict[int, RtasBounce] = {}
 
     def write_audit(self, vm: str, event: str, **facts: str | int | bool) -> None:
-        """One line; a machine that cannot store it is reported and the service goes on."""
+        """One line, unless the VM has caused too many of its kind.
+
+        A machine that cannot store it is reported and the service goes on.
+        """
+        left_out = self._limit.admit(vm, event)
+        if left_out is None:
+            return
         try:
-            self._audit.write(vm, event, facts)
+            self._audit.write(vm, event, {**facts, "left_out_before": left_out} if left_out else facts)
         except HostFault as fault:
             self._runtime.log.error("audit", reason=str(fault))
 
@@ -66,6 +76,13 @@ class SvmLife:
         except SvmBroken as broken:
             await self.fail(partition, broken.reason)
             return [UCode.U_STATE]
+        except Exception as error:
+            await self.fail_for_error(partition, error)
+            return [UCode.U_STATE]
+        if partition.svm is not svm:
+            # Its end answered what was open, so a reason found meanwhile says nothing.
+            self._note_refusal(partition, "the VM was ended before the switch was complete")
+            return [UCode.U_STATE]
         if reasons:
             return await self._abort(partition, svm, reasons[0], cause)
         return result
@@ -74,17 +91,20 @@ class SvmLife:
         self, partition: Partition, svm: Svm, kbase: int, fdt_gpa: int, cause: int, reasons: list[str]
     ) -> list[int]:
         started = time.monotonic()
+        switch = EsmSwitch(partition, svm, self._hypervisor, self._key, cause)
         try:
-            boot = await EsmSwitch(partition, svm, self._hypervisor, self._key, cause).run(kbase, fdt_gpa)
+            boot = await switch.run(kbase, fdt_gpa)
         except ImageRefused as refused:
             reasons.append(refused.reason)
             return [UCode.U_PARAMETER]
+        # Before the start: the guest's first instruction may ask for them.
+        self.files[partition.lpid] = boot.files
+        self.bounce[partition.lpid] = RtasBounce(boot.bounce_gfns, partition.ram)
+        await switch.start_guest(kbase, fdt_gpa)
         self._note_success(partition, svm, boot, time.monotonic() - started)
         return [UCode.U_SUCCESS]
 
     def _note_success(self, partition: Partition, svm: Svm, boot: SecureBoot, seconds: float) -> None:
-        self.files[partition.lpid] = boot.files
-        self.bounce[partition.lpid] = RtasBounce(boot.bounce_gfns, partition.ram)
         partition.secure_since = time.time()
         partition.note_esm("secure", "")
         self.write_audit(
@@ -99,21 +119,24 @@ class SvmLife:
         )
 
     def missing_protections(self) -> list[str]:
-        """Protections of this process that the machine lacks or the start left out."""
-        return [f"{name} {state}" for name, state in self._runtime.protections.items() if not _covered(name, state)]
+        """Protections of this process and of the host's roles that the machine lacks or the start left out."""
+        missing = [f"{name} {state}" for name, state in self._runtime.protections.items() if not _covered(name, state)]
+        if not landlock_abi():
+            missing.append("landlock of kvm and qemu missing: they can read the keys of this user")
+        return missing
 
     async def _abort(self, partition: Partition, svm: Svm, reason: str, cause: int) -> list[int]:
         """The VM goes on as a normal one: kvm gets the pages back as the host had given them."""
         svm.phase = SvmPhase.ABORTING
         self._note_refusal(partition, reason)
         try:
-            result = await self._hypervisor.ask(partition.lpid, H_SVM_INIT_ABORT, [], cause)
+            await self._hypervisor.ask(partition.lpid, H_SVM_INIT_ABORT, [], cause)
         except CallTimeout as timeout:
             await self.fail(partition, f"hypervisor-silent: {timeout}")
             return [UCode.U_PARAMETER]
         if partition.svm is svm:
             await self.terminate(partition, "esm-aborted")
-        return [UCode.U_PARAMETER if result[0] != HCode.H_PARAMETER else result[0]]
+        return [UCode.U_PARAMETER]
 
     def _note_refusal(self, partition: Partition, reason: str) -> None:
         partition.note_esm("refused", reason)
@@ -129,6 +152,11 @@ class SvmLife:
         self.write_audit(partition.name, "svm-failed", reason=reason)
         await self.terminate(partition, reason)
         await self._runtime.notice("vm-failed", partition.name, reason)
+
+    async def fail_for_error(self, partition: Partition, error: Exception) -> None:
+        """A mistake of the ultravisor's own while it worked for the VM: what the pages are is not known any more."""
+        self._runtime.log.error("internal error", vm=partition.name, exc_info=error)
+        await self.fail(partition, f"internal-error: {type(error).__name__}")
 
     async def terminate(self, partition: Partition, reason: str) -> None:
         """End the secure side of a VM; wins over every open call of it, and returns when it has ended.
@@ -155,17 +183,29 @@ class SvmLife:
         if not aborted:
             self._hypervisor.end_partition(partition.lpid)
             await partition.end_operations()
-            await self._reclaim(partition)
-        svm.release()
+        if aborted or await self._reclaim(partition):
+            svm.release()
+        else:
+            self._runtime.nursery.start_soon(_release_at_death, partition, svm)
+        for event, lines in self._limit.take_left_out(partition.name).items():
+            self.write_audit(partition.name, "audit-lines-left-out", of=event, lines=lines)
         self.write_audit(partition.name, "svm-terminated", reason=reason)
 
-    async def _reclaim(self, partition: Partition) -> None:
+    async def _reclaim(self, partition: Partition) -> bool:
+        """Whether the guest has let go of secure memory, or is dead."""
         if await partition.guest_lets_go():
-            return
+            return True
         self._runtime.log.warning("guest does not let go of secure memory", vm=partition.name)
         await self._runtime.notice("guest-must-die", partition.name, "did not let go of secure memory")
-        if not await partition.guest_death(_GUEST_KILL_SECONDS):
-            self._runtime.log.error("guest holds secure memory", vm=partition.name)
+        if await partition.guest_death(_GUEST_KILL_SECONDS):
+            return True
+        self._runtime.log.error("guest holds secure memory", vm=partition.name)
+        return False
+
+
+async def _release_at_death(partition: Partition, svm: Svm) -> None:
+    await partition.guest_death(math.inf)
+    svm.release()
 
 
 def _covered(name: str, state: str) -> bool:

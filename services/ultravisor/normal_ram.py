@@ -7,6 +7,7 @@ it. So the ultravisor reads and writes it with system calls: a truncated, punche
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from protocol.errors import HostFault
 from protocol.geometry import PAGE_BYTES
@@ -15,20 +16,25 @@ _ZEROS = bytes(PAGE_BYTES)
 
 
 class NormalRam:
-    """Reads and writes of one VM's RAM segment; `fd` is owned here."""
+    """Reads and writes of one VM's RAM segment; `fd` is owned here.
 
-    def __init__(self, fd: int, size_bytes: int) -> None:
+    `note_fault` is told each reason for which an access failed, once: who spoils the memory could make it fail for ever.
+    """
+
+    def __init__(self, fd: int, size_bytes: int, note_fault: Callable[[str], None] | None = None) -> None:
         self._fd = fd
         self.size_bytes = size_bytes
+        self._note_fault = note_fault
+        self._faults: set[str] = set()
 
     def read_into(self, offset: int, target: memoryview | bytearray) -> None:
         """Fill `target` from `offset`; raises HostFault when the segment does not give all of it."""
         try:
             n = os.preadv(self._fd, [target], offset)
         except OSError as error:
-            raise HostFault(f"cannot read normal memory: {error.strerror}") from None
+            raise self._fault(f"cannot read normal memory: {error.strerror}") from None
         if n != len(target):
-            raise HostFault("normal memory was truncated")
+            raise self._fault("normal memory was truncated")
 
     def read(self, offset: int, n_bytes: int) -> bytes:
         """`n_bytes` from `offset`; raises HostFault."""
@@ -43,16 +49,22 @@ class NormalRam:
         """
         try:
             if os.fstat(self._fd).st_size < self.size_bytes:
-                raise HostFault("normal memory was truncated")
+                raise self._fault("normal memory was truncated")
             n = os.pwrite(self._fd, data, offset)
         except OSError as error:
-            raise HostFault(f"cannot write normal memory: {error.strerror}") from None
+            raise self._fault(f"cannot write normal memory: {error.strerror}") from None
         if n != len(data):
-            raise HostFault("normal memory is full")
+            raise self._fault("normal memory is full")
 
     def zero_page(self, offset: int) -> None:
         """Zero one page; raises HostFault."""
         self.write(offset, _ZEROS)
+
+    def _fault(self, reason: str) -> HostFault:
+        if self._note_fault is not None and reason not in self._faults:
+            self._faults.add(reason)
+            self._note_fault(reason)
+        return HostFault(reason)
 
     def close(self) -> None:
         """Close the descriptor."""

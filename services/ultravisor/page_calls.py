@@ -30,6 +30,8 @@ _INVALIDATABLE = frozenset(
     }
 )
 
+_SHARED_OUT = (GfnState.SHARED, GfnState.SHARED_INV, GfnState.SHARED_IMPLICIT, GfnState.SHARED_IMPLICIT_INV)
+
 
 def register_slot(svm: Svm, gpa: int, size_bytes: int, flags: int, slot: int) -> UCode:
     """UV_REGISTER_MEM_SLOT: reserve secure memory for a slot of a VM that turns secure."""
@@ -125,27 +127,50 @@ class PageRequest:
     order: int
     cause: int
 
+    @classmethod
+    def of(cls, registers: list[int], cause: int) -> PageRequest:
+        """From the registers `[lpid, dst_ra, gpa, flags, order]`."""
+        _, dst_ra, gpa, flags, order = registers[:5]
+        return cls(dst_ra, gpa, flags, order, cause)
 
-async def page_out(partition: Partition, svm: Svm, request: PageRequest) -> UCode:
-    """UV_PAGE_OUT: put the encrypted image of `gpa` into the frame at `dst_ra`; the secure frame is kept."""
+
+async def page_out(partition: Partition, svm: Svm, requests: list[PageRequest]) -> list[UCode]:
+    """UV_PAGE_OUT, several at once: put the encrypted image of each `gpa` into the frame at its `dst_ra`.
+
+    The secure frames are kept. All pages share one invalidation of the guest.
+    """
+    codes = [_begin_page_out(svm, request) for request in requests]
+    leaving = [i for i, code in enumerate(codes) if code is None]
+    if leaving:
+        gfns = [gfn_of(requests[i].gpa) for i in leaving]
+        acknowledged = await partition.invalidator.invalidate(gfns, requests[leaving[0]].cause)
+        for i, gfn in zip(leaving, gfns, strict=True):
+            if acknowledged and svm.phase is SvmPhase.SECURE:
+                codes[i] = _seal(svm, gfn)
+            else:
+                _keep_page(svm, gfn)
+    return [UCode.U_RETRY if code is None else code for code in codes]
+
+
+def _begin_page_out(svm: Svm, request: PageRequest) -> UCode | None:
+    """The answer, or None when the page is on its way: unmapped, and waiting for the guest to forget it."""
     refused = _check_page_out(svm, request)
     if refused is not None:
         return refused
     gfn = gfn_of(request.gpa)
-    if svm.phase in (SvmPhase.ABORTING, SvmPhase.STARTING):
+    if svm.phase is SvmPhase.ABORTING:
         return _give_back(svm, gfn)
+    if svm.phase is SvmPhase.STARTING:
+        # Given back now, the page could be offered again with another content after it was measured.
+        return UCode.U_RETRY
     state = svm.states[gfn]
-    if state in (GfnState.SHARED, GfnState.SHARED_INV, GfnState.SHARED_IMPLICIT, GfnState.SHARED_IMPLICIT_INV):
+    if state in _SHARED_OUT:
         return UCode.U_SUCCESS
     if state is not GfnState.SECURE:
         return UCode.U_RETRY if state in TRANSIENT else UCode.U_PARAMETER
     svm.apply(gfn, PageEvent.OUT_BEGIN)
     svm.map.clear(gfn)
-    acknowledged = await partition.invalidator.invalidate([gfn], request.cause)
-    if not acknowledged or svm.phase is not SvmPhase.SECURE:
-        _keep_page(svm, gfn)
-        return UCode.U_RETRY
-    return _seal(svm, gfn)
+    return None
 
 
 def _check_page_out(svm: Svm, request: PageRequest) -> UCode | None:
@@ -194,7 +219,8 @@ async def page_inval(partition: Partition, svm: Svm, gpa: int, order: int, cause
         return UCode.U_P2
     state = svm.states[gfn]
     svm.apply(gfn, PageEvent.HV_INVAL)
-    if state is GfnState.SHARED:
+    if state in (GfnState.SHARED, GfnState.SHARED_INV):
+        # Again for a page without frame: the guest may not have acknowledged the first time.
         svm.map.clear(gfn)
         if not await partition.invalidator.invalidate([gfn], cause):
             return UCode.U_RETRY

@@ -10,7 +10,7 @@ Source: open-power/ultravisor `svm/svm-crypto.c` (which binds no associated data
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -21,8 +21,7 @@ _TAG_BYTES = 16
 _KEY_BITS = 128
 
 
-@dataclass(frozen=True, slots=True)
-class _Proof:
+class _Proof(NamedTuple):
     vector: bytes
     tag: bytes
 
@@ -37,6 +36,7 @@ class PageSealer:
         self._identity = lpid.to_bytes(8, "big") + incarnation.to_bytes(8, "big")
         self._proofs: dict[int, _Proof] = {}
         self._scratch = bytearray(PAGE_BYTES + _TAG_BYTES)
+        self._scratch_page = memoryview(self._scratch)[:PAGE_BYTES]
 
     def seal(self, gfn: int, page: memoryview) -> memoryview:
         """The image of `page` (64 KiB). It stays valid until the next call; older images of `gfn` do not."""
@@ -44,7 +44,7 @@ class PageSealer:
         vector = self._fixed + self._counter.to_bytes(8, "big")
         self._aead.encrypt_into(vector, page, self._associated(gfn), self._scratch)
         self._proofs[gfn] = _Proof(vector, bytes(self._scratch[PAGE_BYTES:]))
-        return memoryview(self._scratch)[:PAGE_BYTES]
+        return self._scratch_page
 
     def open(self, gfn: int, image: bytearray, page: memoryview) -> bool:
         """Put the content of `image` (PAGE_BYTES, with room for a tag behind) into `page`; False when refused.
@@ -56,10 +56,10 @@ class PageSealer:
             return False
         image[PAGE_BYTES:] = proof.tag
         try:
-            self._aead.decrypt_into(proof.vector, image, self._associated(gfn), memoryview(self._scratch)[:PAGE_BYTES])
+            self._aead.decrypt_into(proof.vector, image, self._associated(gfn), self._scratch_page)
         except InvalidTag:
             return False
-        page[:] = memoryview(self._scratch)[:PAGE_BYTES]
+        page[:] = self._scratch_page
         del self._proofs[gfn]
         return True
 

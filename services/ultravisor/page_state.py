@@ -62,6 +62,7 @@ class PageEvent(IntEnum):
     IN_FAILED = 12
     MAKE_IMPLICIT = 13
     MAKE_PSEUDO = 14
+    UNSHARE_REVERT = 15
 
 
 _S, _E = GfnState, PageEvent
@@ -72,6 +73,7 @@ TRANSITIONS: dict[tuple[GfnState, PageEvent], GfnState] = {
     (_S.HV_SHARING, _E.HV_PAGE_IN): _S.HV_SHARED,
     (_S.HV_SHARED, _E.HV_PAGE_IN): _S.HV_SHARED,
     (_S.HV_SHARED, _E.HV_INVAL): _S.HV_SHARED_INV,
+    (_S.HV_SHARED_INV, _E.HV_INVAL): _S.HV_SHARED_INV,
     (_S.HV_SHARED_INV, _E.HV_PAGE_IN): _S.HV_SHARED,
     (_S.HV_SHARED, _E.SHARE_DONE): _S.SHARED,
     (_S.HV_SHARED_INV, _E.SHARE_DONE): _S.SHARED_INV,
@@ -86,6 +88,10 @@ TRANSITIONS: dict[tuple[GfnState, PageEvent], GfnState] = {
     (_S.HV_UNSHARING, _E.HV_PAGE_IN): _S.HV_UNSHARED,
     (_S.HV_UNSHARING_INV, _E.HV_PAGE_IN): _S.HV_UNSHARED,
     (_S.HV_UNSHARED, _E.UNSHARE_DONE): _S.SECURE,
+    # The guest did not acknowledge: nobody asked the hypervisor for anything yet, so the page stays shared.
+    (_S.HV_UNSHARING, _E.UNSHARE_REVERT): _S.SHARED,
+    (_S.HV_UNSHARING_INV, _E.UNSHARE_REVERT): _S.SHARED_INV,
+    (_S.HV_UNSHARED, _E.UNSHARE_REVERT): _S.SHARED_INV,
     # The hypervisor moves the normal frame of a page that it shares.
     (_S.SHARED, _E.HV_INVAL): _S.SHARED_INV,
     (_S.SHARED_INV, _E.HV_INVAL): _S.SHARED_INV,
@@ -152,7 +158,7 @@ class PageStates:
     def apply(self, gfn: int, event: PageEvent) -> GfnState:
         """Let `event` happen to `gfn`; returns its new state, raises BadTransition and changes nothing otherwise."""
         state = _BY_VALUE[self._states[gfn]]
-        new = TRANSITIONS.get((state, event))
+        new = _NEXT[state << _EVENT_BITS | event]
         if new is None:
             raise BadTransition(gfn, state, event)
         self._states[gfn] = new
@@ -171,3 +177,8 @@ class PageStates:
 
 
 _BY_VALUE = list(GfnState)
+_EVENT_BITS = 4
+_NEXT: list[GfnState | None] = [None] * (len(GfnState) << _EVENT_BITS)
+"""TRANSITIONS by number: a look-up that hashes no enum."""
+for (_state, _event), _new in TRANSITIONS.items():
+    _NEXT[_state << _EVENT_BITS | _event] = _new

@@ -43,7 +43,9 @@ class RtasBounce:
         if service is None or n_args + n_rets > MAX_WORDS or not service.fits(n_args, n_rets):
             return [HCode.H_PARAMETER]
         words_at = args_gpa + _HEADER.size
-        words = list(struct.unpack(f">{n_args}I", await memory.load(words_at, n_args * _WORD_BYTES)))
+        # All that will be written is looked at before the hypervisor hears of the call: return words, then buffers.
+        block_words = await memory.load(words_at, (n_args + n_rets) * _WORD_BYTES)
+        words = list(struct.unpack_from(f">{n_args}I", block_words))
         buffers = _buffers_of(service, words)
         if not self._blocks or len(self._buffers) < len(buffers):
             return [HCode.H_BUSY]
@@ -68,11 +70,11 @@ class RtasBounce:
     ) -> list[int]:
         _, n_args, n_rets = header
         outside = list(words)
-        for (index, reg, n_bytes), bounce in zip(buffers, lent, strict=True):
+        contents = [await memory.load(words[index], n_bytes) if n_bytes else b"" for index, _, n_bytes in buffers]
+        for (index, reg, _), content, bounce in zip(buffers, contents, lent, strict=True):
             outside[index] = bounce
             inward = reg.memory is not None and reg.memory.direction is not Direction.OUT
-            content = await memory.load(words[index], n_bytes) if inward and n_bytes else b""
-            self._ram.write(bounce, content.ljust(MAX_BUFFER_BYTES, b"\0"))
+            self._ram.write(bounce, (content if inward else b"").ljust(MAX_BUFFER_BYTES, b"\0"))
         image = _HEADER.pack(*header) + struct.pack(f">{n_args}I", *outside)
         self._ram.write(block, image.ljust(_BLOCK_BYTES, b"\0"))
         result = await forward(block)

@@ -64,12 +64,8 @@ class SecureMemory:
 
     def __init__(self, vm: str, size_bytes: int) -> None:
         self.size_bytes = size_bytes
-        limit = secret_memory_limit()
-        secret = limit is None or size_bytes <= limit // 2
-        self.mode = "memfd_secret" if secret else "memfd"
-        self._file: SecretMemory | SealedMemory = (
-            SecretMemory(size_bytes) if secret else SealedMemory(f"pefbox-secure-{vm}", size_bytes, others_write=True)
-        )
+        self._file = _secret_memory(size_bytes) or SealedMemory(f"pefbox-secure-{vm}", size_bytes, others_write=True)
+        self.mode = "memfd_secret" if isinstance(self._file, SecretMemory) else "memfd"
         self.fd = self._file.fd
         self.buffer = self._file.buffer
 
@@ -98,6 +94,17 @@ class SecretMemory:
         self.buffer.release()
         self._mmap.close()
         os.close(self.fd)
+
+
+def _secret_memory(size_bytes: int) -> SecretMemory | None:
+    """Secret memory, or None where this process may not lock so much, other VMs' memory included."""
+    limit = secret_memory_limit()
+    if limit is not None and size_bytes > limit // 2:
+        return None
+    try:
+        return SecretMemory(size_bytes)
+    except HostFault:
+        return None
 
 
 def _memfd_secret() -> int:

@@ -59,7 +59,7 @@ class Ultravisor:
         """A VM begins, as a normal one."""
         assert self._hypervisor is not None
         assert self._life is not None
-        ram = NormalRam(files[f"ram:{vm.name}"], vm.memory_bytes)
+        ram = NormalRam(files[f"ram:{vm.name}"], vm.memory_bytes, lambda reason: self._ram_fault(vm.name, reason))
         private = socket.socket(fileno=files[f"secure:{vm.name}"])
         entry = next(link for link in links if link.vm == vm.name)
         hypervisor, life = self._hypervisor, self._life
@@ -71,13 +71,19 @@ class Ultravisor:
 
         await self._runtime.open_link(entry, keys[entry.id], register)
 
+    def _ram_fault(self, vm: str, reason: str) -> None:
+        assert self._life is not None
+        self._runtime.log.error("normal memory fault", vm=vm, reason=reason)
+        self._life.write_audit(vm, "normal-memory-fault", reason=reason)
+
     async def remove_vm(self, name: str) -> None:
-        """A VM ends; its guest is dead or dying."""
+        """A VM ends; the launcher has ended its guest."""
         partition = self._by_name.pop(name, None)
         if partition is None:
             return
         assert self._life is not None
         partition.removed = True
+        partition.guest_is_gone()
         await self._life.terminate(partition, "vm-removed")
         self._partitions.pop(partition.lpid, None)
         await self._runtime.close_link(partition.guest)
@@ -96,7 +102,7 @@ class Ultravisor:
         partition = next((p for p in self._partitions.values() if p.guest.peer == peer), None)
         if partition is not None and state in ("gone", "failed"):
             partition.guest_is_gone()
-            self._runtime.nursery.start_soon(self._guest_died, partition)
+            self._runtime.nursery.start_soon(self._guest_ended, partition, state)
 
     def _kvm_state(self, state: str) -> None:
         assert self._hypervisor is not None
@@ -111,9 +117,13 @@ class Ultravisor:
         assert self._life is not None
         await self._life.fail(partition, "hypervisor-gone")
 
-    async def _guest_died(self, partition: Partition) -> None:
+    async def _guest_ended(self, partition: Partition, state: str) -> None:
+        """`gone` is an end that somebody asked for: no failure."""
         assert self._life is not None
-        await self._life.fail(partition, "guest-gone")
+        if state == "gone":
+            await self._life.terminate(partition, "guest-ended")
+        else:
+            await self._life.fail(partition, "guest-gone")
 
     async def stop(self) -> None:
         """End every secure VM."""

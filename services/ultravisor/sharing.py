@@ -24,6 +24,7 @@ from services.ultravisor.svm import Svm
 
 MAX_OPEN_PAGE_INS = 32
 MAX_REFUSALS = 3
+_PAGES_AT_ONCE = 64
 _BUSY_TRIES = 50
 _BUSY_SECONDS = 0.002
 _EXPLICIT = frozenset({GfnState.SHARED, GfnState.SHARED_INV})
@@ -65,10 +66,10 @@ async def share(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfn: int
 async def _share_pages(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfns: list[int], cause: int) -> UCode:
     _begin(svm, gfns, PageEvent.SHARE)
     if gfns and not await partition.invalidator.invalidate(gfns, cause):
-        _revert_unseen(svm, gfns)
+        await _revert_share(partition, svm, hypervisor, gfns, cause)
         return UCode.U_RETRY
     refused = await _page_in_all(partition, hypervisor, gfns, H_PAGE_IN_SHARED, cause)
-    if refused or not _zero_shared(svm, gfns):
+    if refused or not await _zero_shared(svm, gfns):
         await _revert_share(partition, svm, hypervisor, gfns, cause)
         return UCode.U_PARAMETER
     for page in gfns:
@@ -87,37 +88,37 @@ async def unshare(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfn: i
         return UCode.U_RETRY
     if any(svm.states[page] in _IMPLICIT for page in pages):
         return UCode.U_P2
-    await _unshare_pages(partition, svm, hypervisor, [p for p in pages if svm.states[p] in _EXPLICIT], cause)
-    return UCode.U_SUCCESS
+    changing = [page for page in pages if svm.states[page] in _EXPLICIT]
+    return await _unshare_pages(partition, svm, hypervisor, changing, cause)
 
 
 async def unshare_all(partition: Partition, svm: Svm, hypervisor: Hypervisor, cause: int) -> UCode:
     """UV_UNSHARE_ALL_PAGES: every page that the guest shared itself; raises SvmBroken."""
     if any(svm.states.counts[state] for state in TRANSIENT):
         return UCode.U_RETRY
-    await _unshare_pages(partition, svm, hypervisor, svm.states.in_state(*_EXPLICIT), cause)
+    return await _unshare_pages(partition, svm, hypervisor, svm.states.in_state(*_EXPLICIT), cause)
+
+
+async def _unshare_pages(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfns: list[int], cause: int) -> UCode:
+    if not gfns:
+        return UCode.U_SUCCESS
+    _begin(svm, gfns, PageEvent.UNSHARE)
+    if not await partition.invalidator.invalidate(gfns, cause):
+        _keep_shared(svm, gfns)
+        return UCode.U_RETRY
+    for page in gfns:
+        svm.zero_secure(page)
+        await _let_others_work(page)
+    if await _page_in_all(partition, hypervisor, gfns, H_PAGE_IN_NONSHARED, cause):
+        raise SvmBroken("hypervisor-refused-unshare")
+    _finish_unshare(svm, gfns)
     return UCode.U_SUCCESS
 
 
-async def _unshare_pages(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfns: list[int], cause: int) -> None:
-    _begin(svm, gfns, PageEvent.UNSHARE)
-    await _take_back(partition, svm, hypervisor, gfns, cause)
-
-
-async def _take_back(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfns: list[int], cause: int) -> None:
-    if not gfns:
-        return
-    if not await partition.invalidator.invalidate(gfns, cause):
-        raise SvmBroken("guest-unresponsive")
+def _keep_shared(svm: Svm, gfns: Iterable[int]) -> None:
     for page in gfns:
-        svm.zero_secure(page)
-    if await _page_in_all(partition, hypervisor, gfns, H_PAGE_IN_NONSHARED, cause):
-        raise SvmBroken("hypervisor-refused-unshare")
-    for page in gfns:
-        if svm.states[page] is not GfnState.HV_UNSHARED:
-            raise SvmBroken("hypervisor-kept-shared-page")
-        svm.apply(page, PageEvent.UNSHARE_DONE)
-        svm.map_secure(page)
+        if svm.apply(page, PageEvent.UNSHARE_REVERT) is GfnState.SHARED:
+            svm.map_shared(page)
 
 
 async def bring_in(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfn: int, cause: int) -> bool:
@@ -125,8 +126,12 @@ async def bring_in(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfn: 
 
     Three refused images of one page end the VM.
     """
-    code = await _page_in_one(partition, hypervisor, gfn, H_PAGE_IN_NONSHARED, cause)
-    if svm.states[gfn] is not GfnState.PAGED_OUT:
+
+    def is_out() -> bool:
+        return svm.states[gfn] is GfnState.PAGED_OUT
+
+    code = await _page_in_one(partition, hypervisor, gfn, H_PAGE_IN_NONSHARED, cause, is_out)
+    if not is_out():
         return svm.states[gfn] is GfnState.SECURE
     if svm.refused_images.get(gfn, 0) >= MAX_REFUSALS:
         raise SvmBroken("page-integrity")
@@ -137,9 +142,10 @@ async def bring_in(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfn: 
     return False
 
 
-async def bring_back_shared(partition: Partition, hypervisor: Hypervisor, gfn: int, cause: int) -> None:
+async def bring_back_shared(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfn: int, cause: int) -> None:
     """Have kvm give the normal frame of a shared page back after it took it away."""
-    await _page_in_one(partition, hypervisor, gfn, H_PAGE_IN_SHARED, cause)
+    before = svm.states[gfn]
+    await _page_in_one(partition, hypervisor, gfn, H_PAGE_IN_SHARED, cause, lambda: svm.states[gfn] is before)
 
 
 def check_range(svm: Svm, gfn: int, n_pages: int) -> UCode | None:
@@ -155,12 +161,6 @@ def _begin(svm: Svm, gfns: Iterable[int], event: PageEvent) -> None:
         svm.map.clear(page)
 
 
-def _revert_unseen(svm: Svm, gfns: Iterable[int]) -> None:
-    for page in gfns:
-        svm.apply(page, PageEvent.SHARE_REVERT)
-        svm.map_secure(page)
-
-
 async def _revert_share(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfns: list[int], cause: int) -> None:
     taken = []
     for page in gfns:
@@ -170,17 +170,30 @@ async def _revert_share(partition: Partition, svm: Svm, hypervisor: Hypervisor, 
             taken.append(page)
     if taken and await _page_in_all(partition, hypervisor, taken, H_PAGE_IN_NONSHARED, cause):
         raise SvmBroken("hypervisor-refused-unshare")
-    for page in taken:
+    _finish_unshare(svm, taken)
+
+
+def _finish_unshare(svm: Svm, gfns: Iterable[int]) -> None:
+    for page in gfns:
+        if svm.states[page] is not GfnState.HV_UNSHARED:
+            raise SvmBroken("hypervisor-kept-shared-page")
         svm.apply(page, PageEvent.UNSHARE_DONE)
         svm.map_secure(page)
 
 
-def _zero_shared(svm: Svm, gfns: Iterable[int]) -> bool:
+async def _let_others_work(gfn: int) -> None:
+    """Once in a while during work on many pages: a whole VM is a second of zeroing."""
+    if gfn % _PAGES_AT_ONCE == 0:
+        await trio.lowlevel.checkpoint()
+
+
+async def _zero_shared(svm: Svm, gfns: Iterable[int]) -> bool:
     try:
         for page in gfns:
             if svm.states[page] not in (GfnState.HV_SHARED, GfnState.HV_SHARED_INV):
                 return False
             svm.zero_shared(page)
+            await _let_others_work(page)
     except HostFault:
         return False
     return True
@@ -200,9 +213,27 @@ async def _page_in_all(
     return refused
 
 
-async def _page_in_one(partition: Partition, hypervisor: Hypervisor, gfn: int, flags: int, cause: int) -> int:
+def _always() -> bool:
+    return True
+
+
+async def _page_in_one(
+    partition: Partition,
+    hypervisor: Hypervisor,
+    gfn: int,
+    flags: int,
+    cause: int,
+    still_wanted: Callable[[], bool] = _always,
+) -> int:
+    """H_SVM_PAGE_IN, again while kvm is busy with the page and `still_wanted`.
+
+    Where no transient state holds the page, somebody else's call may change it meanwhile: asked again for a secure
+    page that is shared by then, kvm would drop the shared frame.
+    """
     args = [gpa_of(gfn), flags, PAGE_SHIFT]
     for _ in range(_BUSY_TRIES):
+        if not still_wanted():
+            return HCode.H_BUSY
         try:
             result = await hypervisor.ask(partition.lpid, H_SVM_PAGE_IN, args, cause)
         except CallTimeout as timeout:
@@ -214,7 +245,7 @@ async def _page_in_one(partition: Partition, hypervisor: Hypervisor, gfn: int, f
 
 
 async def for_each(items: list[int], work: Callable[[int], Awaitable[None]], at_once: int) -> None:
-    """Run `work` for every item, at most `at_once` of them open."""
+    """Run `work` for every item, at most `at_once` of them open; the first PefboxError ends them all and is raised."""
     queue = iter(items)
 
     async def worker() -> None:
@@ -228,5 +259,5 @@ async def for_each(items: list[int], work: Callable[[int], Awaitable[None]], at_
         async with trio.open_nursery() as nursery:
             for _ in range(min(at_once, len(items))):
                 nursery.start_soon(worker)
-    except* SvmBroken as group:
+    except* PefboxError as group:
         raise group.exceptions[0] from None

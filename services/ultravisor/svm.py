@@ -30,7 +30,6 @@ class SvmPhase(Enum):
     STARTING = "starting"
     SECURE = "secure"
     ABORTING = "aborting"
-    FAILED = "failed"
     ENDED = "ended"
 
 
@@ -62,7 +61,11 @@ class Svm:
         self._charged_bytes = 0
         self._sealer = PageSealer(lpid, incarnation)
         self._image = bytearray(PAGE_BYTES + _TAG_ROOM_BYTES)
-        self._map_memory = SealedMemory(f"pefbox-map-{name}", self.n_pages * ENTRY_BYTES)
+        try:
+            self._map_memory = SealedMemory(f"pefbox-map-{name}", self.n_pages * ENTRY_BYTES)
+        except HostFault:
+            self.memory.close()
+            raise
         self.map = PartitionMap(self._map_memory.buffer)
         self.taken_in: set[int] = set()
         """GFNs whose content the hypervisor supplied during ESM."""
@@ -164,11 +167,6 @@ class Svm:
         return self._map_memory.fd
 
     # -- end --------------------------------------------------------------------------------------------------
-
-    def wipe(self) -> None:
-        """Zero every mapping and secure byte that was used; the guest has already let go."""
-        for gfn in list(self.map.mapped()):
-            self.map.clear(gfn)
 
     def release(self) -> None:
         """Give everything back; only after the guest acknowledged or is dead."""

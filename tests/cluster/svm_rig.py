@@ -130,6 +130,11 @@ class Rig:
             lines = [line for line in read_lines(log) if line.vm == "vm1"]
         return [line for line in lines if event in (None, line.event)]
 
+    def expect_no_internal_error(self) -> None:
+        """No process met an exception that it did not foresee."""
+        for process in (self.ultravisor, self.kvm, self.vm.qemu, self.vm.guest):
+            assert '"internal error"' not in process.log(), process.target
+
     def ram(self) -> mmap.mmap:
         """The VM's RAM segment, as whoever has the host's memory reaches it."""
         (name,) = [name for name in os.listdir(SHM_DIR) if name.startswith(f"pefbox-{self.cluster.name}-vm1-")]
@@ -178,7 +183,6 @@ async def svm_rig(
     record: bool = False,
 ) -> AsyncIterator[Rig]:
     """The cluster up, its VM at the first prompt."""
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / "cluster.toml"
     values = {"secure_memory": secure_memory, "secure": str(secure).lower(), "command_line": command_line}
     path.write_text(TEMPLATE.format(**values))
@@ -187,3 +191,4 @@ async def svm_rig(
         rig = Rig(running, state_dir)
         await rig.booted()
         yield rig
+        rig.expect_no_internal_error()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -21,8 +22,8 @@ from services.guest.model.region_writer import REGION_BYTES, region_pattern
 from services.guest.model.virtqueue import QueueError
 from tests.cluster.vm_files import PROMPT, VmFiles, answer_of, console_until, make_vm_files
 
+START_SECONDS = 20
 HOSTILE = "tests.attack.hostile.{role}"
-TMPFS_SLACK_BYTES = 16 << 10
 
 
 async def ask(vm: Vm, line: str) -> str:
@@ -73,6 +74,16 @@ async def test_a_readonly_disk_is_read_and_never_written(tmp_path: Path) -> None
     assert files.sha256() == before
 
 
+async def test_options_of_the_cluster_file_reach_the_kernel_through_its_measured_image(tmp_path: Path) -> None:
+    files = make_vm_files(tmp_path, guest="options = { swiotlb_slots = 512, page_cache = false }")
+    async with cluster(files.cluster_file, state_dir=files.state_dir) as running:
+        vm = running.vm("vm1")
+        await console_until(vm, PROMPT)
+
+        assert " slots=512 " in await ask(vm, "pages")
+        assert await ask(vm, "hash") == f"ok {files.sha256()} {files.layout.size_bytes}"
+
+
 async def test_bad_requests_are_refused_by_status_and_a_chain_without_one_ends_the_queue(tmp_path: Path) -> None:
     files = make_vm_files(tmp_path)
     before = files.sha256()
@@ -113,23 +124,36 @@ async def test_a_full_host_file_system_is_ioerr_to_the_guest_and_one_line_to_the
 @asynccontextmanager
 async def cluster_on_small_file_system(files: VmFiles, mount_point: Path) -> AsyncIterator[RunningCluster]:
     """A launcher in a mount namespace of its own, where the disk lies on a file system that has no room left."""
+    name = f"enospc-{os.getpid()}"
+    launcher = start_in_namespace(files, mount_point, name)
+    running = RunningCluster(name, default_paths(name, files.state_dir), launcher)
+    try:
+        await wait_until_up(running)
+        yield running
+    finally:
+        with trio.CancelScope(shield=True):
+            await running.down()
+
+
+def start_in_namespace(files: VmFiles, mount_point: Path, name: str) -> subprocess.Popen[bytes]:
+    """`pefbox up` in the namespace; skips where there are none."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
         pytest.skip("no user and mount namespaces here")
-    used_bytes = os.stat(files.disk).st_blocks * 512 + TMPFS_SLACK_BYTES
-    name = f"enospc-{os.getpid()}"
     up = f"exec {sys.executable} -m deploy.cli up {files.cluster_file} --name {name} --state {files.state_dir}"
-    mount = f"mount -t tmpfs -o size={used_bytes} none {mount_point}"
-    script = f"{mount} && cp --sparse=always {files.disk} {mount_point}/ && {up}"
-    with subprocess.Popen(["unshare", "-rm", "sh", "-c", script], stdout=subprocess.DEVNULL) as launcher:
-        running = RunningCluster(name, default_paths(name, files.state_dir), launcher)
-        try:
-            with trio.fail_after(20):
-                while not await is_up(running):
-                    await trio.sleep(0.05)
-            yield running
-        finally:
-            with trio.CancelScope(shield=True):
-                await running.down()
+    mount = f"mount -t tmpfs -o size={files.layout.size_bytes} none {mount_point}"
+    # The image keeps its holes; what would be left for them goes to another file, until there is nothing left.
+    fill = f"{{ cat /dev/zero > {mount_point}/filler || true; }}"
+    script = f"{mount} && cp --sparse=always {files.disk} {mount_point}/ && {fill} && {up}"
+    command = ["unshare", "-rm", "sh", "-c", script]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+async def wait_until_up(running: RunningCluster) -> None:
+    with trio.fail_after(START_SECONDS):
+        for _ in itertools.count():
+            if await is_up(running):
+                return
+            await trio.sleep(0.05)
 
 
 async def is_up(running: RunningCluster) -> bool:

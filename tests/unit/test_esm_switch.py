@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 import trio
@@ -11,8 +12,9 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generat
 
 from protocol import hcalls as h
 from protocol.codes import HCode, UCode
-from protocol.geometry import PAGE_BYTES, gfn_of, gpa_of
+from protocol.geometry import PAGE_BYTES, gpa_of
 from protocol.messages import SVM_START
+from protocol.ucalls import UV_ESM
 from services.testing.image import FDT_GFN, INITRD_GFN, KERNEL_GFN, RTAS_GFN, PlayedImage, make_image
 from services.ultravisor.esm import BOUNCE_PAGES
 from shared.esm_digest import RTAS_TEXT
@@ -23,7 +25,6 @@ from tests.unit.ultravisor_rig import (
     Registers,
     UltravisorRig,
     answering,
-    envelope,
     silence,
     ultravisor_rig,
 )
@@ -46,7 +47,7 @@ def image(key: RSAPrivateKey) -> PlayedImage:
 
 
 @pytest.fixture
-def rig(nursery: trio.Nursery, key: RSAPrivateKey) -> object:
+def rig(nursery: trio.Nursery, key: RSAPrivateKey) -> Iterator[UltravisorRig]:
     with ultravisor_rig(nursery, key) as made:
         yield made
 
@@ -60,11 +61,19 @@ async def expect_refusal(rig: UltravisorRig, image: PlayedImage, reason: str) ->
     assert rig.ram() == before
     assert rig.partition.svm is None
     assert rig.account.used_bytes == 0
+    assert _secure_memory_files() == []
     assert rig.partition.last_esm is not None
     assert (rig.partition.last_esm.outcome, rig.partition.last_esm.reason) == ("refused", reason)
     assert rig.audited("esm-refused") == [{"reason": reason}]
     assert not rig.notices
     assert SVM_START.name not in [name for name, _ in rig.guest.calls]
+
+
+def _secure_memory_files() -> list[str]:
+    """Descriptors of secure memory that this process still holds."""
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    names = [os.readlink(link) for link in links if os.path.islink(link)]
+    return [name for name in names if "secretmem" in name or "pefbox-secure" in name]
 
 
 # -- an honest host ---------------------------------------------------------------------------------------------------
@@ -117,14 +126,14 @@ async def test_the_bounce_pages_are_zero_shared_implicitly_and_reserved_in_the_t
 async def test_an_address_that_cannot_be_is_refused_before_the_host_hears_of_it(
     rig: UltravisorRig, kbase: int, fdt: int, code: UCode
 ) -> None:
-    assert (await rig.guest_calls.uv_esm(envelope(), [0, kbase, fdt]))[0] == code
+    assert await rig.ucall(UV_ESM, kbase, fdt) == code
 
     assert not rig.kvm.frames
     assert rig.account.used_bytes == 0
 
 
 async def test_missing_registers_are_a_parameter_error(rig: UltravisorRig) -> None:
-    assert await rig.guest_calls.uv_esm(envelope(), [0, gpa_of(1)]) == [UCode.U_PARAMETER]
+    assert await rig.ucall(UV_ESM, gpa_of(1)) == UCode.U_PARAMETER
 
 
 async def test_a_second_switch_is_told_to_retry(rig: UltravisorRig, image: PlayedImage) -> None:
@@ -195,9 +204,7 @@ async def test_a_hypervisor_that_never_answers_is_given_up_with_its_name(
             rig.load(image)
             rig.kvm.lies[h.H_SVM_INIT_START.number] = silence
 
-            await expect_refusal(
-                rig, image, "hypervisor: alpha/kvm did not answer H_SVM_INIT_START within 15 s"
-            )
+            await expect_refusal(rig, image, "hypervisor: alpha/kvm did not answer H_SVM_INIT_START within 15 s")
 
             asked = [cookie for number, cookie, _ in rig.kvm.frames if number == h.H_SVM_INIT_START.number]
             assert len(asked) == 3
@@ -207,17 +214,19 @@ async def test_a_hypervisor_that_never_answers_is_given_up_with_its_name(
 # -- a host that changes its mind between measurement and start ------------------------------------------------------
 
 
-def _while(rig: UltravisorRig, number: int, act: Callable[[], object]) -> None:
-    """Have kvm do `act` while it serves the first hypercall `number`, and obey all the same."""
+def _while(rig: UltravisorRig, number: int, act: Callable[[], Awaitable[object]]) -> trio.Event:
+    """Have kvm do `act` while it serves the first hypercall `number`, and obey all the same; set when it has."""
+    done = trio.Event()
 
     async def serve(args: Registers) -> Registers | None:
         del rig.kvm.lies[number]
-        result = act()
-        if hasattr(result, "__await__"):
-            await result  # type: ignore[misc]
-        return await rig.kvm.obey(number)(args)
+        await act()
+        result = await rig.kvm.obey(number)(args)
+        done.set()
+        return result
 
     rig.kvm.lies[number] = serve
+    return done
 
 
 async def test_a_measured_page_cannot_be_replaced_before_the_start(rig: UltravisorRig, image: PlayedImage) -> None:
@@ -227,7 +236,7 @@ async def test_a_measured_page_cannot_be_replaced_before_the_start(rig: Ultravis
     async def replace_the_kernel() -> None:
         codes.append(await rig.kvm.page_out(KERNEL_GFN))
         rig.write(KERNEL_GFN, b"evil" * (PAGE_BYTES // 4))
-        codes.append(rig.kvm.page_in(KERNEL_GFN))
+        codes.append(await rig.kvm.page_in(KERNEL_GFN))
 
     _while(rig, h.H_SVM_INIT_DONE.number, replace_the_kernel)
 
@@ -259,20 +268,23 @@ async def test_a_page_in_after_the_start_is_refused(rig: UltravisorRig, image: P
     await rig.secure(image)
     rig.write(FREE_GFN, b"x" * PAGE_BYTES)
 
-    assert rig.kvm.page_in(FREE_GFN) == UCode.U_P2
+    assert await rig.kvm.page_in(FREE_GFN) == UCode.U_P2
     assert not any(rig.page(FREE_GFN))
 
 
 async def test_the_hypervisor_may_end_a_switch_at_any_step(rig: UltravisorRig, image: PlayedImage) -> None:
     for number in (h.H_SVM_INIT_START.number, h.H_SVM_PAGE_IN.number, h.H_SVM_INIT_DONE.number):
         rig.load(image)
-
-        _while(rig, number, lambda: rig.calls.uv_svm_terminate(envelope(), [gfn_of(gpa_of(5))]))
+        terminated = _while(rig, number, rig.kvm.terminate)
 
         assert await rig.esm(image) == UCode.U_STATE
+        await terminated.wait()
+
         assert rig.partition.svm is None
         assert rig.account.used_bytes == 0
-        rig.kvm.lies.clear()
+        assert rig.partition.last_esm is not None
+        assert rig.partition.last_esm.reason == "the VM was ended before the switch was complete"
+    await rig.secure(image)
 
 
 async def test_a_guest_that_does_not_start_ends_the_secure_vm(rig: UltravisorRig, image: PlayedImage) -> None:

@@ -19,7 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from protocol import hcalls as h
 from protocol import messages as m
+from protocol import ucalls as u
 from protocol.codes import HCode
+from protocol.declare import Call
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
 from protocol.registers import to_register
 from protocol.startup import GuestEntry, VmEntry
@@ -52,13 +54,51 @@ def envelope(number: int = 0, correlation: int = 0) -> Envelope:
     return Envelope(1, MessageKind.CALL, number, correlation, 0, msgspec.Raw(b"\xc0"))
 
 
-class PlayedGuestLink:
-    """The ultravisor's end of its link to a guest: every call of the ultravisor is answered at once."""
+class PlayedLink:
+    """The ultravisor's end of a link, where a test puts in what the peer sends."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Callable[[Envelope, Any], Awaitable[Any]]] = {}
+
+    def on(self, call: Any, handler: Callable[[Envelope, Any], Any]) -> None:  # noqa: ANN401
+        """As Link.on."""
+
+        async def serve(frame: Envelope, body: Any) -> Any:  # noqa: ANN401
+            return handler(frame, body)
+
+        self._handlers[call.number] = serve
+
+    def on_waiting(self, call: Any, handler: Callable[[Envelope, Any], Awaitable[Any]]) -> None:  # noqa: ANN401
+        """As Link.on_waiting."""
+        self._handlers[call.number] = handler
+
+    def on_together(self, call: Call, handler: Callable[[Any], Awaitable[list[Any]]]) -> None:
+        """As Link.on_together."""
+
+        async def serve(frame: Envelope, body: Any) -> Any:  # noqa: ANN401
+            return (await handler([(frame, body)]))[0]
+
+        self._handlers[call.number] = serve
+
+    @property
+    def served(self) -> set[int]:
+        """Numbers of the calls that the ultravisor serves here."""
+        return set(self._handlers)
+
+    async def deliver(self, call: Call | m.Message[Any, Any], body: Any) -> Any:  # noqa: ANN401
+        """The peer issues `call`; what the ultravisor answers, None when the answer comes later."""
+        return await self._handlers[call.number](envelope(call.number), body)
+
+
+class PlayedGuest(PlayedLink):
+    """A guest: every call of the ultravisor is answered at once."""
 
     peer = "vm1/guest"
 
     def __init__(self) -> None:
+        super().__init__()
         self.calls: list[tuple[str, m.Body]] = []
+        self.events: list[tuple[str, m.Body]] = []
         self.replies: list[tuple[Envelope, Any]] = []
         self.codes: dict[int, int] = {}
         """What the guest answers, by message; H_SUCCESS otherwise."""
@@ -68,22 +108,28 @@ class PlayedGuestLink:
         self.calls.append((message.name, body))
         return m.Status(self.codes.get(message.number, HCode.H_SUCCESS))
 
+    def send_event(self, message: m.Message[Any, Any], body: m.Body, _cause: int = 0) -> None:
+        """As Link.send_event."""
+        self.events.append((message.name, body))
+
     def reply(self, to: Envelope, body: Any) -> None:  # noqa: ANN401
         self.replies.append((to, body))
 
 
-class PlayedKvm:
-    """The peer of the ultravisor's other link. It obeys, unless a test puts a handler of its own into `lies`."""
+class PlayedKvm(PlayedLink):
+    """A kvm. It obeys, unless a test puts a handler of its own into `lies`."""
 
     peer = "alpha/kvm"
 
     def __init__(self, nursery: trio.Nursery) -> None:
+        super().__init__()
         self.frames: list[tuple[int, int, Registers]] = []
         """Number, correlation id and body of everything that the ultravisor sent."""
         self.lies: dict[int, Served] = {}
         self.extra_outputs: Registers = []
+        self.given: set[int] = set()
+        """Frames that it gave the ultravisor."""
         self.hypervisor: Hypervisor
-        self.calls: HypervisorCalls
         self._nursery = nursery
 
     def send_call(self, number: int, correlation: int, body: Registers, _cause: int) -> None:
@@ -116,31 +162,41 @@ class PlayedKvm:
         return handlers.get(number, _success)
 
     async def _init_start(self, _args: Registers) -> Registers:
-        result = self.calls.uv_register_mem_slot(envelope(), [LPID, 0, MEMORY_BYTES, 0, 0])
-        return [HCode.H_SUCCESS if not result[0] else HCode.H_PARAMETER]
+        code = await self.ucall(u.UV_REGISTER_MEM_SLOT, LPID, 0, MEMORY_BYTES, 0, 0)
+        return [HCode.H_SUCCESS if not code else HCode.H_PARAMETER]
 
     async def _page_in(self, args: Registers) -> Registers:
-        return [HCode.H_SUCCESS if not self.page_in(args[0] >> PAGE_SHIFT) else HCode.H_PARAMETER]
+        return [HCode.H_SUCCESS if not await self.page_in(args[0] >> PAGE_SHIFT) else HCode.H_PARAMETER]
 
     async def _init_abort(self, _args: Registers) -> Registers:
-        for gfn in range(N_PAGES):
+        for gfn in sorted(self.given):
             await self.page_out(gfn)
-        await self.calls.uv_svm_terminate(envelope(), [LPID])
+        await self.ucall(u.UV_SVM_TERMINATE, LPID)
         return [HCode.H_PARAMETER]
 
     # -- ultracalls of this kvm -------------------------------------------------------------------------------
 
-    def page_in(self, gfn: int) -> int:
+    async def ucall(self, call: Call, *registers: int) -> int:
+        """An ultracall; its code."""
+        result: Registers = await self.deliver(call, list(registers))
+        return result[0]
+
+    async def page_in(self, gfn: int) -> int:
         """UV_PAGE_IN of a frame."""
-        return self.calls.uv_page_in(envelope(), page_registers(gfn))[0]
+        self.given.add(gfn)
+        return await self.ucall(u.UV_PAGE_IN, *page_registers(gfn))
 
     async def page_out(self, gfn: int) -> int:
         """UV_PAGE_OUT of a frame."""
-        return (await self.calls.uv_page_out(envelope(), page_registers(gfn)))[0]
+        return await self.ucall(u.UV_PAGE_OUT, *page_registers(gfn))
 
     async def page_inval(self, gfn: int) -> int:
         """UV_PAGE_INVAL of a frame."""
-        return (await self.calls.uv_page_inval(envelope(), [LPID, gpa_of(gfn), PAGE_SHIFT]))[0]
+        return await self.ucall(u.UV_PAGE_INVAL, LPID, gpa_of(gfn), PAGE_SHIFT)
+
+    async def terminate(self) -> int:
+        """UV_SVM_TERMINATE."""
+        return await self.ucall(u.UV_SVM_TERMINATE, LPID)
 
 
 async def _success(_args: Registers) -> Registers:
@@ -175,15 +231,15 @@ class UltravisorRig:
         os.ftruncate(self.ram_fd, MEMORY_BYTES)
         self._audit_fd = os.memfd_create("audit", os.MFD_CLOEXEC)
         self._guest_end, private = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        runtime = cast(Runtime, SimpleNamespace(log=LOG, protections={}, notice=self._notice))
-        self.guest, self.kvm = PlayedGuestLink(), PlayedKvm(nursery)
+        runtime = cast(Runtime, SimpleNamespace(log=LOG, protections={}, notice=self._notice, nursery=nursery))
+        self.guest, self.kvm = PlayedGuest(), PlayedKvm(nursery)
         self.hypervisor = Hypervisor(cast(Link, self.kvm), LOG)
         self.life = SvmLife(runtime, self.hypervisor, self.account, key, AuditLog(self._audit_fd, lambda: 0.0))
         ram = NormalRam(os.dup(self.ram_fd), MEMORY_BYTES)
-        self.partition = Partition(_entry(), ram, cast(Link, self.guest), private)
-        self.calls = HypervisorCalls({LPID: self.partition}, self.life)
-        self.guest_calls = GuestCalls(self.partition, self.hypervisor, self.life)
-        self.kvm.hypervisor, self.kvm.calls = self.hypervisor, self.calls
+        self.partition = Partition(vm_entry(), ram, cast(Link, self.guest), private)
+        self.kvm.hypervisor = self.hypervisor
+        HypervisorCalls({LPID: self.partition}, self.life).register(cast(Link, self.kvm), self.hypervisor)
+        GuestCalls(self.partition, self.hypervisor, self.life).register(cast(Link, self.guest))
 
     async def _notice(self, what: str, vm: str, reason: str) -> None:
         self.notices.append((what, vm, reason))
@@ -199,7 +255,12 @@ class UltravisorRig:
 
     async def esm(self, image: PlayedImage) -> int:
         """UV_ESM of the guest."""
-        return (await self.guest_calls.uv_esm(envelope(), [0, image.kbase, image.fdt_gpa]))[0]
+        return await self.ucall(u.UV_ESM, image.kbase, image.fdt_gpa)
+
+    async def ucall(self, call: Call, *args: int) -> int:
+        """An ultracall of the guest; its code."""
+        result: Registers = await self.guest.deliver(call, [0, *args])
+        return result[0]
 
     async def secure(self, image: PlayedImage) -> None:
         """The VM with `image` loaded, as a secure one."""
@@ -208,15 +269,16 @@ class UltravisorRig:
 
     async def share(self, gfn: int, n_pages: int = 1) -> int:
         """UV_SHARE_PAGE of the guest."""
-        return (await self.guest_calls.uv_share_page(envelope(), [0, gfn, n_pages]))[0]
+        return await self.ucall(u.UV_SHARE_PAGE, gfn, n_pages)
 
     async def unshare(self, gfn: int, n_pages: int = 1) -> int:
         """UV_UNSHARE_PAGE of the guest."""
-        return (await self.guest_calls.uv_unshare_page(envelope(), [0, gfn, n_pages]))[0]
+        return await self.ucall(u.UV_UNSHARE_PAGE, gfn, n_pages)
 
     async def fault(self, gfn: int) -> int:
         """A store of the guest to a page that its map does not give."""
-        return (await self.guest_calls.map_fault(envelope(), m.MapFaultBody(0, gfn, m.Access.WRITE))).code
+        status: m.Status = await self.guest.deliver(m.MAP_FAULT, m.MapFaultBody(0, gfn, m.Access.WRITE))
+        return status.code
 
     def state(self, gfn: int) -> str:
         """The ultravisor's state of a frame."""
@@ -261,7 +323,8 @@ class UltravisorRig:
         os.close(self._audit_fd)
 
 
-def _entry() -> VmEntry:
+def vm_entry(*, secure_allowed: bool = True) -> VmEntry:
+    """The entry of `vm1` with LPID and MEMORY_BYTES."""
     return VmEntry(
         name="vm1",
         lpid=LPID,
@@ -269,7 +332,7 @@ def _entry() -> VmEntry:
         memory_bytes=MEMORY_BYTES,
         ram_segment="",
         time="wall",
-        secure_allowed=True,
+        secure_allowed=secure_allowed,
         debuggable=False,
         guest=GuestEntry(),
         disks=[],

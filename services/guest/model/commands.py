@@ -11,7 +11,7 @@ from protocol.declare import Call, Space
 from protocol.errors import PefboxError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from protocol.hcalls import H_CPPR
-from protocol.ucalls import UV_SHARE_PAGE, UV_UNSHARE_PAGE
+from protocol.ucalls import ESM_FILE_CHUNK_BYTES, UV_ESMB_GET_FILE, UV_SHARE_PAGE, UV_UNSHARE_PAGE
 from services.guest.model import xics
 from services.guest.model.boot import call_esm
 from services.guest.model.cpu import Step
@@ -28,8 +28,11 @@ HELP = (
     "reveal                   print the demo's secrets",
     "esm, reboot, poweroff    turn secure; reset; end",
     "share GFN [N], unshare GFN [N], touch GFN, fill GFN BYTE, sum GFN",
+    "file NAME [OFFSET]       read a file of the ESM blob, once: bytes read (at most 4096) and their SHA-256",
     "null N                   time N hypercalls that do nothing (median in ns)",
 )
+MAX_FILE_CALLS = 64
+_NAME_WORDS, _WORD_BYTES = 8, 8
 NULL_CALLS_A_STEP = 50
 MAX_NULL_CALLS = PAGE_BYTES // 4
 
@@ -62,6 +65,7 @@ class Commands:
             "touch": self._touch,
             "fill": self._fill,
             "sum": self._sum,
+            "file": self._file,
             "null": self._null,
         }
 
@@ -200,6 +204,26 @@ class Commands:
             raise Refused(f"RTAS status {status}")
         self._parts.state.phase = Phase.HALTED
         return "ok"
+
+    def _file(self, words: list[str]) -> Step[str]:
+        if not words:
+            raise Refused("wrong number of arguments; try help")
+        (start,) = _numbers(words[1:], 0, (0,))
+        content = b""
+        for _ in range(MAX_FILE_CALLS):
+            chunk = yield from self._file_chunk(words[0], start + len(content))
+            content += chunk
+            if len(chunk) < ESM_FILE_CHUNK_BYTES:
+                break
+        return f"{len(content)} {hashlib.sha256(content).hexdigest()}"
+
+    def _file_chunk(self, name: str, offset: int) -> Step[bytes]:
+        raw = name.encode("ascii", "replace").ljust(_NAME_WORDS * _WORD_BYTES, b"\0")[: _NAME_WORDS * _WORD_BYTES]
+        named = struct.unpack(f">{_NAME_WORDS}Q", raw)
+        n_bytes, *data = yield from self._parts.cpu.ucall_once(UV_ESMB_GET_FILE, offset, *named)
+        if n_bytes < 0 or len(data) != _NAME_WORDS:
+            raise Refused(Space.UCALL.code(n_bytes))
+        return struct.pack(f">{_NAME_WORDS}Q", *data)[:n_bytes]
 
     # -- pages ------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ it breaks are its device's rings, its answers to MMIO, and its interrupts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from services.qemu import service, virtio_device
 from services.qemu.board import Board
 from services.qemu.service import Qemu
 from services.qemu.virtqueue import Chain, Virtqueue
+from services.runtime.channel import MAX_BACKLOG
 from services.runtime.process import Query, run_service
 from shared.vring import RING_IDX, USED_ELEM, avail_bytes, desc_bytes, used_bytes, used_entry
 
@@ -43,35 +45,48 @@ class Lie(Enum):
     FLOOD = "interrupts without end"
 
 
-_RING_LIES = {
+_RING_LIES: dict[Lie, Callable[[int, int, int], tuple[int, int]]] = {
     Lie.BAD_ID: lambda head, size, written: (size, written),
     Lie.NOT_A_HEAD: lambda head, size, written: ((head + size // 2) % size, written),
     Lie.LENGTH: lambda head, size, written: (head, 1 << 30),
 }
-_INDEX_LIES = {Lie.JUMP: 1000, Lie.BACK: -2}
+_INDEX_LIES = {Lie.JUMP: 1000, Lie.BACK: -300}
 _lie = Lie.NONE
 
 
 class LyingQueue(Virtqueue):
     """A ring whose device side tells the lie of the moment, and always interrupts when it does."""
 
+    _spoiled = False
+
+    def reset(self) -> None:
+        """A new start."""
+        super().reset()
+        self._spoiled = False
+
     async def pop(self) -> Chain | None:
         """After garbage nothing in the ring means anything any more."""
-        return None if _lie is Lie.GARBAGE and not self.in_flight else await super().pop()
+        return None if self._spoiled else await super().pop()
+
+    async def resume_notifications(self) -> bool:
+        """Whether to look again."""
+        return not self._spoiled and await super().resume_notifications()
 
     async def push(self, head: int, written_bytes: int) -> None:
         """Give a chain back, wrongly."""
         if _lie is Lie.SILENT:
             return
         if _lie is Lie.GARBAGE:
-            self.in_flight.clear()
+            self._spoiled = True
             await self._spoil()
             return
         await super().push(head, written_bytes)
         state = self.state
         if change := _RING_LIES.get(_lie):
             slot = state.next_used - 1 & state.size - 1
-            await self.dma.write(state.device + used_entry(slot), USED_ELEM.pack(*change(head, state.size, written_bytes)))
+            await self.dma.write(
+                state.device + used_entry(slot), USED_ELEM.pack(*change(head, state.size, written_bytes))
+            )
         if _lie in _INDEX_LIES:
             await self.dma.store_u16(state.device + RING_IDX, state.next_used + _INDEX_LIES[_lie] & 0xFFFF)
 
@@ -120,13 +135,16 @@ class HostileQemu(Qemu):
         return {"lie": _lie.value}
 
     async def _flood(self) -> None:
+        """As many as the link takes: more would push the device's own answers out of it."""
         assert self._machine is not None
+        assert self._link is not None
         sent = 0
         with trio.move_on_after(FLOOD_SECONDS):
             while True:
-                for n in range(_EVENTS_A_ROUND):
+                n_events = _EVENTS_A_ROUND if len(self._link._channel._backlog) < MAX_BACKLOG // 2 else 0
+                for n in range(n_events):
                     self._machine.msi(_FIRST_MSI + n % _N_SOURCES)
-                sent += _EVENTS_A_ROUND
+                sent += n_events
                 await trio.lowlevel.checkpoint()
         self._runtime.log.info("flood over", sent=sent)
 

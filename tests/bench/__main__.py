@@ -1,0 +1,95 @@
+"""`python -m tests.bench [--only NAME] [--rounds N]`: measure, print a table, write build/bench.json.
+
+The exit status is 1 when a budget is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import trio
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench import calls, disk, pages, starting
+from tests.bench.figure import Budget, Figure, Kind, Measurement
+
+RESULT = Path("build/bench.json")
+FIGURES_DOC = Path("docs/figures.md")
+ROUNDS = 10
+MEASUREMENTS: dict[str, Measurement] = {
+    "null_hypercall": calls.measure,
+    "page_move": pages.measure,
+    "blk_read": disk.measure,
+    "up_two_hosts": starting.measure_up,
+    "idle_rss": starting.measure_rss,
+}
+"""By the name of their first figure."""
+_MARK = "<!-- table by python -m tests.bench -->"
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Figures against their floors.")
+    parser.add_argument("--only", choices=sorted(MEASUREMENTS), help="measure this group of figures alone")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds of each figure (default {ROUNDS})")
+    parser.add_argument("--docs", action="store_true", help=f"also write the table into {FIGURES_DOC}")
+    arguments = parser.parse_args()
+    names = [arguments.only] if arguments.only else list(MEASUREMENTS)
+    figures: list[Figure] = []
+    for name in names:
+        figures += trio.run(functools.partial(MEASUREMENTS[name], arguments.rounds))
+    show(figures)
+    write_json(figures)
+    if arguments.docs:
+        write_docs(figures)
+    sys.exit(0 if all(figure.holds for figure in figures) else 1)
+
+
+def show(figures: list[Figure]) -> None:
+    """The table on the terminal."""
+    table = Table(title=f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    for column in ("figure", "value", "floor", "ratio", "budget", ""):
+        table.add_column(column, justify="left" if column == "figure" else "right")
+    for figure in figures:
+        table.add_row(*cells(figure), "" if figure.budget is None else "held" if figure.holds else "missed")
+    Console().print(table)
+
+
+def cells(figure: Figure) -> list[str]:
+    """Name, value, floor, ratio, budget."""
+    floor = "" if figure.floor is None else f"{figure.floor:,.1f} {figure.unit}"
+    ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
+    return [figure.name, f"{figure.value:,.1f} {figure.unit}", floor, ratio, budget_text(figure.budget, figure.unit)]
+
+
+def budget_text(budget: Budget | None, unit: str) -> str:
+    """In words."""
+    if budget is None:
+        return ""
+    return f"{budget.kind.value} {budget.limit:g}{f' {unit}' if budget.kind is Kind.VALUE_AT_MOST else ''}"
+
+
+def write_json(figures: list[Figure]) -> None:
+    """Every figure measured now; others keep what an earlier run wrote."""
+    RESULT.parent.mkdir(exist_ok=True)
+    entries = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    entries |= {figure.name: figure.entry() for figure in figures}
+    RESULT.write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def write_docs(figures: list[Figure]) -> None:
+    """Replace the table between the two marks of docs/figures.md."""
+    before, _, after = FIGURES_DOC.read_text().split(_MARK)
+    rows = ["| figure | value | floor | ratio | budget |", "|---|---:|---:|---:|---|"]
+    rows += ["| " + " | ".join(cells(figure)) + " |" for figure in figures]
+    FIGURES_DOC.write_text(f"{before}{_MARK}\n" + "\n".join(rows) + f"\n{_MARK}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""`null_hypercall`, `null_hypercall_svm`, and both beside a ping-pong."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from tests.bench.figure import Budget, Figure, Kind, Round
+from tests.bench.machine import CLUSTERS, job, running
+
+N_CALLS = 500
+DIRECT_LIMIT = 1.3
+RELAYED_LIMIT = 1.4
+_FLOORS = ("direct", "relayed", "pingpong")
+_NS_PER_US = 1000
+
+
+class CallFloor:
+    """One floor program (tests.bench.floors.call_floor)."""
+
+    def __init__(self, topology: str, directory: str) -> None:
+        command = [sys.executable, "-m", "tests.bench.floors.call_floor", topology, directory]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def p50_us(self) -> float:
+        """The median of N_CALLS calls."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{N_CALLS}\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        return float(statistics.median(json.loads(line))) / _NS_PER_US
+
+    def close(self) -> None:
+        """End its processes."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+@asynccontextmanager
+async def floors() -> AsyncIterator[dict[str, CallFloor]]:
+    """All three, started and warm."""
+    with tempfile.TemporaryDirectory(prefix="pefbox-floor-") as directory:
+        programs = {topology: CallFloor(topology, directory) for topology in _FLOORS}
+        try:
+            for program in programs.values():
+                await trio.to_thread.run_sync(program.p50_us)
+            yield programs
+        finally:
+            for program in programs.values():
+                program.close()
+
+
+async def measure(n_rounds: int) -> list[Figure]:
+    """Both hypercalls and all floors in turn, `n_rounds` times."""
+    rows: list[dict[str, float]] = []
+    async with running(CLUSTERS / "calls.toml") as machine, floors() as programs:
+        await machine.vm("svm").secure()
+        await machine.vm("plain").wait_state("running")
+        guests = {name: machine.process(f"{name}/guest") for name in ("plain", "svm")}
+        for guest in guests.values():
+            await job(guest, "hypercalls", n=N_CALLS)
+        for _ in range(n_rounds):
+            row = {}
+            for name, guest in guests.items():
+                row[name] = statistics.median(await job(guest, "hypercalls", n=N_CALLS)) / _NS_PER_US
+            for topology, program in programs.items():
+                row[topology] = await trio.to_thread.run_sync(program.p50_us)
+            rows.append(row)
+
+    def paired(value: str, floor: str) -> list[Round]:
+        return [Round(row[value], row[floor]) for row in rows]
+
+    return [
+        Figure("null_hypercall", "us", paired("plain", "direct"), Budget(Kind.RATIO_AT_MOST, DIRECT_LIMIT)),
+        Figure("null_hypercall_svm", "us", paired("svm", "relayed"), Budget(Kind.RATIO_AT_MOST, RELAYED_LIMIT)),
+        Figure("ratio_pingpong", "us", paired("plain", "pingpong")),
+        Figure("ratio_pingpong_svm", "us", paired("svm", "pingpong")),
+    ]

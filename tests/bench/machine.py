@@ -1,0 +1,48 @@
+"""Clusters to measure, through the public API; their files are made before anything is timed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from deploy import makers
+from deploy.api import Process, RunningCluster, cluster
+from deploy.cluster_file import read_cluster_file, resolve_state
+from protocol.geometry import PAGE_SHIFT
+
+STATE = Path("build/bench-state")
+CLUSTERS = Path(__file__).parent / "clusters"
+_SECONDS = 60.0
+
+
+def prepare(cluster_file: Path) -> Path:
+    """Make what the cluster file asks for; its state directory."""
+    state = STATE.resolve() / cluster_file.stem
+    state.mkdir(parents=True, exist_ok=True)
+    makers.make(resolve_state(read_cluster_file(cluster_file), state), state)
+    return state
+
+
+@asynccontextmanager
+async def running(cluster_file: Path) -> AsyncIterator[RunningCluster]:
+    """The cluster with cold processes and prepared files."""
+    state = await trio.to_thread.run_sync(prepare, cluster_file)
+    async with cluster(cluster_file, state_dir=state) as machine:
+        yield machine
+
+
+async def job(guest: Process, what: str, **arguments: int) -> Any:  # noqa: ANN401
+    """A job of a bench kernel (services.guest.bench_engine); its outcome."""
+    return await guest.query("bench", {"job": what, **arguments}, _SECONDS)
+
+
+async def move(kvm: Process, direction: str, vm: str, gfn: int, n_pages: int) -> None:
+    """kvm pages `n_pages` from `gfn` `out` or `in`; every one of them must go."""
+    arguments = {"vm": vm, "gpa": gfn << PAGE_SHIFT, "n": n_pages}
+    answer = await kvm.query(f"page.{direction}", arguments, _SECONDS)
+    if answer["codes"] != {"H_SUCCESS": n_pages}:
+        raise RuntimeError(f"page.{direction} of {n_pages} pages: {answer['codes']}")

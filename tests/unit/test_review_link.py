@@ -1,0 +1,74 @@
+"""What a link does with results that no message can carry, and with messages that nobody takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from protocol import messages as m
+from protocol.codes import HCode
+from protocol.errors import PeerGone
+from protocol.hcalls import H_GET_TCE, H_RANDOM
+from protocol.wire import Envelope
+from services.runtime.link import Batch, Link
+from tests.unit.test_link import linked
+
+TOO_LARGE = 1 << 64
+
+
+def _at_once(link: Link) -> None:
+    link.on(H_GET_TCE, lambda _envelope, _args: [TOO_LARGE])
+
+
+def _waiting(link: Link) -> None:
+    async def serve(_envelope: Envelope, _args: list[int]) -> list[int]:
+        return [TOO_LARGE]
+
+    link.on_waiting(H_GET_TCE, serve)
+
+
+def _together(link: Link) -> None:
+    async def serve(batch: Batch) -> list[list[int]]:
+        return [[TOO_LARGE]] * len(batch)
+
+    link.on_together(H_GET_TCE, serve)
+
+
+@pytest.mark.parametrize("register", [_at_once, _waiting, _together])
+async def test_s5_a_result_that_no_message_can_carry_is_an_error_for_its_caller_only(
+    tmp_path: Path, register: Callable[[Link], None]
+) -> None:
+    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
+        register(ends.upper)
+        ends.upper.on(H_RANDOM, lambda _envelope, _args: [0, 5])
+        await nursery.start(ends.upper.run)
+        await nursery.start(ends.lower.run)
+        with trio.fail_after(5):
+            assert await ends.lower.call_registers(H_GET_TCE, []) == [HCode.H_HARDWARE]
+            assert await ends.lower.call_registers(H_RANDOM, []) == [0, 5]
+        nursery.cancel_scope.cancel()
+
+
+async def test_s7_a_call_that_could_not_be_sent_does_not_wait_for_an_answer(tmp_path: Path) -> None:
+    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
+        await nursery.start(ends.lower.run)
+        while not ends.lower.refused:
+            ends.lower.send_event(m.GUEST_CRASHED, m.CrashBody(0, ""))
+        with trio.fail_after(5):
+            with pytest.raises(PeerGone, match="upper is unresponsive"):
+                await ends.lower.call_registers(H_RANDOM, [])
+            with pytest.raises(PeerGone, match="upper is unresponsive"):
+                await ends.lower.call_many(H_RANDOM, [[], []])
+        assert ends.lower.open_calls == 0
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_is_said_on_a_closed_link_is_lost_and_breaks_nothing(tmp_path: Path) -> None:
+    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
+        await nursery.start(ends.lower.run)
+        nursery.cancel_scope.cancel()
+    ends.lower.send_event(m.GUEST_CRASHED, m.CrashBody(0, ""))
+    assert ends.lower.refused == 1
