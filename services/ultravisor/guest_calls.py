@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from protocol.codes import HCode, UCode
@@ -29,6 +29,9 @@ from services.ultravisor.page_state import TRANSIENT, GfnState
 from services.ultravisor.partition import Partition
 from services.ultravisor.sharing import SvmBroken
 from services.ultravisor.svm import Svm
+
+RangeWork = Callable[[Partition, Svm, Hypervisor, int, int, int], Awaitable[UCode]]
+"""Share or unshare: VM, its secure side, kvm, first GFN, number of pages, cause."""
 
 _RESTORABLE = frozenset({GfnState.SHARED_INV, GfnState.PSEUDO_SHARED_INV})
 
@@ -131,7 +134,9 @@ class GuestCalls:
         async def work() -> list[int]:
             return [await sharing.unshare_all(self._partition, svm, self._hypervisor, envelope.cause)]
 
-        return await self._guarded(work())
+        result = await self._guarded(work())
+        self._life.write_audit(self._partition.name, "unshare-all", code=result[0])
+        return result
 
     def uv_esmb_get_file(self, _envelope: Envelope, registers: list[int]) -> list[int]:
         """UV_ESMB_GET_FILE: `[bytes or code, data0...data7]`."""
@@ -143,7 +148,7 @@ class GuestCalls:
         count, data = files.get(registers[1], registers[2:10])
         return [count, *data]
 
-    async def _range_call(self, work: Any, event: str, envelope: Envelope, registers: list[int]) -> list[int]:  # noqa: ANN401
+    async def _range_call(self, work: RangeWork, event: str, envelope: Envelope, registers: list[int]) -> list[int]:
         svm = self._running_svm()
         if svm is None:
             return [UCode.U_PERMISSION]

@@ -8,7 +8,7 @@ import time
 import trio
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
-from protocol.codes import UCode
+from protocol.codes import HCode, UCode
 from protocol.errors import CallTimeout, HostFault, ImageRefused
 from protocol.hcalls import H_SVM_INIT_ABORT
 from services.runtime.confine import landlock_abi
@@ -130,11 +130,14 @@ class SvmLife:
         svm.phase = SvmPhase.ABORTING
         self._note_refusal(partition, reason)
         try:
-            await self._hypervisor.ask(partition.lpid, H_SVM_INIT_ABORT, [], cause)
+            result = await self._hypervisor.ask(partition.lpid, H_SVM_INIT_ABORT, [], cause)
         except CallTimeout as timeout:
             await self.fail(partition, f"hypervisor-silent: {timeout}")
             return [UCode.U_PARAMETER]
-        if partition.svm is svm:
+        if result[0] == HCode.H_STATE and partition.svm is svm:
+            # For kvm the switch is complete, and every page that was not taken in is dropped.
+            await self.fail(partition, "hypervisor-refused-abort")
+        elif partition.svm is svm:
             await self.terminate(partition, "esm-aborted")
         return [UCode.U_PARAMETER]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 
 from protocol.codes import HCode
 from protocol.declare import Call, Direction, Reg
@@ -27,6 +28,38 @@ Forward = Callable[[int], Awaitable[list[int]]]
 """Issues H_RTAS with the argument block at this gpa; returns `[code, outputs...]`."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    """A buffer argument: which argument word holds its address, its declaration, its length and place outside."""
+
+    index: int
+    reg: Reg
+    n_bytes: int
+    gpa: int
+    bounce_gpa: int = 0
+
+    def goes(self, *directions: Direction) -> bool:
+        """Whether its content is copied in one of `directions`."""
+        return self.reg.memory is not None and self.reg.memory.direction in directions and self.n_bytes > 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """An argument block of the guest: its words, and where in guest memory they begin."""
+
+    token: int
+    words: list[int]
+    n_rets: int
+    words_gpa: int
+
+    def outside(self, buffers: list[_Buffer]) -> bytes:
+        """The block as the hypervisor sees it: addresses are those of the bounce pages."""
+        words = list(self.words)
+        for buffer in buffers:
+            words[buffer.index] = buffer.bounce_gpa
+        return _HEADER.pack(self.token, len(words), self.n_rets) + struct.pack(f">{len(words)}I", *words)
+
+
 class RtasBounce:
     """The bounce pages of one VM: the first for argument blocks, the others for buffers of MAX_BUFFER_BYTES."""
 
@@ -42,54 +75,45 @@ class RtasBounce:
         service = RTAS.by_number.get(token)
         if service is None or n_args + n_rets > MAX_WORDS or not service.fits(n_args, n_rets):
             return [HCode.H_PARAMETER]
-        words_at = args_gpa + _HEADER.size
+        words_gpa = args_gpa + _HEADER.size
         # All that will be written is looked at before the hypervisor hears of the call: return words, then buffers.
-        block_words = await memory.load(words_at, (n_args + n_rets) * _WORD_BYTES)
-        words = list(struct.unpack_from(f">{n_args}I", block_words))
-        buffers = _buffers_of(service, words)
+        words = await memory.load(words_gpa, (n_args + n_rets) * _WORD_BYTES)
+        block = _Block(token, list(struct.unpack_from(f">{n_args}I", words)), n_rets, words_gpa)
+        buffers = _buffers_of(service, block.words)
         if not self._blocks or len(self._buffers) < len(buffers):
             return [HCode.H_BUSY]
-        block = self._blocks.pop()
-        lent = [self._buffers.pop() for _ in buffers]
+        bounce = self._blocks.pop()
+        lent = [replace(buffer, bounce_gpa=self._buffers.pop()) for buffer in buffers]
         try:
-            return await self._bounced(memory, words_at, (token, n_args, n_rets), words, buffers, block, lent, forward)
+            await self._copy_out(memory, block, lent, bounce)
+            result = await forward(bounce)
+            await self._copy_in(memory, block, lent, bounce)
+            return result[:1]
         finally:
-            self._blocks.append(block)
-            self._buffers.extend(lent)
+            self._blocks.append(bounce)
+            self._buffers.extend(buffer.bounce_gpa for buffer in lent)
 
-    async def _bounced(
-        self,
-        memory: GuestMemory,
-        words_at: int,
-        header: tuple[int, int, int],
-        words: list[int],
-        buffers: list[tuple[int, Reg, int]],
-        block: int,
-        lent: list[int],
-        forward: Forward,
-    ) -> list[int]:
-        _, n_args, n_rets = header
-        outside = list(words)
-        contents = [await memory.load(words[index], n_bytes) if n_bytes else b"" for index, _, n_bytes in buffers]
-        for (index, reg, _), content, bounce in zip(buffers, contents, lent, strict=True):
-            outside[index] = bounce
-            inward = reg.memory is not None and reg.memory.direction is not Direction.OUT
-            self._ram.write(bounce, (content if inward else b"").ljust(MAX_BUFFER_BYTES, b"\0"))
-        image = _HEADER.pack(*header) + struct.pack(f">{n_args}I", *outside)
-        self._ram.write(block, image.ljust(_BLOCK_BYTES, b"\0"))
-        result = await forward(block)
-        rets = self._ram.read(block + _HEADER.size + n_args * _WORD_BYTES, n_rets * _WORD_BYTES)
-        if n_rets:
-            await memory.store(words_at + n_args * _WORD_BYTES, rets)
-        for (index, reg, n_bytes), bounce in zip(buffers, lent, strict=True):
-            outward = reg.memory is not None and reg.memory.direction is not Direction.IN
-            if outward and n_bytes:
-                await memory.store(words[index], self._ram.read(bounce, n_bytes))
-        return result[:1]
+    async def _copy_out(self, memory: GuestMemory, block: _Block, buffers: list[_Buffer], bounce: int) -> None:
+        """From the guest's pages to the bounce pages: what goes in, and zeros for the rest."""
+        contents = [await memory.load(b.gpa, b.n_bytes) if b.n_bytes else b"" for b in buffers]
+        for buffer, content in zip(buffers, contents, strict=True):
+            inward = content if buffer.goes(Direction.IN, Direction.INOUT) else b""
+            self._ram.write(buffer.bounce_gpa, inward.ljust(MAX_BUFFER_BYTES, b"\0"))
+        self._ram.write(bounce, block.outside(buffers).ljust(_BLOCK_BYTES, b"\0"))
+
+    async def _copy_in(self, memory: GuestMemory, block: _Block, buffers: list[_Buffer], bounce: int) -> None:
+        """From the bounce pages to the guest's pages: return words and what comes out."""
+        n_arg_bytes = len(block.words) * _WORD_BYTES
+        if block.n_rets:
+            rets = self._ram.read(bounce + _HEADER.size + n_arg_bytes, block.n_rets * _WORD_BYTES)
+            await memory.store(block.words_gpa + n_arg_bytes, rets)
+        for buffer in buffers:
+            if buffer.goes(Direction.OUT, Direction.INOUT):
+                await memory.store(buffer.gpa, self._ram.read(buffer.bounce_gpa, buffer.n_bytes))
 
 
-def _buffers_of(service: Call, words: list[int]) -> list[tuple[int, Reg, int]]:
-    """Index, declaration and length in bytes of every buffer argument; raises GuestFault for one too large."""
+def _buffers_of(service: Call, words: list[int]) -> list[_Buffer]:
+    """Every buffer argument; raises GuestFault for one too large."""
     names = [reg.name for reg in service.args]
     found = []
     for index, reg in enumerate(service.args[: len(words)]):
@@ -100,5 +124,5 @@ def _buffers_of(service: Call, words: list[int]) -> list[tuple[int, Reg, int]]:
         n_bytes = n_units * reg.memory.unit_bytes
         if n_bytes > MAX_BUFFER_BYTES:
             raise GuestFault(f"{service.name}: a buffer of {n_bytes} bytes is more than {MAX_BUFFER_BYTES}")
-        found.append((index, reg, n_bytes))
+        found.append(_Buffer(index, reg, n_bytes, words[index]))
     return found

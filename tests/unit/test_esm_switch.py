@@ -295,3 +295,17 @@ async def test_a_guest_that_does_not_start_ends_the_secure_vm(rig: UltravisorRig
 
     assert rig.notices == [("vm-failed", "vm1", f"guest-did-not-start: code {int(HCode.H_NO_MEM)}")]
     assert rig.account.used_bytes == 0
+
+
+async def test_a_hypervisor_that_dropped_the_pages_before_an_abort_ends_the_vm_by_name(
+    rig: UltravisorRig, image: PlayedImage
+) -> None:
+    rig.load(image)
+    rig.kvm.lies[h.H_SVM_INIT_DONE.number] = answering(HCode.H_PARAMETER)
+    rig.kvm.lies[h.H_SVM_INIT_ABORT.number] = answering(HCode.H_STATE)
+
+    await rig.esm(image)
+
+    assert rig.partition.svm is None
+    assert rig.partition.failure == "hypervisor-refused-abort"
+    assert ("vm-failed", rig.partition.name, "hypervisor-refused-abort") in rig.notices
