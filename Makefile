@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 
-.PHONY: help setup demo test lint bench docs clean
+.PHONY: help setup demo test soak lint bench docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -25,6 +25,9 @@ test: $(READY) ## set up, then run all tests
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 	$(RUN)/pytest
+
+soak: $(READY) ## two minutes of load: no process may be called hung (docs/liveness.md)
+	PEFBOX_SOAK_SECONDS=120 $(RUN)/pytest tests/cluster/test_liveness.py -k busy_machine -s
 
 lint: $(READY) ## style and types only
 	$(RUN)/ruff check .

@@ -198,7 +198,8 @@ class Kvm:
         vm = self._named(arguments)
         gfn = self._gfn(vm, arguments)
         state = vm.memory.state(gfn)
-        return {"gfn": gfn, "gpa": gpa_of(gfn), "state": state.name, "host_view": HostState(vm.memory.host_view[gfn]).name}
+        view = HostState(vm.memory.host_view[gfn])
+        return {"gfn": gfn, "gpa": gpa_of(gfn), "state": state.name, "host_view": view.name}
 
     async def _page_out(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Page out `n` pages from `gpa` (memory pressure of the host)."""

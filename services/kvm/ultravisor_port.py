@@ -7,6 +7,7 @@ that is still open is left alone, an answered one is answered again from the rec
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from protocol.codes import UCode
@@ -30,10 +31,10 @@ class UltravisorPort:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._open: set[int] = set()
-        self._answered: dict[int, list[int]] = {}
+        self._answered: OrderedDict[int, list[int]] = OrderedDict()
 
     async def ucall(self, call: Call, args: list[int], cause: int) -> list[int]:
-        """An ultracall; a dead ultravisor answers U_NOT_AVAILABLE, a stopped one U_BUSY: it may still serve the call."""
+        """An ultracall; a dead ultravisor answers U_NOT_AVAILABLE, a stopped one U_BUSY: it may yet serve it."""
         try:
             return await self._link.call_registers(call, args, cause)
         except PeerGone as gone:
@@ -61,7 +62,7 @@ class UltravisorPort:
             self._open.discard(cookie)
             self._answered[cookie] = result
             if len(self._answered) > _REMEMBERED:
-                del self._answered[next(iter(self._answered))]
+                self._answered.popitem(last=False)
             self._send(cookie, result, envelope.cause)
 
         return answer

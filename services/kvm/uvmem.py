@@ -7,6 +7,7 @@ it gets H_BUSY and comes again, so nobody holds one page while waiting for anoth
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
@@ -28,6 +29,7 @@ from shared.real_address import real_address
 MAX_OPEN_PAGE_CALLS = 32
 _PART_PAGES = 16
 _RETRY_SECONDS = 0.002
+_MAX_RETRY_SECONDS = 0.05
 _RETRY_LIMIT_SECONDS = 1.0
 
 
@@ -191,10 +193,13 @@ class SecurePages:
         """The host wants to touch these frames: have the ultravisor put their images there."""
         deadline = trio.current_time() + _RETRY_LIMIT_SECONDS
         for gfn in gfns:
+            pause = _RETRY_SECONDS
             while (code := await self.page_out(gfn, cause)) == HCode.H_BUSY:
                 if trio.current_time() > deadline:
                     return HCode.H_BUSY
-                await trio.sleep(_RETRY_SECONDS)
+                # The ultravisor wants the page too, and has a guest waiting: the host gives way.
+                await trio.sleep(pause * random.uniform(0.5, 1.5))
+                pause = min(2 * pause, _MAX_RETRY_SECONDS)
             if code != HCode.H_SUCCESS:
                 return code
         return HCode.H_SUCCESS

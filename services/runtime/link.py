@@ -29,6 +29,9 @@ from services.runtime.recorder import Tap
 LOST_STATES = frozenset({"gone", "failed", "stopped", "unresponsive", "closed"})
 """A peer in one of these answers nothing; in any other it is expected to answer, however late."""
 
+MAX_TOGETHER = 16
+"""Calls that one task serves: the caller can work on the first answers while the next are made."""
+
 DEFERRED = None
 """What a handler returns when somebody will call `Link.reply` later."""
 
@@ -98,7 +101,7 @@ class Link:
         self._register(call, _Handler(_decoder_for(call), waiting=handler))
 
     def on_together(self, call: Call, handler: TogetherHandler) -> None:
-        """Serve `call` in a task, together with all that came with it and have the same first register.
+        """Serve `call` in a task, with up to MAX_TOGETHER that came with it and have the same first register.
 
         `handler` returns a reply for each.
         """
@@ -263,7 +266,7 @@ class Link:
 
     def _take(self, frames: list[bytes]) -> int:
         """Serve what came as one ZeroMQ message; how many messages it was."""
-        if self.kind.bundles and is_bundle(frames[0]):
+        if self.kind.bundles and len(frames) == 1 and is_bundle(frames[0]):
             return self._take_bundle(frames[0])
         self._take_message(frames)
         return 1
@@ -344,13 +347,14 @@ class Link:
         self._open_tasks += 1
         key = (envelope.number, registers[0] if registers else 0)
         batch = self._gathered.get(key)
-        if batch is None:
+        if batch is None or len(batch) == MAX_TOGETHER:
             batch = self._gathered[key] = []
-            self._nursery.start_soon(self._serve_together, handler, key)
+            self._nursery.start_soon(self._serve_together, handler, key, batch)
         batch.append((envelope, registers))
 
-    async def _serve_together(self, handler: TogetherHandler, key: tuple[int, int]) -> None:
-        batch = self._gathered.pop(key)
+    async def _serve_together(self, handler: TogetherHandler, key: tuple[int, int], batch: Batch) -> None:
+        if self._gathered.get(key) is batch:
+            del self._gathered[key]
         try:
             try:
                 results = await handler(batch)

@@ -1,12 +1,20 @@
-"""When each played call was open: for how long no call stays open, and which calls were open at once."""
+"""When each played call was open: how long the longest was, which were open at once, and which was never answered."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+import trio
+
+from protocol.errors import CallTimeout
+
+ANSWER_SECONDS = 20.0
+"""A played call that is open for longer ends with CallTimeout: the test says which, and does not hang."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +44,13 @@ class CallLog:
     open_now: Counter[str] = field(default_factory=Counter)
 
     @contextmanager
-    def open(self, name: str) -> Iterator[None]:
-        """A call is open for as long as the block runs."""
+    def open(self, peer: str, name: str, seconds: float | None = ANSWER_SECONDS) -> Iterator[None]:
+        """A call to `peer` is open for as long as the block runs; raises CallTimeout after `seconds`, if any."""
         start = time.monotonic()
         self.open_now[name] += 1
         try:
-            yield
+            with bounded(peer, name, seconds):
+                yield
         finally:
             self.open_now[name] -= 1
             self.counts[name] += 1
@@ -50,3 +59,12 @@ class CallLog:
     def still_open(self) -> list[str]:
         """Names of calls that nobody has answered."""
         return sorted(name for name, count in self.open_now.items() if count)
+
+
+@contextmanager
+def bounded(peer: str, name: str, seconds: float | None) -> Iterator[None]:
+    """Raises CallTimeout when the block takes longer than `seconds` (None: as long as it likes)."""
+    with trio.CancelScope(deadline=math.inf if seconds is None else trio.current_time() + seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise CallTimeout(peer, name, seconds or 0.0)

@@ -25,7 +25,7 @@ from protocol.refusals import Refusal, refusal
 from protocol.ucalls import UV_ESM, UV_SHARE_PAGE, UV_UNSHARE_ALL_PAGES, UV_UNSHARE_PAGE
 from protocol.wire import Envelope
 from services.runtime.link import Link
-from services.testing.calls import CallLog
+from services.testing.calls import ANSWER_SECONDS, CallLog
 from services.testing.image import PlayedImage
 from shared.memfd import map_sealed
 from shared.partition_map import ENTRY_BYTES, MapKind, PartitionMap, frame_of, kind_of
@@ -70,10 +70,13 @@ class PlayedGuest:
     # -- calls ------------------------------------------------------------------------------------------------
 
     async def call(self, call: Call, *args: int) -> list[int]:
-        """A hypercall or ultracall of processor 0, routed by S as hardware does; `[code, outputs...]`."""
+        """A hypercall or ultracall of processor 0, routed by S as hardware does; `[code, outputs...]`.
+
+        Raises PeerGone when the peer died, CallTimeout when it did not answer a call that it must.
+        """
         self._cause += 1
         upper = self._ultravisor if self.secure or call.space is Space.UCALL else self._kvm
-        with self._log.open(call.name):
+        with self._log.open(upper.peer, call.name, None if call.open_ended else ANSWER_SECONDS):
             return await upper.call_registers(call, [_VCPU, *args], self._cause)
 
     async def esm(self, image: PlayedImage) -> int:
@@ -96,7 +99,7 @@ class PlayedGuest:
         """MAP_FAULT: one try."""
         self._cause += 1
         upper = self._ultravisor if self.secure else self._kvm
-        with self._log.open(m.MAP_FAULT.name):
+        with self._log.open(upper.peer, m.MAP_FAULT.name):
             return (await upper.call(m.MAP_FAULT, m.MapFaultBody(_VCPU, gfn, access), self._cause)).code
 
     # -- memory -----------------------------------------------------------------------------------------------

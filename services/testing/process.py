@@ -17,6 +17,7 @@ from protocol import control
 from protocol.errors import HostFault, PefboxError
 from protocol.roles import Role
 from protocol.startup import Keys, LinkEntry, ProcessConfig, VmEntry
+from services.testing.calls import ANSWER_SECONDS, bounded
 
 _INT_BYTES = array.array("i").itemsize
 _START_SECONDS = 30.0
@@ -136,7 +137,8 @@ class ServiceProcess:
         done = self._waiting[number] = trio.Event()
         self._answers[number] = None
         await self.send(packet)
-        await done.wait()
+        with bounded(self.target, type(packet).__name__, ANSWER_SECONDS):
+            await done.wait()
 
     # -- what it says -----------------------------------------------------------------------------------------
 

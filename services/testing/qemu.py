@@ -59,7 +59,7 @@ class PlayedQemu:
         return await self._order(m.VM_CONTINUE, m.Empty())
 
     async def _order(self, message: m.Message[BodyT, m.Status], body: BodyT) -> int:
-        with self._log.open(message.name):
+        with self._log.open(self._link.peer, message.name):
             return (await self._link.call(message, body)).code
 
     # -- memory -----------------------------------------------------------------------------------------------

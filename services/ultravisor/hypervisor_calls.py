@@ -107,16 +107,18 @@ class HypervisorCalls:
         partition = self._partitions[svm.lpid]
         whole = [i for i, (_, registers) in enumerate(calls) if len(registers) >= 5]
         requests = [page_calls.PageRequest.of(calls[i][1], calls[i][0].cause) for i in whole]
-        codes: list[int] = [UCode.U_STATE] * len(calls)
+        codes: list[int] = [UCode.U_STATE] * len(whole)
 
         async def work() -> list[int]:
-            for i, code in zip(whole, await page_calls.page_out(partition, svm, requests), strict=True):
-                codes[i] = code
+            codes[:] = await page_calls.page_out(partition, svm, requests)
             return codes
 
         # The pages that an abort gives back belong to no operation of the VM that could be ended.
         await (work() if svm.phase is SvmPhase.ABORTING else partition.operation(work()))
-        return [[code if i in whole else UCode.U_PARAMETER] for i, code in enumerate(codes)]
+        results: list[list[int]] = [[UCode.U_PARAMETER]] * len(calls)
+        for i, code in zip(whole, codes, strict=True):
+            results[i] = [code]
+        return results
 
     async def uv_page_inval(self, envelope: Envelope, registers: list[int]) -> list[int]:
         """UV_PAGE_INVAL."""

@@ -18,7 +18,7 @@ _ZEROS = bytes(PAGE_BYTES)
 class NormalRam:
     """Reads and writes of one VM's RAM segment; `fd` is owned here.
 
-    `note_fault` is told each reason for which an access failed, once: who spoils the memory could make it fail for ever.
+    `note_fault` is told each reason for a failed access once: who spoils the memory could make it fail for ever.
     """
 
     def __init__(self, fd: int, size_bytes: int, note_fault: Callable[[str], None] | None = None) -> None:
@@ -47,14 +47,17 @@ class NormalRam:
 
         A write behind the end would grow a truncated segment again: the end is looked at first.
         """
+        self._check_end()
         try:
-            if os.fstat(self._fd).st_size < self.size_bytes:
-                raise self._fault("normal memory was truncated")
             n = os.pwrite(self._fd, data, offset)
         except OSError as error:
             raise self._fault(f"cannot write normal memory: {error.strerror}") from None
         if n != len(data):
             raise self._fault("normal memory is full")
+
+    def _check_end(self) -> None:
+        if os.lseek(self._fd, 0, os.SEEK_END) < self.size_bytes:
+            raise self._fault("normal memory was truncated")
 
     def zero_page(self, offset: int) -> None:
         """Zero one page; raises HostFault."""

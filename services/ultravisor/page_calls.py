@@ -6,7 +6,7 @@ Checks come in the order of the real ultravisor (`svm/svm-main.c`), and so do th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from protocol.codes import UCode
 from protocol.errors import HostFault
@@ -117,8 +117,7 @@ def _open_image(svm: Svm, gfn: int) -> UCode:
     return UCode.U_SUCCESS
 
 
-@dataclass(frozen=True, slots=True)
-class PageRequest:
+class PageRequest(NamedTuple):
     """Arguments of UV_PAGE_OUT and what caused it."""
 
     dst_ra: int

@@ -9,6 +9,7 @@ that already is in the asked state keeps its content (the document and the real 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Awaitable, Callable, Iterable
 
 import trio
@@ -25,8 +26,10 @@ from services.ultravisor.svm import Svm
 MAX_OPEN_PAGE_INS = 32
 MAX_REFUSALS = 3
 _PAGES_AT_ONCE = 64
-_BUSY_TRIES = 50
+_BUSY_TRIES = 150
 _BUSY_SECONDS = 0.002
+"""About. kvm meets our transient page and tries again too: the same pause on both sides could keep them in step."""
+
 _EXPLICIT = frozenset({GfnState.SHARED, GfnState.SHARED_INV})
 _IMPLICIT = frozenset(
     {
@@ -68,10 +71,10 @@ async def _share_pages(partition: Partition, svm: Svm, hypervisor: Hypervisor, g
     if gfns and not await partition.invalidator.invalidate(gfns, cause):
         await _revert_share(partition, svm, hypervisor, gfns, cause)
         return UCode.U_RETRY
-    refused = await _page_in_all(partition, hypervisor, gfns, H_PAGE_IN_SHARED, cause)
-    if refused or not await _zero_shared(svm, gfns):
+    code = await _page_in_all(partition, hypervisor, gfns, H_PAGE_IN_SHARED, cause)
+    if code != HCode.H_SUCCESS or not await _zero_shared(svm, gfns):
         await _revert_share(partition, svm, hypervisor, gfns, cause)
-        return UCode.U_PARAMETER
+        return UCode.U_RETRY if code == HCode.H_BUSY else UCode.U_PARAMETER
     for page in gfns:
         if svm.apply(page, PageEvent.SHARE_DONE) is GfnState.SHARED:
             svm.map_shared(page)
@@ -109,7 +112,7 @@ async def _unshare_pages(partition: Partition, svm: Svm, hypervisor: Hypervisor,
     for page in gfns:
         svm.zero_secure(page)
         await _let_others_work(page)
-    if await _page_in_all(partition, hypervisor, gfns, H_PAGE_IN_NONSHARED, cause):
+    if await _page_in_all(partition, hypervisor, gfns, H_PAGE_IN_NONSHARED, cause) != HCode.H_SUCCESS:
         raise SvmBroken("hypervisor-refused-unshare")
     _finish_unshare(svm, gfns)
     return UCode.U_SUCCESS
@@ -168,7 +171,7 @@ async def _revert_share(partition: Partition, svm: Svm, hypervisor: Hypervisor, 
             svm.map_secure(page)
         else:
             taken.append(page)
-    if taken and await _page_in_all(partition, hypervisor, taken, H_PAGE_IN_NONSHARED, cause):
+    if await _page_in_all(partition, hypervisor, taken, H_PAGE_IN_NONSHARED, cause) != HCode.H_SUCCESS:
         raise SvmBroken("hypervisor-refused-unshare")
     _finish_unshare(svm, taken)
 
@@ -199,18 +202,18 @@ async def _zero_shared(svm: Svm, gfns: Iterable[int]) -> bool:
     return True
 
 
-async def _page_in_all(
-    partition: Partition, hypervisor: Hypervisor, gfns: list[int], flags: int, cause: int
-) -> list[int]:
-    """H_SVM_PAGE_IN for every GFN, several open at once; returns those that kvm refused."""
-    refused: list[int] = []
+async def _page_in_all(partition: Partition, hypervisor: Hypervisor, gfns: list[int], flags: int, cause: int) -> int:
+    """H_SVM_PAGE_IN for every GFN, several open at once; H_SUCCESS, a refusal, or H_BUSY when that was all."""
+    codes: set[int] = set()
 
     async def one(page: int) -> None:
-        if await _page_in_one(partition, hypervisor, page, flags, cause) != HCode.H_SUCCESS:
-            refused.append(page)
+        codes.add(await _page_in_one(partition, hypervisor, page, flags, cause))
 
     await for_each(gfns, one, MAX_OPEN_PAGE_INS)
-    return refused
+    refusals = codes - {HCode.H_SUCCESS, HCode.H_BUSY}
+    if refusals:
+        return min(refusals)
+    return HCode.H_BUSY if HCode.H_BUSY in codes else HCode.H_SUCCESS
 
 
 def _always() -> bool:
@@ -240,7 +243,7 @@ async def _page_in_one(
             raise SvmBroken(f"hypervisor-silent: {timeout}") from None
         if result[0] != HCode.H_BUSY:
             return result[0]
-        await trio.sleep(_BUSY_SECONDS)
+        await trio.sleep(_BUSY_SECONDS * random.uniform(0.5, 1.5))
     return HCode.H_BUSY
 
 

@@ -6,6 +6,8 @@ A full /dev/shm is a real one: the cluster runs in a mount namespace of its own 
 from __future__ import annotations
 
 import os
+import select
+import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -32,6 +34,7 @@ __all__ = ["own_directories"]
 
 FREE_GFN = 900
 """A page that the model kernel does not use at its prompt."""
+NAME = "api-small-shm"
 SMALL_SHM_BYTES = MEMORY_BYTES + (8 << 20)
 NAMESPACE = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
 MOUNT = "mount -t tmpfs -o size={bytes} tmpfs /dev/shm"
@@ -111,24 +114,24 @@ class SmallShm:
 @asynccontextmanager
 async def small_shm(directory: Path, text: str, shm_bytes: int) -> AsyncIterator[SmallShm]:
     """A cluster in a mount namespace with a tmpfs of `shm_bytes` on /dev/shm; raises UserError when it fails."""
-    start = DetachedStart(directory / "cluster.toml", name="api-small-shm", state_dir=directory / "own-state")
+    start = DetachedStart(directory / "cluster.toml", name=NAME, state_dir=directory / "own-state")
     pid_file = directory / "holder"
     _write(start.cluster_file, text)
-    paths = Paths(runtime_root() / "api-small-shm", directory / "own-state")
+    paths = Paths(runtime_root() / NAME, directory / "own-state")
     launcher, outcome = await trio.to_thread.run_sync(_launch, start, START.format(bytes=shm_bytes, pid_file=pid_file))
     holder = int(_read(pid_file))
     try:
         if outcome.cluster is None:
             raise UserError(outcome.error or "the cluster did not come up")
-        running = RunningCluster("api-small-shm", paths, launcher)
+        running = RunningCluster(NAME, paths, launcher)
         try:
             yield SmallShm(running, Path(f"/proc/{holder}/root/dev/shm"))
         finally:
             with trio.CancelScope(shield=True):
                 await running.down()
     finally:
+        os.kill(holder, signal.SIGKILL)
         launcher.wait()
-        os.kill(holder, 9)
 
 
 def _launch(start: DetachedStart, script: str) -> tuple[subprocess.Popen[bytes], Outcome]:
@@ -146,11 +149,14 @@ def _launch(start: DetachedStart, script: str) -> tuple[subprocess.Popen[bytes],
             env=child_environment(os.environ),
         )
         os.close(writing)
-        return launcher, _first_word(pipe.fileno())
+        return launcher, _first_word(pipe.fileno(), launcher)
 
 
-def _first_word(fd: int) -> Outcome:
+def _first_word(fd: int, launcher: subprocess.Popen[bytes]) -> Outcome:
     # The process that holds the namespace has the pipe too, so its end is no sign.
+    while not select.select([fd], [], [], 0.1)[0]:
+        if launcher.poll() is not None:
+            return Outcome(error=f"the launcher ended with status {launcher.returncode}")
     return msgspec.msgpack.decode(os.read(fd, 1 << 16), type=Outcome)
 
 
@@ -198,4 +204,4 @@ async def test_cluster_that_does_not_fit_into_shm_is_refused_in_one_line(tmp_pat
         async with small_shm(tmp_path, cluster_text({"alpha": "vm1"}), 32 << 20):
             pass
 
-    await until(lambda: not (runtime_root() / "api-small-shm").exists(), "the run directory is gone")
+    await until(lambda: not (runtime_root() / NAME).exists(), "the run directory is gone")

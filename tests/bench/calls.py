@@ -16,6 +16,8 @@ from tests.bench.figure import Budget, Figure, Kind, Round
 from tests.bench.machine import CLUSTERS, job, running
 
 N_CALLS = 500
+SLICES_A_ROUND = 4
+"""Figure and floors take turns often, so that what else runs on the machine meets them alike."""
 DIRECT_LIMIT = 1.3
 RELAYED_LIMIT = 1.4
 _FLOORS = ("direct", "relayed", "pingpong")
@@ -29,14 +31,14 @@ class CallFloor:
         command = [sys.executable, "-m", "tests.bench.floors.call_floor", topology, directory]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def p50_us(self) -> float:
-        """The median of N_CALLS calls."""
+    def times_ns(self) -> list[int]:
+        """N_CALLS calls."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{N_CALLS}\n")
         self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        return float(statistics.median(json.loads(line))) / _NS_PER_US
+        times_ns: list[int] = json.loads(self._process.stdout.readline())
+        return times_ns
 
     def close(self) -> None:
         """End its processes."""
@@ -54,7 +56,7 @@ async def floors() -> AsyncIterator[dict[str, CallFloor]]:
         programs = {topology: CallFloor(topology, directory) for topology in _FLOORS}
         try:
             for program in programs.values():
-                await trio.to_thread.run_sync(program.p50_us)
+                await trio.to_thread.run_sync(program.times_ns)
             yield programs
         finally:
             for program in programs.values():
@@ -71,12 +73,13 @@ async def measure(n_rounds: int) -> list[Figure]:
         for guest in guests.values():
             await job(guest, "hypercalls", n=N_CALLS)
         for _ in range(n_rounds):
-            row = {}
-            for name, guest in guests.items():
-                row[name] = statistics.median(await job(guest, "hypercalls", n=N_CALLS)) / _NS_PER_US
-            for topology, program in programs.items():
-                row[topology] = await trio.to_thread.run_sync(program.p50_us)
-            rows.append(row)
+            times_ns: dict[str, list[int]] = {name: [] for name in (*guests, *programs)}
+            for _ in range(SLICES_A_ROUND):
+                for name, guest in guests.items():
+                    times_ns[name] += await job(guest, "hypercalls", n=N_CALLS)
+                for topology, program in programs.items():
+                    times_ns[topology] += await trio.to_thread.run_sync(program.times_ns)
+            rows.append({name: statistics.median(times) / _NS_PER_US for name, times in times_ns.items()})
 
     def paired(value: str, floor: str) -> list[Round]:
         return [Round(row[value], row[floor]) for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 from dataclasses import dataclass
@@ -91,8 +92,8 @@ async def clean() -> str:
 
 async def test_down_leaves_nothing_and_a_second_cluster_alone(tmp_path: Path) -> None:
     async with (
-        running_hosts(tmp_path / "a", name="api-going") as going,
-        running_hosts(tmp_path / "b", ONE_HOST, name="api-staying") as staying,
+        running_hosts(tmp_path / "a") as going,
+        running_hosts(tmp_path / "b", ONE_HOST) as staying,
     ):
         traces, others = await traces_of(going), await traces_of(staying)
 
@@ -119,8 +120,8 @@ async def test_down_ends_stopped_and_half_dead_clusters(tmp_path: Path) -> None:
 
 async def test_killed_launcher_takes_all_with_it_and_clean_removes_the_rest(tmp_path: Path) -> None:
     async with (
-        running_hosts(tmp_path / "a", name="api-going") as going,
-        running_hosts(tmp_path / "b", ONE_HOST, name="api-staying") as staying,
+        running_hosts(tmp_path / "a") as going,
+        running_hosts(tmp_path / "b", ONE_HOST) as staying,
     ):
         traces, others = await traces_of(going), await traces_of(staying)
         stopped = (await pids(going))["alpha/kvm"]
@@ -130,13 +131,14 @@ async def test_killed_launcher_takes_all_with_it_and_clean_removes_the_rest(tmp_
         going.kill_launcher()
 
         await going.wait_launcher()
-        with pytest.raises(UserError, match="its launcher cannot be reached"):
-            await going.status()
-        await until(lambda: not any(map(is_alive, traces.processes)), "every process is dead", DEATH_SECONDS)
-        assert sockets_below(traces.run_dir) == frozenset()
-        assert {f"segment {name}" for name in traces.segments} < set(traces.left)
-
-        said = await clean()
+        try:
+            with pytest.raises(UserError, match="its launcher cannot be reached"):
+                await going.status()
+            await until(lambda: not any(map(is_alive, traces.processes)), "every process is dead", DEATH_SECONDS)
+            assert sockets_below(traces.run_dir) == frozenset()
+            assert {f"segment {name}" for name in traces.segments} < set(traces.left)
+        finally:
+            said = await clean()
 
         assert all(name in said for name in (*traces.segments, str(traces.run_dir)))
         assert traces.left == []
@@ -144,14 +146,15 @@ async def test_killed_launcher_takes_all_with_it_and_clean_removes_the_rest(tmp_
 
 
 async def test_cluster_of_a_killed_launcher_starts_again_without_clean(tmp_path: Path) -> None:
-    async with running_hosts(tmp_path / "a", ONE_HOST, name="api-again") as running:
+    name = f"api-{secrets.token_hex(3)}"
+    async with running_hosts(tmp_path / "a", ONE_HOST, name=name) as running:
         traces = await traces_of(running)
         running.kill_launcher()
         await running.wait_launcher()
 
-    async with running_hosts(tmp_path / "a", ONE_HOST, name="api-again") as running:
+    async with running_hosts(tmp_path / "a", ONE_HOST, name=name) as running:
         again = await traces_of(running)
         assert not again.segments & traces.segments
         assert not again.processes & traces.processes
-        assert segments_of("api-again") == again.segments
+        assert segments_of(name) == again.segments
     assert again.left == []

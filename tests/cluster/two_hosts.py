@@ -103,8 +103,11 @@ def children_of(pid: int) -> set[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process exists and runs or could run."""
-    return process_state(pid) not in (None, "Z")
+    """Whether the process exists and any of its threads has not ended: they hold its files and memory until then."""
+    try:
+        return process_state(pid) not in (None, "Z") or len(os.listdir(f"/proc/{pid}/task")) > 1
+    except FileNotFoundError:
+        return False
 
 
 def process_state(pid: int) -> str | None:

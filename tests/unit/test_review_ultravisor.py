@@ -18,7 +18,7 @@ from protocol.codes import HCode, UCode
 from protocol.errors import PeerGone
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from services.testing.image import PlayedImage, make_image
-from tests.unit.ultravisor_rig import LPID, MEMORY_BYTES, Registers, Served, UltravisorRig, ultravisor_rig
+from tests.unit.ultravisor_rig import LPID, MEMORY_BYTES, Registers, Served, UltravisorRig, answering, ultravisor_rig
 
 KERNEL = b"a small kernel" * 10_000
 FREE_GFN = 20
@@ -92,6 +92,19 @@ async def test_s7_a_share_that_kvm_half_refused_and_only_pretends_to_take_back_e
 
     assert rig.partition.svm is None
     assert rig.notices == [("vm-failed", "vm1", "hypervisor-kept-shared-page")]
+
+
+async def test_a_share_that_finds_kvm_busy_all_the_time_is_to_be_tried_again(
+    image: PlayedImage, key: RSAPrivateKey, autojump_clock: object
+) -> None:
+    async with trio.open_nursery() as nursery:
+        with ultravisor_rig(nursery, key) as rig:
+            await rig.secure(image)
+            rig.kvm.lies[h.H_SVM_PAGE_IN.number] = answering(HCode.H_BUSY)
+
+            assert await rig.share(FREE_GFN, 2) == UCode.U_RETRY
+
+            assert rig.state(FREE_GFN) == rig.state(FREE_GFN + 1) == "SECURE"
 
 
 async def test_s5_taking_a_frame_away_twice_during_a_share_changes_nothing(
