@@ -47,7 +47,11 @@ class NormalRam:
 
         A write behind the end would grow a truncated segment again: the end is looked at first.
         """
-        self._check_end()
+        self.check_end()
+        self.write_after_check(offset, data)
+
+    def write_after_check(self, offset: int, data: bytes | memoryview) -> None:
+        """As `write`, for several writes at one time, before which `check_end` was called once."""
         try:
             n = os.pwrite(self._fd, data, offset)
         except OSError as error:
@@ -55,7 +59,8 @@ class NormalRam:
         if n != len(data):
             raise self._fault("normal memory is full")
 
-    def _check_end(self) -> None:
+    def check_end(self) -> None:
+        """Raises HostFault when the segment was truncated."""
         if os.lseek(self._fd, 0, os.SEEK_END) < self.size_bytes:
             raise self._fault("normal memory was truncated")
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from protocol.codes import UCode
 from protocol.errors import HostFault
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of
+from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.page_state import TRANSIENT, BadTransition, GfnState, PageEvent
 from services.ultravisor.partition import Partition
 from services.ultravisor.svm import MAX_SLOTS, Slot, Svm, SvmPhase
@@ -143,8 +144,9 @@ async def page_out(partition: Partition, svm: Svm, requests: list[PageRequest]) 
     if leaving:
         gfns = [gfn_of(requests[i].gpa) for i in leaving]
         acknowledged = await partition.invalidator.invalidate(gfns, requests[leaving[0]].cause)
+        may_write = acknowledged and svm.phase is SvmPhase.SECURE and _is_whole(svm.ram)
         for i, gfn in zip(leaving, gfns, strict=True):
-            if acknowledged and svm.phase is SvmPhase.SECURE:
+            if may_write:
                 codes[i] = _seal(svm, gfn)
             else:
                 _keep_page(svm, gfn)
@@ -182,6 +184,14 @@ def _check_page_out(svm: Svm, request: PageRequest) -> UCode | None:
     if request.gpa % PAGE_BYTES or not svm.in_slots(gfn_of(request.gpa)):
         return UCode.U_P3
     return None
+
+
+def _is_whole(ram: NormalRam) -> bool:
+    try:
+        ram.check_end()
+    except HostFault:
+        return False
+    return True
 
 
 def _seal(svm: Svm, gfn: int) -> UCode:

@@ -128,8 +128,11 @@ class Svm:
             self.ram.zero_page(gpa_of(gfn))
 
     def seal_out(self, gfn: int) -> None:
-        """Write the encrypted image of `gfn` into its normal frame; the secure frame is kept. Raises HostFault."""
-        self.ram.write(gpa_of(gfn), self._sealer.seal(gfn, self.secure_page(gfn)))
+        """Write the encrypted image of `gfn` into its normal frame; the secure frame is kept. Raises HostFault.
+
+        The caller has looked at the end of normal RAM (`NormalRam.check_end`).
+        """
+        self.ram.write_after_check(gpa_of(gfn), self._sealer.seal(gfn, self.secure_page(gfn)))
 
     def open_in(self, gfn: int, offset: int) -> bool:
         """Check the image at `offset` of normal RAM and take its content; False when refused. Raises HostFault."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -153,7 +154,7 @@ def test_an_ultracall_of_somebody_else_is_a_permission_error(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [KVM_GUEST, ULTRAVISOR_GUEST, ULTRAVISOR_KVM], ids=lambda kind: kind.name)
 def test_no_handler_can_be_registered_for_a_call_that_its_link_does_not_carry(kind: LinkKind) -> None:
-    link = Link(cast(ZmqChannel, None), kind, kind.upper, "l", "peer", LOG)
+    link = Link(cast(ZmqChannel, SimpleNamespace(bundles=False)), kind, kind.upper, "l", "peer", LOG)
 
     for call in (*HCALLS, *UCALLS):
         if call.number in kind.upward:
