@@ -9,11 +9,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
 from deploy.api import RunningCluster, cluster, processes_of
 from deploy.manifest import ManifestData, clean_run_dir, is_alive, read_manifest
+from deploy.operator_protocol import LENGTH, Request, Response, frame
 from deploy.run_dirs import running_clusters
 from protocol.errors import UserError
 from tests.cluster.conftest import FAKE_SERVICE, MINIMAL
@@ -373,3 +375,16 @@ async def test_text_that_does_not_fit_the_input_buffer_is_typed_in_parts(fake_cl
 
     events = (await seen(fake_cluster, "alpha/kvm"))["events"]
     assert [event for event in events if event.startswith("typed")] == ["typed 'hash'", "typed ' all'", "typed '\\r'"]
+
+
+async def test_an_order_without_the_token_of_the_run_directory_is_refused(fake_cluster: RunningCluster) -> None:
+    stream = await trio.open_unix_socket(str(fake_cluster.paths.launcher_socket))
+    async with stream:
+        await stream.send_all(frame(Request("not the token", "stop")))
+        (n_bytes,) = LENGTH.unpack(await stream.receive_some(LENGTH.size))
+        response = msgspec.msgpack.decode(await stream.receive_some(n_bytes), type=Response)
+
+    assert response.error is not None
+    assert "the token does not fit" in response.error
+    assert fake_cluster.paths.token_file.stat().st_mode & 0o077 == 0
+    assert (await fake_cluster.status()).healthy
