@@ -91,7 +91,7 @@ KVM_QEMU = LinkKind(
         m.TCE_WINDOW_REMOVE,
         m.TERMINAL_OUTPUT,
     ),
-    downward=_numbers(m.EXIT_MMIO_LOAD, m.EXIT_MMIO_STORE, m.EXIT_RTAS, m.EXIT_HCALL, m.VM_EVENT),
+    downward=_numbers(m.EXIT_MMIO_LOAD, m.EXIT_MMIO_STORE, m.EXIT_RTAS, m.VM_EVENT),
 )
 
 LINK_KINDS = {kind.name: kind for kind in (KVM_GUEST, ULTRAVISOR_GUEST, ULTRAVISOR_KVM, KVM_QEMU)}

@@ -274,21 +274,6 @@ class RtasReply(Body, frozen=True):
         return cls([RtasStatus.HARDWARE_ERROR & 0xFFFFFFFF])
 
 
-class HcallExitBody(Body, frozen=True):
-    """A hypercall that belongs to user space."""
-
-    vcpu: Vcpu
-    number: Register
-    args: Annotated[list[Register], Meta(max_length=9)]
-
-
-class HcallExitReply(Body, frozen=True):
-    """Its result code and outputs."""
-
-    code: int
-    outputs: Annotated[list[Register], Meta(max_length=9)] = []
-
-
 class VmEventKind(IntEnum):
     """What kvm tells qemu about its VM."""
 
@@ -306,7 +291,6 @@ class VmEventBody(Body, frozen=True):
 EXIT_MMIO_LOAD = _declare(0x10201, "EXIT_MMIO_LOAD", MmioLoadBody, MmioLoadReply)
 EXIT_MMIO_STORE = _declare(0x10202, "EXIT_MMIO_STORE", MmioStoreBody, Status)
 EXIT_RTAS = _declare(0x10203, "EXIT_RTAS", RtasBody, RtasReply)
-EXIT_HCALL = _declare(0x10204, "EXIT_HCALL", HcallExitBody, HcallExitReply)
 VM_EVENT = _event(0x10205, "VM_EVENT", VmEventBody)
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from protocol.codes import HCode, RtasStatus
 from protocol.errors import PeerError, PeerGone
 from protocol.messages import (
-    EXIT_HCALL,
     EXIT_MMIO_LOAD,
     EXIT_MMIO_STORE,
     EXIT_RTAS,
     VM_EVENT,
-    HcallExitBody,
     MmioLoadBody,
     MmioStoreBody,
     RtasBody,
@@ -51,14 +49,6 @@ class UserSpace:
         except (PeerGone, PeerError):
             return [HCode.H_HARDWARE]
         return [reply.code]
-
-    async def hypercall(self, call: GuestCall, number: int) -> Result:
-        """A hypercall that belongs to user space (H_CAS, H_UPDATE_DT)."""
-        try:
-            reply = await self._link.call(EXIT_HCALL, HcallExitBody(call.vcpu, number, call.args), call.cause)
-        except (PeerGone, PeerError):
-            return [HCode.H_HARDWARE]
-        return [reply.code, *reply.outputs]
 
     async def rtas(self, body: RtasBody, cause: int) -> list[int]:
         """An RTAS service; the return words."""

@@ -47,7 +47,6 @@ class Machine:
         link.on(m.EXIT_MMIO_LOAD, self._mmio_load)
         link.on_waiting(m.EXIT_MMIO_STORE, self._mmio_store)
         link.on_waiting(m.EXIT_RTAS, self._rtas)
-        link.on_waiting(m.EXIT_HCALL, self._hcall)
         link.on(m.VM_EVENT, self._vm_event)
 
     def _mmio_load(self, _envelope: Envelope, body: m.MmioLoadBody) -> m.MmioLoadReply:
@@ -59,9 +58,6 @@ class Machine:
 
     async def _rtas(self, _envelope: Envelope, body: m.RtasBody) -> m.RtasReply:
         return m.RtasReply(await self._board().rtas_token(body.token, body.args, body.n_rets))
-
-    async def _hcall(self, _envelope: Envelope, _body: m.HcallExitBody) -> m.HcallExitReply:
-        return m.HcallExitReply(HCode.H_FUNCTION)
 
     def _vm_event(self, _envelope: Envelope, body: m.VmEventBody) -> None:
         self._log.error("guest crashed", reason=body.reason)
