@@ -90,8 +90,9 @@ KVM_QEMU = LinkKind(
         m.TCE_WINDOW_CREATE,
         m.TCE_WINDOW_REMOVE,
         m.TERMINAL_OUTPUT,
+        m.DOORBELL_SET,
     ),
-    downward=_numbers(m.EXIT_MMIO_LOAD, m.EXIT_MMIO_STORE, m.EXIT_RTAS, m.VM_EVENT),
+    downward=_numbers(m.EXIT_MMIO_LOAD, m.EXIT_MMIO_STORE, m.EXIT_RTAS, m.VM_EVENT, m.DOORBELL_RUNG),
 )
 
 LINK_KINDS = {kind.name: kind for kind in (KVM_GUEST, ULTRAVISOR_GUEST, ULTRAVISOR_KVM, KVM_QEMU)}

@@ -292,6 +292,7 @@ EXIT_MMIO_LOAD = _declare(0x10201, "EXIT_MMIO_LOAD", MmioLoadBody, MmioLoadReply
 EXIT_MMIO_STORE = _declare(0x10202, "EXIT_MMIO_STORE", MmioStoreBody, Status)
 EXIT_RTAS = _declare(0x10203, "EXIT_RTAS", RtasBody, RtasReply)
 VM_EVENT = _event(0x10205, "VM_EVENT", VmEventBody)
+DOORBELL_RUNG = _event(0x10206, "DOORBELL_RUNG", MmioStoreBody)
 
 
 # -- qemu -> kvm ----------------------------------------------------------------------------------------------
@@ -334,6 +335,17 @@ class TceWindowBody(Body, frozen=True):
     n_tces: Annotated[int, Meta(ge=1, le=1 << 24)]
 
 
+class DoorbellBody(Body, frozen=True):
+    """A device register whose store has no effect that the guest could wait for (as KVM's ioeventfd).
+
+    While it is `on`, kvm answers such a store itself and rings the device by DOORBELL_RUNG.
+    """
+
+    gpa: Register
+    size_bytes: Annotated[int, Meta(ge=1, le=8)]
+    on: bool
+
+
 class LiobnBody(Body, frozen=True):
     """One TCE table."""
 
@@ -358,3 +370,4 @@ TCE_WINDOW_CREATE = _declare(0x10309, "TCE_WINDOW_CREATE", TceWindowBody, Status
 TCE_WINDOW_REMOVE = _declare(0x1030A, "TCE_WINDOW_REMOVE", LiobnBody, Status, leaf=True)
 VM_POWEROFF = _declare(0x1030B, "VM_POWEROFF", Empty, Status)
 TERMINAL_OUTPUT = _event(0x1030C, "TERMINAL_OUTPUT", TerminalBody)
+DOORBELL_SET = _event(0x1030D, "DOORBELL_SET", DoorbellBody)

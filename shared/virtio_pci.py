@@ -16,6 +16,8 @@ MODERN_REVISION = 1
 PCI_CAP_VENDOR = 0x09
 CAP_BYTES = 16
 NOTIFY_CAP_BYTES = 20
+NOTIFY_BYTES = 2
+"""A kick stores the queue's index, a u16."""
 """The notify capability is followed by its u32 multiplier."""
 PCI_CFG_CAP_BYTES = 20
 """The pci-cfg capability is followed by its 4-byte data window."""

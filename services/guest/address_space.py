@@ -14,6 +14,7 @@ from protocol.messages import Access
 from shared.partition_map import FRAME_SHIFT, KIND_MASK, PERMISSION, MapKind, PartitionMap
 
 _OFFSET_MASK = PAGE_BYTES - 1
+_ZEROS = bytes(PAGE_BYTES)
 _READ = PERMISSION[Access.READ]
 _WRITE = PERMISSION[Access.WRITE]
 
@@ -72,14 +73,31 @@ class AddressSpace:
         """Copy `n_bytes` from `src` to `dst`; the ranges do not overlap."""
         while n_bytes > 0:
             part = min(n_bytes, PAGE_BYTES - (src & _OFFSET_MASK), PAGE_BYTES - (dst & _OFFSET_MASK))
-            self.store(dst, self.load(src, part))
+            self._copy_part(dst, src, part)
             src += part
             dst += part
             n_bytes -= part
 
+    def _copy_part(self, dst: int, src: int, n_bytes: int) -> None:
+        """Both parts lie in one page each. A fault on one side may take the other's frame: then look again."""
+        dst_gfn, src_gfn = dst >> PAGE_SHIFT, src >> PAGE_SHIFT
+        while True:
+            to = self._translate(dst_gfn, Access.WRITE, _WRITE)
+            source = self._frame(src_gfn, Access.READ, _READ)
+            if self._map is not None and self._map.words[dst_gfn] == to:
+                break
+        self._dirty[dst_gfn] = 1
+        to_offset, from_offset = dst & _OFFSET_MASK, src & _OFFSET_MASK
+        self._view(to)[to_offset : to_offset + n_bytes] = source[from_offset : from_offset + n_bytes]
+
     def fill(self, gpa: int, n_bytes: int, value: int = 0) -> None:
         """Set `n_bytes` from `gpa` to `value`."""
-        self.store(gpa, bytes([value]) * n_bytes)
+        block = _ZEROS if value == 0 else bytes([value]) * min(n_bytes, PAGE_BYTES)
+        while n_bytes > 0:
+            part = min(n_bytes, PAGE_BYTES - (gpa & _OFFSET_MASK))
+            self.store(gpa, memoryview(block)[:part])
+            gpa += part
+            n_bytes -= part
 
     def peek(self, gpa: int, n_bytes: int) -> bytes | None:
         """`n_bytes` inside one page without faulting: None when the map does not give it (for debuggers)."""
@@ -116,6 +134,10 @@ class AddressSpace:
         self.store(gpa, value.to_bytes(8, "little"))
 
     def _frame(self, gfn: int, access: Access, permission: int) -> memoryview:
+        return self._view(self._translate(gfn, access, permission))
+
+    def _translate(self, gfn: int, access: Access, permission: int) -> int:
+        """The map entry of `gfn`, once it gives `permission`; it holds until this processor takes a message."""
         if gfn < 0 or gfn << PAGE_SHIFT >= self.size_bytes or self._map is None:
             raise GuestFault(f"gfn {gfn:#x} is outside RAM of {self.size_bytes:#x} bytes")
         words = self._map.words
@@ -123,6 +145,9 @@ class AddressSpace:
         while not value & permission:
             self._fault(gfn, access)
             value = self._map.words[gfn]
+        return value
+
+    def _view(self, value: int) -> memoryview:
         start = value >> FRAME_SHIFT << PAGE_SHIFT
         if value & KIND_MASK == MapKind.SECURE:
             assert self._secure is not None

@@ -122,7 +122,7 @@ class MemoryJob:
 class DiskReadJob:
     """Read the first `n_bytes` of the disk through the kernel's driver and DMA layer, several requests deep.
 
-    Outcome: nanoseconds until the last byte lay in a buffer of the guest's own.
+    Outcome: nanoseconds until the last byte lay in a buffer of the guest's own, and the calls made meanwhile by name.
     """
 
     def __init__(self, parts: Parts, n_bytes: int, done: Done) -> None:
@@ -135,6 +135,7 @@ class DiskReadJob:
         self._done = done
         self._buffers: int | None = None
         self._started_ns = 0
+        self._calls_before: dict[str, int] = {}
 
     def run(self) -> Exit | Turn:
         """Take what has arrived; the kernel's own steps issue the requests."""
@@ -148,13 +149,19 @@ class DiskReadJob:
         took_ns = time.perf_counter_ns() - self._started_ns
         bulk.active = False
         self._parts.pages.free(bulk.buffers, _READ_PAGES)
-        self._done({"ns": took_ns, "error": bulk.error})
+        self._done({"ns": took_ns, "error": bulk.error, "calls": self._calls()})
         return Turn.OVER
 
     def _start(self) -> None:
         self._buffers = self._parts.pages.must_alloc(_READ_PAGES, PageUse.BUFFER)
+        self._calls_before = dict(self._parts.state.calls.counts)
         self._started_ns = time.perf_counter_ns()
         self._parts.reader.start(0, self._n_bytes, self._buffers, _READ_BUFFERS, CHUNK_BYTES)
+
+    def _calls(self) -> dict[str, int]:
+        counts = self._parts.state.calls.counts
+        deltas = {name: count - self._calls_before.get(name, 0) for name, count in counts.items()}
+        return {name: delta for name, delta in deltas.items() if delta}
 
     def resume(self, result: list[int]) -> None:
         """Never called: the kernel makes the calls."""
@@ -191,12 +198,15 @@ class BenchEngine(ModelEngine):
 
     def run(self, slice_ns: int) -> Exit:
         """As ModelEngine; a job goes first wherever the kernel is at a safe point."""
+        end_ns = self._time.now_ns() + slice_ns
         while True:
             if self._job is not None and self.at_safe_point:
                 exit_ = self._run_job(self._job)
                 if exit_ is not None:
                     return exit_
-            exit_ = super().run(slice_ns)
+            exit_ = super().run(slice_ns if self._job is None else 0)
+            if exit_ is Pause.SLICE_END and self._job is not None and self._time.now_ns() < end_ns:
+                continue
             if not isinstance(exit_, Idle):
                 return exit_
             if self._job is None or not self._job.is_ready():

@@ -5,10 +5,12 @@ from __future__ import annotations
 from protocol.codes import HCode, RtasStatus
 from protocol.errors import PeerError, PeerGone
 from protocol.messages import (
+    DOORBELL_RUNG,
     EXIT_MMIO_LOAD,
     EXIT_MMIO_STORE,
     EXIT_RTAS,
     VM_EVENT,
+    DoorbellBody,
     MmioLoadBody,
     MmioStoreBody,
     RtasBody,
@@ -20,6 +22,8 @@ from services.kvm.guest_call import GuestCall, Result
 from services.runtime.link import Link
 
 _CI_SIZES = frozenset({1, 2, 4, 8})
+MAX_DOORBELLS = 256
+"""More than the queues of any machine here; beyond it a store is an exit like any other."""
 
 
 class UserSpace:
@@ -27,6 +31,19 @@ class UserSpace:
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self._doorbells: set[tuple[int, int]] = set()
+
+    def set_doorbell(self, doorbell: DoorbellBody) -> None:
+        """From now on a store to `doorbell` is answered here, or no more."""
+        key = (doorbell.gpa, doorbell.size_bytes)
+        if not doorbell.on:
+            self._doorbells.discard(key)
+        elif len(self._doorbells) < MAX_DOORBELLS:
+            self._doorbells.add(key)
+
+    def reset(self) -> None:
+        """The machine is reset: its devices have no doorbells until they are driven again."""
+        self._doorbells.clear()
 
     async def h_logical_ci_load(self, call: GuestCall) -> Result:
         """H_LOGICAL_CI_LOAD."""
@@ -40,15 +57,21 @@ class UserSpace:
         return [reply.code, reply.value]
 
     async def h_logical_ci_store(self, call: GuestCall) -> Result:
-        """H_LOGICAL_CI_STORE."""
+        """H_LOGICAL_CI_STORE. Of a doorbell it returns before the device has heard it."""
         size, gpa, value = call.args
         if size not in _CI_SIZES:
             return [HCode.H_PARAMETER]
+        if (gpa, size) in self._doorbells and self._ring(gpa, size, value, call.cause):
+            return [HCode.H_SUCCESS]
         try:
             reply = await self._link.call(EXIT_MMIO_STORE, MmioStoreBody(gpa, size, value), call.cause)
         except (PeerGone, PeerError):
             return [HCode.H_HARDWARE]
         return [reply.code]
+
+    def _ring(self, gpa: int, size: int, value: int, cause: int) -> bool:
+        is_up = self._link.peer_state == "up"
+        return is_up and self._link.send_event(DOORBELL_RUNG, MmioStoreBody(gpa, size, value), cause)
 
     async def rtas(self, body: RtasBody, cause: int) -> list[int]:
         """An RTAS service; the return words."""

@@ -44,6 +44,9 @@ class BoardPort(IrqPort, MachinePort, Protocol):
     def device_fault(self, device: str, reason: str) -> None:
         """A driver broke `device`, or was refused by it: for the operator."""
 
+    def doorbell(self, gpa: int, on: bool) -> None:
+        """A store to the notify register at `gpa` only wakes a device, or is an exit as any other again."""
+
     def io_error(self, device: str, reason: str) -> None:
         """The host refused a request of `device`: for the operator."""
 
@@ -76,6 +79,8 @@ class Board:
         self._port = port
         self._assign_bars = assign_bars
         self._waits_for_devices = vm.time == "instructions"
+        if not self._waits_for_devices:
+            self.bridge.tell_doorbell = port.doorbell
         self._uuid = uuid.uuid5(uuid.NAMESPACE_URL, f"pefbox:{vm.name}:{vm.lpid}").bytes
         self._memory = DeviceMemory(BypassSpace(ram), IommuSpace(ram, self.bridge.dma_windows))
         for slot, device in enumerate(vm.devices, FIRST_SLOT):
@@ -136,6 +141,11 @@ class Board:
             return HCode.H_PARAMETER, 0
         value = self.bridge.mmio_load(gpa, size_bytes)
         return (HCode.H_PARAMETER, 0) if value is None else (HCode.H_SUCCESS, value)
+
+    def ring(self, gpa: int, size_bytes: int, value: int) -> None:
+        """A store to a doorbell; nothing happens where no device answers."""
+        if size_bytes in ACCESS_SIZES:
+            self.bridge.mmio_store(gpa, size_bytes, value)
 
     async def mmio_store(self, gpa: int, size_bytes: int, value: int) -> int:
         """H_SUCCESS, or H_PARAMETER where no device answers."""
@@ -215,6 +225,8 @@ class Board:
             serial=entry.name,
             access_platform=device.access_platform,
         )
+        if self._waits_for_devices:
+            blk.poll_ns = 0
         blk.on_fault = self._port.device_fault
         blk.on_io_error = self._port.io_error
         return VirtioPciFunction(blk, SCSI_CLASS)

@@ -15,6 +15,7 @@ from protocol.wire import Envelope
 from services.qemu.qmp import CommandFailed, MonitorEvents, Reset, Resumed, RunState, Shutdown, ShutdownCause, Stopped
 from services.runtime.link import Link
 from services.runtime.log import Log
+from shared.virtio_pci import NOTIFY_BYTES
 
 if TYPE_CHECKING:
     from services.qemu.board import Board
@@ -48,6 +49,7 @@ class Machine:
         link.on_waiting(m.EXIT_MMIO_STORE, self._mmio_store)
         link.on_waiting(m.EXIT_RTAS, self._rtas)
         link.on(m.VM_EVENT, self._vm_event)
+        link.on(m.DOORBELL_RUNG, self._doorbell_rung)
 
     def _mmio_load(self, _envelope: Envelope, body: m.MmioLoadBody) -> m.MmioLoadReply:
         code, value = self._board().mmio_load(body.gpa, body.size)
@@ -55,6 +57,10 @@ class Machine:
 
     async def _mmio_store(self, _envelope: Envelope, body: m.MmioStoreBody) -> m.Status:
         return m.Status(await self._board().mmio_store(body.gpa, body.size, body.value))
+
+    def _doorbell_rung(self, _envelope: Envelope, body: m.MmioStoreBody) -> None:
+        """A store that kvm has answered already; the register may be gone since."""
+        self._board().ring(body.gpa, body.size, body.value)
 
     async def _rtas(self, _envelope: Envelope, body: m.RtasBody) -> m.RtasReply:
         return m.RtasReply(await self._board().rtas_token(body.token, body.args, body.n_rets))
@@ -84,6 +90,10 @@ class Machine:
     def lsi(self, source: int, level: bool) -> None:
         """The new level of `source`."""
         self._link.send_event(m.IRQ_SET, m.IrqBody(source, level))
+
+    def doorbell(self, gpa: int, on: bool) -> None:
+        """kvm answers stores to the notify register at `gpa`, or no more."""
+        self._link.send_event(m.DOORBELL_SET, m.DoorbellBody(gpa, NOTIFY_BYTES, on))
 
     async def define(self, source: int, *, level_triggered: bool) -> None:
         """`source` exists from now on."""

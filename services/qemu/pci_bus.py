@@ -228,8 +228,15 @@ class PciFunction:
 class PciBus:
     """Bus 0 of a host bridge: functions by devfn."""
 
-    def __init__(self, set_intx: Callable[[int, int, bool], None], send_message: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        set_intx: Callable[[int, int, bool], None],
+        send_message: Callable[[int, int], None],
+        set_doorbells: Callable[[PciFunction, Bar, frozenset[int]], None],
+    ) -> None:
         self.functions: dict[int, PciFunction] = {}
+        self.set_doorbells = set_doorbells
+        """Told the offsets in a BAR of the registers that only wake a device, whenever they may have changed."""
         self.set_intx = set_intx
         self.send_message = send_message
         self._decoded: dict[bool, list[tuple[int, int, Region]]] | None = None

@@ -15,6 +15,7 @@ Source: QEMU `include/hw/pci-host/spapr.h`, `hw/ppc/spapr.c` (placement), `inclu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,6 +53,10 @@ class IrqPort(Protocol):
         """`source` exists from now on."""
 
 
+TellDoorbell = Callable[[int, bool], None]
+"""The guest physical address of a doorbell, and whether it is one from now on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """A range of guest physical addresses that reaches the bus at `bus`."""
@@ -75,10 +80,12 @@ class PciHostBridge:
         self.mem64 = Window(OfSpace.MEM64, mem64_gpa, mem64_gpa, MEM64_BYTES)
         self.windows = (self.mem64, self.mem32, self.io)
         self.dma_windows: list[TceTable] = []
-        self.bus = PciBus(self._set_intx, self._send_message)
+        self.bus = PciBus(self._set_intx, self._send_message, self._set_doorbells)
         self.msis = MsiSources()
         self._irq = irq
         self._asserted: list[set[int]] = [set() for _ in range(N_PINS)]
+        self._doorbells: dict[int, frozenset[int]] = {}
+        self.tell_doorbell: TellDoorbell | None = None
 
     def mmio_load(self, gpa: int, size_bytes: int) -> int | None:
         """The little-endian value at `gpa`; None where nothing answers."""
@@ -138,6 +145,15 @@ class PciHostBridge:
         (asserted.add if level else asserted.discard)(devfn)
         if bool(asserted) != before:
             self._irq.lsi(self.lsi_source(devfn, pin), bool(asserted))
+
+    def _set_doorbells(self, function: PciFunction, bar: Bar, offsets: frozenset[int]) -> None:
+        if self.tell_doorbell is None:
+            return
+        base = self.gpa_of_bar(function, bar) if function.command(Command.MEMORY) else None
+        wanted = frozenset() if base is None else frozenset(base + offset for offset in offsets)
+        before, self._doorbells[function.devfn] = self._doorbells.get(function.devfn, frozenset()), wanted
+        for gpa in sorted(before ^ wanted):
+            self.tell_doorbell(gpa, gpa in wanted)
 
     def _send_message(self, address: int, data: int) -> None:
         # A message elsewhere would be a write to memory that no driver asked for: it goes nowhere.

@@ -171,7 +171,11 @@ class TestPort:
     events: list[str] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)
     io_errors: list[tuple[str, str]] = field(default_factory=list)
+    doorbells: set[int] = field(default_factory=set)
     now_ns: int = 0
+
+    def doorbell(self, gpa: int, on: bool) -> None:
+        (self.doorbells.add if on else self.doorbells.discard)(gpa)
 
     async def define(self, source: int, *, level_triggered: bool) -> None:
         self.sources[source] = level_triggered

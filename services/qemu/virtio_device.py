@@ -9,6 +9,7 @@ Source: VIRTIO 1.4, sections 2.1 to 2.7, 3.1.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -30,6 +31,9 @@ FEATURES = feature_mask((Feature.VERSION_1, Feature.INDIRECT_DESC, Feature.EVENT
 CHAINS_BETWEEN_CHECKPOINTS = 8
 """A guest that never lets its queue run empty does not starve the other tasks of the process."""
 
+POLL_NS = 1_000_000
+"""So long a queue that was busy is looked at before the device asks for a kick: about what a kick costs the guest."""
+
 _DRIVER_BITS = (
     DeviceStatus.ACKNOWLEDGE
     | DeviceStatus.DRIVER
@@ -47,6 +51,9 @@ class Transport(Protocol):
 
     def config_interrupt(self) -> None:
         """The configuration or the status changed."""
+
+    def queues_started(self) -> None:
+        """The device serves its queues from now on."""
 
     def device_reset(self) -> None:
         """The device is as at power-on; forget vectors and pending interrupts."""
@@ -93,6 +100,7 @@ class VirtioDevice(ABC):
         self.state = VirtioState([queue.state for queue in self.queues])
         self.transport: Transport | None = None
         self.on_fault: Callable[[str, str], None] | None = None
+        self.poll_ns = POLL_NS
         self._dma = memory.platform if access_platform else memory.bypass
         self._kicks = [trio.Event() for _ in self.queues]
         self._finished: list[deque[tuple[Chain, int]]] = [deque() for _ in self.queues]
@@ -250,6 +258,8 @@ class VirtioDevice(ABC):
         except PefboxError as error:
             self.fail(str(error))
             return
+        if self.transport is not None:
+            self.transport.queues_started()
         for queue in self.queues:
             self.kick(queue.index)
 
@@ -280,6 +290,8 @@ class VirtioDevice(ABC):
             chain = await queue.pop()
             if chain is None:
                 await self._signal(queue)
+                if n_chains > 1 and await self._poll(queue):
+                    continue
                 if not self._finished[queue.index] and not await queue.resume_notifications():
                     return
                 continue
@@ -290,6 +302,15 @@ class VirtioDevice(ABC):
             if n_chains % CHAINS_BETWEEN_CHECKPOINTS == 0:
                 await self._signal(queue)
                 await trio.lowlevel.checkpoint()
+
+    async def _poll(self, queue: Virtqueue) -> bool:
+        """Look at a queue that was busy for a while; whether there is something to do."""
+        end_ns = time.monotonic_ns() + self.poll_ns
+        while self.serving and time.monotonic_ns() < end_ns:
+            if self._finished[queue.index] or await queue.has_available():
+                return True
+            await trio.lowlevel.checkpoint()
+        return False
 
     async def _publish_finished(self, queue: Virtqueue) -> None:
         finished = self._finished[queue.index]

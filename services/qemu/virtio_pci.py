@@ -89,7 +89,8 @@ class VirtioPciFunction(PciFunction):
         self._loads = self._load_table()
         self._stores = self._store_table()
         self.add_bar(Bar(MSIX_BAR, OfSpace.MEM32, self.msix))
-        self.add_bar(Bar(MODERN_BAR, OfSpace.MEM64, self, prefetchable=True))
+        self._modern_bar = Bar(MODERN_BAR, OfSpace.MEM64, self, prefetchable=True)
+        self.add_bar(self._modern_bar)
         self._msix_offset = self._add_msix_capability()
         self._pci_cfg_offset = self._add_virtio_capabilities()
 
@@ -108,6 +109,11 @@ class VirtioPciFunction(PciFunction):
         self._isr = 0
         self._device_feature_select = self._driver_feature_select = self._queue_select = 0
         self.set_intx(False)
+        self._tell_doorbells()
+
+    def queues_started(self) -> None:
+        """The notify registers of the running queues are doorbells."""
+        self._tell_doorbells()
 
     # The modern BAR.
 
@@ -143,7 +149,9 @@ class VirtioPciFunction(PciFunction):
         return super().read_config(offset, size_bytes)
 
     def config_written(self, offset: int, size_bytes: int) -> None:
-        """React to MSI-X control, the command register and the pci-cfg window."""
+        """React to BARs, MSI-X control, the command register and the pci-cfg window."""
+        if offset < Config.CAPABILITIES:
+            self._tell_doorbells()
         if offset <= self._msix_offset + Msix.CONTROL + 1 < offset + size_bytes:
             control = super().read_config(self._msix_offset + Msix.CONTROL, 2)
             self.msix.set_control(
@@ -186,8 +194,16 @@ class VirtioPciFunction(PciFunction):
         self._queue_select = state.queue_select
         self.update_intx()
         self.device.load(state.device)
+        self._tell_doorbells()
 
     # Inside.
+
+    def _tell_doorbells(self) -> None:
+        if self.bus is None:
+            return
+        running = [queue.index for queue in self.device.queues if queue.running and self.device.serving]
+        offsets = frozenset(OFFSETS[CfgType.NOTIFY] + NOTIFY_MULTIPLIER * index for index in running)
+        self.bus.set_doorbells(self, self._modern_bar, offsets)
 
     def _interrupt(self, vector: int, isr: int) -> None:
         if self.msix.enabled:

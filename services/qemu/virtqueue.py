@@ -187,6 +187,10 @@ class Virtqueue:
         await dma.store_u16(state.device + RING_IDX, state.next_used)
         self.in_flight.discard(head)
 
+    async def has_available(self) -> bool:
+        """Whether the driver's index moved; `pop` says whether that holds."""
+        return await self.dma.load_u16(self.state.driver + RING_IDX) != self.state.next_avail
+
     async def pause_notifications(self) -> None:
         """Tell the driver that kicks are not needed now; with the event index there is nothing to say."""
         if not self._event_idx:
@@ -200,7 +204,7 @@ class Virtqueue:
         else:
             await dma.store_u16(state.device + RING_FLAGS, 0)
         full_fence()
-        return await dma.load_u16(state.driver + RING_IDX) != state.next_avail
+        return await self.has_available()
 
     async def wants_interrupt(self) -> bool:
         """Whether the driver is to be told of what was pushed since it was last told."""

@@ -152,9 +152,9 @@ class Link:
         await trio.lowlevel.wait_task_rescheduled(abort)
         return [decode_result(reply) for reply in group.replies]
 
-    def send_event(self, message: Message[BodyT, Any], body: BodyT, cause: int = 0) -> None:
-        """Tell the peer something that has no reply."""
-        self._send(MessageKind.EVENT, message.number, 0, cause, body)
+    def send_event(self, message: Message[BodyT, Any], body: BodyT, cause: int = 0) -> bool:
+        """Tell the peer something that has no reply; False when it takes no more messages."""
+        return self._send(MessageKind.EVENT, message.number, 0, cause, body)
 
     def send_call(self, number: int, correlation: int, body: Any, cause: int) -> None:  # noqa: ANN401
         """Send a call whose answer does not come as a reply (a reflected hypercall is answered by UV_RETURN)."""

@@ -32,13 +32,17 @@ QUEUE_ERRORS = {
     Lie.BACK: QueueError.INDEX_JUMP,
     Lie.SILENT: QueueError.NO_ANSWER,
     Lie.GARBAGE: QueueError.INDEX_JUMP,
+    Lie.DEAF: QueueError.NO_ANSWER,
     Lie.MMIO_GONE: QueueError.NO_DEVICE,
     Lie.MMIO_MALFORMED: QueueError.NO_DEVICE,
 }
 _SECRET = re.compile(r"secret (\S+) ([0-9a-f]{64})")
 
 
-CASES = [(lie, "wall") for lie in QUEUE_ERRORS] + [(Lie.SILENT, "instructions"), (Lie.JUMP, "instructions")]
+KICK_IS_A_CALL = (Lie.MMIO_GONE, Lie.MMIO_MALFORMED)
+"""With the clock `wall` a kick is a doorbell that kvm answers, so there these lies cannot be told."""
+CASES = [(lie, "instructions" if lie in KICK_IS_A_CALL else "wall") for lie in QUEUE_ERRORS]
+CASES += [(Lie.SILENT, "instructions"), (Lie.JUMP, "instructions")]
 
 
 @pytest.mark.parametrize(("lie", "time"), CASES, ids=lambda value: getattr(value, "name", value))
@@ -49,7 +53,7 @@ async def test_a_lie_ends_the_queue_by_name_and_nothing_else(tmp_path: Path, lie
         await console_until(vm, UP)
         await vm.qemu.query("lie", {"what": lie.name})
 
-        limit = PROMPT_SECONDS + (ANSWER_LIMIT_SECONDS if lie is Lie.SILENT else 0)
+        limit = PROMPT_SECONDS + (ANSWER_LIMIT_SECONDS if QUEUE_ERRORS[lie] is QueueError.NO_ANSWER else 0)
         with trio.fail_after(limit):
             answer = await ask(vm, "hash")
 

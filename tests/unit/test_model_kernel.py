@@ -176,12 +176,12 @@ class World:
 
     # -- the processor loop -----------------------------------------------------------------------------------------
 
-    def run(self, done: Callable[[], bool], limit: int = 400_000) -> None:
-        """Serve exits until `done`; fails when the world stands still."""
+    def run(self, done: Callable[[], bool], limit: int = 400_000, slice_ns: int = SLICE_NS) -> None:
+        """Serve exits until `done`, looked at after each slice; fails when the world stands still."""
         for _ in range(limit):
             if done() or self.crash:
                 return
-            self.serve(self.engine.run(SLICE_NS))
+            self.serve(self.engine.run(slice_ns))
         pytest.fail(f"not done; console: {self.console[-2000:]}")
 
     def serve(self, exit_: Exit) -> None:
@@ -581,6 +581,16 @@ def run_with_reloads(world: World, until: str, probability: float, seed: int) ->
     return n_loads
 
 
+def run_into_the_hash(world: World) -> None:
+    """Up to a safe point of the secure kernel with a part of the disk hashed."""
+
+    def inside() -> bool:
+        return world.engine.at_safe_point and decoded(world).disk_hash.position > 1 << 20 and world.secure
+
+    world.run(inside, slice_ns=0)
+    assert "disk sha256" not in world.console
+
+
 def result_lines(world: World) -> list[str]:
     return [line for line in world.console.split("\r\n") if "sha256" in line or "wrote" in line]
 
@@ -619,7 +629,7 @@ def test_a_small_memory_disk_hash_without_page_cache_survives_a_load() -> None:
     world = World(make_disk("demo", {"page_cache": False}))
     assert world.disk
     digest = hashlib.sha256(world.disk.content).hexdigest()
-    world.run(lambda: world.engine.at_safe_point and decoded(world).disk_hash.position > 1 << 20 and world.secure)
+    run_into_the_hash(world)
     state = world.engine.save()
     world.engine = ModelEngine(world.memory, world.clock)
     world.engine.load(state)
@@ -631,7 +641,7 @@ def test_the_state_without_the_ram_under_it_does_not_give_the_right_hash() -> No
     world = World(make_disk("demo"))
     assert world.disk
     digest = hashlib.sha256(world.disk.content).hexdigest()
-    world.run(lambda: world.engine.at_safe_point and decoded(world).disk_hash.position > 1 << 20 and world.secure)
+    run_into_the_hash(world)
     state = world.engine.save()
     world.engine = ModelEngine(world.memory, world.clock)
     world.engine.load(state)

@@ -171,3 +171,25 @@ def test_indices_run_freely_and_no_descriptor_is_lost(adds: list[bool], indirect
             assert device.queue.take_used() == (open_heads.pop(0), 513)
     in_use = [index for chain in device.queue.state.chains.values() for index in chain]
     assert sorted(in_use + device.queue.state.free) == list(range(SIZE))
+
+
+def test_a_driver_that_looks_itself_asks_the_device_for_silence_without_event_idx() -> None:
+    device = Device(event_idx=False)
+    flags = device.queue.state.avail
+    device.queue.do_without_interrupts()
+    assert struct.unpack_from("<H", device.ram, flags) == (1,)
+    device.queue.ask_for_interrupt()
+    assert struct.unpack_from("<H", device.ram, flags) == (0,)
+
+
+def test_with_event_idx_the_event_stays_behind_until_the_driver_asks() -> None:
+    device = Device()
+    state = device.queue.state
+    head = device.queue.add(SEGMENTS, TABLE, ADDR)
+    device.use(head, 513)
+    assert device.queue.take_used() == (head, 513)
+    device.queue.do_without_interrupts()
+    event = state.avail + 4 + 2 * SIZE
+    assert (struct.unpack_from("<H", device.ram, event), state.armed) == ((0,), False)
+    device.queue.ask_for_interrupt()
+    assert (struct.unpack_from("<H", device.ram, event), state.armed) == ((1,), True)

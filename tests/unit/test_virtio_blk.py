@@ -453,3 +453,49 @@ def test_pieces_cover_everything_within_the_limit(parts: list[tuple[int, int]], 
 
     assert all(0 < total_bytes(piece) <= limit for piece in result)
     assert sum(map(total_bytes, result)) == total_bytes(parts)
+
+
+async def test_a_busy_queue_is_looked_at_for_a_while_without_a_kick(make_rig: MakeRig) -> None:
+    rig = await make_rig(vm_entry(time="wall"))
+    rig.blk.poll_ns = 60_000_000_000
+    for slot in range(2):
+        rig.ring.put_chain([rig.header(BlkRequest.IN, slot, slot), *read_into(slot)], first=8 * slot)
+    await rig.driver.kick()
+    with trio.fail_after(5):
+        await until(lambda: rig.ring.used_idx() == 2)
+        rig.ring.put_chain([rig.header(BlkRequest.IN, 2, 2), *read_into(2)], first=16)
+        await until(lambda: rig.ring.used_idx() == 3)
+    assert rig.board.functions[0].device.busy
+
+
+async def test_after_a_lonely_request_the_device_asks_for_a_kick_at_once(make_rig: MakeRig) -> None:
+    rig = await make_rig(vm_entry(time="wall"))
+    rig.blk.poll_ns = 60_000_000_000
+    rig.ring.put_chain([rig.header(BlkRequest.IN, 0), *read_into(0)], first=0)
+    await rig.driver.kick()
+    with trio.fail_after(5):
+        await rig.board.drained()
+    assert rig.ring.used_idx() == 1
+
+
+async def test_a_reset_does_not_wait_for_the_looking(make_rig: MakeRig) -> None:
+    rig = await make_rig(vm_entry(time="wall"))
+    rig.blk.poll_ns = 60_000_000_000
+    for slot in range(2):
+        rig.ring.put_chain([rig.header(BlkRequest.IN, slot, slot), *read_into(slot)], first=8 * slot)
+    await rig.driver.kick()
+    with trio.fail_after(5):
+        await until(lambda: rig.ring.used_idx() == 2)
+        await rig.board.reset()
+    assert rig.blk.status == 0
+
+
+def read_into(slot: int) -> list[tuple[int, int, bool]]:
+    """A sector of data and a status."""
+    return [(DATA + 512 * slot, 512, True), (STATUS + slot, 1, True)]
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Let the device work until `holds`; the test's time limit ends it."""
+    while not holds():
+        await trio.lowlevel.checkpoint()

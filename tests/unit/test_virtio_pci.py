@@ -12,7 +12,7 @@ from protocol.geometry import PAGE_BYTES
 from protocol.startup import DeviceEntry, DiskEntry, GuestEntry, VmEntry
 from services.qemu.board import Board
 from services.qemu.testing import TestDriver, TestPort, TestRam, TestRing
-from services.qemu.virtio_pci import MODERN_BAR, MODERN_BAR_BYTES, MSIX_BAR
+from services.qemu.virtio_pci import MODERN_BAR, MODERN_BAR_BYTES, MSIX_BAR, OFFSETS
 from shared.interrupt_sources import MSI_BASE
 from shared.pci import (
     MSIX_ENABLE,
@@ -71,14 +71,14 @@ async def make_rig() -> AsyncIterator[MakeRig]:
     os.ftruncate(fd, 1 << 20)
     async with trio.open_nursery() as nursery:
 
-        async def make(*, access_platform: bool = False) -> Rig:
+        async def make(*, access_platform: bool = False, time: str = "instructions") -> Rig:
             entry = VmEntry(
                 name="vm1",
                 lpid=1,
                 incarnation=1,
                 memory_bytes=PAGE_BYTES,
                 ram_segment="",
-                time="instructions",
+                time=time,
                 secure_allowed=True,
                 debuggable=False,
                 guest=GuestEntry(),
@@ -403,3 +403,48 @@ async def test_bars_have_the_kinds_that_the_guest_expects(make_rig: MakeRig) -> 
         (MSIX_BAR, OfSpace.MEM32),
         (MODERN_BAR, OfSpace.MEM64),
     ]
+
+
+async def test_the_notify_registers_of_running_queues_are_doorbells(make_rig: MakeRig) -> None:
+    rig = await make_rig(time="wall")
+    function = rig.driver.function
+    assert rig.port.doorbells == set()
+    await rig.ready()
+    notify = rig.driver.gpa + OFFSETS[CfgType.NOTIFY]
+    assert rig.port.doorbells == {notify}
+
+    function.write_config(Config.COMMAND, 2, 0)
+    assert rig.port.doorbells == set()
+    function.write_config(Config.COMMAND, 2, Command.MEMORY | Command.MASTER)
+    assert rig.port.doorbells == {notify}
+    await rig.driver.store(CommonCfg.DEVICE_STATUS, 0)
+    assert rig.port.doorbells == set()
+
+
+async def test_a_doorbell_moves_with_its_bar(make_rig: MakeRig) -> None:
+    rig = await make_rig(time="wall")
+    await rig.ready()
+    function = rig.driver.function
+    bar = next(bar for bar in function.bars if bar.index == MODERN_BAR)
+    function.assign_bar(bar, function.bar_address(bar) + (1 << 20))
+    assert rig.port.doorbells == {rig.driver.gpa + (1 << 20) + OFFSETS[CfgType.NOTIFY]}
+
+
+async def test_with_virtual_time_a_kick_stays_a_call(make_rig: MakeRig) -> None:
+    rig = await make_rig(time="instructions")
+    await rig.ready()
+    assert rig.port.doorbells == set()
+
+
+async def test_a_doorbell_wakes_the_device_and_a_late_one_does_nothing(make_rig: MakeRig) -> None:
+    rig = await make_rig(time="wall")
+    await rig.ready()
+    (gpa,) = rig.port.doorbells
+    rig.offer_read()
+    rig.board.ring(gpa, 2, 0)
+    with trio.fail_after(5):
+        await rig.board.drained()
+    assert rig.ring.used_idx() == 1
+    rig.driver.function.write_config(Config.COMMAND, 2, 0)
+    rig.board.ring(gpa, 2, 0)
+    assert not rig.driver.function.device.busy

@@ -108,9 +108,10 @@ class PlayedGuest(PlayedLink):
         self.calls.append((message.name, body))
         return m.Status(self.codes.get(message.number, HCode.H_SUCCESS))
 
-    def send_event(self, message: m.Message[Any, Any], body: m.Body, _cause: int = 0) -> None:
+    def send_event(self, message: m.Message[Any, Any], body: m.Body, _cause: int = 0) -> bool:
         """As Link.send_event."""
         self.events.append((message.name, body))
+        return True
 
     def reply(self, to: Envelope, body: Any) -> None:  # noqa: ANN401
         self.replies.append((to, body))

@@ -2,7 +2,8 @@
 
 `next_step` gives a generator (one step), an Idle exit when everything waits, or a Crash. Nothing of a step outlives
 it: a step reads the state, makes its calls, and leaves a state from which the next one follows. Order of work:
-interrupts, overdue disk requests, the terminal, then the phase.
+interrupts, finished and overdue disk requests, the terminal, then the phase. Before it idles the kernel looks at the
+disk's ring for a while, and only then asks the device for an interrupt.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from services.guest.model.machine import load_tree, read_machine
 from services.guest.model.parts import Parts
 from services.guest.model.state import DmaDesign, KernelState, Phase, Workload
 from services.guest.model.swiotlb import DEFAULT_SLOTS
+from services.guest.model.virtio_blk import Look
 from services.guest.model.virtqueue import QueueError
 
 RESET_VECTOR = 0x100
+LOOKS_A_STEP = 16
 SHARE_PAGES_A_CALL = 32
 """Bounds how long one UV_SHARE_PAGE of the pool stays open."""
 
@@ -80,7 +83,7 @@ class Kernel:
             return Idle(state.wake_ns, device_open=bool(state.blk.requests))
         if state.phase is Phase.OFF:
             return Idle(None)
-        step = self._urgent(now_ns) or self._parts.console.work(now_ns) or self._phase_step()
+        step = self._urgent(now_ns) or self._parts.console.work(now_ns) or self._phase_step() or self._poll(now_ns)
         if step is None:
             return Idle(self._deadline_ns(), device_open=bool(state.blk.requests))
         if not self._parts.hasher.rebuilding:
@@ -91,10 +94,27 @@ class Kernel:
         state = self.state
         if state.line and state.interrupts_on:
             return self._interrupt()
+        if self._parts.blk.has_finished():
+            return self._parts.guarded(self._parts.collect())
         deadline_ns = self._parts.blk.deadline_ns()
         if deadline_ns is not None and now_ns >= deadline_ns:
             return self._overdue()
         return None
+
+    def _poll(self, now_ns: int) -> Step[None] | None:
+        """Nothing else is to do: look at the disk's ring, until an interrupt is asked for and the kernel may idle."""
+        look = self._parts.blk.look(now_ns)
+        if look is Look.SLEEP:
+            return None
+        return self._parts.guarded(self._parts.collect()) if look is Look.TAKE else self._look_again()
+
+    def _look_again(self) -> Step[None]:
+        """A step that only takes time."""
+        for _ in range(LOOKS_A_STEP):
+            if self._parts.blk.has_finished():
+                return
+        return
+        yield
 
     def _phase_step(self) -> Step[None] | None:
         phase = self._phases.get(self.state.phase)

@@ -58,11 +58,15 @@ class Parts:
             yield from self.end_queue(QueueError.NO_DEVICE)
 
     def collect(self) -> Step[None]:
-        """Take what the disk has finished."""
+        """Take some of what the disk has finished, and let the reader keep the device busy."""
         for finished in (yield from self.blk.collect()):
             self._deliver(finished)
         if self.state.blk.queue.broken:
             self._fail_all(self.state.blk.error)
+            return
+        refill = self.reader.work()
+        if refill is not None:
+            yield from refill
 
     def end_queue(self, error: QueueError) -> Step[None]:
         """End the disk's queue and everything that waits for it."""

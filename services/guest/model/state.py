@@ -178,6 +178,8 @@ class Queue(Struct):
     """Head -> the descriptors of its chain."""
     writable: dict[int, int] = {}
     """Head -> how many bytes the device may write to it."""
+    armed: bool = True
+    """Whether the device was asked to interrupt at the next used entry."""
     broken: str = ""
 
 
@@ -219,6 +221,8 @@ class Blk(Struct):
     requests: dict[int, Request] = {}
     """By head."""
     requeued: int = 0
+    poll_until_ns: int = 0
+    """Until then the driver looks at the ring itself before it asks for an interrupt."""
 
 
 class Bulk(Struct):

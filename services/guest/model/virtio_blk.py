@@ -9,6 +9,7 @@ Source: VIRTIO 1.4, section 5.2.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from services.guest.model.cpu import Busy, Cpu, NoDevice, Step
 from services.guest.model.dma import Dma
@@ -34,6 +35,10 @@ from shared.virtio_pci import MODERN_DEVICE_BASE, VENDOR_ID
 
 QUEUE_SIZE = 64
 REQUEST_COST = 2_000
+COLLECT_AT_ONCE = 2
+"""Then the kernel may issue requests, so that the device does not run out of work."""
+POLL_NS = 1_000_000
+"""So long after a kick or a finished request the driver looks at the ring itself: about what an interrupt costs."""
 _COMMAND_BYTES = 128
 _RANGE_AT, _STATUS_AT, _TABLE_AT = 16, 48, 64
 _NO_STATUS = 0xFF
@@ -49,6 +54,14 @@ _WANTED = feature_mask(
         BlkFeature.WRITE_ZEROES,
     )
 )
+
+
+class Look(Enum):
+    """What a driver that waits for its device should do."""
+
+    TAKE = "something has finished"
+    AGAIN = "look again soon"
+    SLEEP = "an interrupt will tell"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,23 +213,49 @@ class BlkDriver:
         """Tell the device of what was submitted, when it wants to know."""
         if self.state.ready and self._queue.must_kick():
             yield from self._transport.kick(self.state.queue)
+            self._watch()
 
     # -- outcomes ---------------------------------------------------------------------------------------------------
 
     def collect(self) -> Step[list[Finished]]:
-        """Everything that has finished. A broken queue ends all requests with its error."""
+        """Some of what has finished; more is looked for before the driver asks for an interrupt (`look`).
+
+        A broken queue ends all requests with its error.
+        """
         finished: list[Finished] = []
         if not self.state.ready or self.state.queue.broken:
             return finished
         try:
-            while True:
-                while (used := self._queue.take_used()) is not None:
-                    finished.append((yield from self._finish(*used)))
-                if not self._queue.ask_for_interrupt():
-                    return finished
+            while len(finished) < COLLECT_AT_ONCE and (used := self._queue.take_used()) is not None:
+                finished.append((yield from self._finish(*used)))
+            self._watch()
+            return finished
         except QueueBroken as broken:
             finished += yield from self.give_up(broken.error)
             return finished
+
+    def _watch(self) -> None:
+        """For a while the driver looks at the ring itself."""
+        self._queue.do_without_interrupts()
+        self.state.poll_until_ns = self._cpu.clock.now_ns() + POLL_NS
+
+    def look(self, now_ns: int) -> Look:
+        """What the ring has to say; before the answer SLEEP the device was asked for an interrupt."""
+        state = self.state
+        if not state.requests or not state.ready or state.queue.broken:
+            return Look.SLEEP
+        if self._queue.has_used():
+            return Look.TAKE
+        if now_ns < state.poll_until_ns:
+            return Look.AGAIN
+        if not state.queue.armed and self._queue.ask_for_interrupt():
+            return Look.TAKE
+        return Look.SLEEP
+
+    def has_finished(self) -> bool:
+        """Whether a request waits to be collected."""
+        state = self.state
+        return bool(state.requests) and state.ready and not state.queue.broken and self._queue.has_used()
 
     def _finish(self, head: int, written_bytes: int) -> Step[Finished]:
         request = self.state.requests.pop(head)

@@ -13,6 +13,7 @@ from protocol.errors import PefboxError
 from services.guest.model.cpu import Cpu
 from services.guest.model.state import Queue
 from shared.vring import (
+    AVAIL_NO_INTERRUPT,
     DESC,
     DESC_BYTES,
     RING_IDX,
@@ -79,6 +80,7 @@ class Virtqueue:
         state.desc_addr, state.avail_addr, state.used_addr = addr, addr + avail, addr + used
         state.avail_idx = state.kicked_idx = state.last_used = 0
         state.free, state.chains, state.writable = list(range(size - 1, -1, -1)), {}, {}
+        state.armed = True
         state.broken = ""
 
     # -- driver to device -----------------------------------------------------------------------------------------
@@ -170,9 +172,19 @@ class Virtqueue:
     def ask_for_interrupt(self) -> bool:
         """Ask to be told of the next used entry; True when one has come meanwhile."""
         state = self.state
+        state.armed = True
         if state.event_idx:
             self._cpu.memory.store_u16(state.avail + used_event(state.size), state.last_used)
+        else:
+            self._cpu.memory.store_u16(state.avail, 0)
         return self.has_used()
+
+    def do_without_interrupts(self) -> None:
+        """The driver looks at the ring itself: with the event index the entry it asked for lies behind already."""
+        state = self.state
+        if state.armed and not state.event_idx:
+            self._cpu.memory.store_u16(state.avail, AVAIL_NO_INTERRUPT)
+        state.armed = False
 
     def break_with(self, error: QueueError) -> None:
         """End the queue; raises QueueBroken."""

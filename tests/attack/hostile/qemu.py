@@ -39,6 +39,7 @@ class Lie(Enum):
     BACK = "used.idx goes back"
     SILENT = "no answer"
     GARBAGE = "garbage all over the rings"
+    DEAF = "doorbells ring unheard"
     MMIO_GONE = "no device at its address"
     MMIO_MALFORMED = "answers to MMIO that are no numbers"
     MMIO_GARBAGE = "all ones in every register"
@@ -118,6 +119,11 @@ class LyingBoard(Board):
             no_number: Any = "no number"
             return cast(int, no_number)
         return await super().mmio_store(gpa, size_bytes, value)
+
+    def ring(self, gpa: int, size_bytes: int, value: int) -> None:
+        """A doorbell."""
+        if _lie is not Lie.DEAF:
+            super().ring(gpa, size_bytes, value)
 
 
 class HostileQemu(Qemu):
