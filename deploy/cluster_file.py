@@ -29,7 +29,7 @@ LINK_KEYS = ("between",)
 
 TIMES = ("wall", "instructions")
 KERNELS = ("model", "bench")
-BOOTS = ("disk", "kernel")
+BOOTS = ("disk", "kernel", "program")
 DMA_DESIGNS = ("quirk", "iommu", "plain")
 DISK_FORMATS = ("raw",)
 DEVICE_KINDS = ("virtio-blk",)
@@ -205,6 +205,8 @@ def _lpids(sections: dict[str, Section]) -> dict[str, int]:
 def _vm(name: str, section: Section, lpid: int, hosts: list[str], base: Path) -> VmSpec:
     guest = _guest(section, base)
     disks = _disks(section, base)
+    if guest.boot == "program" and guest.image is None:
+        section.document.fail(section.key, 'boot = "program" needs guest.image, an ELF program')
     if guest.boot == "disk" and not disks:
         section.document.fail(section.key, 'boots from disk but has none; add disks.NAME, or boot = "kernel"')
     return VmSpec(

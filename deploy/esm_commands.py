@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
+from deploy.linux.config import findings_for_secure
 from protocol.errors import ImageRefused, UserError
 from services.ultravisor.measure import check_image, open_blob
 from shared.esm_blob import MAX_BLOB_BYTES, EsmBlob, Lockbox, parse_blob
@@ -159,6 +160,8 @@ def _collect(recipe: Recipe) -> BlobContents:
 
 
 def _image(digest: Digest) -> SecureImage:
+    for finding in findings_for_secure(_read(Path(digest.kernel))):
+        click.echo(f"warning: {digest.kernel}: {finding}", err=True)
     return SecureImage(
         rtas=RTAS_TEXT,
         kernel=_kernel(Path(digest.kernel)),

@@ -280,6 +280,9 @@ SUSPEND_ME = _service(0x2A, "ibm,suspend-me")
 NMI_REGISTER = _service(0x2B, "ibm,nmi-register", (Reg("system_reset_pc", Kind.GPA), Reg("machine_check_pc", Kind.GPA)))
 NMI_INTERLOCK = _service(0x2C, "ibm,nmi-interlock")
 
+# Of our own: no firmware has it. Offered to programs that start without firmware (docs/bare-metal.md).
+EXIT = _service(0x100, "pefbox,exit", _word("exit_status"), source="docs/bare-metal.md")
+
 SERVED_BY: dict[int, Role] = {
     **dict.fromkeys((SET_XIVE, GET_XIVE, INT_OFF, INT_ON), Role.KVM),
     **dict.fromkeys(
@@ -303,6 +306,7 @@ SERVED_BY: dict[int, Role] = {
             QUERY_INTERRUPT_SOURCE_NUMBER,
             CHANGE_MSI,
             OS_TERM,
+            EXIT,
         ),
         Role.QEMU,
     ),

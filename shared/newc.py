@@ -1,4 +1,4 @@
-"""The cpio archive (format newc) in front of an initial RAM disk that carries the ESM blob.
+"""Cpio archives in the format newc: initial RAM disks, and the archive in front of one that carries the ESM blob.
 
 `svm-tool svm add` puts `opt/ibm/pef/BLOB` into an archive padded to 512 bytes and the initial RAM disk behind it;
 the digest of the blob covers only what follows. Linux unpacks both. The public ultravisor looks at the first file
@@ -11,6 +11,7 @@ open-power/svm-tools `svm_tool/svm/svm.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from protocol.errors import ImageRefused
@@ -27,7 +28,7 @@ _MODE, _FILE_SIZE, _NAME_SIZE = 1, 6, 11
 _TRAILER = "TRAILER!!!"
 _MAX_NAME_BYTES = 256
 _MAX_ENTRIES = 16
-_TYPE_MASK, _DIRECTORY, _REGULAR = 0o170000, 0o040000, 0o100000
+_TYPE_MASK, _DIRECTORY, _REGULAR, _SYMLINK, _DEVICE = 0o170000, 0o040000, 0o100000, 0o120000, 0o020000
 _ALLOWED_DIRECTORIES = frozenset({".", "opt", "opt/ibm", BLOB_DIRECTORY})
 
 
@@ -39,6 +40,47 @@ class FoundBlob:
     blob_end: int
     initrd_start: int
     """Where the measured initial RAM disk begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveEntry:
+    """A file to be written: `mode` with its type, `device` (major, minor) of a device node."""
+
+    name: str
+    mode: int
+    data: bytes = b""
+    device: tuple[int, int] = (0, 0)
+
+
+def directory(name: str) -> ArchiveEntry:
+    """A directory that all may enter."""
+    return ArchiveEntry(name, _DIRECTORY | 0o755)
+
+
+def program(name: str, data: bytes) -> ArchiveEntry:
+    """A file that all may run."""
+    return ArchiveEntry(name, _REGULAR | 0o755, data)
+
+
+def symlink(name: str, target: str) -> ArchiveEntry:
+    """A symbolic link."""
+    return ArchiveEntry(name, _SYMLINK | 0o777, target.encode())
+
+
+def device(name: str, major: int, minor: int) -> ArchiveEntry:
+    """A character device of its owner."""
+    return ArchiveEntry(name, _DEVICE | 0o600, device=(major, minor))
+
+
+def write_archive(entries: Iterable[ArchiveEntry]) -> bytes:
+    """The archive with its trailer, padded to 512 bytes. Owner root, time 0: equal entries give equal bytes.
+
+    Raises ValueError for a name that a header cannot hold.
+    """
+    parts = [_entry_bytes(entry, inode) for inode, entry in enumerate(entries, start=1)]
+    parts.append(_entry_bytes(ArchiveEntry(_TRAILER, 0), 0))
+    archive = b"".join(parts)
+    return archive + bytes(-len(archive) % BLOCK_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +116,9 @@ def prepend_blob(initrd: bytes, blob: bytes, file_name: str = "esm_blob") -> byt
     """`initrd` with the blob's archive in front; raises ValueError for a name that is no plain file name."""
     if not file_name.isascii() or not file_name.isprintable() or "/" in file_name or not 0 < len(file_name) < 128:
         raise ValueError(f"{file_name!r} is no plain file name")
-    parts = [_entry_bytes(name, _DIRECTORY | 0o755, b"", inode) for inode, name in enumerate(_parents(), start=1)]
-    parts.append(_entry_bytes(f"{BLOB_DIRECTORY}/{file_name}", _REGULAR | 0o644, blob, len(parts) + 1))
-    parts.append(_entry_bytes(_TRAILER, 0, b"", 0))
-    archive = b"".join(parts)
-    return b"".join((archive, bytes(-len(archive) % BLOCK_BYTES), initrd))
+    entries = [directory(name) for name in _parents()]
+    entries.append(ArchiveEntry(f"{BLOB_DIRECTORY}/{file_name}", _REGULAR | 0o644, blob))
+    return write_archive(entries) + initrd
 
 
 def _parents() -> list[str]:
@@ -86,10 +126,12 @@ def _parents() -> list[str]:
     return ["/".join(names[: depth + 1]) for depth in range(len(names))]
 
 
-def _entry_bytes(name: str, mode: int, data: bytes, inode: int) -> bytes:
-    raw_name = name.encode("ascii") + b"\0"
-    links = 2 if mode & _TYPE_MASK == _DIRECTORY else 1
-    fields = (inode, mode, 0, 0, links, 0, len(data), 0, 0, 0, 0, len(raw_name), 0)
+def _entry_bytes(entry: ArchiveEntry, inode: int) -> bytes:
+    if not entry.name.isascii() or "\0" in entry.name or not 0 < len(entry.name) < _MAX_NAME_BYTES:
+        raise ValueError(f"{entry.name!r} cannot be the name of a file in an archive")
+    raw_name, data = entry.name.encode("ascii") + b"\0", entry.data
+    links = 2 if entry.mode & _TYPE_MASK == _DIRECTORY else 1
+    fields = (inode, entry.mode, 0, 0, links, 0, len(data), 0, 0, *entry.device, len(raw_name), 0)
     head = _MAGIC + b"".join(b"%08X" % field for field in fields) + raw_name
     return b"".join((head, bytes(-len(head) % 4), data, bytes(-len(data) % 4)))
 

@@ -17,7 +17,7 @@ from protocol.codes import HCode
 from protocol.errors import HostFault, UserError
 from protocol.messages import TceWindowBody
 from protocol.roles import Role
-from protocol.rtas import RTAS, SERVED_BY
+from protocol.rtas import EXIT, RTAS, SERVED_BY
 from protocol.startup import DeviceEntry, VmEntry
 from services.qemu.device_tree import BootFacts, PciNodes, TreeFacts, build_device_tree
 from services.qemu.disk_file import DiskFile
@@ -173,6 +173,9 @@ class Board:
             for call in RTAS
             if call.name in self.rtas_services.names or SERVED_BY.get(call.number) is Role.KVM
         }
+        if self.vm.guest.boot != "program":
+            # A property that QEMU's machine lacks is for those only who cannot take it for QEMU's.
+            del answered[RTAS.by_number[EXIT].name]
         facts = TreeFacts(self.vm.name, self._uuid, self.vm.memory_bytes, N_CPUS, answered, pci_nodes, boot)
         return build_device_tree(facts, self.bridge)
 

@@ -4,6 +4,8 @@
 64 KiB     kernel, when the VM boots without a disk
 behind it  initial RAM disk, page aligned
 below 256 MiB, at the end of RAM at most: device tree
+
+A program that starts without firmware lies elsewhere (`services/qemu/program.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from protocol.errors import HostFault, UserError
 from protocol.geometry import PAGE_BYTES
 from services.qemu.board import Board
 from services.qemu.device_tree import BootFacts
+from services.qemu.program import ProgramLoad
 from shared.guest_ram import GuestRam
 from shared.newc import prepend_blob
 
@@ -26,18 +29,26 @@ _TREE_LIMIT = 256 << 20
 _TREE_ROOM_BYTES = 1 << 20
 
 
-async def load_machine(board: Board, ram: GuestRam, files: Mapping[str, int]) -> dict[int, int]:
-    """Load everything; returns the general registers of the start (r3 = device tree).
+async def load_machine(board: Board, ram: GuestRam, files: Mapping[str, int]) -> tuple[int, dict[int, int]]:
+    """Load everything; returns program counter and general registers of the start (r3 = device tree).
 
     `files` are descriptors by name (`image`, `initrd`, `esm_blob`). Raises UserError when something does not fit.
     """
-    boot = await _load_boot_files(board, ram, files)
-    tree = board.device_tree(boot)
     at = min(ram.size_bytes, _TREE_LIMIT) - _TREE_ROOM_BYTES
+    if board.vm.guest.boot == "program":
+        load = ProgramLoad(_read_all(files["image"], "image"), _initrd(files), at)
+        await load.place(ram)
+        await _place_tree(board, ram, at, load.facts(board, at + _TREE_ROOM_BYTES))
+        return load.start(at)
+    await _place_tree(board, ram, at, await _load_boot_files(board, ram, files))
+    return ENTRY, {3: at, 4: 0, 5: 0}
+
+
+async def _place_tree(board: Board, ram: GuestRam, at: int, boot: BootFacts) -> None:
+    tree = board.device_tree(boot)
     if len(tree) > _TREE_ROOM_BYTES:
         raise UserError(f"{board.vm.name}: a device tree of {len(tree)} bytes is more than {_TREE_ROOM_BYTES}")
     await ram.write(at, tree)
-    return {3: at, 4: 0, 5: 0}
 
 
 async def _load_boot_files(board: Board, ram: GuestRam, files: Mapping[str, int]) -> BootFacts:

@@ -27,14 +27,16 @@ _N_CPUS = 1
 class Machine:
     """Implements the board's port to kvm and the monitor's MachineControl.
 
-    `load` puts firmware, kernel and device tree into RAM and returns the start registers.
+    `load` puts firmware, kernel and device tree into RAM and returns program counter and registers of the start.
     """
 
     def __init__(self, link: Link, events: MonitorEvents, nursery: trio.Nursery, log: Log) -> None:
         self.state = RunState.PRELAUNCH
         self.quit_asked = trio.Event()
+        self.exit_status: int | None = None
+        """What the guest's program said when it ended itself."""
         self.board: Board | None = None
-        self.load: Callable[[], Awaitable[dict[int, int]]] | None = None
+        self.load: Callable[[], Awaitable[tuple[int, dict[int, int]]]] | None = None
         self._link = link
         self._events = events
         self._nursery = nursery
@@ -107,6 +109,11 @@ class Machine:
         """The guest switched itself off."""
         self._nursery.start_soon(self._power_off)
 
+    def exit(self, status: int) -> None:
+        """The guest's program is done."""
+        self.exit_status = status
+        self.power_off()
+
     def reboot(self) -> None:
         """The guest wants a system reset."""
         self._nursery.start_soon(self._reset, ShutdownCause.GUEST_RESET)
@@ -137,8 +144,8 @@ class Machine:
     async def power_on(self) -> None:
         """Load the machine and start its processor; raises PefboxError."""
         assert self.load is not None
-        gprs = await self.load()
-        await self._order(m.VM_START, m.StartBody(0, 0x100, gprs))
+        pc, gprs = await self.load()
+        await self._order(m.VM_START, m.StartBody(0, pc, gprs))
         self.state = RunState.RUNNING
 
     async def stop(self) -> None:

@@ -47,6 +47,9 @@ class MachinePort(Protocol):
     def power_off(self) -> None:
         """The guest switched itself off."""
 
+    def exit(self, status: int) -> None:
+        """The program on the VM is done, with this exit status."""
+
     def reboot(self) -> None:
         """The guest wants a system reset."""
 
@@ -147,6 +150,7 @@ class RtasServices:
             "nvram-fetch": _Service(3, self._nvram_fetch),
             "nvram-store": _Service(3, self._nvram_store),
             "ibm,os-term": _Service(1, self._os_term),
+            "pefbox,exit": _Service(1, self._exit),
         }
 
     async def _display_character(self, args: Sequence[int]) -> list[int]:
@@ -174,6 +178,10 @@ class RtasServices:
 
     async def _power_off(self, _args: Sequence[int]) -> list[int]:
         self._machine.power_off()
+        return []
+
+    async def _exit(self, args: Sequence[int]) -> list[int]:
+        self._machine.exit(args[0])
         return []
 
     async def _system_reboot(self, _args: Sequence[int]) -> list[int]:

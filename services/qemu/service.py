@@ -156,8 +156,12 @@ class Qemu:
     async def _vm_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         machine = self._machine
         if machine is None or machine.board is None:
-            return {"state": "prelaunch", "faults": {}}
-        return {"state": machine.state.value, "faults": machine.board.faults()}
+            return {"state": "prelaunch", "faults": {}, "exit_status": None}
+        return {
+            "state": machine.state.value,
+            "faults": machine.board.faults(),
+            "exit_status": machine.exit_status,
+        }
 
     async def _page_bytes(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """One page as the host sees it, through the accessor; with `raw` the frame itself when it is present."""

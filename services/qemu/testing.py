@@ -192,6 +192,9 @@ class TestPort:
     def power_off(self) -> None:
         self.events.append("power-off")
 
+    def exit(self, status: int) -> None:
+        self.events.append(f"exit {status}")
+
     def reboot(self) -> None:
         self.events.append("reboot")
 

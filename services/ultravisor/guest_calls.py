@@ -160,7 +160,9 @@ class GuestCalls:
             return [await work(self._partition, svm, self._hypervisor, gfn, n_pages, envelope.cause)]
 
         result = await self._guarded(run())
-        self._life.write_audit(self._partition.name, event, gfn=gfn, n_pages=n_pages, code=result[0])
+        hint = sharing.small_pages_hint(svm, gfn, n_pages) if result[0] != UCode.U_SUCCESS else None
+        facts = {} if hint is None else {"reason": hint}
+        self._life.write_audit(self._partition.name, event, gfn=gfn, n_pages=n_pages, code=result[0], **facts)
         return result
 
     # -- faults -----------------------------------------------------------------------------------------------

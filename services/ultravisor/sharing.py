@@ -16,7 +16,7 @@ import trio
 
 from protocol.codes import HCode, UCode
 from protocol.errors import CallTimeout, HostFault, PefboxError
-from protocol.geometry import PAGE_SHIFT, gpa_of
+from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
 from protocol.hcalls import H_PAGE_IN_NONSHARED, H_PAGE_IN_SHARED, H_SVM_PAGE_IN
 from services.ultravisor.hypervisor import Hypervisor
 from services.ultravisor.page_state import TRANSIENT, GfnState, PageEvent
@@ -29,6 +29,9 @@ _PAGES_AT_ONCE = 64
 _BUSY_TRIES = 150
 _BUSY_SECONDS = 0.002
 """About. kvm meets our transient page and tries again too: the same pause on both sides could keep them in step."""
+
+_SMALL_PAGES = PAGE_BYTES >> 12
+"""Pages of 4 KiB in one of ours."""
 
 _EXPLICIT = frozenset({GfnState.SHARED, GfnState.SHARED_INV})
 _IMPLICIT = frozenset(
@@ -156,6 +159,23 @@ def check_range(svm: Svm, gfn: int, n_pages: int) -> UCode | None:
     if n_pages == 0 or n_pages > svm.n_pages:
         return UCode.U_P3
     return None if svm.in_slots(gfn, n_pages) else UCode.U_P2
+
+
+def small_pages_hint(svm: Svm, gfn: int, n_pages: int) -> str | None:
+    """Why a range outside the slots was probably asked for, or None: Linux counts it in its own page size.
+
+    A kernel with pages of 4 KiB names frames 16 times too high. Where such a frame happens to lie inside memory it
+    cannot be told from one that was meant; Linux allocates from the top, so its first call is caught.
+    """
+    if n_pages == 0 or svm.in_slots(gfn, n_pages):
+        return None
+    first, last = gfn // _SMALL_PAGES, (gfn + n_pages - 1) // _SMALL_PAGES
+    if n_pages > svm.n_pages * _SMALL_PAGES or not svm.in_slots(first, last - first + 1):
+        return None
+    return (
+        f"gfn {gfn:#x} lies outside memory; counted in pages of 4 KiB it lies inside: "
+        "a secure kernel needs CONFIG_PPC_64K_PAGES"
+    )
 
 
 def _begin(svm: Svm, gfns: Iterable[int], event: PageEvent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -220,3 +221,14 @@ def test_a_failed_write_leaves_nothing_behind(work: Path) -> None:
 
     assert "blob: cannot write" in mistake(run("make", "-b", "blob", "-y", "blob.yml"))
     assert sorted(path.name for path in work.iterdir()) == before
+
+
+def test_a_kernel_that_cannot_be_secure_is_warned_of(work: Path) -> None:
+    config = gzip.compress(b"CONFIG_PPC_SVM=y\n")
+    (work / "kernel").write_bytes(b"kernel IKCFG_ST" + config + b"IKCFG_ED")
+
+    made = run("make", "-b", "blob", "-y", "blob.yml")
+
+    assert made.exit_code == 0
+    assert "warning: kernel: no CONFIG_PPC_64K_PAGES: it counts pages of 4 KiB" in made.stderr
+    assert "PPC_SVM:" not in made.stderr

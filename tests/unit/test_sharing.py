@@ -160,6 +160,21 @@ async def test_a_range_outside_the_slots_is_refused(rig: Rig, gfn: int, n_pages:
     assert not rig.kvm.asked
 
 
+@pytest.mark.parametrize(("gfn", "n_pages"), [(0x78, 1), (0x40, 64), (16, 1), (8, 8)])
+def test_a_range_counted_in_pages_of_4_kib_is_recognised(rig: Rig, gfn: int, n_pages: int) -> None:
+    hint = sharing.small_pages_hint(rig.svm, gfn, n_pages)
+
+    assert hint is not None
+    assert "CONFIG_PPC_64K_PAGES" in hint
+
+
+@pytest.mark.parametrize(
+    ("gfn", "n_pages"), [(0, 8), (3, 1), (N_PAGES * 16, 1), (0, N_PAGES * 16 + 1), (5, 0), (1 << 63, 1 << 63)]
+)
+def test_other_ranges_are_not_blamed_on_the_page_size(rig: Rig, gfn: int, n_pages: int) -> None:
+    assert sharing.small_pages_hint(rig.svm, gfn, n_pages) is None
+
+
 async def test_a_refusal_of_one_page_reverts_the_whole_range_with_its_content(rig: Rig) -> None:
     async def refuse_one(gfn: int, flags: int) -> int:
         return HCode.H_PARAMETER if (gfn, flags) == (3, H_PAGE_IN_SHARED) else await rig.kvm.obey(gfn, flags)

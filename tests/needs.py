@@ -1,0 +1,48 @@
+"""What some tests need of the machine. Without it they are skipped with the line that gets it.
+
+With PEFBOX_NEED_ALL set nothing may be skipped: a gate that silently tests less is no gate.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from deploy.linux.config import fragment_sha256
+from deploy.linux.store import LinuxImage, Store, default_cache
+
+CROSS_COMPILERS = {
+    "gcc-powerpc64-linux-gnu": "powerpc64-linux-gnu-gcc",
+    "gcc-powerpc64le-linux-gnu": "powerpc64le-linux-gnu-gcc",
+}
+
+
+def lacking(what: str, how: str) -> None:
+    """Skip, or fail where nothing may be skipped; `how` is the command that gets `what`."""
+    reason = f"no {what}; run: {how}"
+    if os.environ.get("PEFBOX_NEED_ALL"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+def need_program(program: str, package: str) -> None:
+    """The program is on the PATH."""
+    if shutil.which(program) is None:
+        lacking(program, f"apt-get install {package}")
+
+
+def need_cross_compilers() -> None:
+    """Both of Debian's compilers for POWER."""
+    for package, program in CROSS_COMPILERS.items():
+        need_program(program, package)
+
+
+def need_linux() -> LinuxImage:
+    """The kernel and initial RAM disk that `pefbox linux build` made for the present configuration."""
+    image = Store(default_cache()).newest(fragment_sha256())
+    if image is None:
+        lacking("guest kernel", "pefbox linux build (some minutes)")
+    assert image is not None
+    return image
