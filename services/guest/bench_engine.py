@@ -198,12 +198,13 @@ class BenchEngine(ModelEngine):
 
     def run(self, slice_ns: int) -> Exit:
         """As ModelEngine; a job goes first wherever the kernel is at a safe point."""
-        end_ns = self._time.now_ns() + slice_ns
+        end_ns = 0
         while True:
             if self._job is not None and self.at_safe_point:
                 exit_ = self._run_job(self._job)
                 if exit_ is not None:
                     return exit_
+            end_ns = end_ns or self._time.now_ns() + slice_ns
             exit_ = super().run(slice_ns if self._job is None else 0)
             if exit_ is Pause.SLICE_END and self._job is not None and self._time.now_ns() < end_ns:
                 continue

@@ -1,14 +1,14 @@
 """The processor's end of a link, used blocking by the processor's own thread.
 
-A hop through trio would cost more than the call. The thread polls both of its links at once (see processor.py); this
+A hop through trio would cost more than the call. The thread sleeps on both of its links at once (see inbox.py); this
 class only sends, receives without waiting, and pairs replies with calls.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import zmq
 
@@ -21,6 +21,8 @@ from services.runtime.recorder import Tap
 # As plain integers: an operation on the library's enums costs as much as a call into it.
 _NOBLOCK = int(zmq.NOBLOCK)
 _RCVMORE = int(zmq.RCVMORE)
+_EVENTS = int(zmq.EVENTS)
+_IN = int(zmq.POLLIN)
 
 
 class LinkEnd:
@@ -28,8 +30,12 @@ class LinkEnd:
 
     def __init__(self, socket: zmq.Socket[bytes], kind: LinkKind, link_id: str, peer: str) -> None:
         self.socket = socket
+        self.fd: int = socket.FD
+        self._unlooked = True
+        """Whether something may have come that the descriptor does not tell any more."""
         self._recv = socket.recv
-        self._get = socket.getsockopt
+        self._put = socket.send
+        self._get: Callable[[int], Any] = socket.getsockopt
         self.id = link_id
         self.peer = peer
         self.peer_state = "up"
@@ -51,33 +57,44 @@ class LinkEnd:
         if envelope.kind is MessageKind.CALL:
             self._send(MessageKind.REPLY, envelope.number, envelope.correlation, envelope.cause, body)
 
+    def may_have_message(self) -> bool:
+        """Whether `receive` may give something; when not, the descriptor tells of the next message."""
+        if self._unlooked:
+            self._unlooked = bool(self._get(_EVENTS) & _IN)
+        return self._unlooked
+
     def receive(self) -> Envelope | None:
         """The next message, or None; raises MalformedMessage, UnexpectedMessage."""
         try:
-            frames = [self._recv(_NOBLOCK)]
+            frame = self._recv(_NOBLOCK)
         except zmq.Again:
+            self._unlooked = False
             return None
-        while self._get(_RCVMORE):
-            frames.append(self._recv())
+        self._unlooked = True
+        if self._get(_RCVMORE):
+            self._refuse_parts(frame)
         if self.tap is not None:
-            self.tap(self.id, "in", frames)
-        if len(frames) != 1:
-            raise MalformedMessage(f"{len(frames)} frames where one is declared")
-        envelope = decode(frames[0])
+            self.tap(self.id, "in", (frame,))
+        envelope = decode(frame)
         if envelope.kind is not MessageKind.REPLY and envelope.number not in self._inbound:
             raise UnexpectedMessage(f"number {envelope.number:#x} is not carried in this direction")
         return envelope
 
+    def _refuse_parts(self, first: bytes) -> NoReturn:
+        frames = [first]
+        while self._get(_RCVMORE):
+            frames.append(self._recv())
+        if self.tap is not None:
+            self.tap(self.id, "in", frames)
+        raise MalformedMessage(f"{len(frames)} frames where one is declared")
+
     def _send(self, kind: MessageKind, number: int, correlation: int, cause: int, body: Any) -> bool:  # noqa: ANN401
         frame = encode(kind, number, correlation, cause, body)
         if self.tap is not None:
-            self.tap(self.id, "out", _single(frame))
+            self.tap(self.id, "out", (frame,))
+        self._unlooked = True
         try:
-            self.socket.send(frame, _NOBLOCK)
+            self._put(frame, _NOBLOCK)
         except zmq.Again:
             return False
         return True
-
-
-def _single(frame: bytes) -> Sequence[bytes]:
-    return (frame,)

@@ -13,7 +13,6 @@ A start or an end of the secure VM that comes while the engine is inside a memor
 from __future__ import annotations
 
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from enum import Enum
 from typing import Any
 
 import msgspec
-import zmq
 
 from protocol import messages as m
 from protocol.codes import HCode
@@ -34,6 +32,7 @@ from protocol.wire import Envelope, MessageKind
 from services.guest.clock import GuestClock
 from services.guest.engine import Engine
 from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
+from services.guest.inbox import Inbox
 from services.guest.link_end import LinkEnd
 from services.guest.vm_memory import GuestVmMemory
 from services.runtime.link import LOST_STATES
@@ -77,13 +76,8 @@ class Processor:
         self._ultravisor = ultravisor
         self._clock = clock
         self._log = log
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._poller = zmq.Poller()
-        self._ends: dict[Any, LinkEnd] = {kvm.socket: kvm, ultravisor.socket: ultravisor}
-        for socket in self._ends:
-            self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(self._wake, zmq.POLLIN)
+        self._ends = (kvm, ultravisor)
+        self._inbox = Inbox(self._ends)
         self._thread = threading.Thread(target=self._main, name="vcpu0", daemon=True)
         self._quit = False
         self._in_engine = False
@@ -104,8 +98,7 @@ class Processor:
 
     def post(self, action: Callable[[], None]) -> None:
         """Have `action` run in the processor's thread, soon."""
-        self._posted.put(action)
-        os.eventfd_write(self._wake, 1)
+        self._inbox.post(action)
 
     def peer_is(self, end: LinkEnd, state: str) -> None:
         """What became of kvm or ultravisor; posted by the control thread."""
@@ -166,7 +159,8 @@ class Processor:
             return Crash(f"engine error: {error}")
         finally:
             self._in_engine = False
-            self._take_deferred()
+            if self._deferred:
+                self._take_deferred()
 
     def _serve(self, leaving: Exit) -> None:
         match leaving:
@@ -287,23 +281,20 @@ class Processor:
 
     def _wait(self, milliseconds: int) -> None:
         """Sleep until something comes."""
-        self._poller.poll(milliseconds)
+        self._inbox.wait(milliseconds)
 
     def _take_next(self, milliseconds: int) -> None:
         """Sleep until something comes, and take a message of each link that has one."""
-        for source, _ in self._poller.poll(milliseconds):
-            end = self._ends.get(source)
-            if end is None:
-                self._take_posted()
-            else:
-                self._take_one(end)
+        for end in self._inbox.wait(milliseconds):
+            self._take_one(end)
+        self._inbox.run_posted()
         self._just_looked = True
 
     def _take_due(self) -> None:
-        for end in (self._kvm, self._ultravisor):
+        for end in self._ends:
             while self._take_one(end):
                 pass
-        self._take_posted()
+        self._inbox.run_posted()
 
     def _take_one(self, end: LinkEnd) -> bool:
         try:
@@ -314,14 +305,6 @@ class Processor:
         except PeerError as error:
             self._refuse(f"{end.peer}: {error}")
         return True
-
-    def _take_posted(self) -> None:
-        try:
-            os.eventfd_read(self._wake)
-        except BlockingIOError:
-            return
-        while not self._posted.empty():
-            self._posted.get()()
 
     def _take(self, end: LinkEnd, envelope: Envelope) -> None:
         if envelope.kind is MessageKind.REPLY:

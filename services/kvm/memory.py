@@ -116,6 +116,11 @@ class VmMemory:
         except OSError as error:
             raise HostFault(f"cannot punch gfn {gfn:#x}: {error.strerror}") from None
 
+    def punch_all(self, gfns: Iterable[int]) -> None:
+        """As `punch`, for ascending GFNs: a run is one system call."""
+        for first, length in _runs(gfns):
+            self.punch(first, length)
+
     def map_around(self, gfn: int) -> None:
         """Map `gfn` of a normal VM, and its neighbours in the same slot."""
         first = gfn - gfn % FAULT_AROUND_PAGES

@@ -19,6 +19,7 @@ from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from protocol.wire import Envelope
 from services.kvm.memory import VmMemory
 from services.kvm.ultravisor_port import UltravisorPort
+from services.kvm.uvmem import IN_PART_PAGES, OUT_PART_PAGES
 from services.kvm.vm import Vm
 from services.runtime.link import DEFERRED, Link
 from services.runtime.process import Query, Runtime
@@ -203,18 +204,21 @@ class Kvm:
 
     async def _page_out(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Page out `n` pages from `gpa` (memory pressure of the host)."""
-        return await self._move_pages(arguments, lambda vm, gfns: vm.secure.page_out_all(gfns, 0))
+        return await self._move_pages(arguments, lambda vm, gfns: vm.secure.page_out_all(gfns, 0), OUT_PART_PAGES)
 
     async def _page_in(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Offer the images of `n` pages from `gpa` back."""
-        return await self._move_pages(arguments, lambda vm, gfns: vm.secure.page_back_in_all(gfns, 0))
+        return await self._move_pages(arguments, lambda vm, gfns: vm.secure.page_back_in_all(gfns, 0), IN_PART_PAGES)
 
-    async def _move_pages(self, arguments: dict[str, Any], move: Callable[[Vm, list[int]], Any]) -> dict[str, Any]:
+    async def _move_pages(
+        self, arguments: dict[str, Any], move: Callable[[Vm, list[int]], Any], part_pages: int
+    ) -> dict[str, Any]:
         vm = self._named(arguments)
         first = self._gfn(vm, arguments)
         n_pages = min(int(arguments.get("n", 1)), _MAX_PAGES_A_QUERY, vm.memory.n_pages - first)
         with vm.at_work():
-            codes = await vm.secure.move_many(range(first, first + n_pages), lambda gfns: move(vm, gfns))
+            gfns = range(first, first + n_pages)
+            codes = await vm.secure.move_many(gfns, lambda part: move(vm, part), part_pages)
         return {"codes": {HCode(code).name: count for code, count in codes.items()}}
 
     def _named(self, arguments: dict[str, Any]) -> Vm:

@@ -27,7 +27,10 @@ from services.runtime.link import Link
 from shared.real_address import real_address
 
 MAX_OPEN_PAGE_CALLS = 32
-_PART_PAGES = 16
+OUT_PART_PAGES = 32
+"""One invalidation of the guest serves them all."""
+IN_PART_PAGES = 16
+"""Two parts take turns: while the ultravisor works on one, this side prepares the other."""
 _RETRY_SECONDS = 0.002
 _MAX_RETRY_SECONDS = 0.05
 _RETRY_LIMIT_SECONDS = 1.0
@@ -232,9 +235,8 @@ class SecurePages:
                     self._memory.busy.add(gfn)
                     moving.append(i)
                     codes[i] = HCode.H_PARAMETER
-                    if gfn not in self._unsure:
-                        # A device that looked the frame up just before it was punched may have touched it since.
-                        self._memory.punch(gfn)
+            fresh = [gfns[i] for i in moving if gfns[i] not in self._unsure]
+            self._memory.punch_all(fresh)
             results = await self._ultravisor.ucalls(UV_PAGE_OUT, [self._page_args(gfns[i]) for i in moving], cause)
             for i, result in zip(moving, results, strict=True):
                 codes[i] = self._put_out(gfns[i], result[0])
@@ -279,21 +281,18 @@ class SecurePages:
         return codes
 
     async def move_many(
-        self, gfns: Sequence[int], move: Callable[[list[int]], Awaitable[list[HCode]]]
+        self, gfns: Sequence[int], move: Callable[[list[int]], Awaitable[list[HCode]]], part_pages: int
     ) -> Counter[HCode]:
-        """Run `move` for all GFNs, at most MAX_OPEN_PAGE_CALLS open; how often each code came.
-
-        Two halves of the open calls take turns: while the ultravisor works on one, this side prepares the other.
-        """
+        """Run `move` for all GFNs in parts, at most MAX_OPEN_PAGE_CALLS open; how often each code came."""
         codes: Counter[HCode] = Counter()
-        parts = iter([list(gfns[i : i + _PART_PAGES]) for i in range(0, len(gfns), _PART_PAGES)])
+        parts = iter([list(gfns[i : i + part_pages]) for i in range(0, len(gfns), part_pages)])
 
         async def worker() -> None:
             for part in parts:
                 codes.update(await move(part))
 
         async with trio.open_nursery() as nursery:
-            for _ in range(MAX_OPEN_PAGE_CALLS // _PART_PAGES):
+            for _ in range(MAX_OPEN_PAGE_CALLS // part_pages):
                 nursery.start_soon(worker)
         return codes
 

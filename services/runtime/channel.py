@@ -103,8 +103,7 @@ class ZmqChannel:
     async def _serve_until_poked(self, take: Callable[[list[bytes]], int], scope: trio.CancelScope) -> None:
         n_in_burst = 0
         while True:
-            # Most messages come alone: to look is cheaper than to be refused. In a burst it is the other way round.
-            frames = None if n_in_burst == 1 and not self._get(_EVENTS) & _IN else self._try_receive()
+            frames = None if n_in_burst == 1 and self._is_alone() else self._try_receive()
             if frames is not None:
                 n_in_burst += take(frames)
                 if n_in_burst < _BURST:
@@ -119,6 +118,13 @@ class ZmqChannel:
                 finally:
                     self._sleeping = None
             n_in_burst = 0
+
+    def _is_alone(self) -> bool:
+        """After a message: whether to stop reading. Most come alone, and then to look is cheaper than to be refused.
+
+        An answer that is held goes out first, and one look after it serves for both.
+        """
+        return bool(self._held) or not self._get(_EVENTS) & _IN
 
     async def watch(self) -> NoReturn:
         """Once a second, wake a reader that sleeps although there is something to do: an edge was missed."""

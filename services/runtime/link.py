@@ -29,7 +29,7 @@ from services.runtime.recorder import Tap
 LOST_STATES = frozenset({"gone", "failed", "stopped", "unresponsive", "closed"})
 """A peer in one of these answers nothing; in any other it is expected to answer, however late."""
 
-MAX_TOGETHER = 16
+MAX_TOGETHER = 32
 """Calls that one task serves: the caller can work on the first answers while the next are made."""
 
 DEFERRED = None

@@ -19,6 +19,7 @@ from protocol.geometry import PAGE_BYTES
 
 _TAG_BYTES = 16
 _KEY_BITS = 128
+_ZEROS = bytes(PAGE_BYTES)
 
 
 class _Proof(NamedTuple):
@@ -49,17 +50,18 @@ class PageSealer:
     def open(self, gfn: int, image: bytearray, page: memoryview) -> bool:
         """Put the content of `image` (PAGE_BYTES, with room for a tag behind) into `page`; False when refused.
 
-        A refused image leaves `page` and what is known of `gfn` as they were.
+        The cipher writes before it has checked, so nobody else may reach `page` meanwhile. A refused image leaves it
+        zeroed, and what is known of `gfn` as it was: the right image may come yet.
         """
         proof = self._proofs.get(gfn)
         if proof is None:
             return False
         image[PAGE_BYTES:] = proof.tag
         try:
-            self._aead.decrypt_into(proof.vector, image, self._associated(gfn), self._scratch_page)
+            self._aead.decrypt_into(proof.vector, image, self._associated(gfn), page)
         except InvalidTag:
+            page[:] = _ZEROS
             return False
-        page[:] = self._scratch_page
         del self._proofs[gfn]
         return True
 
