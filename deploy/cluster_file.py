@@ -28,7 +28,7 @@ DEVICE_KEYS = ("kind", "disk", "access_platform")
 LINK_KEYS = ("between",)
 
 TIMES = ("wall", "instructions")
-KERNELS = ("model", "bench")
+KERNELS = ("model", "bench", "machine")
 BOOTS = ("disk", "kernel", "program")
 DMA_DESIGNS = ("quirk", "iommu", "plain")
 DISK_FORMATS = ("raw",)

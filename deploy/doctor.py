@@ -17,6 +17,8 @@ from typing import Any
 
 from rich.table import Table
 
+from deploy.preflight import INSTALL_ENGINE
+
 _MIB = 1 << 20
 _SYS_USERFAULTFD = 323
 _SYS_LANDLOCK_CREATE_RULESET = 444
@@ -165,7 +167,9 @@ def _landlock() -> Finding:
 def _unicorn() -> Finding:
     ok = importlib.util.find_spec("unicorn") is not None
     detail = importlib.metadata.version("unicorn") if ok else "not installed"
-    return Finding("unicorn", ok, detail, "guests that are real POWER code cannot run; model guests do")
+    return Finding(
+        "unicorn", ok, detail, f"guests that are real POWER code cannot run, model guests do: {INSTALL_ENGINE}"
+    )
 
 
 def _slof() -> Finding:

@@ -5,6 +5,7 @@ All findings are collected, so that one `up` names every mistake. Nothing is mad
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import stat
@@ -21,6 +22,10 @@ from protocol.roles import Role
 
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path of sockaddr_un holds 108 bytes with its terminating zero (unix(7))."""
+
+MACHINE = "machine"
+ENGINE_PACKAGE = "unicorn"
+INSTALL_ENGINE = "pip install 'pefbox[machine]'"
 
 PROCESS_BYTES = 64 << 20
 """Anonymous memory that one process needs at least, measured for an idle kvm."""
@@ -61,6 +66,7 @@ def check(cluster: Cluster, paths: Paths, machine: Machine) -> None:
         *descriptor_findings(cluster, machine),
         *path_findings(cluster, paths),
         *file_findings(cluster),
+        *engine_findings(cluster),
     ]
     if findings:
         raise UserError("\n".join(f"{cluster.path}: {finding}" for finding in findings))
@@ -134,6 +140,17 @@ def file_findings(cluster: Cluster) -> list[str]:
             if path is not None:
                 findings += _file_findings(f"vms.{vm.name}.guest.{name}", path, os.R_OK)
     return findings
+
+
+def engine_findings(cluster: Cluster) -> list[str]:
+    """The package that runs real POWER code is installed when a VM needs it."""
+    users = [vm.name for vm in cluster.vms if vm.guest.kernel == MACHINE]
+    if not users or importlib.util.find_spec(ENGINE_PACKAGE) is not None:
+        return []
+    return [
+        f'vms.{name}.guest.kernel: "machine" needs the Python package {ENGINE_PACKAGE}: {INSTALL_ENGINE}'
+        for name in users
+    ]
 
 
 def _file_findings(key: str, path: str, mode: int) -> list[str]:

@@ -185,6 +185,19 @@ H_SET_MODE = HCALLS.declare(
     },
     source="PAPR 14.5.4.3.6",
 )
+H_REGISTER_PROC_TBL = HCALLS.declare(
+    0x37C,
+    "H_REGISTER_PROC_TBL",
+    args=(Reg("flags", Kind.FLAGS), Reg("table", Kind.GPA), Reg("page_size"), Reg("table_size")),
+    callers=_GUEST,
+    errors={
+        HCode.H_PARAMETER: "an unknown flag, or a table of another kind than radix",
+        HCode.H_P2: "table not aligned to 4 KiB",
+        HCode.H_P3: "page_size not 0",
+        HCode.H_P4: "table_size over 24 (the table has 1 << (12 + table_size) bytes)",
+    },
+    source=_QEMU,
+)
 
 # Secure VM support (0xEF00 to 0xEF80 are the ultravisor's).
 _SHIFT = Reg("shift", Kind.SHIFT)

@@ -30,11 +30,6 @@ declare_unhandled(0x36C, "H_RESIZE_HPT_PREPARE", (FLAGS, Reg("shift", Kind.SHIFT
 declare_unhandled(0x370, "H_RESIZE_HPT_COMMIT", (FLAGS, Reg("shift", Kind.SHIFT)))
 
 # Radix tables.
-declare_unhandled(
-    0x37C,
-    "H_REGISTER_PROC_TBL",
-    (FLAGS, Reg("table", Kind.GPA), Reg("page_size"), Reg("table_size")),
-)
 declare_unhandled(0x448, "H_RPT_INVALIDATE", words("pid", "target", "type", "page_sizes", "start", "end"))
 
 # Pages and caches.

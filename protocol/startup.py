@@ -33,9 +33,9 @@ class DeviceEntry(Struct, frozen=True):
 class GuestEntry(Struct, frozen=True):
     """The guest kernel of a VM.
 
-    `kernel` is "model" (and later "machine"); `boot` is "disk", "kernel" (image, initrd and blob loaded by qemu) or
-    "program" (an ELF program without firmware); `workload` names what the model runs; `dma` is the DMA design of its
-    drivers; `options` are further settings of the model's image.
+    `kernel` is "model", "bench" or "machine" (real POWER code); `boot` is "disk", "kernel" (image, initrd and blob
+    loaded by qemu) or "program" (an ELF program without firmware); `workload` names what the model runs; `dma` is the
+    DMA design of its drivers; `options` are further settings of the model's image.
     """
 
     kernel: str = "model"

@@ -1,7 +1,8 @@
 """Guest physical memory as the processor reaches it: every access goes through the partition-scoped map.
 
 A GFN that the map does not give is a fault, which `fault` resolves (a call to kvm or the ultravisor) before the access
-goes on; a guest kernel never sees it. No view of memory leaves this module.
+goes on; a guest kernel never sees it. No view of memory leaves this module, but for the machine engine: that one is
+the processor, and puts `normal` and `secure` behind translations of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class AddressSpace:
 
     def __init__(self, normal: memoryview, dirty: memoryview, fault: Callable[[int, Access], None]) -> None:
         self.size_bytes = len(normal)
+        self.on_map: Callable[[], None] | None = None
+        """Told whenever `use_map` took another map or memory; nothing of the old ones may be used after it."""
         self._normal = normal
         self._secure: memoryview | None = None
         self._map: PartitionMap | None = None
@@ -38,6 +41,38 @@ class AddressSpace:
         """Translate through `entries` from now on (None: nowhere); `secure` is the VM's secure memory, if any."""
         self._map = entries
         self._secure = secure
+        if self.on_map is not None:
+            self.on_map()
+
+    # -- for an engine that translates by itself ------------------------------------------------------------------
+
+    @property
+    def normal(self) -> memoryview:
+        """The RAM segment."""
+        return self._normal
+
+    @property
+    def secure(self) -> memoryview | None:
+        """The secure memory that the map in use may name."""
+        return self._secure
+
+    def entry(self, gfn: int) -> int:
+        """The map's word for `gfn`, a frame of RAM; 0 when no map is in use."""
+        return 0 if self._map is None else self._map[gfn]
+
+    def resolve(self, gfn: int, access: Access) -> None:
+        """Have the map give `gfn` for `access`; raises GuestFault."""
+        self._translate(gfn, access, PERMISSION[access])
+
+    def mark_dirty(self, gfn: int) -> None:
+        """The processor is about to store to `gfn` past this object."""
+        self._dirty[gfn] = 1
+
+    def is_dirty(self, gfn: int) -> bool:
+        """Whether a store to `gfn` would change nothing in the guest dirty map."""
+        return bool(self._dirty[gfn])
+
+    # -- loads and stores -----------------------------------------------------------------------------------------
 
     def load(self, gpa: int, n_bytes: int) -> bytes:
         """`n_bytes` from `gpa`."""

@@ -17,8 +17,9 @@ from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.guest.address_space import AddressSpace
 from services.guest.bench_engine import BenchEngine
 from services.guest.clock import make_clock
+from services.guest.engine import Engine
+from services.guest.engines import make_engine
 from services.guest.link_end import LinkEnd
-from services.guest.model.engine import ModelEngine
 from services.guest.processor import Processor
 from services.guest.vm_memory import GuestVmMemory
 from services.runtime.process import Query, Runtime
@@ -40,7 +41,7 @@ class Guest:
         self._memory: GuestVmMemory | None = None
         self._ends: list[LinkEnd] = []
         self._processor: Processor | None = None
-        self._engine: ModelEngine | None = None
+        self._engine: Engine | None = None
         self._has_map = trio.Event()
         self._recorder: Recorder | None = None
 
@@ -63,7 +64,7 @@ class Guest:
             memory.normal, memory.dirty.buffer, lambda gfn, access: processor[0].resolve_fault(gfn, access)
         )
         memory.space = space
-        engine = BenchEngine(space, clock) if vm.guest.kernel == "bench" else ModelEngine(space, clock)
+        engine = make_engine(vm, space, clock, self._runtime.log)
         processor.append(Processor(engine, memory, kvm, ultravisor, clock, self._runtime.log))
         self._memory, self._processor, self._engine = memory, processor[0], engine
         await self._runtime.give("guest-dirty-map", vm.name, memory.dirty.fd)

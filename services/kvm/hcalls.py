@@ -42,6 +42,16 @@ class SetModeResource(IntEnum):
     LITTLE_ENDIAN = 4
 
 
+PROC_TABLE_MODIFY = 0x10
+PROC_TABLE_REGISTER = 0x08
+PROC_TABLE_RADIX = 0x04
+PROC_TABLE_HASH = 0x02
+PROC_TABLE_FLAGS = 0x1F
+"""With 0x01: the guest uses tlbie itself, which it may here in any case."""
+PROC_TABLE_ALIGN_MASK = 0xFFF
+MAX_PROC_TABLE_SIZE = 24
+
+
 class Hcalls:
     """Handlers of one VM. `at_once` and `waiting` are the tables by call number."""
 
@@ -82,6 +92,7 @@ class Hcalls:
             h.H_JOIN.number: self.h_join,
             h.H_RANDOM.number: self.h_random,
             h.H_SET_MODE.number: self.h_set_mode,
+            h.H_REGISTER_PROC_TBL.number: self.h_register_proc_tbl,
             h.H_SVM_INIT_DONE.number: lambda call: [self._secure.init_done()],
         }
         self.waiting: dict[int, Waiting] = {
@@ -153,6 +164,19 @@ class Hcalls:
             return [HCode.H_P4]
         self._modes[resource] = mflags
         return _SUCCESS
+
+    def h_register_proc_tbl(self, call: GuestCall) -> Result:
+        """H_REGISTER_PROC_TBL: kvm checks it, the processor keeps it, since only that one walks the guest's trees."""
+        flags, table, page_size, table_size = call.args
+        if not flags & PROC_TABLE_MODIFY or not flags & PROC_TABLE_REGISTER:
+            return [HCode.H_PARAMETER] if flags & ~PROC_TABLE_FLAGS else _SUCCESS
+        if flags & ~PROC_TABLE_FLAGS or not flags & PROC_TABLE_RADIX or flags & PROC_TABLE_HASH:
+            return [HCode.H_PARAMETER]
+        if table & PROC_TABLE_ALIGN_MASK:
+            return [HCode.H_P2]
+        if page_size:
+            return [HCode.H_P3]
+        return _SUCCESS if table_size <= MAX_PROC_TABLE_SIZE else [HCode.H_P4]
 
     async def h_put_tce_indirect(self, call: GuestCall) -> Result:
         """H_PUT_TCE_INDIRECT: the list page is read as the host sees it, so a private one holds ciphertext."""

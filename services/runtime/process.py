@@ -171,25 +171,36 @@ class Runtime:
 
 ServiceFactory = Callable[[Runtime, Keys], Service]
 LandlockDirs = Callable[[ProcessConfig], Sequence[str] | None]
+Prepare = Callable[[ProcessConfig], None]
 
 
-def run_service(role: Role, make: ServiceFactory, landlock_dirs: LandlockDirs) -> None:
-    """The main function of every service process; returns when the launcher says stop or is gone."""
+def _nothing(_config: ProcessConfig) -> None:
+    """No preparation."""
+
+
+def run_service(role: Role, make: ServiceFactory, landlock_dirs: LandlockDirs, prepare: Prepare = _nothing) -> None:
+    """The main function of every service process; returns when the launcher says stop or is gone.
+
+    `prepare` imports or opens what the start configuration asks for, before the process is confined.
+    """
     parser = argparse.ArgumentParser(prog=f"services.{role.value}", description="A process of a pefbox cluster.")
     parser.add_argument("--control-fd", type=int, required=True, help="inherited end of the control socketpair")
     arguments = parser.parse_args()
     parent = os.getppid()
     die_with_parent(parent)
-    trio.run(_Shell(role, make, landlock_dirs, arguments.control_fd).main)
+    trio.run(_Shell(role, make, landlock_dirs, prepare, arguments.control_fd).main)
 
 
 class _Shell:
     """Start sequence and control loop of one process."""
 
-    def __init__(self, role: Role, make: ServiceFactory, landlock_dirs: LandlockDirs, control_fd: int) -> None:
+    def __init__(
+        self, role: Role, make: ServiceFactory, landlock_dirs: LandlockDirs, prepare: Prepare, control_fd: int
+    ) -> None:
         self._role = role
         self._make = make
         self._landlock_dirs = landlock_dirs
+        self._prepare = prepare
         self._control_fd = control_fd
 
     async def main(self) -> None:
@@ -213,6 +224,7 @@ class _Shell:
         config = start.config
         files = dict(zip(config.descriptors, descriptors, strict=True))
         log = open_log(files["log"], config.target)
+        self._prepare(config)
         protections = confine(dumpable=config.debuggable, landlock_dirs=self._landlock_dirs(config))
         await end.send(control.Confined(protections))
         keys, _ = await end.receive()

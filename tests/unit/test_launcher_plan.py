@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from deploy import plan, preflight
 from deploy.cluster_file import Cluster, parse_cluster
@@ -155,3 +156,19 @@ def test_host_with_more_vms_than_one_start_message_can_carry_is_refused() -> Non
     findings = preflight.descriptor_findings(make_cluster(1, 40), ROOMY)
 
     assert findings == ["h0/ultravisor would need 83 descriptors of at most 64: too many VMs on the host"]
+
+
+def test_real_code_without_the_package_that_runs_it_is_refused_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = make_cluster(1, 1)
+    vms = [structs.replace(vm, guest=structs.replace(vm.guest, kernel="machine")) for vm in cluster.vms]
+    cluster = structs.replace(cluster, vms=vms)
+    assert preflight.engine_findings(cluster) == []
+
+    monkeypatch.setattr(preflight, "ENGINE_PACKAGE", "no_such_package")
+
+    (finding,) = preflight.engine_findings(cluster)
+    assert finding == (
+        "vms.v0.guest.kernel: \"machine\" needs the Python package no_such_package: pip install 'pefbox[machine]'"
+    )

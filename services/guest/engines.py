@@ -1,0 +1,39 @@
+"""Which engine the `kernel` setting of a VM means.
+
+The machine engine comes from a package that an installation may lack, and costs every process that imports it: it is
+imported for VMs that use it alone, before the process is confined.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from protocol.errors import HostFault
+from protocol.startup import ProcessConfig, VmEntry
+from services.guest.address_space import AddressSpace
+from services.guest.bench_engine import BenchEngine
+from services.guest.clock import GuestClock
+from services.guest.engine import Engine
+from services.guest.model.engine import ModelEngine
+from services.runtime.log import Log
+
+MACHINE = "machine"
+_MODULE = "services.guest.machine.engine"
+
+
+def import_engines(config: ProcessConfig) -> None:
+    """Everything that the VMs of this process need, while files can still be opened; raises HostFault."""
+    if any(vm.guest.kernel == MACHINE for vm in config.vms):
+        try:
+            importlib.import_module(_MODULE)
+        except ImportError as error:
+            raise HostFault(f'kernel = "machine" needs the Python package unicorn: {error}') from None
+
+
+def make_engine(vm: VmEntry, space: AddressSpace, clock: GuestClock, log: Log) -> Engine:
+    """The engine of `vm` on its memory; raises HostFault."""
+    if vm.guest.kernel == MACHINE:
+        from services.guest.machine.engine import make_machine_engine
+
+        return make_machine_engine(space, clock, log)
+    return BenchEngine(space, clock) if vm.guest.kernel == "bench" else ModelEngine(space, clock)

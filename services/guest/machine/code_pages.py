@@ -1,0 +1,140 @@
+"""Which page the engine fetches from: the true one, or a shadow copy of ours.
+
+A shadow stands in for a code page that the engine would run wrongly:
+
+- it reads a register that the engine gets wrong (MSR in a secure VM, since the engine cannot hold MSR.S; PURR and
+  SPURR): in the copy each such instruction is a trap, `sc` with a level that nothing else uses, and the handler looks
+  up the true instruction in the true page;
+- it changed since the engine translated it. A store of the guest's own drops the translations, but one by a device or
+  the hypervisor does not: the copy has a fresh engine-physical address, so they are never met again.
+
+Data accesses always see the true page. A page with a shadow is not writable in the engine's TLB: the first store drops
+the shadow, the next fetch makes another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from services.guest.machine.engine_memory import SHADOW_BYTES, EngineMemory
+from services.guest.machine.partition import SHADOW_BASE
+
+CODE_PAGE_BYTES = 4096
+TRAP_LEVEL = 5
+TRAP_WORD = 0x44000002 | TRAP_LEVEL << 5
+N_SLOTS = SHADOW_BYTES // CODE_PAGE_BYTES
+
+_REGISTER_MASK = 0xFC1FFFFF
+_MFMSR = 0x7C0000A6
+_MFSPURR = 0x7C144AA6
+_MFPURR = 0x7C154AA6
+
+
+class ShadowsFull(Exception):
+    """Every slot was used once: the engine's translations have to be dropped before one is used again."""
+
+
+def is_mfmsr(word: int) -> bool:
+    """Whether an instruction word reads the MSR."""
+    return word & _REGISTER_MASK == _MFMSR
+
+
+def is_mfpurr(word: int) -> bool:
+    """Whether an instruction word reads PURR or SPURR."""
+    return word & _REGISTER_MASK in (_MFPURR, _MFSPURR)
+
+
+def trap_places(page: bytes, *, little_endian: bool, hide_msr: bool) -> list[int]:
+    """Offsets of the instructions of a code page that must be traps; `mfmsr` is one when `hide_msr` is set."""
+    places = _places(page, _MFPURR, is_mfpurr, little_endian)
+    return places + _places(page, _MFMSR, is_mfmsr, little_endian) if hide_msr else places
+
+
+def _places(page: bytes, word: int, is_one: Callable[[int], bool], little_endian: bool) -> list[int]:
+    order: Literal["little", "big"] = "little" if little_endian else "big"
+    # The low half of the word does not depend on the register: searching for it passes over nearly everything.
+    half = (word & 0xFFFF).to_bytes(2, order)
+    within = 0 if little_endian else 2
+    places = []
+    at = page.find(half)
+    while at >= 0:
+        start = at - within
+        if start % 4 == 0 and is_one(int.from_bytes(page[start : start + 4], order)):
+            places.append(start)
+        at = page.find(half, at + 1)
+    return places
+
+
+class CodePages:
+    """The code pages of one engine, by engine-physical address of the true page.
+
+    `flush_tlb` makes the engine ask again for every page it uses.
+    """
+
+    def __init__(self, memory: EngineMemory, flush_tlb: Callable[[], None]) -> None:
+        self._memory = memory
+        self._flush_tlb = flush_tlb
+        self.hide_msr = False
+        self._content: dict[int, bytes] = {}
+        self._shadows: dict[int, dict[bool, int]] = {}
+        """True page to its shadows, by whether they are little-endian."""
+        self._stale: set[int] = set()
+        """Pages whose translations at their true address may be of older content."""
+        self._writable: set[int] = set()
+        self.n_shadows = 0
+
+    def clear(self) -> None:
+        """The engine has dropped every translation, and its TLB."""
+        self._content.clear()
+        self._shadows.clear()
+        self._stale.clear()
+        self._writable.clear()
+        self.n_shadows = 0
+
+    def tlb_flushed(self) -> None:
+        """No page is writable in the TLB any more."""
+        self._writable.clear()
+
+    def fetch(self, page: int, *, little_endian: bool) -> int:
+        """The engine-physical page to fetch from, for the true `page`. Raises ShadowsFull."""
+        content = self._memory.read(page, CODE_PAGE_BYTES)
+        known = self._content.get(page)
+        if content != known:
+            self._content[page] = content
+            if known is not None:
+                self._stale.add(page)
+                self._shadows.pop(page, None)
+        slot = self._shadows.get(page, {}).get(little_endian)
+        if slot is not None:
+            return slot
+        places = trap_places(content, little_endian=little_endian, hide_msr=self.hide_msr)
+        if not places and page not in self._stale:
+            return page
+        slot = self._shadow(content, places, little_endian)
+        self._shadows.setdefault(page, {})[little_endian] = slot
+        if page in self._writable:
+            self._flush_tlb()
+        return slot
+
+    def may_write(self, page: int, *, storing: bool) -> bool:
+        """Whether the TLB may hold write permission for `page`, which the guest stores to now or may later."""
+        if page in self._shadows:
+            if not storing:
+                return False
+            del self._shadows[page]
+            self._flush_tlb()
+        self._writable.add(page)
+        return True
+
+    def _shadow(self, content: bytes, places: list[int], little_endian: bool) -> int:
+        if self.n_shadows == N_SLOTS:
+            raise ShadowsFull
+        trap = TRAP_WORD.to_bytes(4, "little" if little_endian else "big")
+        copy = bytearray(content)
+        for place in places:
+            copy[place : place + 4] = trap
+        start = self.n_shadows * CODE_PAGE_BYTES
+        self._memory.shadow[start : start + CODE_PAGE_BYTES] = bytes(copy)
+        self.n_shadows += 1
+        return SHADOW_BASE + start

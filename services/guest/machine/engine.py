@@ -1,0 +1,380 @@
+"""Real POWER machine code as an engine of the processor loop: `services.guest.engine.Engine` over `unicorn`.
+
+    run: show the time -> deliver a due interrupt -> execute a number of instructions -> serve why it ended
+
+What ended an execution is served outside the engine: a miss that the map does not give, an interrupt of the guest's
+own, an emulated instruction go on in the same `run`; calls, device accesses and idling leave it. The engine is stopped
+by an instruction count alone, never by another thread, so that every exit comes at an exact instruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import unicorn as uc
+from unicorn.unicorn_py3.unicorn import uclib
+
+from protocol.hcalls import H_CEDE
+from services.guest.address_space import AddressSpace
+from services.guest.clock import GuestClock
+from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
+from services.guest.machine import accesses
+from services.guest.machine.calls import Calls
+from services.guest.machine.code_pages import CODE_PAGE_BYTES, CodePages, ShadowsFull
+from services.guest.machine.engine_memory import EngineMemory
+from services.guest.machine.instructions import WORD_BYTES, EngineException, Instructions
+from services.guest.machine.interrupts import Interrupts, Vector
+from services.guest.machine.layout import probe
+from services.guest.machine.mmu import Mmu, ProcessTable, SegmentFault, StorageFault, Use
+from services.guest.machine.partition import Absent, OutsideRam, Partition
+from services.guest.machine.register_file import RegisterFile
+from services.guest.machine.registers import EVERY_FACILITY, Dsisr, Lpcr, Msr, Spr
+from services.guest.machine.state import VERSION, MachineState, RegisterState, TableState, decode_state, encode_state
+from services.guest.machine.time_base import NS_PER_US, TICKS_PER_US, TimeBase
+from services.guest.machine.translator import Stop, Translator
+from services.runtime.log import Log
+
+SLICE_INSTRUCTIONS = 100_000
+"""About a millisecond of the host's time, which is what an invalidation may have to wait for."""
+MASKED_INSTRUCTIONS = 2_000
+"""A slice while an interrupt waits for MSR.EE."""
+MIN_INSTRUCTIONS = 200
+MAX_LACKING_LINES = 100
+_HYPERCALL_LEVEL = 1
+_ULTRACALL_LEVEL = 2
+_TLB_FLUSH = 11 | 1 << 30
+"""UC_CTL_TLB_FLUSH as a write without arguments; the Python class has no method for it."""
+_MASK64, _MASK32 = (1 << 64) - 1, (1 << 32) - 1
+_PAGE_MASK = CODE_PAGE_BYTES - 1
+_EE = int(Msr.EE)
+_LPCR = Lpcr.UPRT | Lpcr.HR | Lpcr.GTSE
+
+Awaited = Hypercall | Ultracall | MmioLoad | MmioStore
+Lacking = Callable[[int, int], None]
+
+
+class MachineEngine:
+    """One processor with machine code on it.
+
+    `memory` is guest memory, `clock` the guest's time base; `lacking(word, address)` hears of instructions that the
+    engine does not have. Raises HostFault when the installed engine is not understood.
+    """
+
+    def __init__(self, memory: AddressSpace, clock: GuestClock, lacking: Lacking) -> None:
+        self._clock = clock
+        self._uc = uc.Uc(uc.UC_ARCH_PPC, uc.UC_MODE_PPC64 | uc.UC_MODE_BIG_ENDIAN)
+        self._memory = EngineMemory(self._uc, memory)
+        self._registers = RegisterFile(self._uc, probe())
+        self._partition = Partition(memory)
+        self._mmu = Mmu(self._partition.load_u64, self._partition.store_u64)
+        self._code = CodePages(self._memory, self._flush_tlb)
+        self._translator = Translator(self._registers, self._mmu, self._partition, self._code)
+        self._time = TimeBase(clock, self._registers)
+        self._interrupts = Interrupts(self._registers)
+        self._instructions = Instructions(
+            self._registers, self._interrupts, self._time, self._translator.instruction, lacking
+        )
+        self._calls = Calls(self._registers, self._interrupts, self._mmu)
+        self._line = False
+        self._awaited: Awaited | None = None
+        self._access: accesses.Access | None = None
+        self._base_address = 0
+        self._exception: int | None = None
+        self.n_instructions = 0
+        """Retired since the start."""
+        memory.on_map = self._follow_space
+        self._install_hooks()
+
+    def _install_hooks(self) -> None:
+        self._uc.ctl_set_tlb_mode(uc.UC_TLB_VIRTUAL)
+        self._uc.ctl_exits_enabled(True)
+        self._uc.hook_add(uc.UC_HOOK_TLB_FILL, self._translator.fill)
+        self._uc.hook_add(uc.UC_HOOK_INTR, self._on_exception)
+
+    def _on_exception(self, _engine: object, number: int, _data: object) -> None:
+        self._exception = number
+        uclib.uc_emu_stop(self._uc._uch)
+
+    def _flush_tlb(self) -> None:
+        uclib.uc_ctl(self._uc._uch, _TLB_FLUSH)
+        self._code.tlb_flushed()
+
+    def _follow_space(self) -> None:
+        """Another map or secure memory is in use: nothing that was translated holds any more."""
+        self._memory.follow_space()
+        self._flush_all()
+
+    def _flush_all(self) -> None:
+        self._uc.ctl_flush_tb()
+        self._flush_tlb()
+        self._code.clear()
+
+    # -- Engine ---------------------------------------------------------------------------------------------------
+
+    def start(self, pc: int, gprs: dict[int, int], *, secure: bool) -> None:
+        """Forget everything and begin at `pc` in real mode, big-endian, 64 bits."""
+        registers = self._registers
+        self._awaited = None
+        registers.clear()
+        registers.msr = Msr.SF | Msr.ME
+        registers.spr[Spr.LPCR] |= _LPCR
+        registers.spr[Spr.HFSCR] = EVERY_FACILITY
+        for number, value in gprs.items():
+            registers.gpr[number] = value
+        registers.pc = pc
+        self._mmu.table = None
+        self._interrupts.reset(secure=secure)
+        self._time.reset()
+        self._code.hide_msr = secure
+        self.n_instructions = 0
+        self._flush_all()
+
+    def run(self, slice_ns: int) -> Exit:
+        """Execute for at most a slice of SLICE_INSTRUCTIONS."""
+        if self._awaited is not None:
+            raise RuntimeError("the last exit has no outcome yet: resume comes before run")
+        left_ticks = self._time.begin()
+        pending = self._take_interrupt()
+        budget = MASKED_INSTRUCTIONS if pending else self._budget(slice_ns, left_ticks)
+        while budget > 0:
+            retired, status = self._execute(budget)
+            # A handler that cannot even be fetched retires nothing, and must not hold the slice for ever.
+            budget -= max(retired, 1)
+            exit_ = self._serve(status)
+            if exit_ is not None:
+                return exit_
+        return Pause.SLICE_END
+
+    def resume(self, result: list[int]) -> None:
+        """The outcome of the last call or device access."""
+        awaited, self._awaited = self._awaited, None
+        if awaited is None:
+            raise RuntimeError("no exit waits for an outcome")
+        if isinstance(awaited, Hypercall | Ultracall):
+            self._calls.give(awaited, result)
+        else:
+            self._finish_access(awaited, result)
+
+    def set_line(self, level: bool) -> None:
+        """The external interrupt line; taken at the start of the next slice."""
+        self._line = level
+
+    def flush_translations(self) -> None:
+        """Forget the TLB; translated code stays, since it is found by where it lies."""
+        self._flush_tlb()
+
+    @property
+    def at_safe_point(self) -> bool:
+        """Whenever no exit waits for its outcome."""
+        return self._awaited is None
+
+    def save(self) -> bytes:
+        """The state at a safe point, without page content."""
+        if self._awaited is not None:
+            raise RuntimeError("an exit waits for its outcome: no safe point")
+        registers = self._registers
+        table = self._mmu.table
+        return encode_state(
+            MachineState(
+                version=VERSION,
+                secure=self._interrupts.secure,
+                line=self._line,
+                ail=self._interrupts.ail,
+                little_endian_interrupts=self._interrupts.little_endian,
+                table=None if table is None else TableState(table.gpa, table.size_bytes),
+                ticks=self._time.ticks(),
+                deadline=self._time.deadline,
+                registers=RegisterState(
+                    pc=registers.pc,
+                    msr=registers.msr,
+                    lr=registers.lr,
+                    ctr=registers.ctr,
+                    cr=registers.cr,
+                    xer=registers.xer,
+                    fpscr=registers.fpscr,
+                    gprs=list(registers.gpr),
+                    sprs={number: value for number, value in enumerate(registers.spr) if value},
+                    vsrs=registers.vsrs,
+                ),
+            )
+        )
+
+    def load(self, state: bytes) -> None:
+        """Continue from a `save`; raises ValueError."""
+        loaded = decode_state(state)
+        self.start(loaded.registers.pc, dict(enumerate(loaded.registers.gprs)), secure=loaded.secure)
+        registers, saved = self._registers, loaded.registers
+        for number in range(len(registers.spr)):
+            registers.spr[number] = saved.sprs.get(number, 0)
+        registers.msr = saved.msr
+        registers.lr, registers.ctr, registers.cr = saved.lr, saved.ctr, saved.cr
+        registers.xer, registers.fpscr, registers.vsrs = saved.xer, saved.fpscr, saved.vsrs
+        self._interrupts.ail = loaded.ail
+        self._interrupts.little_endian = loaded.little_endian_interrupts
+        table = loaded.table
+        self._mmu.table = None if table is None else ProcessTable(table.gpa, table.size_bytes)
+        self._line = loaded.line
+        self._time.set_ticks(loaded.ticks)
+        self._time.deadline = loaded.deadline
+
+    # -- execution ------------------------------------------------------------------------------------------------
+
+    def _take_interrupt(self) -> bool:
+        """Deliver what is due; True when something is and MSR.EE does not let it."""
+        due = Vector.EXTERNAL if self._line else Vector.DECREMENTER if self._time.expired else None
+        if due is None:
+            return False
+        if not self._registers.msr & _EE:
+            return True
+        self._interrupts.deliver(due, self._registers.pc)
+        return False
+
+    def _budget(self, slice_ns: int, left_ticks: int) -> int:
+        """Instructions of this slice: the decrementer ends it when it is going to expire."""
+        limit = min(SLICE_INSTRUCTIONS, slice_ns)
+        if left_ticks <= 0:
+            return limit
+        return max(MIN_INSTRUCTIONS, min(limit, left_ticks * NS_PER_US // TICKS_PER_US + 1))
+
+    def _execute(self, n: int) -> tuple[int, int]:
+        """Run up to `n` instructions; how many retired, and the engine's own status."""
+        self._exception = None
+        registers = self._registers
+        status: int = uclib.uc_emu_start(self._uc._uch, registers.pc, 0, 0, n)
+        retired = min(registers.n_begun, n)
+        stop = self._translator.stop
+        if stop is not None and stop.use is not Use.FETCH:
+            retired -= 1
+        self._time.end()
+        self._clock.charge(retired)
+        self.n_instructions += retired
+        return retired, status
+
+    def _serve(self, status: int) -> Exit | None:
+        """Why the execution ended; None to go on."""
+        stop, self._translator.stop = self._translator.stop, None
+        if stop is not None:
+            return self._serve_stop(stop)
+        if self._exception is not None:
+            return self._serve_exception(self._exception)
+        if status != uc.UC_ERR_OK:
+            return Crash(f"engine: {uc.UcError(status)} at {self._registers.pc:#x}")
+        return None
+
+    def _serve_stop(self, stop: Stop) -> Exit | None:
+        registers, interrupts = self._registers, self._interrupts
+        reason, pc = stop.reason, registers.pc
+        fetch = stop.use is Use.FETCH
+        if isinstance(reason, Absent):
+            self._partition.resolve(reason)
+        elif isinstance(reason, StorageFault):
+            if fetch:
+                interrupts.instruction_storage(stop.address, reason.cause)
+            else:
+                store = Dsisr.STORE if stop.use is Use.STORE else 0
+                interrupts.data_storage(pc, self._data_address(stop), reason.cause | store)
+        elif isinstance(reason, SegmentFault):
+            if fetch:
+                interrupts.deliver(Vector.INSTRUCTION_SEGMENT, stop.address)
+            else:
+                interrupts.data_segment(pc, self._data_address(stop))
+        elif isinstance(reason, OutsideRam):
+            if fetch:
+                return Crash(f"fetch at {stop.address:#x}, real address {reason.gpa:#x}, which is no memory")
+            return self._begin_access(stop, reason.gpa)
+        elif isinstance(reason, ShadowsFull):
+            self._flush_all()
+        else:
+            raise reason
+        return None
+
+    def _data_address(self, stop: Stop) -> int:
+        """The engine tells the page of a bad access; its first byte there follows from the instruction."""
+        registers = self._registers
+        address = accesses.effective_address(self._translator.instruction(registers.pc), registers.gpr)
+        if address is None:
+            return stop.address
+        address &= _MASK64 if registers.msr & Msr.SF else _MASK32
+        return address if address & ~_PAGE_MASK == stop.address & ~_PAGE_MASK else stop.address
+
+    def _serve_exception(self, number: int) -> Exit | None:
+        if number == EngineException.SYSTEM_CALL:
+            level = self._registers.error_code
+            if level == _HYPERCALL_LEVEL:
+                return self._hypercall()
+            if level == _ULTRACALL_LEVEL:
+                return self._await(self._calls.ultracall())
+        while True:
+            try:
+                if self._instructions.serve(number):
+                    return None
+            except Absent as absent:
+                # The instruction's own page left while it ran; it is looked at again once it is back.
+                self._partition.resolve(absent)
+                continue
+            return Crash(f"engine exception {number} at {self._registers.pc:#x}")
+
+    def _hypercall(self) -> Exit:
+        call = self._calls.hypercall()
+        if call.number == H_CEDE.number:
+            return self._cede()
+        return self._await(call)
+
+    def _cede(self) -> Exit:
+        """H_CEDE enables external interrupts; what is due already ends it at once."""
+        self._registers.gpr[3] = 0
+        self._registers.msr |= _EE
+        if self._line or self._time.expired:
+            return Pause.SLICE_END
+        return Idle(self._time.deadline_ns())
+
+    def _await(self, exit_: Awaited) -> Exit:
+        self._awaited = exit_
+        return exit_
+
+    # -- devices --------------------------------------------------------------------------------------------------
+
+    def _begin_access(self, stop: Stop, page: int) -> Exit | None:
+        registers = self._registers
+        access = accesses.decode(self._translator.instruction(registers.pc))
+        address = self._data_address(stop)
+        if access is None:
+            self._interrupts.alignment(registers.pc, address)
+            return None
+        self._access, self._base_address = access, address
+        gpa = page & ~_PAGE_MASK | address & _PAGE_MASK
+        form = access.form
+        if not form.store:
+            return self._await(MmioLoad(gpa, form.size))
+        value = accesses.device_value(form, registers.gpr[access.register], self._order)
+        return self._await(MmioStore(gpa, form.size, value))
+
+    def _finish_access(self, awaited: MmioLoad | MmioStore, result: list[int]) -> None:
+        """Where no device answers a load gives all ones, as on a bus, and a store is lost."""
+        access = self._access
+        assert access is not None
+        registers, form = self._registers, access.form
+        if isinstance(awaited, MmioLoad):
+            value = result[1] if not result[0] and len(result) > 1 else -1
+            value &= (1 << 8 * form.size) - 1
+            registers.gpr[access.register] = accesses.register_value(form, value, self._order)
+        if form.update:
+            registers.gpr[access.base] = self._base_address
+        registers.pc += WORD_BYTES
+
+    @property
+    def _order(self) -> accesses.Order:
+        return "little" if self._registers.msr & Msr.LE else "big"
+
+
+def make_machine_engine(memory: AddressSpace, clock: GuestClock, log: Log) -> MachineEngine:
+    """An engine that tells `log` of instructions it lacks, up to a limit."""
+    n_told = 0
+
+    def lacking(word: int, address: int) -> None:
+        nonlocal n_told
+        n_told += 1
+        if n_told <= MAX_LACKING_LINES:
+            log.warning("illegal instruction", instruction=f"{word:#010x}", address=f"{address:#x}")
+
+    return MachineEngine(memory, clock, lacking)

@@ -1,0 +1,169 @@
+"""What the engine reports as an exception: interrupts of the guest, and instructions that are emulated here.
+
+The engine numbers exceptions in its own way; the program counter is past the instruction for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+
+from services.guest.machine.accesses import effective_address
+from services.guest.machine.code_pages import TRAP_LEVEL, is_mfmsr, is_mfpurr
+from services.guest.machine.interrupts import Interrupts, Vector
+from services.guest.machine.register_file import RegisterFile
+from services.guest.machine.registers import Fscr, Msr, Spr, Srr1
+from services.guest.machine.time_base import TimeBase
+
+WORD_BYTES = 4
+_MASK64 = (1 << 64) - 1
+_SCV = 0x44000001
+_SCV_MASK = 0xFFFFF01F
+_RFSCV = 0x4C0000A4
+_MFSPR = 0x7C0002A6
+_MTSPR = 0x7C0003A6
+_SPR_MASK = 0xFC0007FF
+_USER_DSCR = 3
+_DSCR = 17
+_KIND_MASK = 0xF0
+
+
+class EngineException(IntEnum):
+    """Exceptions by the engine's numbers."""
+
+    ALIGNMENT = 5
+    PROGRAM = 6
+    FP_UNAVAILABLE = 7
+    SYSTEM_CALL = 8
+    VMX_UNAVAILABLE = 73
+    VSX_UNAVAILABLE = 94
+    FACILITY_UNAVAILABLE = 95
+    ILLEGAL = 96
+    HYPERVISOR_FACILITY = 98
+
+
+class _Kind(IntEnum):
+    """Of a program interrupt, in the high half of the error code's low byte."""
+
+    FP = 0x10
+    ILLEGAL = 0x20
+    PRIVILEGED = 0x30
+    TRAP = 0x40
+
+
+_CAUSES = {
+    _Kind.FP: Srr1.FP_EXCEPTION,
+    _Kind.ILLEGAL: Srr1.ILLEGAL,
+    _Kind.PRIVILEGED: Srr1.PRIVILEGED,
+    _Kind.TRAP: Srr1.TRAP,
+}
+_UNAVAILABLE = {
+    EngineException.FP_UNAVAILABLE: Vector.FP_UNAVAILABLE,
+    EngineException.VMX_UNAVAILABLE: Vector.VMX_UNAVAILABLE,
+    EngineException.VSX_UNAVAILABLE: Vector.VSX_UNAVAILABLE,
+    EngineException.FACILITY_UNAVAILABLE: Vector.FACILITY_UNAVAILABLE,
+}
+
+
+class Instructions:
+    """Serves exceptions. `word_at(address)` reads the true instruction; `lacking(what, address)` tells the operator of
+    one that the engine does not have."""
+
+    def __init__(
+        self,
+        registers: RegisterFile,
+        interrupts: Interrupts,
+        time_base: TimeBase,
+        word_at: Callable[[int], int],
+        lacking: Callable[[int, int], None],
+    ) -> None:
+        self._registers = registers
+        self._interrupts = interrupts
+        self._time = time_base
+        self._word_at = word_at
+        self._lacking = lacking
+
+    def serve(self, number: int) -> bool:
+        """Serve any exception but `sc` with levels 1 and 2; False when `number` is unknown."""
+        at = self._registers.pc - WORD_BYTES
+        if number == EngineException.SYSTEM_CALL:
+            self._system_call(at)
+        elif number in (EngineException.PROGRAM, EngineException.ILLEGAL, EngineException.HYPERVISOR_FACILITY):
+            self._program(at, self._registers.error_code)
+        elif number in _UNAVAILABLE:
+            self._interrupts.deliver(_UNAVAILABLE[EngineException(number)], at)
+        elif number == EngineException.ALIGNMENT:
+            address = effective_address(self._word_at(at), self._registers.gpr)
+            self._interrupts.alignment(at, address or 0)
+        else:
+            return False
+        return True
+
+    def _system_call(self, at: int) -> None:
+        if self._registers.error_code == TRAP_LEVEL and self._emulate_read(self._word_at(at), at):
+            return
+        self._interrupts.deliver(Vector.SYSTEM_CALL, at + WORD_BYTES)
+
+    def _emulate_read(self, word: int, at: int) -> bool:
+        """What a shadow page has a trap for."""
+        if not is_mfmsr(word) and not is_mfpurr(word):
+            return False
+        registers = self._registers
+        msr = registers.msr
+        if msr & Msr.PR:
+            self._interrupts.deliver(Vector.PROGRAM, at, Srr1.PRIVILEGED)
+        elif is_mfmsr(word):
+            registers.gpr[word >> 21 & 31] = msr | (Msr.S if self._interrupts.secure else 0)
+        else:
+            registers.gpr[word >> 21 & 31] = self._time.ticks() & _MASK64
+        return True
+
+    def _program(self, at: int, error_code: int) -> None:
+        kind = error_code & _KIND_MASK
+        if kind in (_Kind.ILLEGAL, _Kind.PRIVILEGED):
+            word = self._word_at(at)
+            if self._emulate(word, at):
+                return
+            if kind == _Kind.ILLEGAL:
+                self._lacking(word, at)
+        cause = _CAUSES.get(_Kind(kind)) if kind in _CAUSES else None
+        self._interrupts.deliver(Vector.PROGRAM, at, cause or Srr1.ILLEGAL)
+
+    def _emulate(self, word: int, at: int) -> bool:
+        if word & _SCV_MASK == _SCV:
+            self._scv(word >> 5 & 0x7F, at)
+        elif word == _RFSCV:
+            self._rfscv(at)
+        elif word & _SPR_MASK in (_MFSPR, _MTSPR) and _spr(word) == _USER_DSCR:
+            self._user_dscr(word)
+        else:
+            return False
+        return True
+
+    def _scv(self, level: int, at: int) -> None:
+        spr = self._registers.spr
+        if spr[Spr.FSCR] & Fscr.SCV:
+            self._interrupts.system_call_vectored(level, at + WORD_BYTES)
+            return
+        spr[Spr.FSCR] = spr[Spr.FSCR] & (1 << 56) - 1 | Fscr.SCV.cause
+        self._interrupts.deliver(Vector.FACILITY_UNAVAILABLE, at)
+
+    def _rfscv(self, at: int) -> None:
+        registers = self._registers
+        if registers.msr & Msr.PR:
+            self._interrupts.deliver(Vector.PROGRAM, at, Srr1.PRIVILEGED)
+            return
+        registers.pc = registers.lr & ~3
+        registers.msr = registers.ctr & ~Msr.S | registers.msr & Msr.ME
+
+    def _user_dscr(self, word: int) -> None:
+        """The engine lets only the kernel at DSCR; the user's name for it is the same register."""
+        registers = self._registers
+        if word & _SPR_MASK == _MTSPR:
+            registers.spr[_DSCR] = registers.gpr[word >> 21 & 31]
+        else:
+            registers.gpr[word >> 21 & 31] = registers.spr[_DSCR]
+
+
+def _spr(word: int) -> int:
+    return word >> 16 & 31 | (word >> 11 & 31) << 5

@@ -1,0 +1,103 @@
+"""Interrupts as the architecture delivers them to a guest: vectors, SRR0, SRR1, the new MSR.
+
+Source: Power ISA 3.0B, book III, chapter 6; PAPR 14.5.4.3.6 for what H_SET_MODE changes.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from services.guest.machine.register_file import RegisterFile
+from services.guest.machine.registers import SRR1_FROM_MSR, Dsisr, Msr, Spr
+
+
+class Vector(IntEnum):
+    """Where an interrupt goes in real mode."""
+
+    MACHINE_CHECK = 0x200
+    DATA_STORAGE = 0x300
+    DATA_SEGMENT = 0x380
+    INSTRUCTION_STORAGE = 0x400
+    INSTRUCTION_SEGMENT = 0x480
+    EXTERNAL = 0x500
+    ALIGNMENT = 0x600
+    PROGRAM = 0x700
+    FP_UNAVAILABLE = 0x800
+    DECREMENTER = 0x900
+    SYSTEM_CALL = 0xC00
+    TRACE = 0xD00
+    VMX_UNAVAILABLE = 0xF20
+    VSX_UNAVAILABLE = 0xF40
+    FACILITY_UNAVAILABLE = 0xF60
+
+
+AIL_RELOCATED = 3
+RELOCATED_BASE = 0xC000_0000_0000_4000
+SCV_BASE = 0x17000
+SCV_RELOCATED_BASE = 0xC000_0000_0000_3000
+SCV_STEP = 0x20
+
+_RELOCATION = Msr.IR | Msr.DR
+_ALWAYS = int(Msr.SF)
+_KEPT = Msr.ME | Msr.HV
+_KEPT_BY_SCV = _KEPT | Msr.EE | Msr.RI
+_LE = int(Msr.LE)
+_S = int(Msr.S)
+
+
+class Interrupts:
+    """Delivers to `registers`. `ail` and `little_endian` are what H_SET_MODE last said."""
+
+    def __init__(self, registers: RegisterFile) -> None:
+        self._registers = registers
+        self.ail = 0
+        self.little_endian = False
+        self.secure = False
+
+    def reset(self, *, secure: bool) -> None:
+        """As at power on."""
+        self.ail, self.little_endian, self.secure = 0, False, secure
+
+    def deliver(self, vector: Vector, srr0: int, cause: int = 0) -> None:
+        """Go to `vector`; `srr0` is where the handler returns to, `cause` the bits that SRR1 has beside the MSR's."""
+        registers = self._registers
+        msr = registers.msr
+        registers.spr[Spr.SRR0] = srr0
+        registers.spr[Spr.SRR1] = msr & SRR1_FROM_MSR | cause | (_S if self.secure else 0)
+        relocated = self.ail == AIL_RELOCATED and msr & _RELOCATION == _RELOCATION
+        registers.msr = self._new_msr(msr & _KEPT, relocated)
+        registers.pc = RELOCATED_BASE + vector if relocated else vector
+
+    def data_storage(self, pc: int, address: int, dsisr: int) -> None:
+        """A load or store that the guest's own translation refuses."""
+        self._registers.spr[Spr.DAR] = address
+        self._registers.spr[Spr.DSISR] = dsisr
+        self.deliver(Vector.DATA_STORAGE, pc)
+
+    def data_segment(self, pc: int, address: int) -> None:
+        """A load or store outside every quadrant."""
+        self._registers.spr[Spr.DAR] = address
+        self.deliver(Vector.DATA_SEGMENT, pc)
+
+    def alignment(self, pc: int, address: int) -> None:
+        """An access that the machine does not do."""
+        self._registers.spr[Spr.DAR] = address
+        self._registers.spr[Spr.DSISR] = 0
+        self.deliver(Vector.ALIGNMENT, pc)
+
+    def instruction_storage(self, pc: int, cause: int) -> None:
+        """A fetch that the guest's own translation refuses."""
+        self.deliver(Vector.INSTRUCTION_STORAGE, pc, cause & ~Dsisr.BAD_CONFIGURATION)
+
+    def system_call_vectored(self, level: int, after: int) -> None:
+        """scv: returns by rfscv to `after`."""
+        registers = self._registers
+        msr = registers.msr
+        registers.lr = after
+        registers.ctr = msr & SRR1_FROM_MSR | (_S if self.secure else 0)
+        relocated = self.ail == AIL_RELOCATED
+        registers.msr = self._new_msr(msr & _KEPT_BY_SCV, relocated)
+        registers.pc = (SCV_RELOCATED_BASE if relocated else SCV_BASE) + level * SCV_STEP
+
+    def _new_msr(self, kept: int, relocated: bool) -> int:
+        return kept | _ALWAYS | (_RELOCATION if relocated else 0) | (_LE if self.little_endian else 0)

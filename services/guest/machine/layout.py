@@ -1,0 +1,251 @@
+"""Where the engine keeps its registers, found out by running stubs.
+
+`unicorn` gives no access to special purpose registers, to the error code of an exception and to the number of
+instructions that ran, but all of them lie in its own memory. `probe` runs stubs that leave known values there and
+searches for them; a value that does not turn up at exactly one place means that this release is laid out otherwise,
+and the engine refuses to run with it. Offsets are never taken from a table.
+
+Memory is read by process_vm_readv(2) while it is searched, so that a wrong guess is an error and no crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import unicorn as uc
+from unicorn import ppc_const
+
+from protocol.errors import HostFault
+from services.guest.machine.registers import Msr, Spr
+
+_STUB_BYTES = 0x10000
+_STUB_AT = 0x200
+_CODE_LIMIT = 1000
+_GPR_MAGIC = 0x5A5A_1234_0000_0000
+_FPR_MAGIC = 0xA5A5_4321_0000_0000
+_PC_MAGIC = 0x0000_0123_4567_89A8
+_MSR_MAGIC = Msr.SF | Msr.ME | Msr.FP
+_SPR_BYTES = 1024 * 8
+_CACHE_LINES = struct.pack("<II", 128, 128)
+_TIME_BASE_BEFORE_BYTES = 16
+_SYSCALL = 0x44000002
+_MTSPR = 0x7C0003A6
+_NOP = 0x60000000
+_LEVELS = (0, 1, 2, 3)
+_COUNTS = (777, 1234)
+_LOOP = struct.pack(">II", 0x38E70001, 0x4BFFFFFC)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.malloc_usable_size.argtypes = [ctypes.c_void_p]
+_libc.malloc_usable_size.restype = ctypes.c_size_t
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Offsets in bytes: of the processor's address in the engine's own structure, the others from there or there."""
+
+    processor: int
+    counter: int
+    """In the engine's structure: instructions begun since it was started, u64; the limit follows it."""
+    gprs: int
+    sprs: int
+    vsrs: int
+    """64 registers of 16 bytes, each the two doublewords of the host, low one first."""
+    msr: int
+    pc: int
+    error_code: int
+    """Of the last exception, u32: the level of a system call, the kind of a program interrupt."""
+    time_base: int
+    """Pointer to a time base of the emulator's, which is not there; reading PURR goes through it."""
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def engine_address(engine: Any) -> int:  # noqa: ANN401
+    """Where the structure of a `unicorn.Uc` lies."""
+    handle = engine._uch
+    return int(handle.value if hasattr(handle, "value") else handle)
+
+
+def mtspr(spr: int, gpr: int) -> int:
+    """The instruction word."""
+    return _MTSPR | gpr << 21 | (spr & 31) << 16 | (spr >> 5) << 11
+
+
+@cache
+def probe() -> Layout:
+    """The layout of the installed release; raises HostFault when it is not understood."""
+    return _Probe().layout()
+
+
+class _Probe:
+    """A throw-away engine in which the stubs run."""
+
+    def __init__(self) -> None:
+        self._uc = uc.Uc(uc.UC_ARCH_PPC, uc.UC_MODE_PPC64 | uc.UC_MODE_BIG_ENDIAN)
+        self._ram = mmap.mmap(-1, _STUB_BYTES)
+        self._pin = ctypes.c_char.from_buffer(self._ram)
+        self._uc.mem_map_ptr(0, _STUB_BYTES, uc.UC_PROT_ALL, ctypes.addressof(self._pin))
+        self._uc.ctl_set_tlb_mode(uc.UC_TLB_VIRTUAL)
+        self._uc.ctl_exits_enabled(True)
+        self._uc.hook_add(uc.UC_HOOK_TLB_FILL, _identity)
+        self._uc.hook_add(uc.UC_HOOK_INTR, _stop)
+        self._base = engine_address(self._uc)
+        self._n_bytes = _libc.malloc_usable_size(self._base)
+
+    def layout(self) -> Layout:
+        for n in range(32):
+            self._uc.reg_write(ppc_const.UC_PPC_REG_0 + n, _GPR_MAGIC + n)
+            self._uc.reg_write(ppc_const.UC_PPC_REG_FPR0 + n, _FPR_MAGIC + n)
+        self._run([mtspr(Spr.SPRG0, 1), mtspr(Spr.SPRG3, 2)])
+        processor, gprs = self._find_processor()
+        at = _word(self._base + processor)
+        size = _libc.malloc_usable_size(at)
+
+        def snapshot() -> bytes:
+            return _read(at, size)
+
+        sprs = self._find_sprs(snapshot())
+        vsrs = _only(snapshot(), struct.pack("<Q", _FPR_MAGIC), "floating-point registers") - 8
+        self._check_vsrs(snapshot(), vsrs)
+        time_base = _only(snapshot(), _CACHE_LINES, "cache line sizes", sprs + _SPR_BYTES) - _TIME_BASE_BEFORE_BYTES
+        return Layout(
+            processor,
+            self._find_counter(),
+            gprs,
+            sprs,
+            vsrs,
+            self._find_register(snapshot, ppc_const.UC_PPC_REG_MSR, _MSR_MAGIC, "machine state register"),
+            self._find_register(snapshot, ppc_const.UC_PPC_REG_PC, _PC_MAGIC, "program counter"),
+            self._find_error_code(snapshot),
+            time_base,
+        )
+
+    def _run(self, words: list[int], level: int = 0) -> None:
+        code = struct.pack(f">{len(words) + 1}I", *words, _SYSCALL | level << 5)
+        self._ram[_STUB_AT : _STUB_AT + len(code)] = code
+        self._uc.ctl_flush_tb()
+        self._uc.reg_write(ppc_const.UC_PPC_REG_MSR, Msr.SF | Msr.ME)
+        self._uc.emu_start(_STUB_AT, 0, count=_CODE_LIMIT)
+
+    def _find_processor(self) -> tuple[int, int]:
+        pattern = b"".join(struct.pack("<Q", _GPR_MAGIC + n) for n in range(32))
+        for offset in range(0, self._n_bytes - 7, 8):
+            address = _word(self._base + offset)
+            if not 1 << 16 <= address < 1 << 47:
+                continue
+            gprs = _read_some(address).find(pattern)
+            if gprs >= 0:
+                return offset, gprs
+        raise _unknown("general registers")
+
+    def _find_sprs(self, memory: bytes) -> int:
+        first = struct.pack("<Q", _GPR_MAGIC + 1)
+        second = struct.pack("<Q", _GPR_MAGIC + 2)
+        apart = (Spr.SPRG3 - Spr.SPRG0) * 8
+        at = memory.find(first)
+        while at >= 0:
+            if memory[at + apart : at + apart + 8] == second:
+                sprs = at - Spr.SPRG0 * 8
+                pvr = self._pvr()
+                if memory[sprs + Spr.PVR * 8 : sprs + Spr.PVR * 8 + 8] == struct.pack("<Q", pvr):
+                    return sprs
+            at = memory.find(first, at + 1)
+        raise _unknown("special purpose registers")
+
+    def _pvr(self) -> int:
+        self._run([0x7C0002A6 | 3 << 21 | (Spr.PVR & 31) << 16 | (Spr.PVR >> 5) << 11])
+        pvr: int = self._uc.reg_read(ppc_const.UC_PPC_REG_3)
+        self._uc.reg_write(ppc_const.UC_PPC_REG_3, _GPR_MAGIC + 3)
+        return pvr
+
+    def _check_vsrs(self, memory: bytes, vsrs: int) -> None:
+        found = [memory[vsrs + 16 * n + 8 : vsrs + 16 * n + 16] for n in range(32)]
+        if found != [struct.pack("<Q", _FPR_MAGIC + n) for n in range(32)]:
+            raise _unknown("vector-scalar registers")
+
+    def _find_register(self, snapshot: Callable[[], bytes], register: int, magic: int, what: str) -> int:
+        self._uc.reg_write(register, magic)
+        return _only(snapshot(), struct.pack("<Q", magic), what)
+
+    def _find_error_code(self, snapshot: Callable[[], bytes]) -> int:
+        memories = []
+        for level in _LEVELS:
+            self._run([_NOP], level)
+            memories.append(memoryview(snapshot()).cast("I"))
+        found = [n for n, values in enumerate(zip(*memories, strict=True)) if values == _LEVELS]
+        if len(found) != 1:
+            raise _unknown("error code")
+        return found[0] * 4
+
+    def _find_counter(self) -> int:
+        self._ram[_STUB_AT : _STUB_AT + len(_LOOP)] = _LOOP
+        self._uc.ctl_flush_tb()
+        found = None
+        for count in _COUNTS:
+            self._uc.emu_start(_STUB_AT, 0, count=count)
+            words = memoryview(_read(self._base, self._n_bytes // 8 * 8)).cast("Q")
+            places = {n for n in range(len(words) - 1) if words[n] == count + 1 and words[n + 1] == count}
+            found = places if found is None else found & places
+        if found is None or len(found) != 1:
+            raise _unknown("instruction counter")
+        return found.pop() * 8
+
+
+def _identity(_uc: object, address: int, _access: int, entry: Any, _data: object) -> bool:  # noqa: ANN401
+    entry.paddr = address & (_STUB_BYTES - 1) & ~0xFFF
+    entry.perms = uc.UC_PROT_ALL
+    return True
+
+
+def _stop(engine: Any, _number: int, _data: object) -> None:  # noqa: ANN401
+    engine.emu_stop()
+
+
+def _word(address: int) -> int:
+    return ctypes.c_uint64.from_address(address).value
+
+
+def _read(address: int, n_bytes: int) -> bytes:
+    data = _try_read(address, n_bytes)
+    if len(data) != n_bytes:
+        raise _unknown("processor")
+    return data
+
+
+def _read_some(address: int) -> bytes:
+    """Up to 128 KiB that can be read from `address`."""
+    for shift in range(17, 11, -1):
+        data = _try_read(address, 1 << shift)
+        if data:
+            return data
+    return b""
+
+
+def _try_read(address: int, n_bytes: int) -> bytes:
+    buffer = ctypes.create_string_buffer(n_bytes)
+    local = _Range(ctypes.addressof(buffer), n_bytes)
+    remote = _Range(address, n_bytes)
+    n_read = _libc.process_vm_readv(os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    return buffer.raw[: max(n_read, 0)]
+
+
+def _only(memory: bytes, pattern: bytes, what: str, start: int = 0) -> int:
+    at = memory.find(pattern, start)
+    if at < 0:
+        raise _unknown(what)
+    return at
+
+
+def _unknown(what: str) -> HostFault:
+    version = uc.__version__
+    return HostFault(f"unicorn {version} keeps its {what} in an unknown way: install the release that pefbox names")

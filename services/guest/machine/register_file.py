@@ -1,0 +1,150 @@
+"""The registers of one engine, as memory of its own that `services.guest.machine.layout` found.
+
+Registers that translated code keeps apart (CR, XER, LR, CTR, FPSCR) and the MSR, whose change has consequences in the
+engine, go through its interface. Only while the engine does not run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from unicorn import ppc_const
+from unicorn.unicorn_py3.unicorn import uclib
+
+from protocol.errors import HostFault
+from services.guest.machine.layout import Layout, engine_address
+from services.guest.machine.registers import Spr
+
+N_GPRS = 32
+N_SPRS = 1024
+VSRS_BYTES = 64 * 16
+_PROBE_VALUE = 0x1122_3344_5566_7788
+_TIME_BASE_BYTES = 4096
+
+
+class RegisterFile:
+    """`gpr` and `spr` are arrays of u64 by number; a store takes effect at once."""
+
+    def __init__(self, engine: Any, layout: Layout) -> None:  # noqa: ANN401
+        self._handle = engine._uch
+        base = engine_address(engine)
+        processor = ctypes.c_uint64.from_address(base + layout.processor).value
+        self.gpr = (ctypes.c_uint64 * N_GPRS).from_address(processor + layout.gprs)
+        self.spr = (ctypes.c_uint64 * N_SPRS).from_address(processor + layout.sprs)
+        self._vsrs = (ctypes.c_char * VSRS_BYTES).from_address(processor + layout.vsrs)
+        self._msr = ctypes.c_uint64.from_address(processor + layout.msr)
+        self._pc = ctypes.c_uint64.from_address(processor + layout.pc)
+        self._error_code = ctypes.c_uint32.from_address(processor + layout.error_code)
+        self._counter = ctypes.c_uint64.from_address(base + layout.counter)
+        self._value = ctypes.c_uint64()
+        self._value_at = ctypes.byref(self._value)
+        # Code that reads PURR follows this pointer, which the engine leaves null.
+        self._time_base = ctypes.create_string_buffer(_TIME_BASE_BYTES)
+        ctypes.c_uint64.from_address(processor + layout.time_base).value = ctypes.addressof(self._time_base)
+        self._check()
+        self._sprs_at_power_on = bytes(self.spr)
+
+    def _check(self) -> None:
+        self._write(ppc_const.UC_PPC_REG_3, _PROBE_VALUE)
+        if self.gpr[3] != _PROBE_VALUE or not self.spr[Spr.PVR]:
+            raise HostFault("the registers of the engine are not where they were found")
+        self.gpr[3] = 0
+
+    @property
+    def pc(self) -> int:
+        """The next instruction's effective address."""
+        return self._pc.value
+
+    @pc.setter
+    def pc(self, value: int) -> None:
+        self._pc.value = value
+
+    @property
+    def msr(self) -> int:
+        """Without S, which the engine does not know."""
+        return self._msr.value
+
+    @msr.setter
+    def msr(self, value: int) -> None:
+        self._write(ppc_const.UC_PPC_REG_MSR, value)
+
+    @property
+    def error_code(self) -> int:
+        """Of the last exception."""
+        return self._error_code.value
+
+    @property
+    def n_begun(self) -> int:
+        """Instructions begun since the engine was started; one more than its limit when it ended there."""
+        return self._counter.value
+
+    @property
+    def lr(self) -> int:
+        """Link register."""
+        return self._read(ppc_const.UC_PPC_REG_LR)
+
+    @lr.setter
+    def lr(self, value: int) -> None:
+        self._write(ppc_const.UC_PPC_REG_LR, value)
+
+    @property
+    def ctr(self) -> int:
+        """Count register."""
+        return self._read(ppc_const.UC_PPC_REG_CTR)
+
+    @ctr.setter
+    def ctr(self, value: int) -> None:
+        self._write(ppc_const.UC_PPC_REG_CTR, value)
+
+    @property
+    def cr(self) -> int:
+        """Condition register, 32 bits."""
+        return self._read(ppc_const.UC_PPC_REG_CR) & 0xFFFF_FFFF
+
+    @cr.setter
+    def cr(self, value: int) -> None:
+        self._write(ppc_const.UC_PPC_REG_CR, value)
+
+    @property
+    def xer(self) -> int:
+        """Fixed-point exception register."""
+        return self._read(ppc_const.UC_PPC_REG_XER)
+
+    @xer.setter
+    def xer(self, value: int) -> None:
+        self._write(ppc_const.UC_PPC_REG_XER, value)
+
+    @property
+    def fpscr(self) -> int:
+        """Floating-point status and control register."""
+        return self._read(ppc_const.UC_PPC_REG_FPSCR)
+
+    @fpscr.setter
+    def fpscr(self, value: int) -> None:
+        self._write(ppc_const.UC_PPC_REG_FPSCR, value)
+
+    @property
+    def vsrs(self) -> bytes:
+        """All vector-scalar registers, FPRs and VRs among them, as the host keeps them."""
+        return self._vsrs.raw
+
+    @vsrs.setter
+    def vsrs(self, value: bytes) -> None:
+        self._vsrs.raw = value
+
+    def clear(self) -> None:
+        """Everything as at power on; the MSR is the caller's."""
+        ctypes.memset(self.gpr, 0, ctypes.sizeof(self.gpr))
+        ctypes.memmove(self.spr, self._sprs_at_power_on, ctypes.sizeof(self.spr))
+        ctypes.memset(self._vsrs, 0, VSRS_BYTES)
+        self.lr = self.ctr = self.cr = self.xer = self.fpscr = 0
+
+    def _read(self, register: int) -> int:
+        self._value.value = 0
+        uclib.uc_reg_read(self._handle, register, self._value_at)
+        return self._value.value
+
+    def _write(self, register: int, value: int) -> None:
+        self._value.value = value
+        uclib.uc_reg_write(self._handle, register, self._value_at)

@@ -1,0 +1,89 @@
+"""The engine's TLB misses: effective to engine-physical, and why an access could not be done.
+
+`fill` runs inside the engine and never waits: whatever stands against an access is kept in `stop` and ends the run, and
+the engine's owner serves it outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import unicorn as uc
+
+from protocol.messages import Access
+from services.guest.machine.code_pages import CODE_PAGE_BYTES, CodePages
+from services.guest.machine.mmu import REAL_MASK, Mmu, StorageFault, Use
+from services.guest.machine.partition import OutsideRam, Partition
+from services.guest.machine.register_file import RegisterFile
+from services.guest.machine.registers import Dsisr, Msr, Spr
+
+_PAGE_MASK = CODE_PAGE_BYTES - 1
+_USES = {uc.UC_MEM_READ: Use.LOAD, uc.UC_MEM_WRITE: Use.STORE, uc.UC_MEM_FETCH: Use.FETCH}
+_ACCESS = {Use.LOAD: Access.READ, Use.STORE: Access.WRITE, Use.FETCH: Access.EXECUTE}
+_IR, _DR, _PR, _LE = int(Msr.IR), int(Msr.DR), int(Msr.PR), int(Msr.LE)
+_PIDR = int(Spr.PIDR)
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Why a run of the engine ended at an access to `address`."""
+
+    reason: BaseException
+    address: int
+    use: Use
+
+
+class Translator:
+    """Of one engine."""
+
+    def __init__(self, registers: RegisterFile, mmu: Mmu, partition: Partition, code: CodePages) -> None:
+        self._registers = registers
+        self._mmu = mmu
+        self._partition = partition
+        self._code = code
+        self.stop: Stop | None = None
+        self.n_fills = 0
+
+    def fill(self, _engine: object, address: int, kind: int, entry: Any, _data: object) -> bool:  # noqa: ANN401
+        """The engine's callback for a page that its TLB does not hold."""
+        use = _USES[kind]
+        self.n_fills += 1
+        try:
+            entry.paddr, entry.perms = self._page(address, use)
+        except BaseException as reason:
+            self.stop = Stop(reason, address, use)
+            return False
+        return True
+
+    def _page(self, address: int, use: Use) -> tuple[int, int]:
+        gpa, writable = self._guest_real(address, use)
+        place, partition_writable = self._partition.place(gpa, _ACCESS[use])
+        page = place & ~_PAGE_MASK
+        if use is Use.FETCH:
+            little_endian = bool(self._registers.msr & _LE)
+            return self._code.fetch(page, little_endian=little_endian), uc.UC_PROT_EXEC
+        if writable and partition_writable and self._code.may_write(page, storing=use is Use.STORE):
+            return page, uc.UC_PROT_READ | uc.UC_PROT_WRITE
+        return page, uc.UC_PROT_READ
+
+    def _guest_real(self, address: int, use: Use) -> tuple[int, bool]:
+        """The guest real address, and whether the guest's own translation lets it be written."""
+        msr = self._registers.msr
+        if not msr & (_IR if use is Use.FETCH else _DR):
+            return address & REAL_MASK, True
+        try:
+            found = self._mmu.translate(address, use, self._registers.spr[_PIDR], problem=bool(msr & _PR))
+        except OutsideRam:
+            raise StorageFault(Dsisr.BAD_CONFIGURATION) from None
+        return found.gpa, found.writable
+
+    def real_address(self, address: int, use: Use) -> int:
+        """The guest real address of one that the engine stopped at. Raises as the MMU."""
+        return self._guest_real(address, use)[0]
+
+    def instruction(self, address: int) -> int:
+        """The true instruction word at `address`. Raises what stands against the fetch."""
+        data = self._partition.load(self._guest_real(address, Use.FETCH)[0], 4)
+        order: Literal["little", "big"] = "little" if self._registers.msr & _LE else "big"
+        return int.from_bytes(data, order)
