@@ -8,12 +8,14 @@ import msgspec
 import trio
 
 from deploy import plan
-from deploy.child import Child, QueryRefused
+from deploy.child import QUERY_SECONDS, Child, QueryRefused
 from deploy.cluster_run import ClusterRun, HostRecord, VmRecord
 from deploy.supervise import take_vm_state
+from protocol import control
 from protocol.errors import PeerGone
 from protocol.roles import Role
 
+_OWING_SECONDS = 0.05
 PAGE_KINDS = ("normal", "secure", "shared", "paged_out")
 
 
@@ -147,7 +149,9 @@ async def _ask(child: Child | None, what: str, arguments: dict[str, Any]) -> Any
     if child is None:
         return None
     try:
-        return await child.query(what, arguments)
+        # Who owes the answer to a ping will hardly give this one: `status` must not be late with what it knows.
+        owes = child.silent_seconds() > control.HEARTBEAT_SECONDS
+        return await child.query(what, arguments, _OWING_SECONDS if owes else QUERY_SECONDS)
     except (PeerGone, QueryRefused):
         return None
 

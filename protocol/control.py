@@ -18,8 +18,9 @@ from protocol.startup import Keys, LinkEntry, ProcessConfig, VmEntry
 
 MAX_PACKET_BYTES = 160 * 1024
 MAX_DESCRIPTORS = 64
-HEARTBEAT_SECONDS = 0.5
+HEARTBEAT_SECONDS = 0.2
 UNRESPONSIVE_SECONDS = 1.5
+"""A hang is noticed within 2 s: up to a heartbeat until the ping, this long without answer, a heartbeat to judge it."""
 
 
 class Packet(msgspec.Struct, frozen=True, tag=True, tag_field="type", forbid_unknown_fields=True):

@@ -61,10 +61,14 @@ async def running_hosts(
     record: bool = False,
     debug: bool = False,
     name: str | None = None,
+    service_module: str | None = None,
 ) -> AsyncIterator[RunningCluster]:
     """The cluster of `text` (two hosts by default), every VM at its prompt."""
     file = _write_cluster_file(directory, text or cluster_text(VM_OF))
-    async with cluster(file, state_dir=directory / "own-state", record=record, debug=debug, name=name) as running:
+    state_dir = directory / "own-state"
+    async with cluster(
+        file, state_dir=state_dir, record=record, debug=debug, name=name, service_module=service_module
+    ) as running:
         for vm in await vm_names(running):
             await at_prompt(running.vm(vm))
         yield running

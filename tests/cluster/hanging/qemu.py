@@ -1,0 +1,20 @@
+"""The qemu process, which can be made to hang."""
+
+from __future__ import annotations
+
+from protocol.roles import Role
+from services.qemu.service import Qemu
+from services.runtime.process import Query, run_service
+from tests.cluster.hanging import hang
+
+
+class HangingQemu(Qemu):
+    """As the real one, and the query `hang`."""
+
+    def queries(self) -> dict[str, Query]:
+        """By name."""
+        return {**super().queries(), "hang": hang}
+
+
+if __name__ == "__main__":
+    run_service(Role.QEMU, HangingQemu, landlock_dirs=lambda config: [config.run_dir])
