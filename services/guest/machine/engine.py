@@ -269,18 +269,18 @@ class MachineEngine:
             self._partition.resolve(reason)
         elif isinstance(reason, StorageFault):
             if fetch:
-                interrupts.instruction_storage(stop.address, reason.cause)
+                interrupts.instruction_storage(pc, reason.cause)
             else:
                 store = Dsisr.STORE if stop.use is Use.STORE else 0
                 interrupts.data_storage(pc, self._data_address(stop), reason.cause | store)
         elif isinstance(reason, SegmentFault):
             if fetch:
-                interrupts.deliver(Vector.INSTRUCTION_SEGMENT, stop.address)
+                interrupts.deliver(Vector.INSTRUCTION_SEGMENT, pc)
             else:
                 interrupts.data_segment(pc, self._data_address(stop))
         elif isinstance(reason, OutsideRam):
             if fetch:
-                return Crash(f"fetch at {stop.address:#x}, real address {reason.gpa:#x}, which is no memory")
+                return Crash(f"fetch at {pc:#x}, which is no memory")
             return self._begin_access(stop, reason.gpa)
         elif isinstance(reason, ShadowsFull):
             self._flush_all()

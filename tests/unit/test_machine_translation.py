@@ -1,0 +1,188 @@
+"""Programs of the machine engine that run translated: storage interrupts with exact addresses, pages that appear."""
+
+from __future__ import annotations
+
+import pytest
+
+from protocol.hcalls import H_REGISTER_PROC_TBL
+from services.guest.exits import Exit, Hypercall
+from services.guest.machine import mmu
+from services.guest.machine.interrupts import RELOCATED_BASE, Vector
+from services.guest.machine.registers import Dsisr, Msr, Spr
+from tests.unit import power_asm as asm
+from tests.unit.machine_rig import MachineRig
+from tests.unit.power_asm import R3, R4, R5, R6, R7, R8, R9
+from tests.unit.radix_tree import RadixTree
+
+PROCESS_TABLE = 0x40_0000
+TREES = 0x50_0000
+CODE, DATA, HOLE = 0x10000, 0x20000, 0x30000
+CODE_AT, DATA_AT, KERNEL_AT = 0x8_0000, 0x9_0000, 0xA_0000
+KERNEL = 0xC000_0000_0000_0000
+PID = 3
+ALL = mmu.READ | mmu.WRITE | mmu.EXECUTE
+USER_MSR = Msr.SF | Msr.ME | Msr.EE | Msr.PR | Msr.IR | Msr.DR
+KERNEL_MSR = Msr.SF | Msr.ME | Msr.IR | Msr.DR
+
+
+class Translated:
+    """A rig whose process table is registered, with a user's code and data page, and one of the kernel's code."""
+
+    def __init__(self) -> None:
+        self.rig = MachineRig()
+        self.user = RadixTree(self.store, TREES)
+        self.kernel = RadixTree(self.store, TREES + (8 << 20))
+        self.store(PROCESS_TABLE, self.kernel.row())
+        self.store(PROCESS_TABLE + PID * mmu.ROW_BYTES, self.user.row())
+        self.user.map(CODE, CODE_AT, mmu.READ | mmu.EXECUTE)
+        self.user.map(DATA, DATA_AT, mmu.READ | mmu.WRITE)
+        self.kernel.map(RELOCATED_BASE & -4096, KERNEL_AT, ALL | mmu.PRIVILEGED)
+        for vector in Vector:
+            self.rig.put(vector, asm.SC1)
+
+    def store(self, gpa: int, value: int) -> None:
+        self.rig.ram[gpa : gpa + 8] = value.to_bytes(8, "big")
+
+    def pte(self, ea: int) -> int:
+        at = self.user.leaves[ea]
+        return int.from_bytes(self.rig.ram[at : at + 8], "big")
+
+    def run(self, *words: int, msr: int = USER_MSR, at: int = CODE) -> Exit:
+        """Register the table, then jump to `words`, which lie in the user's code page, with `msr`."""
+        self.rig.put(CODE_AT + (at & 0xFFF), *words)
+        exit_ = self.rig.run(
+            *asm.load64(R3, H_REGISTER_PROC_TBL.number), asm.li(R4, 0x1C), *asm.load64(R5, PROCESS_TABLE),
+            asm.li(R6, 0), asm.li(R7, 0), asm.SC1, asm.li(R8, PID), asm.mtspr(Spr.PIDR, R8), *asm.load64(R9, msr),
+            asm.mtspr(Spr.SRR1, R9), *asm.load64(R9, at), asm.mtspr(Spr.SRR0, R9), asm.RFID,
+        )  # fmt: skip
+        assert exit_ == Hypercall(H_REGISTER_PROC_TBL.number, (0x1C, PROCESS_TABLE, 0, 0))
+        self.rig.engine.resume([0])
+        return self.rig.until_exit()
+
+    @property
+    def vector(self) -> int:
+        """Where the processor stands, when it stopped in the first instruction of a handler."""
+        return self.rig.engine._registers.pc - 4
+
+
+@pytest.fixture
+def world() -> Translated:
+    return Translated()
+
+
+def test_a_user_program_reads_and_writes_its_pages(world: Translated) -> None:
+    world.rig.ram[DATA_AT + 8 : DATA_AT + 12] = b"\x11\x22\x33\x44"
+    world.run(asm.lis(R4, DATA >> 16), asm.lwz(R5, 8, R4), asm.stw(R5, 12, R4), asm.SC0)
+
+    assert world.rig.ram[DATA_AT + 12 : DATA_AT + 16] == b"\x11\x22\x33\x44"
+    assert world.vector == Vector.SYSTEM_CALL
+    assert world.pte(DATA) & (mmu.REFERENCED | mmu.CHANGED) == mmu.REFERENCED | mmu.CHANGED
+    assert world.pte(CODE) & (mmu.REFERENCED | mmu.CHANGED) == mmu.REFERENCED
+
+
+def test_a_missing_data_page_interrupts_with_the_exact_address(world: Translated) -> None:
+    world.run(asm.lis(R4, HOLE >> 16), asm.NOP, asm.lwz(R5, 0x124, R4))
+
+    assert world.vector == Vector.DATA_STORAGE
+    assert world.rig.spr(Spr.DAR) == HOLE + 0x124
+    assert world.rig.spr(Spr.DSISR) == Dsisr.NO_PTE
+    assert world.rig.spr(Spr.SRR0) == CODE + 8
+    assert world.rig.spr(Spr.SRR1) == USER_MSR
+
+
+def test_a_store_that_is_not_permitted_says_so(world: Translated) -> None:
+    world.run(asm.lis(R4, CODE >> 16), asm.stw(R5, 0x40, R4))
+
+    assert world.rig.spr(Spr.DAR) == CODE + 0x40
+    assert world.rig.spr(Spr.DSISR) == Dsisr.PROTECTION | Dsisr.STORE
+
+
+def test_a_store_across_pages_names_the_page_that_lacks(world: Translated) -> None:
+    world.run(asm.lis(R4, DATA >> 16), asm.std(R5, 0xFFC, R4))
+
+    assert world.rig.spr(Spr.DAR) == DATA + 0x1000
+    assert world.rig.spr(Spr.DSISR) == Dsisr.NO_PTE | Dsisr.STORE
+    assert world.rig.ram[DATA_AT + 0xFFC : DATA_AT + 0x1000] == bytes(4)
+
+
+def test_a_jump_to_a_missing_page_interrupts_where_it_jumped(world: Translated) -> None:
+    world.run(*asm.load64(R4, HOLE + 0x44), asm.mtspr(Spr.LR, R4), asm.BLR)
+
+    assert world.vector == Vector.INSTRUCTION_STORAGE
+    assert world.rig.spr(Spr.SRR0) == HOLE + 0x44
+    assert world.rig.spr(Spr.SRR1) == USER_MSR | Dsisr.NO_PTE
+
+
+def test_code_that_runs_off_its_page_interrupts_at_the_next(world: Translated) -> None:
+    world.run(asm.NOP, asm.NOP, at=CODE + 0xFF8)
+
+    assert world.vector == Vector.INSTRUCTION_STORAGE
+    assert world.rig.spr(Spr.SRR0) == CODE + 0x1000
+
+
+def test_data_is_not_executed(world: Translated) -> None:
+    world.run(*asm.load64(R4, DATA + 0x10), asm.mtspr(Spr.LR, R4), asm.BLR)
+
+    assert world.vector == Vector.INSTRUCTION_STORAGE
+    assert world.rig.spr(Spr.SRR1) == USER_MSR | Dsisr.NO_EXECUTE
+
+
+def test_a_user_may_not_read_a_page_of_the_kernel(world: Translated) -> None:
+    world.run(*asm.load64(R4, RELOCATED_BASE), asm.ld(R5, 0x10, R4))
+
+    assert world.rig.spr(Spr.DAR) == RELOCATED_BASE + 0x10
+    assert world.rig.spr(Spr.DSISR) == Dsisr.PROTECTION
+
+
+@pytest.mark.parametrize("address", [1 << 62, 1 << 53])
+def test_an_address_of_no_quadrant_is_a_segment_interrupt(world: Translated, address: int) -> None:
+    world.run(*asm.load64(R4, address), asm.lbz(R5, 5, R4))
+    assert world.vector == Vector.DATA_SEGMENT
+    assert world.rig.spr(Spr.DAR) == address + 5
+
+    again = Translated()
+    again.run(*asm.load64(R4, address + 4), asm.mtspr(Spr.LR, R4), asm.BLR)
+    assert again.vector == Vector.INSTRUCTION_SEGMENT
+    assert again.rig.spr(Spr.SRR0) == address + 4
+
+
+def test_with_ail_3_the_kernel_gets_its_interrupts_translated(world: Translated) -> None:
+    world.rig.put(KERNEL_AT + Vector.SYSTEM_CALL, asm.li(R9, 7), asm.SC1)
+    world.rig.put(CODE_AT, asm.SC0)
+    world.run(asm.SC1)
+    world.rig.engine._interrupts.ail = 3
+    world.rig.engine.resume([0])
+    registers = world.rig.engine._registers
+    world.rig.put(CODE_AT + 0x100, asm.SC0)
+    registers.pc = CODE + 0x100
+    world.rig.until_exit()
+
+    assert world.rig.gpr[R9] == 7
+    assert registers.pc == RELOCATED_BASE + Vector.SYSTEM_CALL + 8
+    assert world.rig.msr == KERNEL_MSR
+
+
+def test_a_page_that_the_handler_maps_is_there_when_the_program_goes_on(world: Translated) -> None:
+    world.rig.put(Vector.DATA_STORAGE, asm.SC1, asm.RFID)
+    world.rig.ram[DATA_AT + 0x1004 : DATA_AT + 0x1008] = b"\0\0\0\x2a"
+    world.run(asm.lis(R4, HOLE >> 16), asm.lwz(R5, 4, R4), asm.SC0)
+    world.user.map(HOLE, DATA_AT + 0x1000, mmu.READ)
+    world.rig.engine.resume([0])
+    world.rig.until_exit()
+
+    assert world.vector == Vector.SYSTEM_CALL
+    assert world.rig.gpr[R5] == 42
+
+
+def test_another_pid_sees_another_page_at_once(world: Translated) -> None:
+    other = RadixTree(world.store, TREES + (4 << 20))
+    world.store(PROCESS_TABLE + (PID + 1) * mmu.ROW_BYTES, other.row())
+    other.map(CODE, CODE_AT, ALL)
+    other.map(DATA, DATA_AT + 0x1000, ALL)
+    world.rig.ram[DATA_AT], world.rig.ram[DATA_AT + 0x1000] = 1, 2
+    world.run(
+        asm.lis(R4, DATA >> 16), asm.lbz(R5, 0, R4), asm.li(R6, PID + 1), asm.mtspr(Spr.PIDR, R6), asm.lbz(R7, 0, R4),
+        asm.SC1, msr=KERNEL_MSR,
+    )  # fmt: skip
+
+    assert (world.rig.gpr[R5], world.rig.gpr[R7]) == (1, 2)
