@@ -2,10 +2,16 @@
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
+# Another supported interpreter on this machine, of another version than PYTHON; empty when there is none.
+OTHER_PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 $(HOME)/.pyenv/versions/3.1[123].*/bin/python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null || continue; \
+	test "$$($$p -c 'import sys; print(sys.version_info[1])')" != "$$($(PYTHON) -c 'import sys; print(sys.version_info[1])')" \
+	&& echo $$p; done | tail -n 1)
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
+QUICK_TESTS := tests/unit tests/cluster/test_page_life.py tests/cluster/test_reset.py tests/cluster/test_disk.py
 
-.PHONY: help setup demo test soak lint bench docs clean
+.PHONY: help setup demo test test-other-python soak lint bench docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -26,6 +32,11 @@ test: $(READY) ## set up, then run all tests
 	$(RUN)/mypy
 	$(RUN)/pytest
 
+test-other-python: ## unit tests and the life of a secure VM under another supported Python, where there is one
+	@if test -z "$(OTHER_PYTHON)"; then echo "no other supported Python here"; else \
+	$(MAKE) --no-print-directory VENV=.venv-other PYTHON=$(OTHER_PYTHON) setup && \
+	.venv-other/bin/python --version && .venv-other/bin/pytest $(QUICK_TESTS); fi
+
 soak: $(READY) ## two minutes of load: no process may be called hung (docs/liveness.md)
 	PEFBOX_SOAK_SECONDS=120 $(RUN)/pytest tests/cluster/test_liveness.py -k busy_machine -s
 
@@ -41,4 +52,4 @@ docs: $(READY) ## what is generated: docs/protocol.md
 	$(RUN)/python -m protocol.reference > docs/protocol.md
 
 clean: ## remove what was made in this checkout
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-other build *.egg-info
