@@ -56,21 +56,19 @@ class AddressSpace:
         """The secure memory that the map in use may name."""
         return self._secure
 
-    def entry(self, gfn: int) -> int:
-        """The map's word for `gfn`, a frame of RAM; 0 when no map is in use."""
-        return 0 if self._map is None else self._map[gfn]
+    @property
+    def words(self) -> memoryview | None:
+        """The words of the map in use, one a GFN of RAM."""
+        return None if self._map is None else self._map.words
+
+    @property
+    def dirty(self) -> memoryview:
+        """The guest dirty map: to be set before a store past this object."""
+        return self._dirty
 
     def resolve(self, gfn: int, access: Access) -> None:
         """Have the map give `gfn` for `access`; raises GuestFault."""
         self._translate(gfn, access, PERMISSION[access])
-
-    def mark_dirty(self, gfn: int) -> None:
-        """The processor is about to store to `gfn` past this object."""
-        self._dirty[gfn] = 1
-
-    def is_dirty(self, gfn: int) -> bool:
-        """Whether a store to `gfn` would change nothing in the guest dirty map."""
-        return bool(self._dirty[gfn])
 
     # -- loads and stores -----------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ class World:
         self.mmu.table = ProcessTable(TABLE, 1 << 12)
 
     def gpa(self, ea: int, use: Use = Use.LOAD, *, problem: bool = False, pid: int = PID) -> int:
-        return self.mmu.translate(ea, use, pid, problem=problem).gpa
+        return self.mmu.translate(ea, use, pid, problem=problem)[0]
 
     def cause(self, ea: int, use: Use = Use.LOAD, *, problem: bool = False, pid: int = PID) -> int:
         with pytest.raises(StorageFault) as caught:
@@ -80,9 +80,9 @@ def test_r_is_set_by_any_use_and_c_by_stores_alone(uses: list[Use]) -> None:
     stored = False
 
     for use in uses:
-        found = world.mmu.translate(USER, use, World.PID, problem=False)
+        _, writable = world.mmu.translate(USER, use, World.PID, problem=False)
         stored = stored or use is Use.STORE
-        assert found.writable == stored
+        assert writable == stored
 
     bits = world.memory[world.user.leaves[USER]] & SEEN
     assert bits == (mmu.REFERENCED if uses else 0) | (mmu.CHANGED if stored else 0)
@@ -141,10 +141,10 @@ def test_whatever_the_guest_calls_a_tree_ends_in_an_address_or_a_fault(
     ea = data.draw(st.integers(0, (1 << 64) - 1))
 
     try:
-        found = walked.translate(ea, data.draw(st.sampled_from(Use)), 0, problem=data.draw(st.booleans()))
+        gpa, _ = walked.translate(ea, data.draw(st.sampled_from(Use)), 0, problem=data.draw(st.booleans()))
     except (StorageFault, SegmentFault):
         return
-    assert 0 <= found.gpa < 1 << 57
+    assert 0 <= gpa < 1 << 57
 
 
 def test_a_tree_that_leads_back_to_itself_is_a_bad_configuration() -> None:

@@ -22,6 +22,7 @@ from services.guest.machine import accesses
 from services.guest.machine.calls import Calls
 from services.guest.machine.code_pages import CODE_PAGE_BYTES, CodePages, ShadowsFull
 from services.guest.machine.engine_memory import EngineMemory
+from services.guest.machine.hooks import EXCEPTION_CALLBACK, FILL_CALLBACK, add_hook
 from services.guest.machine.instructions import WORD_BYTES, EngineException, Instructions
 from services.guest.machine.interrupts import Interrupts, Vector
 from services.guest.machine.layout import probe
@@ -88,10 +89,12 @@ class MachineEngine:
     def _install_hooks(self) -> None:
         self._uc.ctl_set_tlb_mode(uc.UC_TLB_VIRTUAL)
         self._uc.ctl_exits_enabled(True)
-        self._uc.hook_add(uc.UC_HOOK_TLB_FILL, self._translator.fill)
-        self._uc.hook_add(uc.UC_HOOK_INTR, self._on_exception)
+        self._callbacks = [
+            add_hook(self._uc, uc.UC_HOOK_TLB_FILL, FILL_CALLBACK(self._translator.fill)),
+            add_hook(self._uc, uc.UC_HOOK_INTR, EXCEPTION_CALLBACK(self._on_exception)),
+        ]
 
-    def _on_exception(self, _engine: object, number: int, _data: object) -> None:
+    def _on_exception(self, _engine: int, number: int, _data: int) -> None:
         self._exception = number
         uclib.uc_emu_stop(self._uc._uch)
 
@@ -102,6 +105,7 @@ class MachineEngine:
     def _follow_space(self) -> None:
         """Another map or secure memory is in use: nothing that was translated holds any more."""
         self._memory.follow_space()
+        self._partition.follow_space()
         self._flush_all()
 
     def _flush_all(self) -> None:

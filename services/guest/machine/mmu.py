@@ -21,8 +21,8 @@ EA_BITS = 52
 _QUADRANT_SHIFT = 62
 _OUTSIDE_MASK = (1 << _QUADRANT_SHIFT) - (1 << EA_BITS)
 _EA_MASK = (1 << EA_BITS) - 1
-KERNEL_QUADRANT = 3
-USER_QUADRANT = 0
+_QUADRANTS = frozenset({0, 3})
+"""Of a process, and of the kernel. The other two are the hypervisor's."""
 
 VALID = 1 << 63
 LEAF = 1 << 62
@@ -37,11 +37,11 @@ READ = 0x004
 WRITE = 0x002
 EXECUTE = 0x001
 LEAF_SHIFTS = frozenset({12, 16, 21, 30})
+MIN_SHIFT = 12
 MIN_INDEX_BITS = 5
 _MAX_LEVELS = 4
 
 ROW_BYTES = 16
-_ROOT_MASK = 0x0FFF_FFFF_FFFF_FF00
 _RTS_HIGH_SHIFT = 61
 _RTS_LOW_SHIFT = 5
 _RTS_BASE = 31
@@ -78,17 +78,6 @@ class ProcessTable:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Translation:
-    """Where an effective address leads: `gpa`, and whether whoever asked may store there from now on.
-
-    `writable` only when the page's C bit is set: the first store has to come here.
-    """
-
-    gpa: int
-    writable: bool
-
-
 class Mmu:
     """`load(gpa)` and `store(gpa, value)` reach guest real memory; what they raise passes through."""
 
@@ -97,56 +86,59 @@ class Mmu:
         self._store = store
         self.table: ProcessTable | None = None
 
-    def translate(self, ea: int, use: Use, pid: int, *, problem: bool) -> Translation:
-        """Walk the tree of `ea`'s quadrant; sets R, and C for a store. Raises StorageFault, SegmentFault."""
+    def translate(self, ea: int, use: Use, pid: int, *, problem: bool) -> tuple[int, bool]:
+        """Where `ea` leads: the guest real address, and whether whoever asked may store there from now on.
+
+        Walks the tree of `ea`'s quadrant and sets R, and C for a store. What may be stored to has its C bit set: the
+        first store has to come here. Raises StorageFault, SegmentFault.
+        """
         quadrant = ea >> _QUADRANT_SHIFT
-        if quadrant not in (USER_QUADRANT, KERNEL_QUADRANT) or ea & _OUTSIDE_MASK:
+        if quadrant not in _QUADRANTS or ea & _OUTSIDE_MASK:
             raise SegmentFault
-        root, index_bits, space_bits = self._root(pid if quadrant == USER_QUADRANT else 0)
+        table, index_bits, shift = self._root(0 if quadrant else pid)
         offset = ea & _EA_MASK
-        if offset >> space_bits:
+        if offset >> shift:
             raise SegmentFault
-        at, pte, shift = self._walk(root, index_bits, space_bits, offset)
-        self._check(pte, use, problem)
-        wanted = pte | REFERENCED | (CHANGED if use is Use.STORE else 0)
-        if wanted != pte:
-            self._store(at, wanted)
-        within = (1 << shift) - 1
-        return Translation(pte & RPN_MASK & ~within | ea & within, bool(pte & WRITE and wanted & CHANGED))
+        # One loop without calls but for the loads: every miss of the engine's TLB comes here.
+        load = self._load
+        for _ in range(_MAX_LEVELS):
+            shift -= index_bits
+            if index_bits < MIN_INDEX_BITS or shift < MIN_SHIFT:
+                break
+            at = table + (offset >> shift & (1 << index_bits) - 1) * 8
+            entry = load(at)
+            if not entry & VALID:
+                raise StorageFault(Dsisr.NO_PTE)
+            if entry & LEAF:
+                if shift not in LEAF_SHIFTS:
+                    break
+                return self._use(at, entry, use, problem, ea & (1 << shift) - 1, shift)
+            table, index_bits = entry & NEXT_MASK, entry & SIZE_MASK
+        raise StorageFault(Dsisr.BAD_CONFIGURATION)
 
     def _root(self, pid: int) -> tuple[int, int, int]:
         """Root table, its index bits and the bits of the address space of process `pid`."""
         if self.table is None or (pid + 1) * ROW_BYTES > self.table.size_bytes:
             raise StorageFault(Dsisr.NO_PTE)
         row = self._load(self.table.gpa + pid * ROW_BYTES)
+        root = row & NEXT_MASK
+        if not root:
+            raise StorageFault(Dsisr.NO_PTE)
         space_bits = (row >> _RTS_HIGH_SHIFT & 3) << 3 | row >> _RTS_LOW_SHIFT & 7
         space_bits += _RTS_BASE
-        if space_bits > EA_BITS or not row & _ROOT_MASK:
-            raise StorageFault(Dsisr.NO_PTE if not row & _ROOT_MASK else Dsisr.BAD_CONFIGURATION)
-        return row & _ROOT_MASK, row & SIZE_MASK, space_bits
+        if space_bits > EA_BITS:
+            raise StorageFault(Dsisr.BAD_CONFIGURATION)
+        return root, row & SIZE_MASK, space_bits
 
-    def _walk(self, table: int, index_bits: int, shift: int, offset: int) -> tuple[int, int, int]:
-        """Address and value of the leaf for `offset`, and the page's shift."""
-        for _ in range(_MAX_LEVELS):
-            shift -= index_bits
-            if index_bits < MIN_INDEX_BITS or shift < 12:
-                raise StorageFault(Dsisr.BAD_CONFIGURATION)
-            at = table + (offset >> shift & (1 << index_bits) - 1) * 8
-            entry = self._load(at)
-            if not entry & VALID:
-                raise StorageFault(Dsisr.NO_PTE)
-            if entry & LEAF:
-                if shift not in LEAF_SHIFTS:
-                    break
-                return at, entry, shift
-            table, index_bits = entry & NEXT_MASK, entry & SIZE_MASK
-        raise StorageFault(Dsisr.BAD_CONFIGURATION)
-
-    @staticmethod
-    def _check(pte: int, use: Use, problem: bool) -> None:
+    def _use(self, at: int, pte: int, use: Use, problem: bool, within: int, shift: int) -> tuple[int, bool]:
+        """The outcome for the leaf `pte` at `at`, a page of 1 << `shift` bytes."""
         if problem and pte & PRIVILEGED:
             raise StorageFault(Dsisr.PROTECTION)
-        if use is Use.FETCH and (not pte & EXECUTE or pte & GUARDED):
+        if use is Use.FETCH and pte & (EXECUTE | GUARDED) != EXECUTE:
             raise StorageFault(Dsisr.NO_EXECUTE)
         if not pte & _NEEDS[use]:
             raise StorageFault(Dsisr.PROTECTION)
+        wanted = pte | (REFERENCED | CHANGED if use is Use.STORE else REFERENCED)
+        if wanted != pte:
+            self._store(at, wanted)
+        return pte & RPN_MASK & -(1 << shift) | within, wanted & (WRITE | CHANGED) == WRITE | CHANGED

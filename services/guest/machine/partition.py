@@ -6,6 +6,8 @@ here: what the map does not give is raised as `Absent`, and the engine has it re
 
 from __future__ import annotations
 
+from struct import Struct
+
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from protocol.messages import Access
 from services.guest.address_space import AddressSpace
@@ -16,8 +18,8 @@ SECURE_BASE = 1 << 44
 SHADOW_BASE = 1 << 46
 _OFFSET_MASK = PAGE_BYTES - 1
 _PERMISSION = {access: PERMISSION[access] for access in Access}
-_READ = PERMISSION[Access.READ]
 _WRITE = PERMISSION[Access.WRITE]
+_u64 = Struct(">Q")
 _SECURE = int(MapKind.SECURE)
 
 
@@ -39,48 +41,63 @@ class OutsideRam(Exception):
 
 
 class Partition:
-    """The guest real memory of one VM."""
+    """The guest real memory of one VM. `follow_space` has to be called whenever the space takes another map."""
 
     def __init__(self, space: AddressSpace) -> None:
         self._space = space
+        self._size_bytes = space.size_bytes
+        self._dirty = space.dirty
+        self._words: memoryview | None = None
+        self._memory: dict[int, memoryview] = {}
+        self.follow_space()
+
+    def follow_space(self) -> None:
+        """Look through the map and at the memory that the space uses now."""
+        space = self._space
+        self._words = space.words
+        self._memory = {NORMAL_BASE: space.normal}
+        if space.secure is not None:
+            self._memory[SECURE_BASE] = space.secure
 
     def place(self, gpa: int, access: Access) -> tuple[int, bool]:
         """Engine-physical address of `gpa`, and whether its page may be written. Raises Absent, OutsideRam.
 
-        For a store the page is marked in the guest dirty map.
+        For a store the page is marked in the guest dirty map; one that is not marked is not written through.
         """
-        if not 0 <= gpa < self._space.size_bytes:
-            raise OutsideRam(gpa)
+        word = self._word(gpa, access)
         gfn = gpa >> PAGE_SHIFT
-        word = self._space.entry(gfn)
-        if not word & _PERMISSION[access]:
-            raise Absent(gfn, access)
         if access is Access.WRITE:
-            self._space.mark_dirty(gfn)
+            self._dirty[gfn] = 1
         base = SECURE_BASE if word & KIND_MASK == _SECURE else NORMAL_BASE
-        writable = bool(word & _WRITE) and self._space.is_dirty(gfn)
-        return base + (word >> FRAME_SHIFT << PAGE_SHIFT) + (gpa & _OFFSET_MASK), writable
+        place = base + (word >> FRAME_SHIFT << PAGE_SHIFT) + (gpa & _OFFSET_MASK)
+        return place, word & _WRITE != 0 and self._dirty[gfn] != 0
 
     def load_u64(self, gpa: int) -> int:
         """An aligned big-endian doubleword: an entry of a table. Raises Absent, OutsideRam."""
-        self._must_give(gpa, Access.READ)
-        return int.from_bytes(self._space.load(gpa, 8), "big")
+        word = self._word(gpa, Access.READ)
+        memory = self._memory[SECURE_BASE if word & KIND_MASK == _SECURE else NORMAL_BASE]
+        value: int = _u64.unpack_from(memory, (word >> FRAME_SHIFT << PAGE_SHIFT) + (gpa & _OFFSET_MASK))[0]
+        return value
 
     def store_u64(self, gpa: int, value: int) -> None:
         """Store an aligned big-endian doubleword. Raises Absent, OutsideRam."""
-        self._must_give(gpa, Access.WRITE)
-        self._space.store(gpa, value.to_bytes(8, "big"))
+        self._word(gpa, Access.WRITE)
+        self._space.store(gpa, _u64.pack(value))
 
     def load(self, gpa: int, n_bytes: int) -> bytes:
         """`n_bytes` inside one page. Raises Absent, OutsideRam."""
-        self._must_give(gpa, Access.READ)
+        self._word(gpa, Access.READ)
         return self._space.load(gpa, n_bytes)
 
-    def _must_give(self, gpa: int, access: Access) -> None:
-        if not 0 <= gpa <= self._space.size_bytes - 8:
+    def _word(self, gpa: int, access: Access) -> int:
+        """The map's word for the page at `gpa`, which permits `access`."""
+        if not 0 <= gpa < self._size_bytes:
             raise OutsideRam(gpa)
-        if not self._space.entry(gpa >> PAGE_SHIFT) & _PERMISSION[access]:
-            raise Absent(gpa >> PAGE_SHIFT, access)
+        gfn = gpa >> PAGE_SHIFT
+        word: int = 0 if self._words is None else self._words[gfn]
+        if not word & _PERMISSION[access]:
+            raise Absent(gfn, access)
+        return word
 
     def resolve(self, absent: Absent) -> None:
         """Have the hypervisor give a page; raises GuestFault. Takes messages: never from inside the engine."""

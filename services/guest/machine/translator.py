@@ -45,12 +45,13 @@ class Translator:
         self.stop: Stop | None = None
         self.n_fills = 0
 
-    def fill(self, _engine: object, address: int, kind: int, entry: Any, _data: object) -> bool:  # noqa: ANN401
-        """The engine's callback for a page that its TLB does not hold."""
+    def fill(self, _engine: int, address: int, kind: int, entry: Any, _data: int) -> bool:  # noqa: ANN401
+        """The engine's callback for a page that its TLB does not hold. Nothing may be raised into the engine."""
         use = _USES[kind]
         self.n_fills += 1
         try:
-            entry.paddr, entry.perms = self._page(address, use)
+            page = entry[0]
+            page.paddr, page.perms = self._page(address, use)
         except BaseException as reason:
             self.stop = Stop(reason, address, use)
             return False
@@ -73,14 +74,9 @@ class Translator:
         if not msr & (_IR if use is Use.FETCH else _DR):
             return address & REAL_MASK, True
         try:
-            found = self._mmu.translate(address, use, self._registers.spr[_PIDR], problem=bool(msr & _PR))
+            return self._mmu.translate(address, use, self._registers.spr[_PIDR], problem=msr & _PR != 0)
         except OutsideRam:
             raise StorageFault(Dsisr.BAD_CONFIGURATION) from None
-        return found.gpa, found.writable
-
-    def real_address(self, address: int, use: Use) -> int:
-        """The guest real address of one that the engine stopped at. Raises as the MMU."""
-        return self._guest_real(address, use)[0]
 
     def instruction(self, address: int) -> int:
         """The true instruction word at `address`. Raises what stands against the fetch."""
