@@ -155,6 +155,7 @@ GIFTS: dict[str, tuple[Role, tuple[Role, ...]]] = {
     "tce-table": (Role.KVM, (Role.QEMU,)),
     "guest-dirty-map": (Role.GUEST, (Role.KVM,)),
     "device-dirty-map": (Role.QEMU, (Role.KVM,)),
+    "device-writes": (Role.QEMU, (Role.GUEST,)),
 }
 """Which role may give a descriptor of this tag, and who gets it. Tags may carry a suffix after a colon.
 

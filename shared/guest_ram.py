@@ -20,8 +20,8 @@ class GuestRam:
     """Normal RAM of one VM as the host sees it.
 
     `ram` is the mapped segment, `host_view` one byte a GFN. `want` is called with the absent GFNs of an access and
-    returns when kvm made them present; it raises GuestFault when kvm refuses. `dirty`, a byte a GFN, is set for every
-    frame written here (the device dirty map).
+    returns when kvm made them present; it raises GuestFault when kvm refuses. Each of `marks`, a byte a GFN, is set for
+    every frame written here (the device dirty map, and the marks that a processor with code in RAM looks at).
     """
 
     def __init__(
@@ -29,13 +29,13 @@ class GuestRam:
         ram: memoryview,
         host_view: memoryview,
         want: Callable[[list[int]], Awaitable[None]],
-        dirty: memoryview | None = None,
+        *marks: memoryview,
     ) -> None:
         self.size_bytes = len(ram)
         self._ram = ram
         self._view = host_view
         self._want = want
-        self._dirty = dirty
+        self._marks = marks
 
     async def read(self, gpa: int, n_bytes: int) -> bytes:
         """`n_bytes` from `gpa`; raises GuestFault outside RAM."""
@@ -46,7 +46,7 @@ class GuestRam:
         """Store `data` at `gpa`; raises GuestFault outside RAM."""
         await self._present(gpa, len(data))
         self._ram[gpa : gpa + len(data)] = data
-        self._mark_dirty(gpa, len(data))
+        self._mark(gpa, len(data))
 
     async def view(self, gpa: int, n_bytes: int, *, writing: bool) -> memoryview:
         """The frames themselves, for bulk transfer (`preadv` into guest RAM); raises GuestFault outside RAM.
@@ -55,7 +55,7 @@ class GuestRam:
         """
         await self._present(gpa, n_bytes)
         if writing:
-            self._mark_dirty(gpa, n_bytes)
+            self._mark(gpa, n_bytes)
         return self._ram[gpa : gpa + n_bytes]
 
     def view_now(self, gpa: int, n_bytes: int, *, writing: bool) -> memoryview | None:
@@ -64,7 +64,7 @@ class GuestRam:
         if self._absent(gpa, n_bytes):
             return None
         if writing:
-            self._mark_dirty(gpa, n_bytes)
+            self._mark(gpa, n_bytes)
         return self._ram[gpa : gpa + n_bytes]
 
     def check(self, gpa: int, n_bytes: int) -> None:
@@ -90,8 +90,7 @@ class GuestRam:
             return [] if self._view[first] != HostState.ABSENT else [first]
         return [gfn for gfn in pages_spanned(gpa, n_bytes) if self._view[gfn] == HostState.ABSENT]
 
-    def _mark_dirty(self, gpa: int, n_bytes: int) -> None:
-        if self._dirty is None:
-            return
-        for gfn in pages_spanned(gpa, n_bytes):
-            self._dirty[gfn] = 1
+    def _mark(self, gpa: int, n_bytes: int) -> None:
+        for marks in self._marks:
+            for gfn in pages_spanned(gpa, n_bytes):
+                marks[gfn] = 1

@@ -26,6 +26,10 @@ class Engine(Protocol):
     def set_line(self, level: bool) -> None:
         """The level of the external interrupt input; taken at the start of the next slice."""
 
+    def watch_writes(self, marks: memoryview) -> None:
+        """Devices set a byte of `marks`, one a GFN, when they wrote the frame; the engine clears it. For engines that
+        keep translations of code in RAM."""
+
     def flush_translations(self) -> None:
         """The partition-scoped map changed: forget cached translations."""
 

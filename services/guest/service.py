@@ -11,7 +11,7 @@ import outcome
 import trio
 
 from protocol.errors import GuestFault, HostFault, UserError
-from protocol.geometry import PAGE_BYTES, gfn_of, gpa_of
+from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
 from protocol.links import KVM_GUEST, LINK_KINDS, ULTRAVISOR_GUEST
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.guest.address_space import AddressSpace
@@ -25,6 +25,7 @@ from services.guest.vm_memory import GuestVmMemory
 from services.runtime.process import Query, Runtime
 from services.runtime.recorder import Recorder
 from services.runtime.sockets import connect_socket
+from shared.memfd import map_sealed
 
 _JOIN_SECONDS = 1.0
 _QUERY_SECONDS = 1.0
@@ -94,13 +95,22 @@ class Guest:
         """A guest process ends with its VM."""
 
     async def gift(self, tag: str, vm: str, fd: int) -> None:
-        """kvm's map of the VM while it is a normal one."""
+        """kvm's map of the VM while it is a normal one, and the marks of what its devices write."""
+        if tag == "device-writes" and self._vm is not None and self._processor is not None:
+            self._watch_writes(memoryview(map_sealed(fd, self._vm.memory_bytes >> PAGE_SHIFT, writable=True)))
+            return
         if tag != "normal-map" or self._memory is None or self._has_map.is_set():
             os.close(fd)
             self._runtime.log.warning("unexpected descriptor", tag=tag, vm=vm)
             return
         self._memory.take_normal_map(fd)
         self._has_map.set()
+
+    def _watch_writes(self, marks: memoryview) -> None:
+        engine, processor = self._engine, self._processor
+        assert engine is not None
+        assert processor is not None
+        processor.post(lambda: engine.watch_writes(marks))
 
     def peer_state(self, peer: str, state: str) -> None:
         """kvm or ultravisor died, stopped, came back."""

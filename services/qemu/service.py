@@ -75,11 +75,12 @@ class Qemu:
         assert self._link is not None
         await self._has_view.wait()
         assert self._host_view is not None
-        dirty = SealedMemory("pefbox-dirty-device", vm.memory_bytes >> PAGE_SHIFT, others_write=True)
-        await self._runtime.give("device-dirty-map", vm.name, dirty.fd)
+        marks = [await self._give_marks("device-dirty-map", "pefbox-dirty-device", vm)]
+        if vm.guest.kernel == "machine":
+            marks.append(await self._give_marks("device-writes", "pefbox-written-device", vm))
         ram_fd = files[f"ram:{vm.name}"]
         ram = self._ram = GuestRam(
-            memoryview(self._map_ram(ram_fd, vm.memory_bytes)), self._host_view, self._machine.want, dirty.buffer
+            memoryview(self._map_ram(ram_fd, vm.memory_bytes)), self._host_view, self._machine.want, *marks
         )
         disks = {name.removeprefix("disk:"): fd for name, fd in files.items() if name.startswith("disk:")}
         loads = {name: files[name] for name in BOOT_FILES if name in files}
@@ -89,6 +90,12 @@ class Qemu:
         await board.start()
         await self._make_window(board)
         self._runtime.nursery.start_soon(board.run)
+
+    async def _give_marks(self, tag: str, name: str, vm: VmEntry) -> memoryview:
+        """A map of a byte a GFN that devices set; whoever reads it clears it."""
+        memory = SealedMemory(name, vm.memory_bytes >> PAGE_SHIFT, others_write=True)
+        await self._runtime.give(tag, vm.name, memory.fd)
+        return memory.buffer
 
     def _map_ram(self, fd: int, size_bytes: int) -> mmap.mmap:
         try:

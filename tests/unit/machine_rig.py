@@ -42,7 +42,9 @@ class MachineRig:
         if not absent:
             for gfn in range(N_PAGES):
                 self.map.set(gfn, MapKind.NORMAL, gfn)
+        self.marks = bytearray(N_PAGES)
         self.engine = MachineEngine(self.space, self.clock, lambda word, at: self.lacking.append((word, at)))
+        self.engine.watch_writes(memoryview(self.marks))
 
     def _fault(self, gfn: int, access: Access) -> None:
         self.faults.append((gfn, access))
@@ -61,6 +63,11 @@ class MachineRig:
         """Instructions at a guest real address, stored by somebody else than the engine."""
         code = program(*words, little_endian=little_endian)
         self.ram[gpa : gpa + len(code)] = code
+
+    def device_writes(self, gpa: int, *words: int) -> None:
+        """Instructions that a device reads from its disk into RAM."""
+        self.marks[gpa >> PAGE_SHIFT] = 1
+        self.put(gpa, *words)
 
     def begin(self, *words: int, gprs: dict[int, int] | None = None, secure: bool = False) -> None:
         """Start a program at ENTRY in real mode."""

@@ -99,10 +99,12 @@ def test_debugger_enters_a_guest_only_where_its_vm_says_so() -> None:
 
 def test_descriptor_goes_only_where_the_protocol_says() -> None:
     kvm, guest = ProcessPlan(Role.KVM, "h0"), ProcessPlan(Role.GUEST, "h0", "v0")
+    qemu = ProcessPlan(Role.QEMU, "h0", "v0")
 
     assert receivers(kvm, control.Give("host-view", "v0"), "h0") == ["v0/qemu"]
     assert receivers(kvm, control.Give("tce-table:0x80000000", "v0"), "h0") == ["v0/qemu"]
     assert receivers(guest, control.Give("guest-dirty-map", "v0"), "h0") == ["h0/kvm"]
+    assert receivers(qemu, control.Give("device-writes", "v0"), "h0") == ["v0/guest"]
     refused = [
         (guest, "host-view", "v0", "h0"),
         (kvm, "secure-memory", "v0", "h0"),

@@ -461,12 +461,29 @@ def test_code_that_a_device_wrote_over_code_is_run() -> None:
     call = (*asm.load64(R4, 0x20000), asm.mtspr(Spr.LR, R4), 0x4E800021, asm.SC1)
     rig.run(*call, *call)
     assert rig.gpr[R9] == 1
-    rig.put(0x20000, asm.li(R9, 2), asm.BLR)
-    rig.engine.flush_translations()
+    rig.device_writes(0x20000, asm.li(R9, 2), asm.BLR)
     rig.engine.resume([0])
     rig.until_exit()
 
     assert rig.gpr[R9] == 2
+
+
+def test_code_whose_bytes_came_after_the_mark_is_run_once_the_device_marked_its_ring() -> None:
+    rig = MachineRig()
+    rig.put(0x20000, asm.li(R9, 1), asm.BLR)
+    call = (*asm.load64(R4, 0x20000), asm.mtspr(Spr.LR, R4), 0x4E800021, asm.SC1)
+    rig.run(*call, *call, *call)
+    rig.marks[2] = 1
+    rig.engine.resume([0])
+    rig.until_exit()
+    assert rig.gpr[R9] == 1
+    rig.put(0x20000, asm.li(R9, 2), asm.BLR)
+    rig.marks[5] = 1
+    rig.engine.resume([0])
+    rig.until_exit()
+
+    assert rig.gpr[R9] == 2
+    assert not any(rig.marks)
 
 
 # -- devices --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from protocol.geometry import PAGE_SHIFT
 from services.guest.machine.engine_memory import SHADOW_BYTES, EngineMemory
 from services.guest.machine.partition import SHADOW_BASE
 
@@ -79,14 +80,21 @@ class CodePages:
         self._content: dict[int, bytes] = {}
         self._shadows: dict[int, dict[bool, int]] = {}
         """True page to its shadows, by whether they are little-endian."""
+        self._by_frame: dict[int, set[int]] = {}
+        """The pages of `_content` in normal RAM by their frame of 64 KiB."""
         self._stale: set[int] = set()
         """Pages whose translations at their true address may be of older content."""
         self._writable: set[int] = set()
+        self._marks: memoryview | None = None
+        self._written: set[int] = set()
+        """Frames that a device wrote since `clear`."""
         self.n_shadows = 0
 
     def clear(self) -> None:
         """The engine has dropped every translation, and its TLB."""
         self._content.clear()
+        self._by_frame.clear()
+        self._written.clear()
         self._shadows.clear()
         self._stale.clear()
         self._writable.clear()
@@ -102,7 +110,9 @@ class CodePages:
         known = self._content.get(page)
         if content != known:
             self._content[page] = content
-            if known is not None:
+            if known is None:
+                self._by_frame.setdefault(page >> PAGE_SHIFT, set()).add(page)
+            else:
                 self._stale.add(page)
                 self._shadows.pop(page, None)
         slot = self._shadows.get(page, {}).get(little_endian)
@@ -116,6 +126,30 @@ class CodePages:
         if page in self._writable:
             self._flush_tlb()
         return slot
+
+    def watch(self, marks: memoryview) -> None:
+        """Devices set a byte of `marks`, one a frame, before they write it and again with each later write."""
+        self._marks = marks
+
+    def look_at_writes(self) -> None:
+        """Have the engine ask again for its code pages when a device changed one of them.
+
+        A device marks a frame before the bytes are there, so every frame that was ever marked is compared whenever
+        there is a new mark: what tells the guest that its data has come, a ring or an argument block, makes one.
+        """
+        if self._marks is None:
+            return
+        marked = bytes(self._marks)
+        frame = marked.find(1)
+        if frame < 0:
+            return
+        while frame >= 0:
+            self._marks[frame] = 0
+            self._written.add(frame)
+            frame = marked.find(1, frame + 1)
+        pages = (page for frame in self._written & self._by_frame.keys() for page in self._by_frame[frame])
+        if any(self._memory.read(page, CODE_PAGE_BYTES) != self._content[page] for page in pages):
+            self._flush_tlb()
 
     def may_write(self, page: int, *, storing: bool) -> bool:
         """Whether the TLB may hold write permission for `page`, which the guest stores to now or may later."""

@@ -137,6 +137,7 @@ class MachineEngine:
         """Execute for at most a slice of SLICE_INSTRUCTIONS."""
         if self._awaited is not None:
             raise RuntimeError("the last exit has no outcome yet: resume comes before run")
+        self._code.look_at_writes()
         left_ticks = self._time.begin()
         pending = self._take_interrupt()
         budget = MASKED_INSTRUCTIONS if pending else self._budget(slice_ns, left_ticks)
@@ -162,6 +163,10 @@ class MachineEngine:
     def set_line(self, level: bool) -> None:
         """The external interrupt line; taken at the start of the next slice."""
         self._line = level
+
+    def watch_writes(self, marks: memoryview) -> None:
+        """Look at `marks` before each slice: code that a device replaced is translated anew."""
+        self._code.watch(marks)
 
     def flush_translations(self) -> None:
         """Forget the TLB; translated code stays, since it is found by where it lies."""

@@ -113,6 +113,9 @@ class ModelEngine:
         if self._line is not None:
             self._kernel.state.line, self._line = self._line, None
 
+    def watch_writes(self, marks: memoryview) -> None:
+        """No code of this kernel lies in RAM."""
+
     def flush_translations(self) -> None:
         """Nothing is cached here: `AddressSpace` looks at the map on every access."""
 
