@@ -19,7 +19,7 @@ DATA = DATA_GFN << 16
 
 
 class SecureRig(MachineRig):
-    """All pages are secure; normal RAM and secure memory hold different bytes at DATA, the program lies in the latter."""
+    """All pages are secure, the program's too; normal RAM and secure memory hold different bytes at DATA."""
 
     def __init__(self) -> None:
         super().__init__()
