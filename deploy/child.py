@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +116,19 @@ class Child:
 
     async def query(self, what: str, arguments: dict[str, Any], seconds: float = QUERY_SECONDS) -> Any:  # noqa: ANN401
         """Ask the process; raises QueryRefused for its refusal, PeerGone when it does not answer in `seconds`."""
+        return await self._ask(lambda query_id: control.Query(query_id, what, arguments), seconds)
+
+    async def remove_vm(self, vm: str, seconds: float) -> None:
+        """Have the process forget `vm`; raises as `query`."""
+        await self._ask(lambda order_id: control.RemoveVm(order_id, vm), seconds)
+
+    async def _ask(self, packet: Callable[[int], control.ToProcess], seconds: float) -> Any:  # noqa: ANN401
         if not self.state.answers:
             raise PeerGone(self.target, self.state.value)
         query_id = next(self._query_ids)
         event, answers = self._queries[query_id] = trio.Event(), []
         try:
-            self.channel.send(control.Query(query_id, what, arguments))
+            self.channel.send(packet(query_id))
             with trio.move_on_after(seconds):
                 await event.wait()
         finally:
@@ -133,7 +140,7 @@ class Child:
         return answers[0].result
 
     def answered(self, answer: control.Answer) -> None:
-        """The process answered a query; an answer to none is ignored."""
+        """The process answered a query or order; an answer to none is ignored."""
         waiting = self._queries.get(answer.id)
         if waiting is not None:
             waiting[1].append(answer)

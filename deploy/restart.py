@@ -27,10 +27,12 @@ from deploy.start import (
 )
 from deploy.supervise import end_child, fail_vm
 from protocol import control
-from protocol.errors import PefboxError, UserError
+from protocol.errors import PeerGone, PefboxError, UserError
 from protocol.roles import Role
 
 _BARRIER_SECONDS = 5.0
+_REMOVE_SECONDS = 10.0
+"""The ultravisor gives a guest that does not let go of secure memory some 4 s until it is dead."""
 
 
 async def restart(run: ClusterRun, name: str) -> None:
@@ -53,8 +55,7 @@ async def _restart_vm(run: ClusterRun, vm: VmRecord) -> None:
     try:
         await _end_all(run.vm_children(vm.spec.name))
         for keeper in keepers:
-            keeper.channel.send(control.RemoveVm(vm.spec.name))
-            await _barrier(keeper)
+            await _remove_vm(keeper, vm.spec.name)
     finally:
         vm.being_removed = False
     for link in plan.vm_links(run.paths, vm.spec.host, vm.spec.name, vm.incarnation):
@@ -113,6 +114,13 @@ def _keeper(run: ClusterRun, vm: VmRecord, role: Role) -> Child:
         state = keeper.state.value if keeper is not None else "missing"
         raise UserError(f"{vm.spec.host}/{role.value} is {state}: pefbox restart {vm.spec.host}")
     return keeper
+
+
+async def _remove_vm(keeper: Child, vm: str) -> None:
+    try:
+        await keeper.remove_vm(vm, _REMOVE_SECONDS)
+    except PeerGone as gone:
+        raise UserError(f"{keeper.target} does not let go of {vm}: it is {gone.state}") from None
 
 
 async def _barrier(keeper: Child) -> None:

@@ -52,8 +52,9 @@ class AddVm(Packet, frozen=True):
 
 
 class RemoveVm(Packet, frozen=True):
-    """Forget a VM: end it, release what it held."""
+    """Forget a VM: end it, release what it held; then `Answer` with the same id. Everything else goes on meanwhile."""
 
+    id: int
     vm: str
 
 
@@ -123,7 +124,7 @@ class Pong(Packet, frozen=True):
 
 
 class Answer(Packet, frozen=True):
-    """The result of a query, or the one line that says why not."""
+    """The result of a query or of `RemoveVm`, or the one line that says why not."""
 
     id: int
     result: Any = None

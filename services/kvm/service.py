@@ -142,6 +142,9 @@ class Kvm:
 
     def peer_state(self, peer: str, state: str) -> None:
         """What became of an ultravisor, guest or qemu."""
+        for vm in self._by_name.values():
+            if peer == f"{vm.entry.name}/qemu":
+                vm.user_space.qemu_is(state)
         if state not in ("gone", "failed"):
             return
         for vm in list(self._by_name.values()):

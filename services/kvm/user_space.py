@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from protocol.codes import HCode, RtasStatus
+from protocol.control import UNRESPONSIVE_SECONDS
 from protocol.errors import PeerError, PeerGone
 from protocol.messages import (
     DOORBELL_RUNG,
@@ -10,9 +11,12 @@ from protocol.messages import (
     EXIT_MMIO_STORE,
     EXIT_RTAS,
     VM_EVENT,
+    BodyT,
     DoorbellBody,
+    Message,
     MmioLoadBody,
     MmioStoreBody,
+    ReplyT,
     RtasBody,
     VmEventBody,
     VmEventKind,
@@ -20,17 +24,26 @@ from protocol.messages import (
 from protocol.rtas import status_word
 from services.kvm.guest_call import GuestCall, Result
 from services.runtime.link import Link
+from services.runtime.log import Log
+from services.runtime.patience import Patience
 
 _CI_SIZES = frozenset({1, 2, 4, 8})
 MAX_DOORBELLS = 256
 """More than the queues of any machine here; beyond it a store is an exit like any other."""
+EXIT_SECONDS = UNRESPONSIVE_SECONDS
+"""What a process has to answer a ping in: a qemu that is merely slow is given as long with an exit."""
+DEVICE_SECONDS = 5.0
+"""For a store that returns when the devices have finished, as it does where time is counted in instructions."""
 
 
 class UserSpace:
-    """The link to one VM's qemu. A lost qemu is H_HARDWARE to the guest."""
+    """The link to one VM's qemu. A lost qemu is H_HARDWARE to the guest, and so is one that does not answer an exit."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, log: Log, *, waits_for_devices: bool) -> None:
         self._link = link
+        self._log = log
+        self._store_seconds = DEVICE_SECONDS if waits_for_devices else EXIT_SECONDS
+        self._patience = Patience()
         self._doorbells: set[tuple[int, int]] = set()
 
     def set_doorbell(self, doorbell: DoorbellBody) -> None:
@@ -50,11 +63,8 @@ class UserSpace:
         size, gpa = call.args
         if size not in _CI_SIZES:
             return [HCode.H_PARAMETER]
-        try:
-            reply = await self._link.call(EXIT_MMIO_LOAD, MmioLoadBody(gpa, size), call.cause)
-        except (PeerGone, PeerError):
-            return [HCode.H_HARDWARE]
-        return [reply.code, reply.value]
+        reply = await self._exit(EXIT_MMIO_LOAD, MmioLoadBody(gpa, size), call.cause, EXIT_SECONDS)
+        return [HCode.H_HARDWARE] if reply is None else [reply.code, reply.value]
 
     async def h_logical_ci_store(self, call: GuestCall) -> Result:
         """H_LOGICAL_CI_STORE. Of a doorbell it returns before the device has heard it."""
@@ -63,11 +73,8 @@ class UserSpace:
             return [HCode.H_PARAMETER]
         if (gpa, size) in self._doorbells and self._ring(gpa, size, value, call.cause):
             return [HCode.H_SUCCESS]
-        try:
-            reply = await self._link.call(EXIT_MMIO_STORE, MmioStoreBody(gpa, size, value), call.cause)
-        except (PeerGone, PeerError):
-            return [HCode.H_HARDWARE]
-        return [reply.code]
+        reply = await self._exit(EXIT_MMIO_STORE, MmioStoreBody(gpa, size, value), call.cause, self._store_seconds)
+        return [HCode.H_HARDWARE if reply is None else reply.code]
 
     def _ring(self, gpa: int, size: int, value: int, cause: int) -> bool:
         is_up = self._link.peer_state == "up"
@@ -75,10 +82,22 @@ class UserSpace:
 
     async def rtas(self, body: RtasBody, cause: int) -> list[int]:
         """An RTAS service; the return words."""
+        reply = await self._exit(EXIT_RTAS, body, cause, EXIT_SECONDS)
+        return [status_word(RtasStatus.HARDWARE_ERROR)] if reply is None else reply.rets
+
+    async def _exit(self, message: Message[BodyT, ReplyT], body: BodyT, cause: int, seconds: float) -> ReplyT | None:
+        """qemu's answer; None when it is lost, answers what is no answer, or nothing in `seconds`."""
         try:
-            return (await self._link.call(EXIT_RTAS, body, cause)).rets
+            with self._patience.bound(seconds):
+                return await self._link.call(message, body, cause)
         except (PeerGone, PeerError):
-            return [status_word(RtasStatus.HARDWARE_ERROR)]
+            return None
+        self._log.error("exit not answered", peer=self._link.peer, call=message.name, seconds=seconds)
+        return None
+
+    def qemu_is(self, state: str) -> None:
+        """What became of qemu: nobody loses patience with one that a debugger holds."""
+        self._patience.peer_is(state)
 
     def crashed(self, reason: str) -> None:
         """Tell qemu that the guest cannot go on."""

@@ -82,7 +82,7 @@ class Vm:
         self.secure = SecurePages(
             entry.lpid, memory, ultravisor, guest, allowed=entry.secure_allowed, started=self._is_started
         )
-        self.user_space = UserSpace(qemu)
+        self.user_space = UserSpace(qemu, self._log, waits_for_devices=entry.time == "instructions")
         self.ram = GuestRam(memory.ram, memory.host_view, self._want)
         self.hcalls = Hcalls(self.ram, self.xics, self.tces, self.terminal, self.vcpus, self.user_space, self.secure)
 

@@ -270,6 +270,7 @@ class _ControlLoop:
         self._end = end
         self._runtime = runtime
         self._service = service
+        self._removals: dict[str, trio.Event] = {}
         self._queries: dict[str, Query] = {"statistics": self._statistics, "record": self._record, **service.queries()}
 
     async def run(self, nursery: trio.Nursery) -> None:
@@ -298,8 +299,8 @@ class _ControlLoop:
             case control.AddVm(vm, links, keys, names):
                 files = dict(zip(names, descriptors, strict=True))
                 await self._add_vm(vm, links, keys, files)
-            case control.RemoveVm(vm):
-                await self._service.remove_vm(vm)
+            case control.RemoveVm(order, vm):
+                nursery.start_soon(self._remove_vm, order, vm)
             case _:
                 self._runtime.log.error("packet out of turn", packet=type(packet).__name__)
 
@@ -310,6 +311,20 @@ class _ControlLoop:
         except Exception as error:
             self._runtime.log.error("VM not added", vm=vm.name, exc_info=error)
             await self._runtime.notice("vm-failed", vm.name, f"{self._runtime.config.target}: {error}")
+
+    async def _remove_vm(self, order: int, vm: str) -> None:
+        """Waits for other processes, so it is a task; a repeated order is answered when the first is done."""
+        if vm in self._removals:
+            await self._removals[vm].wait()
+            await self._end.send(control.Answer(order))
+            return
+        removed = self._removals[vm] = trio.Event()
+        try:
+            await self._service.remove_vm(vm)
+        finally:
+            del self._removals[vm]
+            removed.set()
+        await self._end.send(control.Answer(order))
 
     def _peer_state(self, peer: str, state: str) -> None:
         for link in list(self._runtime.links.values()):

@@ -51,6 +51,8 @@ class PlayedGuest:
         self.pc: int | None = None
         self.acknowledges = True
         """False: invalidations are not answered, as by a guest that hangs."""
+        self.lets_go = True
+        """False: it keeps its secure memory when it is told that the secure VM has ended."""
         self.refused: list[int] = []
         self.invalidations: list[int] = []
         """Number of GFNs of each MAP_INVALIDATE that came."""
@@ -160,7 +162,7 @@ class PlayedGuest:
             self._kvm.on_waiting(message, self._guarded(self._kvm, handler))
         self._kvm.on(m.VCPU_LINE, lambda _envelope, _body: None)
         self._ultravisor.on(m.SVM_START, self._start_secure)
-        self._ultravisor.on(m.SVM_ENDED, self._end_secure)
+        self._ultravisor.on_waiting(m.SVM_ENDED, self._end_secure)
 
     def _guarded(self, link: Link, handler: Any) -> Any:  # noqa: ANN401
         async def serve(envelope: Envelope, body: Any) -> Any:  # noqa: ANN401
@@ -198,7 +200,9 @@ class PlayedGuest:
         self.secure, self.pc, self._stopped_at = True, body.pc, body.pc
         return m.Status()
 
-    def _end_secure(self, _envelope: Envelope, _body: m.Empty) -> m.Status:
+    async def _end_secure(self, _envelope: Envelope, _body: m.Empty) -> m.Status:
+        if not self.lets_go:
+            await self._hung.wait()
         self.secure, self.pc, self._stopped_at = False, None, None
         self._drop_secure()
         return m.Status()

@@ -121,8 +121,9 @@ class ServiceProcess:
 
     async def remove_vm(self, name: str) -> None:
         """A VM ends there; returns when all that it held is released."""
-        await self.send(control.RemoveVm(name))
-        await self.barrier()
+        number = next(self._numbers)
+        await self._ask(number, control.RemoveVm(number, name))
+        self._answers.pop(number)
 
     async def peer_state(self, peer: str, state: str) -> None:
         """Say what became of a process that it has a link to."""

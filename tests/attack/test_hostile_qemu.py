@@ -12,6 +12,7 @@ from deploy.api import RunningCluster, Vm, cluster, processes_of
 from deploy.demo_evidence import Evidence, take_evidence
 from protocol.roles import Role
 from services.guest.model.virtqueue import QueueError
+from services.kvm.user_space import DEVICE_SECONDS, EXIT_SECONDS
 from tests.attack.hostile.qemu import FLOOD_SECONDS, Lie
 from tests.cluster.conftest import own_directories
 from tests.cluster.vm_files import answer_of, console_end, console_until, console_while, make_vm_files
@@ -35,11 +36,12 @@ QUEUE_ERRORS = {
     Lie.DEAF: QueueError.NO_ANSWER,
     Lie.MMIO_GONE: QueueError.NO_DEVICE,
     Lie.MMIO_MALFORMED: QueueError.NO_DEVICE,
+    Lie.HELD: QueueError.NO_DEVICE,
 }
 _SECRET = re.compile(r"secret (\S+) ([0-9a-f]{64})")
 
 
-KICK_IS_A_CALL = (Lie.MMIO_GONE, Lie.MMIO_MALFORMED)
+KICK_IS_A_CALL = (Lie.MMIO_GONE, Lie.MMIO_MALFORMED, Lie.HELD)
 """With the clock `wall` a kick is a doorbell that kvm answers, so there these lies cannot be told."""
 CASES = [(lie, "instructions" if lie in KICK_IS_A_CALL else "wall") for lie in QUEUE_ERRORS]
 CASES += [(Lie.SILENT, "instructions"), (Lie.JUMP, "instructions")]
@@ -53,13 +55,34 @@ async def test_a_lie_ends_the_queue_by_name_and_nothing_else(tmp_path: Path, lie
         await console_until(vm, UP)
         await vm.qemu.query("lie", {"what": lie.name})
 
-        limit = PROMPT_SECONDS + (ANSWER_LIMIT_SECONDS if QUEUE_ERRORS[lie] is QueueError.NO_ANSWER else 0)
-        with trio.fail_after(limit):
+        with trio.fail_after(PROMPT_SECONDS + patience_seconds(lie)):
             answer = await ask(vm, "hash")
 
         assert answer.removesuffix("; the device does not answer") == f"error queue 0: {QUEUE_ERRORS[lie].value}"
         await check_alive(running)
         await check_secrets(running)
+
+
+def patience_seconds(lie: Lie) -> float:
+    """How long guest or kvm waits for a device before it is given up."""
+    if lie is Lie.HELD:
+        # The kick, and the store that tells the device that its driver gave up.
+        return 2 * DEVICE_SECONDS
+    return ANSWER_LIMIT_SECONDS if QUEUE_ERRORS[lie] is QueueError.NO_ANSWER else 0.0
+
+
+async def test_l1_exits_that_are_never_answered_are_told_and_the_guest_goes_on(tmp_path: Path) -> None:
+    files = make_vm_files(tmp_path, guest='workload = "demo"')
+    async with cluster(files.cluster_file, state_dir=files.state_dir, service_module=HOSTILE) as running:
+        vm = running.vm("vm1")
+        await console_until(vm, UP)
+        await vm.qemu.query("lie", {"what": Lie.HELD.name})
+
+        with trio.fail_after(PROMPT_SECONDS + EXIT_SECONDS):
+            await ask(vm, "reboot")
+
+        assert '"exit not answered"' in running.process("alpha/kvm").log()
+        await check_alive(running)
 
 
 async def test_a_device_of_which_every_register_is_wrong_is_given_up_and_the_vm_comes_up_without(

@@ -69,8 +69,9 @@ class FakeService:
                 self.vms[vm.name] = {"state": "running", "secure": False, "pages": {"normal": vm.memory_bytes >> 16}}
                 self.keys += [f"{key.link}" for key in keys.links]
                 self.events.append(f"added {vm.name}.{vm.incarnation} {sorted(link.id for link in links)}")
-            case control.RemoveVm(name):
+            case control.RemoveVm(order, name):
                 self.vms.pop(name)
+                self.send(control.Answer(order))
             case control.PeerState(peer, state):
                 self.events.append(f"{peer} {state}")
             case control.Gift(tag, _, giver):

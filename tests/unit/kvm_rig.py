@@ -42,13 +42,13 @@ class PlayedUltravisor:
 class KvmRig:
     """A started VM of 64 pages."""
 
-    def __init__(self, *, secure_allowed: bool = True, qemu: PlayedLink | None = None) -> None:
+    def __init__(self, *, secure_allowed: bool = True, time: str = "wall", qemu: PlayedLink | None = None) -> None:
         self.ultravisor, self.guest, self.qemu = PlayedUltravisor(), PlayedGuest(), qemu or PlayedLink()
         fd = os.memfd_create("ram", os.MFD_CLOEXEC)
         os.ftruncate(fd, MEMORY_BYTES)
         self.memory = VmMemory("vm1", fd, MEMORY_BYTES)
         os.close(fd)
-        entry = vm_entry(secure_allowed=secure_allowed)
+        entry = vm_entry(secure_allowed=secure_allowed, time=time)
         port = cast(UltravisorPort, self.ultravisor)
         to_guest, to_qemu = cast(Link, self.guest), cast(Link, self.qemu)
         self.vm = Vm(entry, self.memory, to_guest, to_qemu, port, lambda _liobn, _fd: None, LOG)

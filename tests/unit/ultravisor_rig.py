@@ -324,7 +324,7 @@ class UltravisorRig:
         os.close(self._audit_fd)
 
 
-def vm_entry(*, secure_allowed: bool = True) -> VmEntry:
+def vm_entry(*, secure_allowed: bool = True, time: str = "wall") -> VmEntry:
     """The entry of `vm1` with LPID and MEMORY_BYTES."""
     return VmEntry(
         name="vm1",
@@ -332,7 +332,7 @@ def vm_entry(*, secure_allowed: bool = True) -> VmEntry:
         incarnation=1,
         memory_bytes=MEMORY_BYTES,
         ram_segment="",
-        time="wall",
+        time=time,
         secure_allowed=secure_allowed,
         debuggable=False,
         guest=GuestEntry(),

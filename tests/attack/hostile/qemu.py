@@ -43,6 +43,7 @@ class Lie(Enum):
     MMIO_GONE = "no device at its address"
     MMIO_MALFORMED = "answers to MMIO that are no numbers"
     MMIO_GARBAGE = "all ones in every register"
+    HELD = "exits that are never answered"
     FLOOD = "interrupts without end"
 
 
@@ -113,12 +114,20 @@ class LyingBoard(Board):
 
     async def mmio_store(self, gpa: int, size_bytes: int, value: int) -> int:
         """A store."""
+        if _lie is Lie.HELD:
+            await trio.sleep_forever()
         if _lie is Lie.MMIO_GONE:
             return HCode.H_PARAMETER
         if _lie is Lie.MMIO_MALFORMED:
             no_number: Any = "no number"
             return cast(int, no_number)
         return await super().mmio_store(gpa, size_bytes, value)
+
+    async def rtas_token(self, token: int, args: list[int], n_rets: int) -> list[int]:
+        """A service of RTAS."""
+        if _lie is Lie.HELD:
+            await trio.sleep_forever()
+        return await super().rtas_token(token, args, n_rets)
 
     def ring(self, gpa: int, size_bytes: int, value: int) -> None:
         """A doorbell."""
