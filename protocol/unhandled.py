@@ -39,7 +39,6 @@ class Reason(Enum):
     ONE_CPU = "a VM has one processor"
     HOTPLUG = "indicators, sensors, power domains and dynamic reconfiguration are not modelled"
     EEH = "no PCI slot can be frozen or reset by error handling"
-    DYNAMIC_WINDOWS = "dynamic DMA windows are not offered: the host bridge has its default window only"
     VIO_BYPASS = "no device of the virtual I/O bus does DMA"
 
 
@@ -101,9 +100,6 @@ _GROUPS: dict[Reason, str] = {
     Reason.EEH: """
         ibm,set-eeh-option ibm,get-config-addr-info2 ibm,read-slot-reset-state2 ibm,set-slot-reset ibm,configure-pe
         ibm,slot-error-detail
-    """,
-    Reason.DYNAMIC_WINDOWS: """
-        ibm,query-pe-dma-window ibm,create-pe-dma-window ibm,remove-pe-dma-window ibm,reset-pe-dma-window
     """,
     Reason.VIO_BYPASS: "ibm,set-tce-bypass",
 }

@@ -22,8 +22,9 @@ from protocol.startup import DeviceEntry, VmEntry
 from services.qemu.device_tree import BootFacts, PciNodes, TreeFacts, build_device_tree
 from services.qemu.disk_file import DiskFile
 from services.qemu.dma import BypassSpace, IommuSpace
-from services.qemu.phb import DEFAULT_DMA_BASE, DEFAULT_DMA_BYTES, DEFAULT_DMA_SHIFT, IrqPort, PciHostBridge
+from services.qemu.phb import IrqPort, PciHostBridge
 from services.qemu.rtas import MachineFacts, MachinePort, RtasServices, RtasState
+from services.qemu.rtas_ddw import default_window
 from services.qemu.virtio_blk import VirtioBlk
 from services.qemu.virtio_device import DeviceMemory
 from services.qemu.virtio_pci import VirtioPciFunction, VirtioPciState
@@ -115,13 +116,13 @@ class Board:
         for function in self.functions:
             await function.reset_function()
             self.bridge.msis.release(function.devfn)
+        await self.rtas_services.ddw.to_default()
         if self._assign_bars:
             self.bridge.assign_bars()
 
     def default_window(self) -> TceWindowBody:
         """The 32-bit DMA window that kvm makes for the bridge."""
-        n_tces = DEFAULT_DMA_BYTES >> DEFAULT_DMA_SHIFT
-        return TceWindowBody(self.bridge.liobn, DEFAULT_DMA_SHIFT, DEFAULT_DMA_BASE, n_tces)
+        return default_window(self.bridge)
 
     def add_dma_window(self, table: TceTable) -> None:
         """Devices translate through `table` from now on; it replaces one of the same liobn."""

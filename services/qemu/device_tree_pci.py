@@ -8,6 +8,12 @@ Source: PCI Bus Binding to IEEE 1275; QEMU 7.2 `hw/ppc/spapr_pci.c`.
 
 from __future__ import annotations
 
+from protocol.rtas import (
+    CREATE_PE_DMA_WINDOW,
+    QUERY_PE_DMA_WINDOW,
+    REMOVE_PE_DMA_WINDOW,
+    RESET_PE_DMA_WINDOW,
+)
 from services.qemu.msix import MsixTable
 from services.qemu.pci_bus import Bar, PciFunction
 from services.qemu.phb import DEFAULT_DMA_BASE, DEFAULT_DMA_BYTES, N_PINS, PciHostBridge, Window
@@ -62,6 +68,8 @@ def _bridge_properties(bridge: PciHostBridge, interrupt_parent: int) -> dict[str
         "ibm,dma-window": dma_window,
         "ibm,#dma-address-cells": cells(2),
         "ibm,#dma-size-cells": cells(2),
+        "ibm,ddw-applicable": cells(QUERY_PE_DMA_WINDOW, CREATE_PE_DMA_WINDOW, REMOVE_PE_DMA_WINDOW),
+        "ibm,ddw-extensions": cells(1, RESET_PE_DMA_WINDOW),
     }
 
 

@@ -12,6 +12,7 @@ from protocol import messages as m
 from protocol.codes import HCode
 from protocol.errors import GuestFault, PefboxError
 from protocol.wire import Envelope
+from services.qemu.dma_windows import DmaWindows
 from services.qemu.qmp import CommandFailed, MonitorEvents, Reset, Resumed, RunState, Shutdown, ShutdownCause, Stopped
 from services.runtime.link import Link
 from services.runtime.log import Log
@@ -36,6 +37,7 @@ class Machine:
         self.exit_status: int | None = None
         """What the guest's program said when it ended itself."""
         self.board: Board | None = None
+        self.windows: DmaWindows | None = None
         self.load: Callable[[], Awaitable[tuple[int, dict[int, int]]]] | None = None
         self._link = link
         self._events = events
@@ -100,6 +102,15 @@ class Machine:
     async def define(self, source: int, *, level_triggered: bool) -> None:
         """`source` exists from now on."""
         await self._link.call(m.IRQ_SOURCE, m.IrqSourceBody(source, level_triggered))
+
+    async def create_window(self, window: m.TceWindowBody) -> bool:
+        """Have kvm make a TCE table, and the devices use it."""
+        return self.windows is not None and await self.windows.create(window)
+
+    async def remove_window(self, liobn: int) -> None:
+        """A TCE table goes."""
+        if self.windows is not None:
+            await self.windows.remove(liobn)
 
     def display(self, character: int) -> None:
         """One byte for the first terminal."""

@@ -20,6 +20,7 @@ from protocol.codes import RtasStatus
 from protocol.errors import GuestFault
 from protocol.rtas import MAX_BUFFER_BYTES, WORD_MASK, status_word
 from services.qemu.phb import IrqPort, PciHostBridge
+from services.qemu.rtas_ddw import DdwRtas, WindowPort
 from services.qemu.rtas_pci import PciRtas, RtasError
 from shared.guest_ram import GuestRam
 
@@ -38,7 +39,7 @@ class SystemParameter(IntEnum):
     UUID = 48
 
 
-class MachinePort(Protocol):
+class MachinePort(WindowPort, Protocol):
     """What RTAS asks of the process around the devices."""
 
     def display(self, character: int) -> None:
@@ -101,7 +102,9 @@ class RtasServices:
         self._ram = ram
         self._machine = machine
         self._facts = facts
-        self._services = self._platform_services() | _pci_services(PciRtas(phb, irq))
+        pci = PciRtas(phb, irq)
+        self.ddw = DdwRtas(phb, pci, machine, facts.memory_bytes)
+        self._services = self._platform_services() | _pci_services(pci) | _ddw_services(self.ddw)
 
     @property
     def names(self) -> frozenset[str]:
@@ -258,6 +261,15 @@ def _pci_services(pci: PciRtas) -> dict[str, _Service]:
     table = {name: _Service(n_args, _at_once(call)) for name, (n_args, call) in services.items()}
     table["ibm,change-msi"] = _Service(6, pci.change_msi)
     return table
+
+
+def _ddw_services(ddw: DdwRtas) -> dict[str, _Service]:
+    return {
+        "ibm,query-pe-dma-window": _Service(3, ddw.query),
+        "ibm,create-pe-dma-window": _Service(5, ddw.create),
+        "ibm,remove-pe-dma-window": _Service(1, ddw.remove),
+        "ibm,reset-pe-dma-window": _Service(3, ddw.reset),
+    }
 
 
 def _at_once(call: Callable[..., list[int]]) -> Handler:

@@ -103,6 +103,11 @@ class PciRtas:
         for vector in range(msix.n_vectors):
             msix.set_message(vector, 0, 0)
 
+    def check_device(self, config_addr: int, buid_high: int, buid_low: int) -> None:
+        """Raises RtasError unless the bridge and a function at `config_addr` exist."""
+        self._check_bridge(buid_high, buid_low)
+        self._function(config_addr)
+
     def _check_bridge(self, buid_high: int, buid_low: int) -> None:
         if buid_high << 32 | buid_low != self._phb.buid:
             raise RtasError(RtasStatus.PARAMETER_ERROR)

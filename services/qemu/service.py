@@ -9,10 +9,11 @@ from typing import Any
 import trio
 
 from protocol import messages as m
-from protocol.errors import GuestFault, HostFault, PefboxError
+from protocol.errors import HostFault, PefboxError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.qemu.board import Board
+from services.qemu.dma_windows import DmaWindows
 from services.qemu.loader import BOOT_FILES, load_machine
 from services.qemu.machine import Machine
 from services.qemu.qmp import Monitored, MonitorEvents, serve_monitors
@@ -21,9 +22,6 @@ from services.runtime.process import Query, Runtime
 from shared.guest_ram import GuestRam
 from shared.host_view import HostState
 from shared.memfd import SealedMemory, map_sealed
-from shared.tce import ENTRY_BYTES, TceTable
-
-_TABLE_SECONDS = 5.0
 
 
 class Qemu:
@@ -37,8 +35,6 @@ class Qemu:
         self._ram: GuestRam | None = None
         self._host_view: memoryview | None = None
         self._has_view = trio.Event()
-        self._tables: dict[str, trio.Event] = {}
-        self._windows: dict[int, m.TceWindowBody] = {}
         self._mappings: list[mmap.mmap] = []
 
     async def start(self) -> None:
@@ -88,7 +84,9 @@ class Qemu:
         self._machine.load = lambda: load_machine(board, ram, loads)
         await self._link.call(m.MEMSLOT_SET, m.MemslotBody(0, 0, vm.memory_bytes))
         await board.start()
-        await self._make_window(board)
+        self._machine.windows = DmaWindows(self._link, board.add_dma_window, board.remove_dma_window, self._runtime.log)
+        if not await self._machine.windows.create(board.default_window()):
+            raise HostFault("kvm made no DMA window")
         self._runtime.nursery.start_soon(board.run)
 
     async def _give_marks(self, tag: str, name: str, vm: VmEntry) -> memoryview:
@@ -105,20 +103,6 @@ class Qemu:
         os.close(fd)
         self._mappings.append(mapping)
         return mapping
-
-    async def _make_window(self, board: Board) -> None:
-        """The bridge's default DMA window: kvm makes the table and sends its descriptor."""
-        assert self._link is not None
-        window = board.default_window()
-        arrived = self._tables[f"tce-table:{window.liobn:x}"] = trio.Event()
-        self._windows[window.liobn] = window
-        status = await self._link.call(m.TCE_WINDOW_CREATE, window)
-        if status.code:
-            raise GuestFault(f"kvm made no TCE table: code {status.code}")
-        with trio.move_on_after(_TABLE_SECONDS):
-            await arrived.wait()
-            return
-        raise HostFault("the TCE table did not arrive")
 
     async def _serve_monitor(self, vm: VmEntry, events: MonitorEvents) -> None:
         config = self._runtime.config
@@ -139,14 +123,13 @@ class Qemu:
             self._mappings.append(mapping)
             self._host_view = memoryview(mapping)
             self._has_view.set()
-        elif tag in self._tables and self._machine is not None and self._machine.board is not None:
-            window = self._windows[int(tag.partition(":")[2], 16)]
-            mapping = map_sealed(fd, window.n_tces * ENTRY_BYTES)
-            self._machine.board.add_dma_window(TceTable(window, memoryview(mapping)))
-            self._tables.pop(tag).set()
-        else:
+        elif not self._take_window(tag, fd):
             os.close(fd)
             self._runtime.log.warning("unexpected descriptor", tag=tag, vm=vm)
+
+    def _take_window(self, tag: str, fd: int) -> bool:
+        windows = None if self._machine is None else self._machine.windows
+        return windows is not None and windows.take(tag, fd)
 
     def peer_state(self, peer: str, state: str) -> None:
         """kvm died, stopped, came back: the link tells whoever waits."""

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from protocol.codes import HCode
 from protocol.errors import GuestFault
 from protocol.geometry import PAGE_SHIFT
+from protocol.messages import TceWindowBody
 from services.qemu.board import Board
 from services.qemu.virtio_pci import MODERN_BAR, NOTIFY_MULTIPLIER, OFFSETS, VirtioPciFunction
 from services.qemu.virtqueue import QueueState
 from shared.guest_ram import GuestRam
 from shared.host_view import HostState
 from shared.pci import Command, Config
+from shared.tce import ENTRY_BYTES, TceTable
 from shared.virtio import DeviceStatus
 from shared.virtio_pci import CfgType, CommonCfg, Register
 from shared.vring import (
@@ -172,7 +174,22 @@ class TestPort:
     faults: list[tuple[str, str]] = field(default_factory=list)
     io_errors: list[tuple[str, str]] = field(default_factory=list)
     doorbells: set[int] = field(default_factory=set)
+    board: Board | None = None
+    """Where windows go that the board asks for; without it kvm makes none."""
+    windows: dict[int, TceWindowBody] = field(default_factory=dict)
     now_ns: int = 0
+
+    async def create_window(self, window: TceWindowBody) -> bool:
+        if self.board is None:
+            return False
+        self.windows[window.liobn] = window
+        self.board.add_dma_window(TceTable(window, memoryview(bytearray(window.n_tces * ENTRY_BYTES))))
+        return True
+
+    async def remove_window(self, liobn: int) -> None:
+        assert self.board is not None
+        del self.windows[liobn]
+        self.board.remove_dma_window(liobn)
 
     def doorbell(self, gpa: int, on: bool) -> None:
         (self.doorbells.add if on else self.doorbells.discard)(gpa)

@@ -1,0 +1,108 @@
+"""RTAS services for dynamic DMA windows: a second, 64-bit window at a PCI host bridge, as large as a guest's RAM.
+
+Linux maps all of RAM one to one through it and is done with H_PUT_TCE: bus address is guest physical address plus
+DMA64_BASE. A bridge has at most two windows; when the last one goes, the default 32-bit window is back.
+
+Source: PAPR 7.3.11; QEMU `hw/ppc/spapr_rtas_ddw.c`; Linux `arch/powerpc/platforms/pseries/iommu.c` (enable_ddw).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from protocol.codes import RtasStatus
+from protocol.messages import TceWindowBody
+from services.qemu.phb import DEFAULT_DMA_BASE, DEFAULT_DMA_BYTES, DEFAULT_DMA_SHIFT, PciHostBridge
+from services.qemu.rtas_pci import PciRtas, RtasError
+
+DMA64_BASE = 1 << 59
+MAX_WINDOWS = 2
+MAX_WINDOW_TCES = 1 << 24
+PAGE_SIZE_BITS = {12: 1 << 0, 16: 1 << 1, 24: 1 << 2, 21: 1 << 8}
+"""Page shift to its bit in the mask of ibm,query-pe-dma-window."""
+NO_MIGRATION = 0
+
+
+class WindowPort(Protocol):
+    """Who makes TCE tables: kvm, asked by the process."""
+
+    async def create_window(self, window: TceWindowBody) -> bool:
+        """Make an empty table and have devices translate through it; False when kvm makes none."""
+
+    async def remove_window(self, liobn: int) -> None:
+        """Devices reach nothing through the window any more, and its table is gone."""
+
+
+class DdwRtas:
+    """The services over one bridge of a machine with `memory_bytes` of RAM."""
+
+    def __init__(self, phb: PciHostBridge, pci: PciRtas, port: WindowPort, memory_bytes: int) -> None:
+        self._phb = phb
+        self._pci = pci
+        self._port = port
+        # The last page of a window must lie wholly in RAM, or kvm refuses its TCE.
+        self._page_shifts = [shift for shift in PAGE_SIZE_BITS if memory_bytes % (1 << shift) == 0]
+
+    async def query(self, args: Sequence[int]) -> list[int]:
+        """ibm,query-pe-dma-window: windows left, largest block in TCEs, page sizes, migration."""
+        self._pci.check_device(*args)
+        mask = sum(PAGE_SIZE_BITS[shift] for shift in self._page_shifts)
+        return [MAX_WINDOWS - len(self._phb.dma_windows), MAX_WINDOW_TCES, mask, NO_MIGRATION]
+
+    async def create(self, args: Sequence[int]) -> list[int]:
+        """ibm,create-pe-dma-window: liobn and bus address of an empty window of `1 << window_shift` bytes."""
+        *device, page_shift, window_shift = args
+        self._pci.check_device(*device)
+        if page_shift not in self._page_shifts or not page_shift <= window_shift < DMA64_BASE.bit_length():
+            raise RtasError(RtasStatus.PARAMETER_ERROR)
+        liobn = self._free_liobn()
+        if liobn is None or window_shift - page_shift >= MAX_WINDOW_TCES.bit_length():
+            raise RtasError(RtasStatus.HARDWARE_ERROR)
+        base = DMA64_BASE if self._phb.dma_windows else DEFAULT_DMA_BASE
+        window = TceWindowBody(liobn, page_shift, base, 1 << window_shift - page_shift)
+        if not await self._port.create_window(window):
+            raise RtasError(RtasStatus.HARDWARE_ERROR)
+        return [liobn, base >> 32, base & 0xFFFFFFFF]
+
+    async def remove(self, args: Sequence[int]) -> list[int]:
+        """ibm,remove-pe-dma-window."""
+        (liobn,) = args
+        if liobn not in self._liobns():
+            raise RtasError(RtasStatus.PARAMETER_ERROR)
+        await self._port.remove_window(liobn)
+        if not self._phb.dma_windows:
+            await self._make_default()
+        return []
+
+    async def reset(self, args: Sequence[int]) -> list[int]:
+        """ibm,reset-pe-dma-window: the default window alone, and empty."""
+        self._pci.check_device(*args)
+        await self.to_default()
+        return []
+
+    async def to_default(self) -> None:
+        """As at power-on. A machine that made no other window keeps its table, which kvm empties at a reset."""
+        windows = [window.window for window in self._phb.dma_windows]
+        if windows in ([], [default_window(self._phb)]):
+            return
+        for liobn in self._liobns():
+            await self._port.remove_window(liobn)
+        await self._make_default()
+
+    async def _make_default(self) -> None:
+        if not await self._port.create_window(default_window(self._phb)):
+            raise RtasError(RtasStatus.HARDWARE_ERROR)
+
+    def _liobns(self) -> list[int]:
+        return [window.liobn for window in self._phb.dma_windows]
+
+    def _free_liobn(self) -> int | None:
+        taken = self._liobns()
+        free = (self._phb.liobn | number for number in range(MAX_WINDOWS))
+        return next((liobn for liobn in free if liobn not in taken), None)
+
+
+def default_window(phb: PciHostBridge) -> TceWindowBody:
+    """The 32-bit window that a bridge starts with."""
+    return TceWindowBody(phb.liobn, DEFAULT_DMA_SHIFT, DEFAULT_DMA_BASE, DEFAULT_DMA_BYTES >> DEFAULT_DMA_SHIFT)

@@ -1,0 +1,176 @@
+"""Dynamic DMA windows: what a guest may make, where it lies, what a reset leaves. Yardstick: QEMU and enable_ddw."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from protocol.codes import RtasStatus
+from protocol.geometry import PAGE_BYTES
+from protocol.startup import DeviceEntry, DiskEntry, GuestEntry, VmEntry
+from services.qemu.board import Board
+from services.qemu.rtas_ddw import DMA64_BASE, MAX_WINDOW_TCES, MAX_WINDOWS
+from services.qemu.testing import TestPort, TestRam
+
+MIB = 1 << 20
+BUID = 0x800000020000000
+CONFIG_ADDR = 1 << 11
+DEVICE = [CONFIG_ADDR, BUID >> 32, BUID & 0xFFFFFFFF]
+FIRST, SECOND = 0x80000000, 0x80000001
+OK, BAD, HARDWARE = RtasStatus.SUCCESS, RtasStatus.PARAMETER_ERROR, RtasStatus.HARDWARE_ERROR
+
+
+class Rig:
+    """A board with one function in slot 1 and `memory_bytes` of RAM that nobody touches."""
+
+    def __init__(self, memory_bytes: int = 256 * MIB) -> None:
+        entry = VmEntry(
+            name="vm1",
+            lpid=1,
+            incarnation=1,
+            memory_bytes=memory_bytes,
+            ram_segment="",
+            time="wall",
+            secure_allowed=True,
+            debuggable=False,
+            guest=GuestEntry(),
+            disks=[DiskEntry(name="d", path="")],
+            devices=[DeviceEntry(kind="virtio-blk", disk="d")],
+        )
+        self.port = TestPort()
+        self.disk = os.memfd_create("disk")
+        os.ftruncate(self.disk, MIB)
+        self.board = Board(entry, TestRam(PAGE_BYTES).accessor, {"d": self.disk}, self.port)
+        self.port.board = self.board
+
+    async def power_on(self) -> None:
+        """The default window, as the process makes it."""
+        assert await self.port.create_window(self.board.default_window())
+
+    async def rtas(self, name: str, args: list[int], n_rets: int) -> tuple[int, list[int]]:
+        status, *rets = await self.board.rtas(name, args, n_rets)
+        return status - (1 << 32) if status >> 31 else status, rets
+
+    async def query(self) -> list[int]:
+        status, rets = await self.rtas("ibm,query-pe-dma-window", DEVICE, 5)
+        assert status == OK
+        return rets
+
+    async def create(self, page_shift: int, window_shift: int) -> tuple[int, list[int]]:
+        return await self.rtas("ibm,create-pe-dma-window", [*DEVICE, page_shift, window_shift], 4)
+
+    async def remove(self, liobn: int) -> int:
+        return (await self.rtas("ibm,remove-pe-dma-window", [liobn], 1))[0]
+
+    def windows(self) -> list[tuple[int, int]]:
+        """(liobn, base) of every window in use."""
+        return [(table.liobn, table.base) for table in self.board.bridge.dma_windows]
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    rig = Rig()
+    await rig.power_on()
+    yield rig
+
+
+async def test_one_window_is_left_beside_the_default_one(rig: Rig) -> None:
+    left, largest, page_sizes, migration = await rig.query()
+    assert (left, largest, migration) == (1, MAX_WINDOW_TCES, 0)
+    assert page_sizes == 0b111 | 1 << 8
+
+
+async def test_a_page_size_that_ram_does_not_divide_into_is_not_offered() -> None:
+    rig = Rig(250 * MIB)
+    await rig.power_on()
+    assert (await rig.query())[2] == 0b11 | 1 << 8
+    assert (await rig.create(24, 28))[0] == BAD
+
+
+async def test_the_second_window_lies_at_the_64_bit_base(rig: Rig) -> None:
+    assert await rig.create(24, 28) == (OK, [SECOND, DMA64_BASE >> 32, 0])
+    (window,) = [window for window in rig.port.windows.values() if window.liobn == SECOND]
+    assert (window.page_shift, window.n_tces) == (24, 16)
+    assert rig.windows() == [(FIRST, 0), (SECOND, DMA64_BASE)]
+    assert (await rig.create(24, 28))[0] == HARDWARE
+    assert (await rig.query())[0] == 0
+
+
+async def test_without_the_default_window_the_first_new_one_takes_its_place(rig: Rig) -> None:
+    await rig.create(16, 28)
+    assert await rig.remove(FIRST) == OK
+    assert rig.windows() == [(SECOND, DMA64_BASE)]
+    assert await rig.create(12, 30) == (OK, [FIRST, DMA64_BASE >> 32, 0])
+
+
+async def test_the_last_window_that_goes_brings_the_default_one_back(rig: Rig) -> None:
+    await rig.create(16, 28)
+    await rig.remove(FIRST)
+    assert await rig.remove(SECOND) == OK
+    assert rig.windows() == [(FIRST, 0)]
+
+
+async def test_reset_leaves_the_default_window_alone(rig: Rig) -> None:
+    await rig.create(16, 28)
+    assert (await rig.rtas("ibm,reset-pe-dma-window", DEVICE, 1))[0] == OK
+    assert rig.windows() == [(FIRST, 0)]
+    await rig.create(16, 28)
+    await rig.remove(FIRST)
+    await rig.board.reset()
+    assert rig.windows() == [(FIRST, 0)]
+
+
+@pytest.mark.parametrize(
+    ("page_shift", "window_shift", "status"),
+    [
+        (12, 11, BAD),
+        (13, 28, BAD),
+        (34, 36, BAD),
+        (12, 37, HARDWARE),
+        (12, 60, BAD),
+        (0, 28, BAD),
+        (12, 0xFFFFFFFF, BAD),
+    ],
+)
+async def test_a_shift_that_is_not_offered_makes_nothing(
+    rig: Rig, page_shift: int, window_shift: int, status: RtasStatus
+) -> None:
+    assert (await rig.create(page_shift, window_shift))[0] == status
+    assert rig.windows() == [(FIRST, 0)]
+
+
+async def test_a_window_that_kvm_does_not_make_is_a_hardware_error(rig: Rig) -> None:
+    rig.port.board = None
+    assert (await rig.create(16, 28))[0] == HARDWARE
+    assert rig.windows() == [(FIRST, 0)]
+
+
+async def test_s5_other_devices_bridges_and_liobns_are_parameter_errors(rig: Rig) -> None:
+    for device in ([CONFIG_ADDR, 0, 0], [31 << 11, *DEVICE[1:]], [1 << 16 | CONFIG_ADDR, *DEVICE[1:]]):
+        assert (await rig.rtas("ibm,query-pe-dma-window", device, 5))[0] == BAD
+        assert (await rig.rtas("ibm,create-pe-dma-window", [*device, 16, 28], 4))[0] == BAD
+        assert (await rig.rtas("ibm,reset-pe-dma-window", device, 1))[0] == BAD
+    for liobn in (SECOND, 0, 0x80000100, 0xFFFFFFFF):
+        assert await rig.remove(liobn) == BAD
+
+
+@given(st.lists(st.tuples(st.sampled_from(["create", "remove", "reset"]), st.integers(0, 2)), max_size=20))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_whatever_a_guest_does_there_is_a_window_and_never_more_than_two(steps: list[tuple[str, int]]) -> None:
+    rig = Rig()
+    await rig.power_on()
+    for what, number in steps:
+        if what == "create":
+            await rig.create((12, 16, 24)[number], 28)
+        elif what == "remove":
+            await rig.remove(FIRST + number)
+        else:
+            await rig.rtas("ibm,reset-pe-dma-window", DEVICE, 1)
+        windows = rig.windows()
+        assert 1 <= len(windows) <= MAX_WINDOWS
+        assert len({liobn for liobn, _ in windows}) == len(windows)
+        assert set(rig.port.windows) == {liobn for liobn, _ in windows}
