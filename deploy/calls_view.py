@@ -6,6 +6,7 @@ once: the upper end, which is never the guest.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -61,6 +62,23 @@ class RecordReader:
     @staticmethod
     def _new_unpacker() -> msgpack.Unpacker:
         return msgpack.Unpacker(max_buffer_size=2 * _READ_BYTES + 4 * MAX_MESSAGE_BYTES, raw=False)
+
+
+def count_calls(record_file: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """How often a guest issued each hypercall and each ultracall, by name, from the record of its process."""
+    hypercalls: Counter[str] = Counter()
+    ultracalls: Counter[str] = Counter()
+    for recorded in RecordReader(record_file).read():
+        if recorded.direction != "out":
+            continue
+        envelope = decode(recorded.frame)
+        if envelope.kind is not MessageKind.CALL:
+            continue
+        if (call := HCALLS.by_number.get(envelope.number)) is not None:
+            hypercalls[call.name] += 1
+        elif (call := UCALLS.by_number.get(envelope.number)) is not None:
+            ultracalls[call.name] += 1
+    return dict(sorted(hypercalls.items())), dict(sorted(ultracalls.items()))
 
 
 class CallDecoder:

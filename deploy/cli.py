@@ -24,6 +24,7 @@ COMMANDS = {
     "key": "deploy.cli_state:key",
     "audit": "deploy.cli_state:audit",
     "esm": "deploy.esm_commands:esm",
+    "run": "deploy.cli_run:run",
     "linux": "deploy.cli_linux:linux",
     "demo": "deploy.cli_demo:demo",
     "doctor": "deploy.cli_cluster:doctor",

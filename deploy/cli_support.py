@@ -74,6 +74,22 @@ def printable(text: str) -> str:
     return re.sub(r"[^\t\n\x20-\x7e\xa0-\U0010ffff]", "?", text)
 
 
+def parse_size(text: str, option: str) -> int:
+    """A size in bytes as cluster files write it: `512M`; raises UserError that names the option."""
+    from deploy.cluster_file import MIN_VM_BYTES
+    from deploy.cluster_section import size_of
+    from protocol.geometry import MAX_VM_BYTES, PAGE_BYTES
+
+    n_bytes = size_of(text)
+    if n_bytes is None:
+        raise UserError(f'{option}: "{text}" is no size; allowed: bytes, or a text such as 512M or 1G')
+    if not MIN_VM_BYTES <= n_bytes <= MAX_VM_BYTES or n_bytes % PAGE_BYTES:
+        raise UserError(
+            f"{option}: {text} is not possible; allowed: {MIN_VM_BYTES} to {MAX_VM_BYTES} bytes, a multiple of 64K"
+        )
+    return n_bytes
+
+
 def parse_number(text: str) -> int:
     """A number as people type addresses: decimal or 0x...; raises UserError."""
     try:

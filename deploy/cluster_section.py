@@ -19,6 +19,12 @@ _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.ASCII)
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,30}", re.ASCII)
 
 
+def size_of(text: str) -> int | None:
+    """Bytes of a size such as "512M"; None when it is none."""
+    match = _SIZE.fullmatch(text)
+    return None if match is None else int(match[1]) * _UNITS[match[2]]
+
+
 class Document:
     """The file as a whole: its name for messages and where its keys stand."""
 
@@ -99,10 +105,10 @@ class Section:
     def _parse_size(self, name: str, value: object) -> int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-        match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-        if match is None:
+        n_bytes = size_of(value) if isinstance(value, str) else None
+        if n_bytes is None:
             self.fail(name, f'{value!r} is no size; allowed: bytes, or a string such as "512M" or "1G"')
-        return int(match[1]) * _UNITS[match[2]]
+        return n_bytes
 
     def table(self, name: str, known: Sequence[str]) -> Section:
         """The table `[NAME]`, empty when absent."""

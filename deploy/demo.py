@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import msgspec
 import trio
 
 from deploy.api import RunningCluster, Vm, cluster, processes_of
-from deploy.calls_view import RecordReader
+from deploy.calls_view import count_calls
 from deploy.cluster_file import Cluster, VmSpec, read_cluster_file, resolve_state
 from deploy.demo_evidence import SEGMENT_DIR, Evidence, frame_is_hole, read_frame, take_evidence
 from deploy.demo_files import make_demo_files
@@ -26,10 +25,7 @@ from deploy.manifest import read_manifest
 from deploy.run_dirs import default_paths
 from protocol.errors import PefboxError, UserError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
-from protocol.hcalls import HCALLS
 from protocol.roles import Role
-from protocol.ucalls import UCALLS
-from protocol.wire import MessageKind, decode
 from shared.boot_partition import SECTOR_BYTES
 
 CLUSTER_FILE = Path(__file__).parent / "clusters" / "two-hosts.toml"
@@ -224,20 +220,7 @@ def _search(evidence: Evidence, revealed: dict[str, str], report: VmReport) -> N
 
 
 def _count_calls(running: RunningCluster, vm: VmSpec, report: VmReport) -> None:
-    hypercalls: Counter[str] = Counter()
-    ultracalls: Counter[str] = Counter()
-    for recorded in RecordReader(running.paths.record_file(f"{vm.name}/{Role.GUEST.value}")).read():
-        if recorded.direction != "out":
-            continue
-        envelope = decode(recorded.frame)
-        if envelope.kind is not MessageKind.CALL:
-            continue
-        if (call := HCALLS.by_number.get(envelope.number)) is not None:
-            hypercalls[call.name] += 1
-        elif (call := UCALLS.by_number.get(envelope.number)) is not None:
-            ultracalls[call.name] += 1
-    report.hypercalls = dict(sorted(hypercalls.items()))
-    report.ultracalls = dict(sorted(ultracalls.items()))
+    report.hypercalls, report.ultracalls = count_calls(running.paths.record_file(f"{vm.name}/{Role.GUEST.value}"))
 
 
 # -- after the cluster is down --------------------------------------------------------------------------------------

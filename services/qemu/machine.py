@@ -36,6 +36,10 @@ class Machine:
         self.quit_asked = trio.Event()
         self.exit_status: int | None = None
         """What the guest's program said when it ended itself."""
+        self.panic: str | None = None
+        """What the guest's kernel said when it gave up."""
+        self._started_s: float | None = None
+        self._ended_s: float | None = None
         self.board: Board | None = None
         self.windows: DmaWindows | None = None
         self.load: Callable[[], Awaitable[tuple[int, dict[int, int]]]] | None = None
@@ -44,6 +48,13 @@ class Machine:
         self._nursery = nursery
         self._log = log
         self._orders = trio.Lock()
+
+    @property
+    def run_seconds(self) -> float | None:
+        """How long the machine has run since its last start, or ran until it ended; None before the first."""
+        if self._started_s is None:
+            return None
+        return (time.monotonic() if self._ended_s is None else self._ended_s) - self._started_s
 
     # -- exits from kvm ---------------------------------------------------------------------------------------
 
@@ -132,6 +143,7 @@ class Machine:
     def os_term(self, text: str) -> None:
         """The guest's kernel gave up."""
         self._log.error("guest: ibm,os-term", text=text)
+        self.panic = text
         self._nursery.start_soon(self._panic)
 
     def wall_ns(self) -> int:
@@ -156,6 +168,7 @@ class Machine:
         """Load the machine and start its processor; raises PefboxError."""
         assert self.load is not None
         pc, gprs = await self.load()
+        self._started_s, self._ended_s = time.monotonic(), None
         await self._order(m.VM_START, m.StartBody(0, pc, gprs))
         self.state = RunState.RUNNING
 
@@ -207,6 +220,7 @@ class Machine:
         async with self._orders:
             self._events.emit(Shutdown.by(ShutdownCause.GUEST_SHUTDOWN))
             self.state = RunState.SHUTDOWN
+            self._ended_s = time.monotonic()
             await self._order(m.VM_POWEROFF, m.Empty())
             await self._board().reset()
 
@@ -214,6 +228,7 @@ class Machine:
         async with self._orders:
             self._events.emit(Shutdown.by(ShutdownCause.GUEST_PANIC))
             self.state = RunState.GUEST_PANICKED
+            self._ended_s = time.monotonic()
             await self._order(m.VM_STOP, m.Empty())
 
     async def _order(self, message: m.Message[m.BodyT, m.Status], body: m.BodyT) -> None:

@@ -146,11 +146,13 @@ class Qemu:
     async def _vm_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         machine = self._machine
         if machine is None or machine.board is None:
-            return {"state": "prelaunch", "faults": {}, "exit_status": None}
+            return {"state": "prelaunch", "faults": {}}
         return {
             "state": machine.state.value,
             "faults": machine.board.faults(),
             "exit_status": machine.exit_status,
+            "run_seconds": machine.run_seconds,
+            "panic": machine.panic,
         }
 
     async def _page_bytes(self, arguments: dict[str, Any]) -> dict[str, Any]:
