@@ -16,13 +16,16 @@ _POLL_SECONDS = 0.02
 
 
 async def wait_until_started(run: ClusterRun, vms: Iterable[VmRecord]) -> None:
-    """Returns when every one of `vms` has left `starting`; raises StartFailed when one failed or takes too long."""
+    """Returns when every one of `vms` has left `starting`; raises StartFailed when one failed or takes too long.
+
+    A guest that has given up by itself meanwhile, with its processes alive, was started.
+    """
     waiting = list(vms)
     with trio.move_on_after(HEALTHY_SECONDS):
         while True:
             await refresh(run)
             for vm in waiting:
-                if vm.state is VmState.FAILED:
+                if vm.state is VmState.FAILED and vm.lost:
                     raise StartFailed(f"{vm.spec.name} failed: {vm.reason}")
             waiting = [vm for vm in waiting if vm.state is VmState.STARTING]
             if not waiting:

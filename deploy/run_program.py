@@ -95,7 +95,7 @@ def run_program(order: RunOrder, out: Out) -> RunReport:
     program = check_program(order.program, order.memory_bytes)
     with tempfile.TemporaryDirectory(prefix="pefbox-run-") as directory:
         state_dir = Path(directory)
-        blob = _make_blob(program, order, state_dir) if order.secure else None
+        blob = program_blob(program, order, state_dir) if order.secure else None
         cluster_file = state_dir / "run.toml"
         cluster_file.write_text(cluster_text(order, blob))
         return trio.run(_run, order, cluster_file, state_dir, out)
@@ -127,7 +127,7 @@ def _quoted(text: str) -> str:
     return msgspec.json.encode(text).decode()
 
 
-def _make_blob(program: Program, order: RunOrder, state_dir: Path) -> Path:
+def program_blob(program: Program, order: RunOrder, state_dir: Path) -> Path:
     """The ESM blob for the program, for this host's machine key, owned by nobody who could open it."""
     if program.entry != program.base:
         raise UserError(f"{order.program}: a secure program starts at its first byte; its entry is elsewhere")
@@ -147,13 +147,19 @@ def _make_blob(program: Program, order: RunOrder, state_dir: Path) -> Path:
 
 async def _run(order: RunOrder, cluster_file: Path, state_dir: Path, out: Out) -> RunReport:
     report = RunReport(exit_status=STATUS_INTERRUPTED, outcome="interrupted")
+    name = f"run-{secrets.token_hex(3)}"
+    refused: UserError | None = None
     async with trio.open_nursery() as nursery:
         await nursery.start(_cancel_on_signal, nursery.cancel_scope)
-        name = f"run-{secrets.token_hex(3)}"
-        async with cluster(cluster_file, name=name, state_dir=state_dir, record=order.count_calls) as running:
-            run = _Run(running, order, out, report)
-            await run.follow()
+        try:
+            async with cluster(cluster_file, name=name, state_dir=state_dir, record=order.count_calls) as running:
+                await _Run(running, order, out, report).follow()
+        except UserError as error:
+            # Kept for outside the nursery, which would wrap it.
+            refused = error
         nursery.cancel_scope.cancel()
+    if refused is not None:
+        raise refused
     return report
 
 

@@ -34,6 +34,10 @@ class Engine(Protocol):
         """The partition-scoped map changed: forget cached translations."""
 
     @property
+    def n_instructions(self) -> int | None:
+        """Instructions retired since the last start; None where nobody counts them."""
+
+    @property
     def at_safe_point(self) -> bool:
         """Whether `save` may be called now."""
 

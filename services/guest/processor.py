@@ -22,12 +22,13 @@ from typing import Any
 import msgspec
 
 from protocol import messages as m
-from protocol.codes import HCode
+from protocol.codes import HCode, UCode
 from protocol.errors import GuestFault, PeerError
 from protocol.hcalls import H_CEDE, H_LOGICAL_CI_LOAD, H_LOGICAL_CI_STORE
 from protocol.links import GUEST_WHILE_SECURE, name_of
 from protocol.messages import Access, decode_result
 from protocol.refusals import Refusal, refusal
+from protocol.ucalls import UCALLS
 from protocol.wire import Envelope, MessageKind
 from services.guest.clock import GuestClock
 from services.guest.engine import Engine
@@ -165,8 +166,15 @@ class Processor:
     def _serve(self, leaving: Exit) -> None:
         match leaving:
             case Hypercall(number, args):
+                if number in UCALLS.by_number:
+                    # Both kinds go to the ultravisor when S is set; the instruction says which one was meant.
+                    self._resume_with = [HCode.H_FUNCTION]
+                    return
                 self._call_and_resume(self._hypervisor(), number, [_VCPU, *args])
             case Ultracall(number, args):
+                if number not in UCALLS.by_number:
+                    self._resume_with = [UCode.U_FUNCTION]
+                    return
                 self._call_and_resume(self._ultravisor, number, [_VCPU, *args])
             case MmioLoad(gpa, size):
                 self._call_and_resume(self._hypervisor(), H_LOGICAL_CI_LOAD.number, [_VCPU, size, gpa])

@@ -164,7 +164,12 @@ class Guest:
         processor = self._processor
         if processor is None:
             return {"state": "starting", "secure": False}
-        return {"state": processor.state.value, "secure": processor.secure, "crash": processor.crash_reason}
+        return {
+            "state": processor.state.value,
+            "secure": processor.secure,
+            "crash": processor.crash_reason,
+            "instructions": None if self._engine is None else self._engine.n_instructions,
+        }
 
     async def _record(self, arguments: dict[str, Any]) -> dict[str, Any]:
         on = bool(arguments["on"])

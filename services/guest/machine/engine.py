@@ -29,7 +29,7 @@ from services.guest.machine.layout import probe
 from services.guest.machine.mmu import Mmu, ProcessTable, SegmentFault, StorageFault, Use
 from services.guest.machine.partition import Absent, OutsideRam, Partition
 from services.guest.machine.register_file import RegisterFile
-from services.guest.machine.registers import EVERY_FACILITY, Dsisr, Lpcr, Msr, Spr
+from services.guest.machine.registers import EVERY_FACILITY, Dsisr, Lpcr, Msr, Spr, Srr1
 from services.guest.machine.state import VERSION, MachineState, RegisterState, TableState, decode_state, encode_state
 from services.guest.machine.time_base import NS_PER_US, TICKS_PER_US, TimeBase
 from services.guest.machine.translator import Stop, Translator
@@ -309,6 +309,10 @@ class MachineEngine:
     def _serve_exception(self, number: int) -> Exit | None:
         if number == EngineException.SYSTEM_CALL:
             level = self._registers.error_code
+            if level in (_HYPERCALL_LEVEL, _ULTRACALL_LEVEL) and self._registers.msr & Msr.PR:
+                # A process of the guest is not the guest: as KVM does, its kernel hears of it.
+                self._interrupts.deliver(Vector.PROGRAM, self._registers.pc - WORD_BYTES, Srr1.PRIVILEGED)
+                return None
             if level == _HYPERCALL_LEVEL:
                 return self._hypercall()
             if level == _ULTRACALL_LEVEL:

@@ -28,6 +28,9 @@ class ModelEngine:
     opened once the process is confined.
     """
 
+    n_instructions: int | None = None
+    """As Engine: the model charges costs, it retires nothing."""
+
     def __init__(self, memory: AddressSpace, clock: Clock) -> None:
         self._memory = memory
         self._clock = clock

@@ -172,10 +172,10 @@ static void changed_code(void)
 {
     u64 at = address_of(96), real = take_memory(0x1000);
     map_page(0, at, real, 12, PTE_ALL);
-    *(volatile u32 *)(real + 4) = BLR;
+    *(volatile u32 *)(at + 4) = BLR;
     for (u32 value = 1; value < 4; value++) {
-        *(volatile u32 *)real = 0x38600000 | value; /* li r3,value */
-        asm volatile("dcbst 0, %0; sync; icbi 0, %0; isync" : : "r"(real) : "memory");
+        *(volatile u32 *)at = 0x38600000 | value; /* li r3,value */
+        asm volatile("dcbst 0, %0; sync; icbi 0, %0; isync" : : "r"(at) : "memory");
         check_is("changed-code-runs", try(jump, at, 0), value);
     }
 }

@@ -24,7 +24,9 @@ static void errors_of_all(void)
     check_is("write-pate-is-the-hypervisors", ucall(UV_WRITE_PATE, 1, 0, 0), U_PERMISSION);
     check_is("page-in-is-the-hypervisors", ucall(UV_PAGE_IN, 0, 0, 0), U_PERMISSION);
     check_is("return-is-the-hypervisors", ucall(UV_RETURN, 0, 0, 0), U_PERMISSION);
-    check_is("esm-without-a-kernel", ucall(UV_ESM, 0, device_tree, 0), is_secure ? (u64)U_RETRY : (u64)U_P2);
+    check_is("ultracall-number-as-hypercall", hcall(UV_SHARE_PAGE, SHARED_PAGE >> 16, 1, 0, 0), H_FUNCTION);
+    check_is("esm-without-a-kernel", ucall(UV_ESM, 0, device_tree, 0), U_P2);
+    check_is("esm-without-a-tree", ucall(UV_ESM, (u64)_start, 0, 0), U_P3);
 }
 
 static void errors_of_a_normal_vm(void)
@@ -32,7 +34,6 @@ static void errors_of_a_normal_vm(void)
     check_is("share-without-s", ucall(UV_SHARE_PAGE, SHARED_PAGE >> 16, 1, 0), U_PERMISSION);
     check_is("unshare-without-s", ucall(UV_UNSHARE_PAGE, SHARED_PAGE >> 16, 1, 0), U_PERMISSION);
     check_is("unshare-all-without-s", ucall(UV_UNSHARE_ALL_PAGES, 0, 0, 0), U_PERMISSION);
-    check_is("esm-without-a-tree", ucall(UV_ESM, (u64)_start, 0, 0), U_P3);
     check_is("esm-without-a-blob", ucall(UV_ESM, (u64)_start, device_tree, 0), U_PARAMETER);
     check_is("still-normal", mfmsr() & MSR_S, 0);
     check("memory-is-intact", read_be32((void *)device_tree) == 0xd00dfeed, "tree begins", read_be32((void *)device_tree));
@@ -40,6 +41,7 @@ static void errors_of_a_normal_vm(void)
 
 static void sharing(void)
 {
+    check_is("esm-twice", ucall(UV_ESM, (u64)_start, device_tree, 0), U_RETRY);
     volatile u64 *page = (u64 *)SHARED_PAGE;
     page[0] = 0x5ec2e7;
     page[1023] = 0x5ec2e7;
