@@ -19,7 +19,7 @@ import pytest
 from deploy.api import cluster
 from deploy.cluster_file import parse_cluster
 from deploy.run_dirs import running_clusters
-from deploy.run_program import RunOrder, program_blob, check_program, cluster_text
+from deploy.run_program import RunOrder, check_program, cluster_text, program_blob
 from tests.guest.build import ENDIANS, build_program
 from tests.needs import need_cross_compilers
 
