@@ -8,7 +8,7 @@ from protocol.hcalls import H_REGISTER_PROC_TBL
 from services.guest.exits import Exit, Hypercall
 from services.guest.machine import mmu
 from services.guest.machine.interrupts import RELOCATED_BASE, Vector
-from services.guest.machine.registers import Dsisr, Msr, Spr
+from services.guest.machine.registers import Dsisr, Msr, Spr, Srr1
 from tests.unit import power_asm as asm
 from tests.unit.machine_rig import MachineRig
 from tests.unit.power_asm import R3, R4, R5, R6, R7, R8, R9
@@ -148,18 +148,26 @@ def test_an_address_of_no_quadrant_is_a_segment_interrupt(world: Translated, add
 
 def test_with_ail_3_the_kernel_gets_its_interrupts_translated(world: Translated) -> None:
     world.rig.put(KERNEL_AT + Vector.SYSTEM_CALL, asm.li(R9, 7), asm.SC1)
-    world.rig.put(CODE_AT, asm.SC0)
-    world.run(asm.SC1)
+    world.run(asm.SC0)
     world.rig.engine._interrupts.ail = 3
     world.rig.engine.resume([0])
     registers = world.rig.engine._registers
     world.rig.put(CODE_AT + 0x100, asm.SC0)
-    registers.pc = CODE + 0x100
+    registers.pc, registers.msr = CODE + 0x100, USER_MSR
     world.rig.until_exit()
 
     assert world.rig.gpr[R9] == 7
     assert registers.pc == RELOCATED_BASE + Vector.SYSTEM_CALL + 8
     assert world.rig.msr == KERNEL_MSR
+
+
+@pytest.mark.parametrize("call", [asm.SC1, asm.SC2])
+def test_a_process_of_the_guest_reaches_neither_hypervisor_nor_ultravisor(world: Translated, call: int) -> None:
+    world.run(asm.NOP, call)
+
+    assert world.vector == Vector.PROGRAM
+    assert world.rig.spr(Spr.SRR0) == CODE + 4
+    assert world.rig.spr(Spr.SRR1) == USER_MSR | Srr1.PRIVILEGED
 
 
 def test_a_page_that_the_handler_maps_is_there_when_the_program_goes_on(world: Translated) -> None:
