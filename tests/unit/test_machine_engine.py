@@ -11,7 +11,7 @@ from protocol.messages import Access
 from protocol.ucalls import UV_SHARE_PAGE
 from services.guest.clock import WallClock
 from services.guest.exits import Crash, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
-from services.guest.machine.engine import SLICE_INSTRUCTIONS
+from services.guest.machine.engine import NS_PER_INSTRUCTION, SLICE_INSTRUCTIONS
 from services.guest.machine.interrupts import RELOCATED_BASE, Vector
 from services.guest.machine.registers import Fscr, Msr, Spr, Srr1
 from services.guest.machine.time_base import TICKS_PER_US
@@ -78,7 +78,7 @@ def test_a_loop_ends_its_slice_at_the_same_instruction_every_time() -> None:
         assert rig.engine.run(SLICE_NS) is Pause.SLICE_END
         assert rig.engine.n_instructions == slices * SLICE_INSTRUCTIONS
         assert rig.gpr[R3] == slices * SLICE_INSTRUCTIONS // 2
-        assert rig.clock.now_ns() == slices * SLICE_INSTRUCTIONS
+        assert rig.clock.now_ns() == slices * SLICE_INSTRUCTIONS * NS_PER_INSTRUCTION
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,32 @@ def test_a_masked_interrupt_waits_for_ee_and_comes_soon_after() -> None:
     rig.engine.set_line(True)
     rig.until_exit()
 
-    assert 0 < rig.gpr[R3] < 1000
+    assert 0 < rig.gpr[R3] < 4096
+
+
+@pytest.mark.parametrize("n_words", [1, 2, 3, 7, 500])
+def test_slices_of_blocks_of_any_size_end_before_the_block_that_would_pass_the_limit(n_words: int) -> None:
+    rig = MachineRig()
+    rig.begin(*[asm.addi(R3, R3, 1)] * n_words, asm.b(-n_words))
+
+    for _ in range(3):
+        before = rig.engine.n_instructions
+        assert rig.engine.run(SLICE_NS) is Pause.SLICE_END
+        assert SLICE_INSTRUCTIONS - n_words - 1 <= rig.engine.n_instructions - before <= SLICE_INSTRUCTIONS
+        assert rig.engine.n_instructions % (n_words + 1) == 0
+        assert rig.gpr[R3] == rig.engine.n_instructions // (n_words + 1) * n_words
+
+
+def test_an_interrupt_that_is_masked_for_long_does_not_cut_slices_short_for_ever() -> None:
+    rig = MachineRig()
+    rig.begin(asm.b(0))
+    rig.engine.set_line(True)
+    for _ in range(10):
+        rig.engine.run(SLICE_NS)
+    before = rig.engine.n_instructions
+    rig.engine.run(SLICE_NS)
+
+    assert rig.engine.n_instructions - before > SLICE_INSTRUCTIONS // 2
 
 
 def test_the_decrementer_interrupts_when_its_time_has_come() -> None:

@@ -19,10 +19,11 @@ from services.guest.address_space import AddressSpace
 from services.guest.clock import GuestClock
 from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
 from services.guest.machine import accesses
+from services.guest.machine.block_counter import MAX_BLOCK_INSTRUCTIONS, BlockCounter
 from services.guest.machine.calls import Calls
 from services.guest.machine.code_pages import CODE_PAGE_BYTES, CodePages, ShadowsFull
 from services.guest.machine.engine_memory import EngineMemory
-from services.guest.machine.hooks import EXCEPTION_CALLBACK, FILL_CALLBACK, add_hook
+from services.guest.machine.hooks import EXCEPTION_CALLBACK, FILL_CALLBACK, add_hook, address_of
 from services.guest.machine.instructions import WORD_BYTES, EngineException, Instructions
 from services.guest.machine.interrupts import Interrupts, Vector
 from services.guest.machine.layout import probe
@@ -37,9 +38,8 @@ from services.runtime.log import Log
 
 SLICE_INSTRUCTIONS = 100_000
 """About a millisecond of the host's time, which is what an invalidation may have to wait for."""
-MASKED_INSTRUCTIONS = 2_000
-"""A slice while an interrupt waits for MSR.EE."""
-MIN_INSTRUCTIONS = 200
+NS_PER_INSTRUCTION = 2
+"""Of the clock `instructions`: about what an instruction takes, so that firmware's delays last as long as they say."""
 MAX_LACKING_LINES = 100
 _HYPERCALL_LEVEL = 1
 _ULTRACALL_LEVEL = 2
@@ -81,6 +81,7 @@ class MachineEngine:
         self._access: accesses.Access | None = None
         self._base_address = 0
         self._exception: int | None = None
+        self._masked_budget = MAX_BLOCK_INSTRUCTIONS
         self.n_instructions = 0
         """Retired since the start."""
         memory.on_map = self._follow_space
@@ -89,10 +90,10 @@ class MachineEngine:
     def _install_hooks(self) -> None:
         self._uc.ctl_set_tlb_mode(uc.UC_TLB_VIRTUAL)
         self._uc.ctl_exits_enabled(True)
-        self._callbacks = [
-            add_hook(self._uc, uc.UC_HOOK_TLB_FILL, FILL_CALLBACK(self._translator.fill)),
-            add_hook(self._uc, uc.UC_HOOK_INTR, EXCEPTION_CALLBACK(self._on_exception)),
-        ]
+        self._callbacks = FILL_CALLBACK(self._translator.fill), EXCEPTION_CALLBACK(self._on_exception)
+        for kind, callback in zip((uc.UC_HOOK_TLB_FILL, uc.UC_HOOK_INTR), self._callbacks, strict=True):
+            add_hook(self._uc, kind, address_of(callback))
+        self._counter = BlockCounter(self._uc)
 
     def _on_exception(self, _engine: int, number: int, _data: int) -> None:
         self._exception = number
@@ -119,6 +120,7 @@ class MachineEngine:
         """Forget everything and begin at `pc` in real mode, big-endian, 64 bits."""
         registers = self._registers
         self._awaited = None
+        self._masked_budget = MAX_BLOCK_INSTRUCTIONS
         registers.clear()
         registers.msr = Msr.SF | Msr.ME
         registers.spr[Spr.LPCR] |= _LPCR
@@ -139,15 +141,16 @@ class MachineEngine:
             raise RuntimeError("the last exit has no outcome yet: resume comes before run")
         self._code.look_at_writes()
         left_ticks = self._time.begin()
-        pending = self._take_interrupt()
-        budget = MASKED_INSTRUCTIONS if pending else self._budget(slice_ns, left_ticks)
-        while budget > 0:
+        budget = self._budget(slice_ns, left_ticks, waits=self._take_interrupt())
+        while budget >= MAX_BLOCK_INSTRUCTIONS:
             retired, status = self._execute(budget)
             # A handler that cannot even be fetched retires nothing, and must not hold the slice for ever.
             budget -= max(retired, 1)
             exit_ = self._serve(status)
             if exit_ is not None:
                 return exit_
+            if self._counter.stopped:
+                break
         return Pause.SLICE_END
 
     def resume(self, result: list[int]) -> None:
@@ -238,24 +241,29 @@ class MachineEngine:
         self._interrupts.deliver(due, self._registers.pc)
         return False
 
-    def _budget(self, slice_ns: int, left_ticks: int) -> int:
-        """Instructions of this slice: the decrementer ends it when it is going to expire."""
-        limit = min(SLICE_INSTRUCTIONS, slice_ns)
+    def _budget(self, slice_ns: int, left_ticks: int, *, waits: bool) -> int:
+        """Instructions of this slice. The decrementer ends it when it is going to expire; while an interrupt waits for
+        MSR.EE slices are short at first, and longer each time, since firmware may never enable it."""
+        limit = max(MAX_BLOCK_INSTRUCTIONS, min(SLICE_INSTRUCTIONS, slice_ns // NS_PER_INSTRUCTION))
+        if waits:
+            self._masked_budget = min(limit, self._masked_budget * 2)
+            return self._masked_budget
+        self._masked_budget = MAX_BLOCK_INSTRUCTIONS
         if left_ticks <= 0:
             return limit
-        return max(MIN_INSTRUCTIONS, min(limit, left_ticks * NS_PER_US // TICKS_PER_US + 1))
+        left = left_ticks * NS_PER_US // TICKS_PER_US // NS_PER_INSTRUCTION + 1
+        return max(MAX_BLOCK_INSTRUCTIONS, min(limit, left))
 
     def _execute(self, n: int) -> tuple[int, int]:
         """Run up to `n` instructions; how many retired, and the engine's own status."""
         self._exception = None
         registers = self._registers
-        status: int = uclib.uc_emu_start(self._uc._uch, registers.pc, 0, 0, n)
-        retired = min(registers.n_begun, n)
+        self._counter.begin(n)
+        status: int = uclib.uc_emu_start(self._uc._uch, registers.pc, 0, 0, 0)
         stop = self._translator.stop
-        if stop is not None and stop.use is not Use.FETCH:
-            retired -= 1
+        retired = self._counter.retired(registers.pc, fetch=stop is not None and stop.use is Use.FETCH)
         self._time.end()
-        self._clock.charge(retired)
+        self._clock.charge(retired * NS_PER_INSTRUCTION)
         self.n_instructions += retired
         return retired, status
 

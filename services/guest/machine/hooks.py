@@ -23,11 +23,17 @@ EXCEPTION_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ct
 _ALL_ADDRESSES = (ctypes.c_uint64(1), ctypes.c_uint64(0))
 
 
-def add_hook(engine: Any, kind: int, callback: Any) -> Any:  # noqa: ANN401
-    """Install `callback`, which the caller keeps for as long as the engine lives; returns it. Raises HostFault."""
+def address_of(callback: Any) -> int:  # noqa: ANN401
+    """Where the engine has to call; the caller keeps `callback` for as long as the engine lives."""
+    address = ctypes.cast(callback, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+def add_hook(engine: Any, kind: int, function: int, data: int = 0) -> None:  # noqa: ANN401
+    """Have the engine call `function` with `data` as its last argument. Raises HostFault."""
     handle = ctypes.c_size_t()
-    function = ctypes.cast(callback, ctypes.c_void_p)
-    status = uclib.uc_hook_add(engine._uch, ctypes.byref(handle), kind, function, None, *_ALL_ADDRESSES)
+    pointers = ctypes.c_void_p(function), ctypes.c_void_p(data)
+    status = uclib.uc_hook_add(engine._uch, ctypes.byref(handle), kind, *pointers, *_ALL_ADDRESSES)
     if status:
         raise HostFault(f"the engine takes no callback of kind {kind}: error {status}")
-    return callback

@@ -1,7 +1,7 @@
 """Where the engine keeps its registers, found out by running stubs.
 
-`unicorn` gives no access to special purpose registers, to the error code of an exception and to the number of
-instructions that ran, but all of them lie in its own memory. `probe` runs stubs that leave known values there and
+`unicorn` gives no access to special purpose registers and to the error code of an exception, but all of them lie in its
+own memory. `probe` runs stubs that leave known values there and
 searches for them; a value that does not turn up at exactly one place means that this release is laid out otherwise,
 and the engine refuses to run with it. Offsets are never taken from a table.
 
@@ -39,8 +39,6 @@ _SYSCALL = 0x44000002
 _MTSPR = 0x7C0003A6
 _NOP = 0x60000000
 _LEVELS = (0, 1, 2, 3)
-_COUNTS = (777, 1234)
-_LOOP = struct.pack(">II", 0x38E70001, 0x4BFFFFFC)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.malloc_usable_size.argtypes = [ctypes.c_void_p]
@@ -52,8 +50,6 @@ class Layout:
     """Offsets in bytes: of the processor's address in the engine's own structure, the others from there or there."""
 
     processor: int
-    counter: int
-    """In the engine's structure: instructions begun since it was started, u64; the limit follows it."""
     gprs: int
     sprs: int
     vsrs: int
@@ -120,7 +116,6 @@ class _Probe:
         time_base = _only(snapshot(), _CACHE_LINES, "cache line sizes", sprs + _SPR_BYTES) - _TIME_BASE_BEFORE_BYTES
         return Layout(
             processor,
-            self._find_counter(),
             gprs,
             sprs,
             vsrs,
@@ -186,19 +181,6 @@ class _Probe:
         if len(found) != 1:
             raise _unknown("error code")
         return found[0] * 4
-
-    def _find_counter(self) -> int:
-        self._ram[_STUB_AT : _STUB_AT + len(_LOOP)] = _LOOP
-        self._uc.ctl_flush_tb()
-        found = None
-        for count in _COUNTS:
-            self._uc.emu_start(_STUB_AT, 0, count=count)
-            words = memoryview(_read(self._base, self._n_bytes // 8 * 8)).cast("Q")
-            places = {n for n in range(len(words) - 1) if words[n] == count + 1 and words[n + 1] == count}
-            found = places if found is None else found & places
-        if found is None or len(found) != 1:
-            raise _unknown("instruction counter")
-        return found.pop() * 8
 
 
 def _identity(_uc: object, address: int, _access: int, entry: Any, _data: object) -> bool:  # noqa: ANN401

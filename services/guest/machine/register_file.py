@@ -36,7 +36,6 @@ class RegisterFile:
         self._msr = ctypes.c_uint64.from_address(processor + layout.msr)
         self._pc = ctypes.c_uint64.from_address(processor + layout.pc)
         self._error_code = ctypes.c_uint32.from_address(processor + layout.error_code)
-        self._counter = ctypes.c_uint64.from_address(base + layout.counter)
         self._value = ctypes.c_uint64()
         self._value_at = ctypes.byref(self._value)
         # Code that reads PURR follows this pointer, which the engine leaves null.
@@ -73,11 +72,6 @@ class RegisterFile:
     def error_code(self) -> int:
         """Of the last exception."""
         return self._error_code.value
-
-    @property
-    def n_begun(self) -> int:
-        """Instructions begun since the engine was started; one more than its limit when it ended there."""
-        return self._counter.value
 
     @property
     def lr(self) -> int:
