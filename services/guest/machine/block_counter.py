@@ -66,7 +66,7 @@ class BlockCounter:
     @property
     def stopped(self) -> bool:
         """Whether the limit ended the run."""
-        return self._counts.begun > self._counts.limit
+        return bool(self._counts.begun > self._counts.limit)
 
     def retired(self, pc: int, *, fetch: bool) -> int:
         """Instructions that ran since `begin`; the engine stopped at `pc`, with `fetch` since it could not go there."""
