@@ -96,6 +96,10 @@ class MachineEngine:
         self._counter = BlockCounter(self._uc)
 
     def _on_exception(self, _engine: int, number: int, _data: int) -> None:
+        if number == EngineException.SYSTEM_CALL and self._registers.error_code == 0:
+            # The one interrupt that is frequent enough to be delivered without leaving the engine.
+            self._interrupts.deliver(Vector.SYSTEM_CALL, self._registers.pc)
+            return
         self._exception = number
         uclib.uc_emu_stop(self._uc._uch)
 

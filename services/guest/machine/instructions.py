@@ -31,6 +31,8 @@ _KIND_MASK = 0xF0
 class EngineException(IntEnum):
     """Exceptions by the engine's numbers."""
 
+    DATA_STORAGE = 2
+    """Raised by atomic memory operations whose function does not exist; misses of the TLB come another way."""
     ALIGNMENT = 5
     PROGRAM = 6
     FP_UNAVAILABLE = 7
@@ -92,9 +94,12 @@ class Instructions:
             self._program(at, self._registers.error_code)
         elif number in _UNAVAILABLE:
             self._interrupts.deliver(_UNAVAILABLE[EngineException(number)], at)
-        elif number == EngineException.ALIGNMENT:
-            address = effective_address(self._word_at(at), self._registers.gpr)
-            self._interrupts.alignment(at, address or 0)
+        elif number in (EngineException.ALIGNMENT, EngineException.DATA_STORAGE):
+            address = effective_address(self._word_at(at), self._registers.gpr) or 0
+            if number == EngineException.ALIGNMENT:
+                self._interrupts.alignment(at, address)
+            else:
+                self._interrupts.data_storage(at, address, 0)
         else:
             return False
         return True
