@@ -15,7 +15,7 @@ from enum import Enum
 from protocol.codes import HCode, UCode
 from protocol.geometry import PAGE_BYTES, gpa_of
 from services.testing.host import PlayedVm, RealHost
-from services.testing.image import FIRST_FREE_GFN, PlayedImage
+from services.testing.image import FIRST_FREE_GFN, RTAS_GFN, PlayedImage
 from shared.host_view import HostState
 from shared.partition_map import MapKind
 
@@ -159,6 +159,9 @@ class WatchedVm:
             frame = raw[gpa_of(gfn) : gpa_of(gfn + 1)]
             if gfn in bounce:
                 self._check_view(gfn, HostState.SHARED, MapKind.ABSENT)
+            elif gfn == RTAS_GFN:
+                self._check_view(gfn, HostState.SHARED, MapKind.SECURE)
+                _must(frame == _ZERO_PAGE, "S2: the host's page of the RTAS area is not zero")
             elif gfn in self.shared:
                 self._check_view(gfn, HostState.SHARED, MapKind.SHARED)
             elif self.vm.qemu.view(gfn) is HostState.PRESENT:

@@ -90,6 +90,7 @@ class EsmSwitch:
         parts = [layout.fdt, layout.rtas, layout.initrd, kernel]
         await _in_thread(check_image, opened.digests, self._image(layout, kernel))
         bounce = await self._make_bounce_pages(layout, parts, tree)
+        await self._make_pseudo_shared(layout.rtas)
         new_tree = await _in_thread(self._edit_tree, tree, layout, parts, bounce)
         await self._init_done()
         # The end of the VM, too, wakes whoever waits for kvm.
@@ -170,8 +171,7 @@ class EsmSwitch:
         gfns = free_pages(layout, parts, tree.reservations, BOUNCE_PAGES)
         for gfn in gfns:
             self._svm.apply(gfn, PageEvent.MAKE_IMPLICIT)
-            result = await self._ask(H_SVM_PAGE_IN, [gpa_of(gfn), H_PAGE_IN_SHARED, PAGE_SHIFT])
-            self._expect(result[0], "H_SVM_PAGE_IN of a bounce page")
+            await self._ask_shared(gfn, "a bounce page")
             try:
                 # What the host had there is kept, for a refusal further on gives it back.
                 self._svm.take_in(gfn)
@@ -179,6 +179,20 @@ class EsmSwitch:
             except HostFault as fault:
                 raise ImageRefused(f"bounce page: {fault}") from None
         return gfns
+
+    async def _make_pseudo_shared(self, rtas: Extent) -> None:
+        """Of the RTAS area guest and hypervisor each have a page of their own: the measured one, and zeros."""
+        for gfn in rtas.gfns:
+            self._svm.apply(gfn, PageEvent.MAKE_PSEUDO)
+            await self._ask_shared(gfn, "the RTAS area")
+            try:
+                self._svm.zero_shared(gfn)
+            except HostFault as fault:
+                raise ImageRefused(f"RTAS area: {fault}") from None
+
+    async def _ask_shared(self, gfn: int, what: str) -> None:
+        result = await self._ask(H_SVM_PAGE_IN, [gpa_of(gfn), H_PAGE_IN_SHARED, PAGE_SHIFT])
+        self._expect(result[0], f"H_SVM_PAGE_IN of {what}")
 
     def _edit_tree(self, tree: FdtTree, layout: BootLayout, parts: list[Extent], bounce: list[int]) -> bytes:
         tree.reservations.append((gpa_of(bounce[0]), len(bounce) * PAGE_BYTES))

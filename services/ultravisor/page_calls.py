@@ -28,10 +28,21 @@ _INVALIDATABLE = frozenset(
         GfnState.HV_SHARED,
         GfnState.HV_SHARED_INV,
         GfnState.HV_UNSHARING,
+        GfnState.HV_UNSHARING_INV,
     }
 )
 
-_SHARED_OUT = (GfnState.SHARED, GfnState.SHARED_INV, GfnState.SHARED_IMPLICIT, GfnState.SHARED_IMPLICIT_INV)
+_SHARED_OUT = frozenset(
+    {
+        GfnState.SHARED,
+        GfnState.SHARED_INV,
+        GfnState.SHARED_IMPLICIT,
+        GfnState.SHARED_IMPLICIT_INV,
+        GfnState.PSEUDO_SHARED,
+        GfnState.PSEUDO_SHARED_INV,
+    }
+)
+"""The hypervisor has a frame of its own for these already: nothing is to be done."""
 
 
 def register_slot(svm: Svm, gpa: int, size_bytes: int, flags: int, slot: int) -> UCode:

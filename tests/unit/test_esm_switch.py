@@ -14,7 +14,7 @@ from protocol import hcalls as h
 from protocol.codes import HCode, UCode
 from protocol.geometry import PAGE_BYTES, gpa_of
 from protocol.messages import SVM_START
-from protocol.ucalls import UV_ESM
+from protocol.ucalls import UV_ESM, UV_UNSHARE_ALL_PAGES
 from services.testing.image import FDT_GFN, INITRD_GFN, KERNEL_GFN, RTAS_GFN, PlayedImage, make_image
 from services.ultravisor.esm import BOUNCE_PAGES
 from shared.esm_digest import RTAS_TEXT
@@ -99,6 +99,45 @@ async def test_only_what_was_measured_is_taken_from_the_host(rig: UltravisorRig,
     initrd = image.parts[gpa_of(INITRD_GFN)]
     assert bytes(rig.page(INITRD_GFN)) == initrd.ljust(PAGE_BYTES, b"\0")
     assert not any(rig.page(FREE_GFN))
+
+
+async def test_of_the_rtas_area_guest_and_hypervisor_each_have_a_page_of_their_own(
+    rig: UltravisorRig, image: PlayedImage
+) -> None:
+    """S1, S2: the hypervisor's page is zero and stays so, whatever the guest writes into its own."""
+    await rig.secure(image)
+    assert rig.state(RTAS_GFN) == "PSEUDO_SHARED"
+    rig.page(RTAS_GFN)[0x1000:0x1006] = b"secret"
+    assert not any(rig.read(RTAS_GFN))
+
+    assert await rig.kvm.page_out(RTAS_GFN) == UCode.U_SUCCESS
+    assert not any(rig.read(RTAS_GFN))
+    assert await rig.kvm.page_inval(RTAS_GFN) == UCode.U_SUCCESS
+    assert rig.state(RTAS_GFN) == "PSEUDO_SHARED_INV"
+    assert await rig.fault(RTAS_GFN) == HCode.H_SUCCESS
+    assert await rig.kvm.page_in(RTAS_GFN) == UCode.U_SUCCESS
+    assert rig.state(RTAS_GFN) == "PSEUDO_SHARED"
+    assert bytes(rig.page(RTAS_GFN)[0x1000:0x1006]) == b"secret"
+
+    assert await rig.share(RTAS_GFN) == UCode.U_SUCCESS
+    assert await rig.unshare(RTAS_GFN) == UCode.U_P2
+    assert await rig.ucall(UV_UNSHARE_ALL_PAGES) == UCode.U_SUCCESS
+    assert rig.state(RTAS_GFN) == "PSEUDO_SHARED"
+    assert not any(rig.read(RTAS_GFN))
+
+
+async def test_a_hypervisor_that_does_not_share_the_rtas_area_gets_no_secure_vm(
+    rig: UltravisorRig, image: PlayedImage
+) -> None:
+    rig.load(image)
+    obey = rig.kvm.obey(h.H_SVM_PAGE_IN.number)
+
+    async def refuse_rtas(args: Registers) -> Registers | None:
+        shared = args[1] == h.H_PAGE_IN_SHARED
+        return [HCode.H_PARAMETER] if shared and args[0] == gpa_of(RTAS_GFN) else await obey(args)
+
+    rig.kvm.lies[h.H_SVM_PAGE_IN.number] = refuse_rtas
+    await expect_refusal(rig, image, "hypervisor: H_SVM_PAGE_IN of the RTAS area returned H_PARAMETER")
 
 
 async def test_the_bounce_pages_are_zero_shared_implicitly_and_reserved_in_the_tree(

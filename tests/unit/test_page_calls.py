@@ -14,7 +14,7 @@ from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
 from services.ultravisor import page_calls
 from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.page_calls import PageRequest
-from services.ultravisor.page_state import GfnState, PageEvent
+from services.ultravisor.page_state import TRANSITIONS, GfnState, PageEvent
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount
 from services.ultravisor.svm import Svm, SvmPhase
@@ -302,3 +302,56 @@ async def test_a_shared_frame_may_be_taken_away_and_given_back(secure: Rig) -> N
 async def test_arguments_of_a_page_invalidation_are_checked(secure: Rig, gpa: int, order: int, code: UCode) -> None:
     assert await page_calls.page_inval(secure.partition, secure.svm, gpa, order, 0) is code
     assert not secure.guest.asked
+
+
+# -- every state ------------------------------------------------------------------------------------------------------
+
+OK, RETRY, P2, PARAMETER, P3 = UCode.U_SUCCESS, UCode.U_RETRY, UCode.U_P2, UCode.U_PARAMETER, UCode.U_P3
+S = GfnState
+ANSWERS: dict[GfnState, tuple[tuple[UCode, GfnState], tuple[UCode, GfnState], tuple[UCode, GfnState]]] = {
+    S.SECURE: ((P2, S.SECURE), (OK, S.PAGED_OUT), (P2, S.SECURE)),
+    S.PAGED_OUT: ((P3, S.PAGED_OUT), (PARAMETER, S.PAGED_OUT), (P2, S.PAGED_OUT)),
+    S.SHARED: ((OK, S.SHARED), (OK, S.SHARED), (OK, S.SHARED_INV)),
+    S.SHARED_INV: ((OK, S.SHARED), (OK, S.SHARED_INV), (OK, S.SHARED_INV)),
+    S.SHARED_IMPLICIT: ((OK, S.SHARED_IMPLICIT), (OK, S.SHARED_IMPLICIT), (OK, S.SHARED_IMPLICIT_INV)),
+    S.SHARED_IMPLICIT_INV: ((OK, S.SHARED_IMPLICIT), (OK, S.SHARED_IMPLICIT_INV), (OK, S.SHARED_IMPLICIT_INV)),
+    S.HV_SHARING: ((OK, S.HV_SHARED), (RETRY, S.HV_SHARING), (P2, S.HV_SHARING)),
+    S.HV_SHARED: ((OK, S.HV_SHARED), (RETRY, S.HV_SHARED), (OK, S.HV_SHARED_INV)),
+    S.HV_SHARED_INV: ((OK, S.HV_SHARED), (RETRY, S.HV_SHARED_INV), (OK, S.HV_SHARED_INV)),
+    S.HV_UNSHARING: ((OK, S.HV_UNSHARED), (RETRY, S.HV_UNSHARING), (OK, S.HV_UNSHARING_INV)),
+    S.HV_UNSHARING_INV: ((OK, S.HV_UNSHARED), (RETRY, S.HV_UNSHARING_INV), (OK, S.HV_UNSHARING_INV)),
+    S.HV_UNSHARED: ((RETRY, S.HV_UNSHARED), (RETRY, S.HV_UNSHARED), (P2, S.HV_UNSHARED)),
+    S.PSEUDO_SHARED: ((OK, S.PSEUDO_SHARED), (OK, S.PSEUDO_SHARED), (OK, S.PSEUDO_SHARED_INV)),
+    S.PSEUDO_SHARED_INV: ((OK, S.PSEUDO_SHARED), (OK, S.PSEUDO_SHARED_INV), (OK, S.PSEUDO_SHARED_INV)),
+    S.PAGING_OUT: ((RETRY, S.PAGING_OUT), (RETRY, S.PAGING_OUT), (P2, S.PAGING_OUT)),
+    S.PAGING_IN: ((P3, S.PAGED_OUT), (RETRY, S.PAGING_IN), (P2, S.PAGING_IN)),
+}
+"""What UV_PAGE_IN, UV_PAGE_OUT and UV_PAGE_INVAL answer in each state, and what the page is then."""
+
+
+def way_to(state: GfnState) -> list[PageEvent]:
+    """The shortest run of events from SECURE."""
+    ways: dict[GfnState, list[PageEvent]] = {S.SECURE: []}
+    queue = [S.SECURE]
+    for at in queue:
+        for (old, event), new in TRANSITIONS.items():
+            if old is at and new not in ways:
+                ways[new] = [*ways[at], event]
+                queue.append(new)
+    return ways[state]
+
+
+@pytest.mark.parametrize("state", GfnState, ids=lambda state: state.name)
+async def test_each_call_of_the_hypervisor_in_each_state(state: GfnState) -> None:
+    for call, (code, then) in enumerate(ANSWERS[state]):
+        rig = Rig()
+        rig.secure()
+        for event in way_to(state):
+            rig.svm.apply(GFN, event)
+        if call == 0:
+            answer = rig.page_in(GFN)
+        elif call == 1:
+            (answer,) = await rig.page_out(GFN)
+        else:
+            answer = await page_calls.page_inval(rig.partition, rig.svm, gpa_of(GFN), PAGE_SHIFT, 0)
+        assert (answer, rig.svm.states[GFN]) == (code, then), ("page in", "page out", "page inval")[call]
