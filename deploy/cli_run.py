@@ -16,12 +16,20 @@ _TIMES = ("instructions", "wall")
 @click.argument("program", type=click.Path(path_type=Path))
 @click.option("--secure", is_flag=True, help="Have the VM turn secure before the program starts.")
 @click.option("--append", "command_line", default="", metavar="ARGS", help="Command line: /chosen/bootargs.")
+@click.option("--initrd", type=click.Path(path_type=Path), help="Initial RAM disk: /chosen/linux,initrd-start.")
 @click.option("--memory", default="64M", show_default=True, help="RAM of the VM.")
 @click.option("--time", "time", type=click.Choice(_TIMES), default=_TIMES[0], show_default=True, help="Its clock.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="End it after that.")
 @json_option
 def run(
-    program: Path, secure: bool, command_line: str, memory: str, time: str, timeout: float | None, as_json: bool
+    program: Path,
+    secure: bool,
+    command_line: str,
+    initrd: Path | None,
+    memory: str,
+    time: str,
+    timeout: float | None,
+    as_json: bool,
 ) -> None:
     """Run the ELF file PROGRAM on a VM of its own, without firmware, and end with its exit status.
 
@@ -40,6 +48,7 @@ def run(
     try:
         order = RunOrder(
             program=program,
+            initrd=initrd,
             secure=secure,
             command_line=command_line,
             memory_bytes=parse_size(memory, "--memory"),

@@ -43,6 +43,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
     """What to run. `time` is the VM's clock; `timeout_seconds` None lets it run for ever."""
 
     program: Path
+    initrd: Path | None = None
     secure: bool = False
     command_line: str = ""
     memory_bytes: int = 64 << 20
@@ -79,15 +80,21 @@ class _QemuStatus(msgspec.Struct):
 def check_program(path: Path, memory_bytes: int) -> Program:
     """The program in the file; raises UserError with the one line that says what is wrong with it."""
     try:
-        program = read_program(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        program = read_program(read_file(path))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     if program.end > memory_bytes:
         room = f"the VM has {memory_bytes >> 20} MiB of memory"
         raise UserError(f"{path}: ends at {program.end:#x}, but {room}; give it more with --memory")
     return program
+
+
+def read_file(path: Path) -> bytes:
+    """A user's file; raises UserError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def run_program(order: RunOrder, out: Out) -> RunReport:
@@ -117,6 +124,8 @@ def cluster_text(order: RunOrder, blob: Path | None) -> str:
         f"image = {_quoted(str(order.program.absolute()))}",
         f"command_line = {_quoted(order.command_line)}",
     ]
+    if order.initrd is not None:
+        lines.append(f"initrd = {_quoted(str(order.initrd.absolute()))}")
     if blob is not None:
         lines.append(f"esm_blob = {_quoted(str(blob))}")
     return "\n".join(lines) + "\n"
@@ -134,7 +143,8 @@ def program_blob(program: Program, order: RunOrder, state_dir: Path) -> Path:
     for finding in findings_for_secure(order.program.read_bytes()):
         raise UserError(f"{order.program}: {finding}")
     ensure_keys(state_dir, _HOST)
-    image = SecureImage(RTAS_TEXT, program.image, b"", order.command_line.encode())
+    initrd = b"" if order.initrd is None else read_file(order.initrd)
+    image = SecureImage(RTAS_TEXT, program.image, initrd, order.command_line.encode())
     owner = rsa.generate_private_key(65537, 2048).public_key()
     pem = owner.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     contents = BlobContents(

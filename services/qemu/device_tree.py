@@ -56,6 +56,17 @@ _PLATFORM_SUPPORT = bytes((23, 0x00, 24, 0x40, 25, 0x00, 26, 0x40))
 """Option vector 5: XICS only, radix only, no hash table options, guest translation shootdown."""
 
 
+def _option_vector(values: bytes) -> bytes:
+    """The whole option vector with these (byte, value) pairs set."""
+    vector = bytearray(max(values[::2]) + 1)
+    for byte, value in zip(values[::2], values[1::2], strict=True):
+        vector[byte] = value
+    return bytes(vector)
+
+
+_NEGOTIATED = _option_vector(_PLATFORM_SUPPORT)
+
+
 class PciNodes(Enum):
     """Who describes the PCI devices."""
 
@@ -77,6 +88,8 @@ class BootFacts:
     initrd: tuple[int, int] | None = None
     rtas_base: int | None = None
     reservations: tuple[tuple[int, int], ...] = ()
+    negotiated: bool = False
+    """Nobody will call ibm,client-architecture-support: the tree has its outcome."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +251,8 @@ def _add_chosen(root: FdtNode, boot: BootFacts) -> None:
         "linux,stdout-path": strings(STDOUT_PATH),
         "ibm,arch-vec-5-platform-support": _PLATFORM_SUPPORT,
     }
+    if boot.negotiated:
+        properties["ibm,architecture-vec-5"] = _NEGOTIATED
     if boot.kernel is not None:
         properties["qemu,boot-kernel"] = quads(*boot.kernel)
     if boot.initrd is not None:

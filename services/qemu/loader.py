@@ -36,7 +36,7 @@ async def load_machine(board: Board, ram: GuestRam, files: Mapping[str, int]) ->
     """
     at = min(ram.size_bytes, _TREE_LIMIT) - _TREE_ROOM_BYTES
     if board.vm.guest.boot == "program":
-        load = ProgramLoad(_read_all(files["image"], "image"), _initrd(files), at)
+        load = ProgramLoad(_read_all(files["image"], "image"), _initrd(files), at, secure="esm_blob" in files)
         await load.place(ram)
         await _place_tree(board, ram, at, load.facts(board, at + _TREE_ROOM_BYTES))
         return load.start(at)

@@ -5,8 +5,11 @@ r3. At the end of RAM, named in the tree's memory reservations, from the top:
 
     1 MiB    device tree
     64 KiB   RTAS
-    64 KiB   boot stage, when there is an ESM blob
-    ...      archive with the ESM blob (`linux,initrd-start`)
+    64 KiB   boot stage
+    ...      initial RAM disk, behind the archive with the ESM blob (`linux,initrd-start`)
+
+A kernel such as Linux can be a program too. What it would negotiate with firmware (ibm,client-architecture-support) is
+in the tree as its outcome: radix, with tlbie by the guest itself.
 
 With a blob the processor starts in the boot stage. It calls UV_ESM(program, tree); the ultravisor then starts the
 program. When UV_ESM comes back, it was refused, and the stage ends the VM by `pefbox,exit` with `NOT_SECURE_STATUS`.
@@ -34,29 +37,31 @@ _BLOCK_OFFSET = 0x80
 class ProgramLoad:
     """Where the parts of one start lie; `place` writes them."""
 
-    def __init__(self, data: bytes, archive: bytes, limit: int) -> None:
-        """`archive` holds the ESM blob or is empty; everything ends below `limit`. Raises UserError."""
+    def __init__(self, data: bytes, initrd: bytes, limit: int, *, secure: bool) -> None:
+        """`initrd` is with the blob's archive when `secure`; everything ends below `limit`. Raises UserError."""
         try:
             self.program: Program = read_program(data)
         except ValueError as error:
             raise UserError(f"image: {error}") from None
-        self._archive = archive
+        self._initrd = initrd
+        self._secure = secure
         self.rtas = limit - PAGE_BYTES
         self.stage = self.rtas - PAGE_BYTES
-        self.initrd = (self.stage - len(archive)) >> PAGE_SHIFT << PAGE_SHIFT
-        self.lowest = self.initrd if archive else self.rtas
+        self.initrd = (self.stage - len(initrd)) >> PAGE_SHIFT << PAGE_SHIFT
+        self.lowest = self.initrd
         if self.program.end > self.lowest:
             raise UserError(f"image: ends at {self.program.end:#x}, and RAM for it ends at {self.lowest:#x}")
-        if archive and self.program.entry != self.program.base:
+        if secure and self.program.entry != self.program.base:
             raise UserError("image: a secure program starts at its first byte; its entry lies elsewhere")
 
     def facts(self, board: Board, top: int) -> BootFacts:
         """What the device tree says of it; memory is reserved up to `top`."""
         return BootFacts(
             bootargs=board.vm.guest.command_line,
-            initrd=(self.initrd, self.initrd + len(self._archive)) if self._archive else None,
+            initrd=(self.initrd, self.initrd + len(self._initrd)) if self._initrd else None,
             rtas_base=self.rtas,
             reservations=((self.lowest, top - self.lowest),),
+            negotiated=True,
         )
 
     async def place(self, ram: GuestRam) -> None:
@@ -65,13 +70,12 @@ class ProgramLoad:
         await ram.write(program.base, program.image)
         await ram.write(program.base + len(program.image), bytes(program.end - program.base - len(program.image)))
         await ram.write(self.rtas, RTAS_TEXT)
-        if self._archive:
-            await ram.write(self.initrd, self._archive)
-            await ram.write(self.stage, stage_bytes())
+        await ram.write(self.initrd, self._initrd)
+        await ram.write(self.stage, stage_bytes())
 
     def start(self, tree: int) -> tuple[int, dict[int, int]]:
         """Program counter and general registers."""
-        if not self._archive:
+        if not self._secure:
             return self.program.entry, {3: tree, 4: 0, 5: 0}
         return self.stage, {3: tree, 4: self.program.entry, 5: self.stage + _BLOCK_OFFSET}
 

@@ -54,13 +54,13 @@ def test_a_file_that_is_no_program_is_refused_with_the_reason(data: bytes, reaso
 
 
 def test_a_program_starts_at_its_entry_with_the_tree_in_r3() -> None:
-    load = ProgramLoad(elf_file(entry=VIRTUAL + BASE + 4), b"", LIMIT)
+    load = ProgramLoad(elf_file(entry=VIRTUAL + BASE + 4), b"", LIMIT, secure=False)
 
     assert load.start(LIMIT) == (BASE + 4, {3: LIMIT, 4: 0, 5: 0})
 
 
 def test_with_a_blob_the_boot_stage_starts_and_knows_program_tree_and_its_own_block() -> None:
-    load = ProgramLoad(elf_file(), b"archive", LIMIT)
+    load = ProgramLoad(elf_file(), b"archive", LIMIT, secure=True)
 
     assert load.start(LIMIT) == (load.stage, {3: LIMIT, 4: BASE, 5: load.stage + 0x80})
     assert load.initrd < load.stage < load.rtas < LIMIT
@@ -70,7 +70,7 @@ def test_with_a_blob_the_boot_stage_starts_and_knows_program_tree_and_its_own_bl
 async def test_everything_is_placed_and_memory_behind_the_program_is_cleared() -> None:
     ram = TestRam(LIMIT + (1 << 20))
     ram.bytes[BASE + 16 : BASE + 64] = b"x" * 48
-    load = ProgramLoad(elf_file(), b"archive", LIMIT)
+    load = ProgramLoad(elf_file(), b"archive", LIMIT, secure=True)
 
     await load.place(ram.accessor)
 
@@ -81,13 +81,13 @@ async def test_everything_is_placed_and_memory_behind_the_program_is_cleared() -
 
 
 def test_a_program_larger_than_ram_is_a_users_error() -> None:
-    with pytest.raises(UserError, match=r"image: ends at 0xf00000, and RAM for it ends at 0xef0000"):
-        ProgramLoad(elf_file([(BASE, b"code", LIMIT - BASE)]), b"", LIMIT)
+    with pytest.raises(UserError, match=r"image: ends at 0xf00000, and RAM for it ends at 0xee0000"):
+        ProgramLoad(elf_file([(BASE, b"code", LIMIT - BASE)]), b"", LIMIT, secure=False)
 
 
 def test_a_secure_program_must_start_at_its_first_byte() -> None:
     with pytest.raises(UserError, match="a secure program starts at its first byte"):
-        ProgramLoad(elf_file(entry=VIRTUAL + BASE + 4), b"archive", LIMIT)
+        ProgramLoad(elf_file(entry=VIRTUAL + BASE + 4), b"archive", LIMIT, secure=True)
 
 
 def test_a_refused_stage_ends_the_vm_by_its_exit_service() -> None:
@@ -115,3 +115,10 @@ def test_the_stage_is_what_the_assembler_makes_of_its_comments(tmp_path: Path) -
     subprocess.run([ASSEMBLER, "-o", str(made), "-"], input=STAGE, text=True, check=True)
 
     assert stage_bytes()[: 11 * 4] in made.read_bytes()
+
+
+def test_an_initial_ram_disk_alone_needs_no_boot_stage() -> None:
+    load = ProgramLoad(elf_file(), b"ram disk", LIMIT, secure=False)
+
+    assert load.start(LIMIT) == (BASE, {3: LIMIT, 4: 0, 5: 0})
+    assert load.initrd < load.stage

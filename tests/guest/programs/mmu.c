@@ -178,6 +178,12 @@ static void changed_code(void)
         asm volatile("dcbst 0, %0; sync; icbi 0, %0; isync" : : "r"(at) : "memory");
         check_is("changed-code-runs", try(jump, at, 0), value);
     }
+    for (u32 value = 4; value < 7; value++) {
+        *(volatile u32 *)real = 0x38600000 | value;
+        asm volatile("dcbst 0, %0; sync; icbi 0, %0; isync" : : "r"(real) : "memory");
+        flush_page(0, at, 12);
+        check_is("code-changed-by-another-address-runs-after-tlbie", try(jump, at, 0), value);
+    }
 }
 
 int program(void)
