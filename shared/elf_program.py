@@ -7,7 +7,7 @@ the load address of a segment (`p_paddr`), not where the program believes itself
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from elftools.common.exceptions import ELFError
@@ -28,6 +28,11 @@ class Program:
     end: int
     entry: int
     little_endian: bool
+
+    def moved_to(self, base: int) -> Program:
+        """The same program somewhere else: right for one that finds out where it lies, as a relocatable kernel does."""
+        by = base - self.base
+        return replace(self, base=base, end=self.end + by, entry=self.entry + by)
 
 
 def read_program(data: bytes) -> Program:

@@ -31,6 +31,8 @@ from shared.esm_digest import RTAS_TEXT
 from shared.guest_ram import GuestRam
 
 NOT_SECURE_STATUS = 125
+SECURE_KERNEL_BASE = 32 << 20
+"""For a program linked at 0, where UV_ESM takes none: Linux moves itself down to 0 from wherever it lies."""
 _BLOCK_OFFSET = 0x80
 
 
@@ -43,6 +45,8 @@ class ProgramLoad:
             self.program: Program = read_program(data)
         except ValueError as error:
             raise UserError(f"image: {error}") from None
+        if secure and not self.program.base:
+            self.program = self.program.moved_to(SECURE_KERNEL_BASE)
         self._initrd = initrd
         self._secure = secure
         self.rtas = limit - PAGE_BYTES

@@ -122,3 +122,10 @@ def test_an_initial_ram_disk_alone_needs_no_boot_stage() -> None:
 
     assert load.start(LIMIT) == (BASE, {3: LIMIT, 4: 0, 5: 0})
     assert load.initrd < load.stage
+
+
+def test_a_secure_program_linked_at_0_is_loaded_where_uv_esm_takes_it() -> None:
+    load = ProgramLoad(elf_file([(0, b"\x60\0\0\0", 4)], entry=VIRTUAL), b"archive", 48 << 20, secure=True)
+
+    assert (load.program.base, load.program.entry, load.program.end) == (32 << 20, 32 << 20, (32 << 20) + 4)
+    assert load.start(LIMIT)[1][4] == 32 << 20
