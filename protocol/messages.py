@@ -172,7 +172,10 @@ GUEST_CRASHED = _event(0x10002, "GUEST_CRASHED", CrashBody)
 
 
 class StartBody(Body, frozen=True):
-    """Start a processor: program counter and the general registers that the ABI of the entry names."""
+    """Start a processor: program counter and the general registers that the ABI of the entry names.
+
+    SVM_START has it take the ultravisor's map first, and run with S set.
+    """
 
     vcpu: Vcpu
     pc: Register
@@ -208,20 +211,12 @@ class InvalidateBody(Body, frozen=True):
     ranges: Annotated[list[Range], Meta(max_length=MAX_INVALIDATION_RANGES)]
 
 
-class SvmStartBody(Body, frozen=True):
-    """The VM is secure now: take the ultravisor's map and go on at `pc` with S set."""
-
-    vcpu: Vcpu
-    pc: Register
-    gprs: Annotated[dict[int, Register], Meta(max_length=32)]
-
-
 VCPU_START = _declare(0x10101, "VCPU_START", StartBody, Status, leaf=True)
 VCPU_STOP = _declare(0x10102, "VCPU_STOP", RunBody, Status, leaf=True)
 VCPU_CONTINUE = _declare(0x10103, "VCPU_CONTINUE", RunBody, Status, leaf=True)
 VCPU_LINE = _event(0x10104, "VCPU_LINE", LineBody)
 MAP_INVALIDATE = _declare(0x10105, "MAP_INVALIDATE", InvalidateBody, Status, leaf=True)
-SVM_START = _declare(0x10106, "SVM_START", SvmStartBody, Status, leaf=True)
+SVM_START = _declare(0x10106, "SVM_START", StartBody, Status, leaf=True)
 SVM_ENDED = _declare(0x10107, "SVM_ENDED", Empty, Status, leaf=True)
 
 

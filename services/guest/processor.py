@@ -359,7 +359,7 @@ class Processor:
         self._begin(body.pc, body.gprs, secure=False)
         return HCode.H_SUCCESS
 
-    def _start_secure(self, body: m.SvmStartBody) -> int:
+    def _start_secure(self, body: m.StartBody) -> int:
         if not self._memory.use_secure():
             return HCode.H_NO_MEM
         self._begin(body.pc, body.gprs, secure=True)

@@ -5,12 +5,14 @@ The driver does exactly what it is told, also what no driver may do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from protocol.codes import HCode
 from protocol.errors import GuestFault
 from protocol.geometry import PAGE_SHIFT
 from protocol.messages import TceWindowBody
+from protocol.startup import DeviceEntry, DiskEntry, GuestEntry, VmEntry
 from services.qemu.board import Board
 from services.qemu.virtio_pci import MODERN_BAR, NOTIFY_MULTIPLIER, OFFSETS, VirtioPciFunction
 from services.qemu.virtqueue import QueueState
@@ -34,6 +36,31 @@ from shared.vring import (
 
 Descriptor = tuple[int, int, int, int]
 """addr, len, flags, next."""
+
+
+def board_entry(
+    disks: Sequence[DiskEntry],
+    devices: Sequence[DeviceEntry] = (),
+    *,
+    memory_bytes: int,
+    time: str = "instructions",
+    access_platform: bool = False,
+) -> VmEntry:
+    """The entry of a VM; without `devices` each disk is a virtio-blk of its own."""
+    blocks = [DeviceEntry(kind="virtio-blk", disk=disk.name, access_platform=access_platform) for disk in disks]
+    return VmEntry(
+        name="vm1",
+        lpid=1,
+        incarnation=1,
+        memory_bytes=memory_bytes,
+        ram_segment="",
+        time=time,
+        secure_allowed=True,
+        debuggable=False,
+        guest=GuestEntry(),
+        disks=list(disks),
+        devices=list(devices) or blocks,
+    )
 
 
 @dataclass

@@ -191,7 +191,7 @@ class PlayedGuest:
             await self._hung.wait()
         return m.Status()
 
-    def _start_secure(self, _envelope: Envelope, body: m.SvmStartBody) -> m.Status:
+    def _start_secure(self, _envelope: Envelope, body: m.StartBody) -> m.Status:
         data, descriptors, _, _ = socket.recv_fds(self._private, 64, _N_DESCRIPTORS, socket.MSG_DONTWAIT)
         size_bytes, n_pages = _announcement.decode(data)
         self._secure = mmap.mmap(descriptors[0], size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)

@@ -26,7 +26,7 @@ from protocol.declare import Call
 from protocol.errors import CallTimeout, HostFault, ImageRefused, PefboxError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
 from protocol.hcalls import H_PAGE_IN_NONSHARED, H_PAGE_IN_SHARED, H_SVM_INIT_DONE, H_SVM_INIT_START, H_SVM_PAGE_IN
-from protocol.messages import SVM_START, SvmStartBody
+from protocol.messages import SVM_START, StartBody
 from services.ultravisor.boot_layout import (
     MAX_FDT_BYTES,
     BootLayout,
@@ -230,7 +230,7 @@ class EsmSwitch:
 
     async def start_guest(self, kbase: int, fdt_gpa: int) -> None:
         """Memory, map and start go to the guest; raises SvmBroken when it does not start."""
-        body = SvmStartBody(0, kbase, {3: fdt_gpa, 4: kbase, 5: 0})
+        body = StartBody(0, kbase, {3: fdt_gpa, 4: kbase, 5: 0})
         try:
             self._partition.hand_over_memory(self._svm)
             with trio.fail_after(_START_SECONDS):

@@ -21,7 +21,7 @@ from protocol.codes import HCode, UCode
 from protocol.errors import GuestFault
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from protocol.messages import Access, TceWindowBody
-from protocol.startup import DeviceEntry, DiskEntry, GuestEntry, VmEntry
+from protocol.startup import DiskEntry, VmEntry
 from protocol.ucalls import UV_ESM, UV_SHARE_PAGE, UV_UNSHARE_PAGE
 from services.guest.address_space import AddressSpace
 from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Ultracall
@@ -32,7 +32,7 @@ from services.kvm.tce_tables import TceTables, TceTablesState
 from services.kvm.xics import Xics
 from services.qemu.board import Board, BoardState
 from services.qemu.device_tree import BootFacts
-from services.qemu.testing import TestPort
+from services.qemu.testing import TestPort, board_entry
 from shared.esm_digest import RTAS_TEXT
 from shared.fdt_reader import read_fdt
 from shared.guest_ram import GuestRam
@@ -98,18 +98,8 @@ class XicsPort(TestPort):
 
 def vm_entry(disk: Path, *, access_platform: bool) -> VmEntry:
     """The VM: one disk, instruction time."""
-    return VmEntry(
-        name="vm1",
-        lpid=1,
-        incarnation=1,
-        memory_bytes=RAM_BYTES,
-        ram_segment="",
-        time="instructions",
-        secure_allowed=True,
-        debuggable=False,
-        guest=GuestEntry(),
-        disks=[DiskEntry(name="root", path=str(disk))],
-        devices=[DeviceEntry(kind="virtio-blk", disk="root", access_platform=access_platform)],
+    return board_entry(
+        [DiskEntry(name="root", path=str(disk))], memory_bytes=RAM_BYTES, access_platform=access_platform
     )
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from deploy.api import RunningCluster, cluster
 from deploy.client import DetachedStart, start_detached
+from services.testing.host import RealHost, real_host
+from services.ultravisor.identity import ensure_keys
 
 CLUSTERS = Path(__file__).parents[2] / "deploy" / "clusters"
 MINIMAL = CLUSTERS / "minimal.toml"
@@ -51,3 +53,13 @@ async def minimal_cluster(tmp_path: Path) -> AsyncIterator[RunningCluster]:
     """The minimal cluster with the real services."""
     async with cluster(MINIMAL, state_dir=tmp_path / "own-state") as running:
         yield running
+
+
+@pytest.fixture
+async def host(tmp_path: Path) -> AsyncIterator[RealHost]:
+    """A real ultravisor and kvm, whose VMs are played."""
+    with tempfile.TemporaryDirectory(prefix="pb-") as directory:
+        async with real_host(Path(directory), ensure_keys(tmp_path, "alpha")) as running:
+            yield running
+            for process in (running.ultravisor, running.kvm):
+                assert '"internal error"' not in running.log_text(process)

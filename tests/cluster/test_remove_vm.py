@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-import pytest
 import trio
 
 from protocol.codes import HCode, UCode
-from services.testing.host import PlayedVm, RealHost, real_host
+from services.testing.host import PlayedVm, RealHost
 from services.testing.image import make_image
 from services.ultravisor.identity import MACHINE_KEY, ensure_keys
 
@@ -18,15 +15,6 @@ MEMORY_BYTES = 16 << 20
 PONG_SECONDS = 0.5
 KILL_SECONDS = 2.0
 """The ultravisor gives a guest one second to let go."""
-
-
-@pytest.fixture
-async def host(tmp_path: Path) -> AsyncIterator[RealHost]:
-    with tempfile.TemporaryDirectory(prefix="pb-") as directory:
-        async with real_host(Path(directory), ensure_keys(tmp_path, "alpha")) as running:
-            yield running
-            for process in (running.ultravisor, running.kvm):
-                assert '"internal error"' not in running.log_text(process)
 
 
 async def secure_vm(host: RealHost, tmp_path: Path) -> PlayedVm:

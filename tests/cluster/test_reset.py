@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import trio
 from protocol import hcalls as h
 from protocol.codes import HCode, UCode
 from protocol.geometry import PAGE_BYTES, gpa_of
-from services.testing.host import PlayedVm, RealHost, real_host
+from services.testing.host import PlayedVm, RealHost
 from services.testing.image import FIRST_FREE_GFN, PlayedImage, make_image
 from services.ultravisor.identity import MACHINE_KEY, ensure_keys
 from tests.cluster.svm_rig import MEMORY_BYTES, Rig, svm_rig
@@ -87,15 +86,6 @@ async def test_power_off_gives_the_secure_memory_back(rig: Rig) -> None:
 
 
 # -- a reset in the middle of something, with a played guest and qemu -------------------------------------------------
-
-
-@pytest.fixture
-async def host(tmp_path: Path) -> AsyncIterator[RealHost]:
-    with tempfile.TemporaryDirectory(prefix="pb-") as directory:
-        async with real_host(Path(directory), ensure_keys(tmp_path, "alpha")) as running:
-            yield running
-            for process in (running.ultravisor, running.kvm):
-                assert '"internal error"' not in running.log_text(process)
 
 
 async def played(host: RealHost, tmp_path: Path) -> tuple[PlayedVm, PlayedImage]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from protocol.codes import HCode, UCode
 from protocol.declare import Caller
 from protocol.geometry import PAGE_BYTES, gpa_of
 from protocol.unhandled import UNHANDLED
-from services.testing.host import PlayedVm, RealHost, real_host
+from services.testing.host import PlayedVm, RealHost
 from services.testing.image import FDT_GFN, FIRST_FREE_GFN, KERNEL_GFN, PlayedImage, make_image
 from services.ultravisor.identity import MACHINE_KEY, ensure_keys
 from tests.cluster.svm_rig import Rig, svm_rig
@@ -208,15 +207,6 @@ async def test_a_file_of_the_blob_is_read_once(rig: Rig) -> None:
 
 
 # -- calls that no kernel makes, by a played guest --------------------------------------------------------------------
-
-
-@pytest.fixture
-async def host(tmp_path: Path) -> AsyncIterator[RealHost]:
-    with tempfile.TemporaryDirectory(prefix="pb-") as directory:
-        async with real_host(Path(directory), ensure_keys(tmp_path, "alpha")) as running:
-            yield running
-            for process in (running.ultravisor, running.kvm):
-                assert '"internal error"' not in running.log_text(process)
 
 
 async def played(host: RealHost, tmp_path: Path) -> tuple[PlayedVm, PlayedImage]:

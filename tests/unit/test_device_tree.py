@@ -10,10 +10,10 @@ import pytest
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES
 from protocol.rtas import RTAS
-from protocol.startup import DeviceEntry, DiskEntry, GuestEntry, VmEntry
+from protocol.startup import DeviceEntry, DiskEntry, VmEntry
 from services.qemu.board import Board
 from services.qemu.device_tree import BootFacts, PciNodes
-from services.qemu.testing import TestPort, TestRam
+from services.qemu.testing import TestPort, TestRam, board_entry
 from shared.fdt_reader import FdtTree, read_fdt
 from shared.pci import Command, Config
 
@@ -28,18 +28,8 @@ BOOT = BootFacts(
 
 
 def entry(devices: list[DeviceEntry] | None = None) -> VmEntry:
-    return VmEntry(
-        name="vm1",
-        lpid=3,
-        incarnation=1,
-        memory_bytes=256 << 20,
-        ram_segment="",
-        time="wall",
-        secure_allowed=True,
-        debuggable=False,
-        guest=GuestEntry(),
-        disks=[DiskEntry(name="a", path=""), DiskEntry(name="b", path="")],
-        devices=devices or [DeviceEntry(kind="virtio-blk", disk="a"), DeviceEntry(kind="virtio-blk", disk="b")],
+    return board_entry(
+        [DiskEntry(name="a", path=""), DiskEntry(name="b", path="")], devices or [], memory_bytes=256 << 20, time="wall"
     )
 
 

@@ -7,15 +7,14 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 import trio
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from protocol import hcalls as h
 from protocol.codes import HCode, UCode
 from protocol.geometry import PAGE_BYTES, gpa_of
 from protocol.messages import SVM_START
 from protocol.ucalls import UV_ESM, UV_UNSHARE_ALL_PAGES
-from services.testing.image import FDT_GFN, INITRD_GFN, KERNEL_GFN, RTAS_GFN, PlayedImage, make_image
+from services.testing.image import FDT_GFN, INITRD_GFN, KERNEL_GFN, RTAS_GFN, PlayedImage
 from services.ultravisor.esm import BOUNCE_PAGES
 from shared.esm_digest import RTAS_TEXT
 from shared.fdt_reader import read_fdt
@@ -25,6 +24,7 @@ from tests.unit.ultravisor_rig import (
     Registers,
     UltravisorRig,
     answering,
+    played_image,
     silence,
     ultravisor_rig,
 )
@@ -34,16 +34,8 @@ FREE_GFN = 20
 
 
 @pytest.fixture(scope="module")
-def key() -> RSAPrivateKey:
-    return generate_private_key(65537, 2048)
-
-
-@pytest.fixture(scope="module")
 def image(key: RSAPrivateKey) -> PlayedImage:
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    ).decode()
-    return make_image(pem, KERNEL, MEMORY_BYTES, {"crypttab": b"a key"})
+    return played_image(key, KERNEL, {"crypttab": b"a key"})
 
 
 @pytest.fixture

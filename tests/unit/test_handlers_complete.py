@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 import trio
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from protocol import messages as m
 from protocol.codes import HCode, RtasStatus, UCode
@@ -28,11 +28,6 @@ from services.runtime.channel import ZmqChannel
 from services.runtime.link import Link
 from tests.unit.kvm_rig import KvmRig, kvm_rig
 from tests.unit.ultravisor_rig import LOG, UltravisorRig, ultravisor_rig, vm_entry
-
-
-@pytest.fixture(scope="module")
-def key() -> RSAPrivateKey:
-    return generate_private_key(65537, 2048)
 
 
 @pytest.fixture

@@ -6,23 +6,22 @@ from collections.abc import AsyncIterator
 
 import pytest
 import trio
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from protocol import hcalls as h
 from protocol import ucalls as u
 from protocol.codes import HCode, UCode
 from protocol.declare import Call, Caller
 from protocol.geometry import PAGE_BYTES, gpa_of
-from services.testing.image import FIRST_FREE_GFN, PlayedImage, make_image
+from services.testing.image import FIRST_FREE_GFN, PlayedImage
 from tests.unit.ultravisor_rig import (
     LPID,
-    MEMORY_BYTES,
     N_PAGES,
     Registers,
     UltravisorRig,
     answering,
     page_registers,
+    played_image,
     silence,
     ultravisor_rig,
 )
@@ -36,15 +35,8 @@ REFLECTED = [
 
 
 @pytest.fixture(scope="module")
-def key() -> RSAPrivateKey:
-    return generate_private_key(65537, 2048)
-
-
-@pytest.fixture(scope="module")
 def image(key: RSAPrivateKey) -> PlayedImage:
-    form = serialization.PrivateFormat.PKCS8
-    pem = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()).decode()
-    return make_image(pem, b"kernel", MEMORY_BYTES, {})
+    return played_image(key, b"kernel", {})
 
 
 @pytest.fixture

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import structlog
 import trio
 import zmq
 
@@ -16,59 +12,16 @@ from protocol import messages as m
 from protocol.codes import HCode, UCode
 from protocol.errors import PeerGone
 from protocol.hcalls import H_GET_TCE, H_RANDOM
-from protocol.links import KVM_GUEST, ULTRAVISOR_GUEST, LinkKind
+from protocol.links import KVM_GUEST, ULTRAVISOR_GUEST
 from protocol.roles import Role
-from protocol.startup import LinkEntry, LinkKey
+from protocol.startup import LinkEntry
 from protocol.ucalls import UV_PAGE_OUT
 from protocol.wire import MAX_OPEN_CALLS, Envelope, MessageKind, encode
 from services.runtime.channel import ZmqChannel
 from services.runtime.link import Link
 from services.runtime.sockets import bind_socket, connect_socket
 from services.runtime.zap import ZapServer
-
-LOG = structlog.get_logger()
-
-
-def key_pair(link: str) -> LinkKey:
-    public, secret = zmq.curve_keypair()
-    return LinkKey(link=link, public_key=public.decode(), secret_key=secret.decode())
-
-
-@dataclass
-class Ends:
-    upper: Link
-    lower: Link
-    raw: ZmqChannel
-
-
-@asynccontextmanager
-async def closing(context: zmq.Context[zmq.Socket[bytes]]) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        context.destroy(linger=0)
-
-
-@asynccontextmanager
-async def linked(tmp_path: Path, kind: LinkKind = KVM_GUEST) -> AsyncIterator[Ends]:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    upper_key, lower_key = key_pair("l"), key_pair("l")
-    endpoint = f"ipc://{tmp_path}/s"
-
-    def entry(peer_key: LinkKey, peer: str) -> LinkEntry:
-        return LinkEntry(
-            id="l", kind=kind.name, endpoint=endpoint, vm=None, peer=peer, peer_public_key=peer_key.public_key
-        )
-
-    async with closing(context), trio.open_nursery() as nursery:
-        zap = ZapServer(context)
-        await nursery.start(zap.run)
-        upper_socket = bind_socket(context, zap, entry(lower_key, "lower"), upper_key)
-        lower_channel = ZmqChannel(connect_socket(context, entry(upper_key, "upper"), lower_key))
-        upper = Link(ZmqChannel(upper_socket), kind, kind.upper, "l", "lower", LOG)
-        lower = Link(lower_channel, kind, kind.lower, "l", "upper", LOG)
-        yield Ends(upper, lower, lower_channel)
-        nursery.cancel_scope.cancel()
+from tests.unit.link_rig import closing, key_pair, linked
 
 
 async def test_a_call_gets_the_reply_of_its_handler(tmp_path: Path) -> None:

@@ -2,89 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import pytest
-import structlog
 import trio
-import zmq
 
 from protocol.codes import UCode
 from protocol.errors import PeerGone
 from protocol.links import ULTRAVISOR_KVM
-from protocol.roles import Role
-from protocol.startup import LinkEntry, LinkKey
 from protocol.ucalls import UV_PAGE_IN, UV_PAGE_OUT
 from protocol.wire import MAX_BUNDLED, MAX_OPEN_CALLS, bundle
-from services.runtime.channel import ZmqChannel
-from services.runtime.link import Batch, Link
-from services.runtime.sockets import bind_socket, connect_socket
-from services.runtime.zap import ZapServer
+from services.runtime.link import Batch
+from tests.unit.link_rig import linked
 
-LOG = structlog.get_logger()
 PAGES = [[1, 0, gpa, 0, 16] for gpa in range(16)]
 
 
-@dataclass
-class Ends:
-    ultravisor: Link
-    kvm: Link
-    kvm_channel: ZmqChannel
-
-
-@asynccontextmanager
-async def linked(tmp_path: Path) -> AsyncIterator[Ends]:
-    """The link between ultravisor and kvm, which bundles; nobody reads yet."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    keys = []
-    for _ in range(2):
-        public, secret = zmq.curve_keypair()
-        keys.append(LinkKey(link="l", public_key=public.decode(), secret_key=secret.decode()))
-
-    def entry(peer: str, key: LinkKey) -> LinkEntry:
-        return LinkEntry(
-            id="l",
-            kind=ULTRAVISOR_KVM.name,
-            endpoint=f"ipc://{tmp_path}/s",
-            vm=None,
-            peer=peer,
-            peer_public_key=key.public_key,
-        )
-
-    try:
-        async with trio.open_nursery() as nursery:
-            zap = ZapServer(context)
-            await nursery.start(zap.run)
-            upper = ZmqChannel(bind_socket(context, zap, entry("kvm", keys[1]), keys[0]))
-            lower = ZmqChannel(connect_socket(context, entry("ultravisor", keys[0]), keys[1]))
-            ultravisor = Link(upper, ULTRAVISOR_KVM, Role.ULTRAVISOR, "l", "kvm", LOG)
-            yield Ends(ultravisor, Link(lower, ULTRAVISOR_KVM, Role.KVM, "l", "ultravisor", LOG), lower)
-            nursery.cancel_scope.cancel()
-    finally:
-        context.destroy(linger=0)
-
-
 async def test_results_of_a_group_come_in_the_order_of_its_calls(tmp_path: Path) -> None:
-    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
-        ends.ultravisor.on(UV_PAGE_IN, lambda _envelope, registers: [UCode.U_SUCCESS, registers[2]])
-        await nursery.start(ends.ultravisor.run)
-        await nursery.start(ends.kvm.run)
+    async with linked(tmp_path, ULTRAVISOR_KVM) as ends, trio.open_nursery() as nursery:
+        ends.upper.on(UV_PAGE_IN, lambda _envelope, registers: [UCode.U_SUCCESS, registers[2]])
+        await nursery.start(ends.upper.run)
+        await nursery.start(ends.lower.run)
 
         with trio.fail_after(5):
-            results = await ends.kvm.call_many(UV_PAGE_IN, PAGES)
+            results = await ends.lower.call_many(UV_PAGE_IN, PAGES)
 
         assert results == [[UCode.U_SUCCESS, gpa] for gpa in range(16)]
-        assert ends.kvm.open_calls == 0
+        assert ends.lower.open_calls == 0
         nursery.cancel_scope.cancel()
 
 
 async def test_an_empty_group_calls_nobody(tmp_path: Path) -> None:
-    async with linked(tmp_path) as ends:
-        assert await ends.kvm.call_many(UV_PAGE_IN, []) == []
+    async with linked(tmp_path, ULTRAVISOR_KVM) as ends:
+        assert await ends.lower.call_many(UV_PAGE_IN, []) == []
 
 
 async def test_calls_that_came_together_are_served_together_by_their_first_register(tmp_path: Path) -> None:
@@ -94,13 +45,13 @@ async def test_calls_that_came_together_are_served_together_by_their_first_regis
         batches.append([registers[0] for _, registers in batch])
         return [[UCode.U_SUCCESS, registers[1]] for _, registers in batch]
 
-    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
-        ends.ultravisor.on_together(UV_PAGE_OUT, serve)
-        await nursery.start(ends.ultravisor.run)
-        await nursery.start(ends.kvm.run)
+    async with linked(tmp_path, ULTRAVISOR_KVM) as ends, trio.open_nursery() as nursery:
+        ends.upper.on_together(UV_PAGE_OUT, serve)
+        await nursery.start(ends.upper.run)
+        await nursery.start(ends.lower.run)
 
         with trio.fail_after(5):
-            results = await ends.kvm.call_many(UV_PAGE_OUT, [[n % 2 + 1, n] for n in range(8)])
+            results = await ends.lower.call_many(UV_PAGE_OUT, [[n % 2 + 1, n] for n in range(8)])
 
         assert results == [[UCode.U_SUCCESS, n] for n in range(8)]
         assert sorted(batches) == [[1] * 4, [2] * 4]
@@ -111,13 +62,13 @@ async def test_calls_without_registers_are_gathered_too(tmp_path: Path) -> None:
     async def serve(batch: Batch) -> list[list[int]]:
         return [[UCode.U_PARAMETER]] * len(batch)
 
-    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
-        ends.ultravisor.on_together(UV_PAGE_OUT, serve)
-        await nursery.start(ends.ultravisor.run)
-        await nursery.start(ends.kvm.run)
+    async with linked(tmp_path, ULTRAVISOR_KVM) as ends, trio.open_nursery() as nursery:
+        ends.upper.on_together(UV_PAGE_OUT, serve)
+        await nursery.start(ends.upper.run)
+        await nursery.start(ends.lower.run)
 
         with trio.fail_after(5):
-            assert await ends.kvm.call_many(UV_PAGE_OUT, [[], []]) == [[UCode.U_PARAMETER]] * 2
+            assert await ends.lower.call_many(UV_PAGE_OUT, [[], []]) == [[UCode.U_PARAMETER]] * 2
         nursery.cancel_scope.cancel()
 
 
@@ -129,13 +80,13 @@ async def test_gathered_calls_over_the_limit_are_busy(tmp_path: Path) -> None:
         return [[UCode.U_SUCCESS]] * len(batch)
 
     codes: list[int] = []
-    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
-        ends.ultravisor.on_together(UV_PAGE_OUT, serve)
-        await nursery.start(ends.ultravisor.run)
-        await nursery.start(ends.kvm.run)
+    async with linked(tmp_path, ULTRAVISOR_KVM) as ends, trio.open_nursery() as nursery:
+        ends.upper.on_together(UV_PAGE_OUT, serve)
+        await nursery.start(ends.upper.run)
+        await nursery.start(ends.lower.run)
 
         async def ask() -> None:
-            result = await ends.kvm.call_registers(UV_PAGE_OUT, [1, 0, 0, 0, 16])
+            result = await ends.lower.call_registers(UV_PAGE_OUT, [1, 0, 0, 0, 16])
             codes.append(result[0])
             if result[0] == UCode.U_BUSY:
                 gate.set()
@@ -152,13 +103,13 @@ async def test_a_failing_gathered_handler_answers_every_call(tmp_path: Path) -> 
     async def serve(_batch: Batch) -> list[list[int]]:
         raise ValueError("a mistake of the handler")
 
-    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
-        ends.ultravisor.on_together(UV_PAGE_OUT, serve)
-        await nursery.start(ends.ultravisor.run)
-        await nursery.start(ends.kvm.run)
+    async with linked(tmp_path, ULTRAVISOR_KVM) as ends, trio.open_nursery() as nursery:
+        ends.upper.on_together(UV_PAGE_OUT, serve)
+        await nursery.start(ends.upper.run)
+        await nursery.start(ends.lower.run)
 
         with trio.fail_after(5):
-            results = await ends.kvm.call_many(UV_PAGE_OUT, PAGES)
+            results = await ends.lower.call_many(UV_PAGE_OUT, PAGES)
 
         assert len(results) == len(PAGES)
         assert all(result[0] != UCode.U_SUCCESS for result in results)
@@ -166,35 +117,35 @@ async def test_a_failing_gathered_handler_answers_every_call(tmp_path: Path) -> 
 
 
 async def test_a_lost_peer_ends_a_group_once(tmp_path: Path) -> None:
-    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
-        ends.ultravisor.on(UV_PAGE_IN, lambda _envelope, registers: [0] if registers[2] else None)
-        await nursery.start(ends.ultravisor.run)
-        await nursery.start(ends.kvm.run)
+    async with linked(tmp_path, ULTRAVISOR_KVM) as ends, trio.open_nursery() as nursery:
+        ends.upper.on(UV_PAGE_IN, lambda _envelope, registers: [0] if registers[2] else None)
+        await nursery.start(ends.upper.run)
+        await nursery.start(ends.lower.run)
 
         async def lose() -> None:
-            while ends.kvm.open_calls != 1:
+            while ends.lower.open_calls != 1:
                 await trio.lowlevel.checkpoint()
-            ends.kvm.peer_is("gone")
+            ends.lower.peer_is("gone")
 
         with trio.fail_after(5):
             nursery.start_soon(lose)
             with pytest.raises(PeerGone):
-                await ends.kvm.call_many(UV_PAGE_IN, PAGES)
-        assert ends.kvm.open_calls == 0
+                await ends.lower.call_many(UV_PAGE_IN, PAGES)
+        assert ends.lower.open_calls == 0
         nursery.cancel_scope.cancel()
 
 
 async def test_a_cancelled_group_leaves_no_open_call(tmp_path: Path) -> None:
-    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
-        ends.ultravisor.on(UV_PAGE_IN, lambda _envelope, _registers: None)
-        await nursery.start(ends.ultravisor.run)
-        await nursery.start(ends.kvm.run)
+    async with linked(tmp_path, ULTRAVISOR_KVM) as ends, trio.open_nursery() as nursery:
+        ends.upper.on(UV_PAGE_IN, lambda _envelope, _registers: None)
+        await nursery.start(ends.upper.run)
+        await nursery.start(ends.lower.run)
 
         with trio.move_on_after(0.05) as scope:
-            await ends.kvm.call_many(UV_PAGE_IN, PAGES)
+            await ends.lower.call_many(UV_PAGE_IN, PAGES)
 
         assert scope.cancelled_caught
-        assert ends.kvm.open_calls == 0
+        assert ends.lower.open_calls == 0
         nursery.cancel_scope.cancel()
 
 
@@ -205,14 +156,14 @@ async def test_the_tap_sees_each_message_of_a_bundle(tmp_path: Path) -> None:
         (frame,) = msgspec.convert(frames, tuple[bytes])
         seen.append((direction, msgspec.msgpack.decode(frame)[2]))
 
-    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
-        ends.ultravisor.on(UV_PAGE_IN, lambda _envelope, _registers: [0])
-        ends.ultravisor.tap = tap
-        await nursery.start(ends.ultravisor.run)
-        await nursery.start(ends.kvm.run)
+    async with linked(tmp_path, ULTRAVISOR_KVM) as ends, trio.open_nursery() as nursery:
+        ends.upper.on(UV_PAGE_IN, lambda _envelope, _registers: [0])
+        ends.upper.tap = tap
+        await nursery.start(ends.upper.run)
+        await nursery.start(ends.lower.run)
 
         with trio.fail_after(5):
-            await ends.kvm.call_many(UV_PAGE_IN, PAGES)
+            await ends.lower.call_many(UV_PAGE_IN, PAGES)
 
         assert sorted(seen) == [("in", UV_PAGE_IN.number)] * 16 + [("out", UV_PAGE_IN.number)] * 16
         nursery.cancel_scope.cancel()
@@ -224,14 +175,14 @@ async def test_the_tap_sees_each_message_of_a_bundle(tmp_path: Path) -> None:
     ids=["cut", "too many", "nested", "no message"],
 )
 async def test_a_bad_bundle_is_refused_and_the_link_goes_on(tmp_path: Path, frame: bytes) -> None:
-    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
-        ends.ultravisor.on(UV_PAGE_IN, lambda _envelope, _registers: [0])
-        await nursery.start(ends.ultravisor.run)
-        await nursery.start(ends.kvm.run)
+    async with linked(tmp_path, ULTRAVISOR_KVM) as ends, trio.open_nursery() as nursery:
+        ends.upper.on(UV_PAGE_IN, lambda _envelope, _registers: [0])
+        await nursery.start(ends.upper.run)
+        await nursery.start(ends.lower.run)
 
-        ends.kvm_channel.send([frame])
+        ends.raw.send([frame])
 
         with trio.fail_after(5):
-            assert await ends.kvm.call_many(UV_PAGE_IN, PAGES[:2]) == [[0], [0]]
-        assert ends.ultravisor.refused == 1
+            assert await ends.lower.call_many(UV_PAGE_IN, PAGES[:2]) == [[0], [0]]
+        assert ends.upper.refused == 1
         nursery.cancel_scope.cancel()

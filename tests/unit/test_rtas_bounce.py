@@ -8,8 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import trio
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,12 +17,12 @@ from protocol.errors import GuestFault
 from protocol.geometry import PAGE_BYTES, gpa_of
 from protocol.hcalls import H_RTAS
 from protocol.rtas import MAX_BUFFER_BYTES, RTAS
-from services.testing.image import FIRST_FREE_GFN, PlayedImage, make_image
+from services.testing.image import FIRST_FREE_GFN, PlayedImage
 from services.ultravisor.esm import BOUNCE_PAGES
 from services.ultravisor.guest_memory import GuestMemory
 from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.rtas_bounce import RtasBounce
-from tests.unit.ultravisor_rig import MEMORY_BYTES, N_PAGES, Registers, UltravisorRig, ultravisor_rig
+from tests.unit.ultravisor_rig import MEMORY_BYTES, N_PAGES, Registers, UltravisorRig, played_image, ultravisor_rig
 
 ARGS_GFN, BUFFER_GFN = FIRST_FREE_GFN + 1, FIRST_FREE_GFN + 2
 ARGS, BUFFER = gpa_of(ARGS_GFN), gpa_of(BUFFER_GFN) + 1000
@@ -32,15 +31,8 @@ BOUNCE_GFN = N_PAGES - 1
 
 
 @pytest.fixture(scope="module")
-def key() -> RSAPrivateKey:
-    return generate_private_key(65537, 2048)
-
-
-@pytest.fixture(scope="module")
 def image(key: RSAPrivateKey) -> PlayedImage:
-    form = serialization.PrivateFormat.PKCS8
-    pem = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()).decode()
-    return make_image(pem, b"kernel", MEMORY_BYTES, {})
+    return played_image(key, b"kernel", {})
 
 
 @pytest.fixture

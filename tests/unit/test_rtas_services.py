@@ -11,10 +11,10 @@ from protocol.codes import RtasStatus
 from protocol.geometry import PAGE_BYTES
 from protocol.roles import Role
 from protocol.rtas import RTAS, SERVED_BY, status_word
-from protocol.startup import DeviceEntry, DiskEntry, GuestEntry, VmEntry
+from protocol.startup import DiskEntry
 from services.qemu.board import Board
 from services.qemu.rtas import NVRAM_BYTES
-from services.qemu.testing import TestPort, TestRam
+from services.qemu.testing import TestPort, TestRam, board_entry
 from shared.pci import Config
 
 HIGH, LOW = 0x8000000, 0x20000000
@@ -30,19 +30,7 @@ class Rig:
 
     def __init__(self, fd: int) -> None:
         self.ram, self.port = TestRam(PAGE_BYTES), TestPort()
-        entry = VmEntry(
-            name="vm1",
-            lpid=1,
-            incarnation=1,
-            memory_bytes=256 << 20,
-            ram_segment="",
-            time="wall",
-            secure_allowed=True,
-            debuggable=False,
-            guest=GuestEntry(),
-            disks=[DiskEntry(name="d", path="")],
-            devices=[DeviceEntry(kind="virtio-blk", disk="d")],
-        )
+        entry = board_entry([DiskEntry(name="d", path="")], memory_bytes=256 << 20, time="wall")
         self.board = Board(entry, self.ram.accessor, {"d": fd}, self.port)
 
 

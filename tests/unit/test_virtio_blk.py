@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol.geometry import PAGE_BYTES
-from protocol.startup import DeviceEntry, DiskEntry, GuestEntry, VmEntry
+from protocol.startup import DiskEntry, VmEntry
 from services.qemu.board import Board
 from services.qemu.segments import pieces, split, total_bytes
-from services.qemu.testing import TestDriver, TestPort, TestRam, TestRing
+from services.qemu.testing import TestDriver, TestPort, TestRam, TestRing, board_entry
 from services.qemu.virtio_blk import VirtioBlk
 from shared.host_view import HostState
 from shared.tce import TcePermission, TceTable, tce
@@ -31,19 +31,8 @@ UNSET = 0xEE
 
 
 def vm_entry(*, readonly: bool = False, access_platform: bool = False, time: str = "instructions") -> VmEntry:
-    return VmEntry(
-        name="vm1",
-        lpid=1,
-        incarnation=1,
-        memory_bytes=64 * PAGE_BYTES,
-        ram_segment="",
-        time=time,
-        secure_allowed=True,
-        debuggable=False,
-        guest=GuestEntry(),
-        disks=[DiskEntry(name="disk0", path="", readonly=readonly)],
-        devices=[DeviceEntry(kind="virtio-blk", disk="disk0", access_platform=access_platform)],
-    )
+    disk = DiskEntry(name="disk0", path="", readonly=readonly)
+    return board_entry([disk], memory_bytes=64 * PAGE_BYTES, time=time, access_platform=access_platform)
 
 
 @dataclass

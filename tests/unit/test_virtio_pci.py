@@ -9,9 +9,9 @@ import trio
 
 from protocol.codes import HCode
 from protocol.geometry import PAGE_BYTES
-from protocol.startup import DeviceEntry, DiskEntry, GuestEntry, VmEntry
+from protocol.startup import DiskEntry
 from services.qemu.board import Board
-from services.qemu.testing import TestDriver, TestPort, TestRam, TestRing
+from services.qemu.testing import TestDriver, TestPort, TestRam, TestRing, board_entry
 from services.qemu.virtio_pci import MODERN_BAR, MODERN_BAR_BYTES, MSIX_BAR, OFFSETS
 from shared.interrupt_sources import MSI_BASE
 from shared.pci import (
@@ -72,18 +72,8 @@ async def make_rig() -> AsyncIterator[MakeRig]:
     async with trio.open_nursery() as nursery:
 
         async def make(*, access_platform: bool = False, time: str = "instructions") -> Rig:
-            entry = VmEntry(
-                name="vm1",
-                lpid=1,
-                incarnation=1,
-                memory_bytes=PAGE_BYTES,
-                ram_segment="",
-                time=time,
-                secure_allowed=True,
-                debuggable=False,
-                guest=GuestEntry(),
-                disks=[DiskEntry(name="d", path="")],
-                devices=[DeviceEntry(kind="virtio-blk", disk="d", access_platform=access_platform)],
+            entry = board_entry(
+                [DiskEntry(name="d", path="")], memory_bytes=PAGE_BYTES, time=time, access_platform=access_platform
             )
             ram, port = TestRam(PAGE_BYTES), TestPort()
             board = Board(entry, ram.accessor, {"d": fd}, port, assign_bars=True)

@@ -15,6 +15,7 @@ from typing import Any, cast
 import msgspec
 import structlog
 import trio
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from protocol import hcalls as h
@@ -28,7 +29,7 @@ from protocol.startup import GuestEntry, VmEntry
 from protocol.wire import Envelope, MessageKind
 from services.runtime.link import Link
 from services.runtime.process import Runtime
-from services.testing.image import PlayedImage
+from services.testing.image import PlayedImage, make_image
 from services.ultravisor.audit import AuditLine, AuditLog
 from services.ultravisor.guest_calls import GuestCalls
 from services.ultravisor.hypervisor import Hypervisor
@@ -322,6 +323,13 @@ class UltravisorRig:
         self._guest_end.close()
         os.close(self.ram_fd)
         os.close(self._audit_fd)
+
+
+def played_image(key: RSAPrivateKey, kernel: bytes, files: dict[str, bytes]) -> PlayedImage:
+    """A secure image for the machine of `key`, in memory of MEMORY_BYTES."""
+    form = serialization.PrivateFormat.PKCS8
+    pem = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()).decode()
+    return make_image(pem, kernel, MEMORY_BYTES, files)
 
 
 def vm_entry(*, secure_allowed: bool = True, time: str = "wall") -> VmEntry:

@@ -14,7 +14,7 @@ from protocol.errors import PeerGone
 from protocol.hcalls import H_GET_TCE, H_RANDOM
 from protocol.wire import Envelope
 from services.runtime.link import Batch, Link
-from tests.unit.test_link import linked
+from tests.unit.link_rig import linked
 
 TOO_LARGE = 1 << 64
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from protocol import hcalls as h
 from protocol import messages as m
@@ -17,8 +16,17 @@ from protocol import ucalls as u
 from protocol.codes import HCode, UCode
 from protocol.errors import PeerGone
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
-from services.testing.image import PlayedImage, make_image
-from tests.unit.ultravisor_rig import LPID, MEMORY_BYTES, Registers, Served, UltravisorRig, answering, ultravisor_rig
+from services.testing.image import PlayedImage
+from tests.unit.ultravisor_rig import (
+    LPID,
+    MEMORY_BYTES,
+    Registers,
+    Served,
+    UltravisorRig,
+    answering,
+    played_image,
+    ultravisor_rig,
+)
 
 KERNEL = b"a small kernel" * 10_000
 FREE_GFN = 20
@@ -26,16 +34,8 @@ AnyMessage = m.Message[Any, Any]
 
 
 @pytest.fixture(scope="module")
-def key() -> RSAPrivateKey:
-    return generate_private_key(65537, 2048)
-
-
-@pytest.fixture(scope="module")
 def image(key: RSAPrivateKey) -> PlayedImage:
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    ).decode()
-    return make_image(pem, KERNEL, MEMORY_BYTES, {"crypttab": b"a key"})
+    return played_image(key, KERNEL, {"crypttab": b"a key"})
 
 
 @pytest.fixture
