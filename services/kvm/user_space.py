@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from protocol.codes import HCode, RtasStatus
-from protocol.control import UNRESPONSIVE_SECONDS
 from protocol.errors import PeerError, PeerGone
 from protocol.messages import (
     DOORBELL_RUNG,
@@ -30,8 +29,8 @@ from services.runtime.patience import Patience
 _CI_SIZES = frozenset({1, 2, 4, 8})
 MAX_DOORBELLS = 256
 """More than the queues of any machine here; beyond it a store is an exit like any other."""
-EXIT_SECONDS = UNRESPONSIVE_SECONDS
-"""What a process has to answer a ping in: a qemu that is merely slow is given as long with an exit."""
+EXIT_SECONDS = 2.0
+"""Within these the launcher has said of a qemu that it is dead, stopped or hung; the bound is for one that is not."""
 DEVICE_SECONDS = 5.0
 """For a store that returns when the devices have finished, as it does where time is counted in instructions."""
 

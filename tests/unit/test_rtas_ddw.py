@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from protocol.codes import RtasStatus
 from protocol.geometry import PAGE_BYTES
-from protocol.startup import DeviceEntry, DiskEntry, GuestEntry, VmEntry
+from protocol.startup import DiskEntry
 from services.qemu.board import Board
 from services.qemu.rtas_ddw import DMA64_BASE, MAX_WINDOW_TCES, MAX_WINDOWS
-from services.qemu.testing import TestPort, TestRam
+from services.qemu.testing import TestPort, TestRam, board_entry
 
 MIB = 1 << 20
 BUID = 0x800000020000000
@@ -28,19 +28,7 @@ class Rig:
     """A board with one function in slot 1 and `memory_bytes` of RAM that nobody touches."""
 
     def __init__(self, memory_bytes: int = 256 * MIB) -> None:
-        entry = VmEntry(
-            name="vm1",
-            lpid=1,
-            incarnation=1,
-            memory_bytes=memory_bytes,
-            ram_segment="",
-            time="wall",
-            secure_allowed=True,
-            debuggable=False,
-            guest=GuestEntry(),
-            disks=[DiskEntry(name="d", path="")],
-            devices=[DeviceEntry(kind="virtio-blk", disk="d")],
-        )
+        entry = board_entry([DiskEntry(name="d", path="")], memory_bytes=memory_bytes, time="wall")
         self.port = TestPort()
         self.disk = os.memfd_create("disk")
         os.ftruncate(self.disk, MIB)
