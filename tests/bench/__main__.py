@@ -16,7 +16,7 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import calls, disk, pages, starting
+from tests.bench import calls, disk, engine, pages, starting
 from tests.bench.figure import Budget, Figure, Kind, Measurement
 
 RESULT = Path("build/bench.json")
@@ -28,6 +28,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "blk_read": disk.measure,
     "up_two_hosts": starting.measure_up,
     "idle_rss": starting.measure_rss,
+    "mips_loop": engine.measure,
 }
 """By the name of their first figure."""
 _MARK = "<!-- table by python -m tests.bench -->"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 
 from protocol.hcalls import H_REGISTER_PROC_TBL
+from services.guest.clock import GuestClock, InstructionClock, WallClock
 from services.guest.exits import Exit, Hypercall
 from services.guest.machine import mmu
+from services.guest.machine.engine import MAX_FILLS
 from services.guest.machine.interrupts import RELOCATED_BASE, Vector
 from services.guest.machine.registers import Dsisr, Msr, Spr, Srr1
 from tests.unit import power_asm as asm
-from tests.unit.machine_rig import MachineRig
+from tests.unit.machine_rig import SLICE_NS, MachineRig
 from tests.unit.power_asm import R3, R4, R5, R6, R7, R8, R9
 from tests.unit.radix_tree import RadixTree
 
@@ -28,8 +30,8 @@ KERNEL_MSR = Msr.SF | Msr.ME | Msr.IR | Msr.DR
 class Translated:
     """A rig whose process table is registered, with a user's code and data page, and one of the kernel's code."""
 
-    def __init__(self) -> None:
-        self.rig = MachineRig()
+    def __init__(self, clock: GuestClock | None = None) -> None:
+        self.rig = MachineRig(clock)
         self.user = RadixTree(self.store, TREES)
         self.kernel = RadixTree(self.store, TREES + (8 << 20))
         self.store(PROCESS_TABLE, self.kernel.row())
@@ -180,6 +182,20 @@ def test_a_page_that_the_handler_maps_is_there_when_the_program_goes_on(world: T
 
     assert world.vector == Vector.SYSTEM_CALL
     assert world.rig.gpr[R5] == 42
+
+
+@pytest.mark.parametrize(("clock", "at_most"), [(WallClock(), MAX_FILLS), (InstructionClock(), 1 << 20)])
+def test_with_the_wall_clock_a_slice_has_a_bounded_number_of_misses(clock: GuestClock, at_most: int) -> None:
+    world = Translated(clock)
+    world.run(asm.lis(R4, DATA >> 16), asm.SC1, msr=KERNEL_MSR)
+    world.rig.put(CODE_AT + 0x100, asm.mtspr(Spr.PIDR, R8), asm.lbz(R5, 0, R4), asm.b(-2))
+    world.rig.engine.resume([0])
+    world.rig.engine._registers.pc = CODE + 0x100
+    translator = world.rig.engine._translator
+    before = translator.n_fills
+    world.rig.engine.run(SLICE_NS)
+
+    assert MAX_FILLS <= translator.n_fills - before <= at_most + 1
 
 
 def test_another_pid_sees_another_page_at_once(world: Translated) -> None:

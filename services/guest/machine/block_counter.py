@@ -31,6 +31,7 @@ _CALLBACK = bytes.fromhex(
     "483b4118"  # cmp rax, [rcx+24]    the limit
     "7701"  #     ja .+3
     "c3"  #       ret
+    "c7412801000000"  # mov dword [rcx+40], 1   stopped
     "ff6120"  #   jmp [rcx+32]         uc_emu_stop, for the engine in rdi
 )
 
@@ -44,6 +45,7 @@ class _Counts(ctypes.Structure):
         ("size", ctypes.c_uint64),
         ("limit", ctypes.c_uint64),
         ("stop", ctypes.c_void_p),
+        ("stopped", ctypes.c_uint64),
     )
 
 
@@ -60,13 +62,17 @@ class BlockCounter:
     def begin(self, limit: int) -> None:
         """The engine is about to run at most `limit` instructions."""
         counts = self._counts
-        counts.begun = counts.size = counts.address = 0
+        counts.begun = counts.size = counts.address = counts.stopped = 0
         counts.limit = limit
 
     @property
     def stopped(self) -> bool:
         """Whether the limit ended the run."""
-        return bool(self._counts.begun > self._counts.limit)
+        return bool(self._counts.stopped)
+
+    def stop_soon(self) -> None:
+        """From a callback of the engine: let the run end before its next block."""
+        self._counts.limit = 0
 
     def retired(self, pc: int, *, fetch: bool) -> int:
         """Instructions that ran since `begin`; the engine stopped at `pc`, with `fetch` since it could not go there."""

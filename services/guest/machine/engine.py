@@ -16,7 +16,7 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from protocol.hcalls import H_CEDE
 from services.guest.address_space import AddressSpace
-from services.guest.clock import GuestClock
+from services.guest.clock import GuestClock, InstructionClock
 from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
 from services.guest.machine import accesses
 from services.guest.machine.block_counter import MAX_BLOCK_INSTRUCTIONS, BlockCounter
@@ -38,6 +38,10 @@ from services.runtime.log import Log
 
 SLICE_INSTRUCTIONS = 100_000
 """About a millisecond of the host's time, which is what an invalidation may have to wait for."""
+MAX_FILLS = 500
+"""TLB misses of a slice: code that meets a new page with every instruction would else run for half a second. Only with
+a clock that does not repeat, since the engine sizes its TLB by real time and misses differ from run to run."""
+NO_LIMIT = 1 << 62
 NS_PER_INSTRUCTION = 2
 """Of the clock `instructions`: about what an instruction takes, so that firmware's delays last as long as they say."""
 MAX_LACKING_LINES = 100
@@ -69,7 +73,9 @@ class MachineEngine:
         self._partition = Partition(memory)
         self._mmu = Mmu(self._partition.load_u64, self._partition.store_u64)
         self._code = CodePages(self._memory, self._flush_tlb)
-        self._translator = Translator(self._registers, self._mmu, self._partition, self._code)
+        self._counter = BlockCounter(self._uc)
+        self._translator = Translator(self._registers, self._mmu, self._partition, self._code, self._counter.stop_soon)
+        self._max_fills = NO_LIMIT if isinstance(clock, InstructionClock) else MAX_FILLS
         self._time = TimeBase(clock, self._registers)
         self._interrupts = Interrupts(self._registers)
         self._instructions = Instructions(
@@ -93,7 +99,6 @@ class MachineEngine:
         self._callbacks = FILL_CALLBACK(self._translator.fill), EXCEPTION_CALLBACK(self._on_exception)
         for kind, callback in zip((uc.UC_HOOK_TLB_FILL, uc.UC_HOOK_INTR), self._callbacks, strict=True):
             add_hook(self._uc, kind, address_of(callback))
-        self._counter = BlockCounter(self._uc)
 
     def _on_exception(self, _engine: int, number: int, _data: int) -> None:
         if number == EngineException.SYSTEM_CALL and self._registers.error_code == 0:
@@ -263,6 +268,7 @@ class MachineEngine:
         self._exception = None
         registers = self._registers
         self._counter.begin(n)
+        self._translator.fills_left = self._max_fills
         status: int = uclib.uc_emu_start(self._uc._uch, registers.pc, 0, 0, 0)
         stop = self._translator.stop
         retired = self._counter.retired(registers.pc, fetch=stop is not None and stop.use is Use.FETCH)

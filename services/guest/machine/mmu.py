@@ -55,9 +55,6 @@ class Use(Enum):
     FETCH = "fetch"
 
 
-_NEEDS = {Use.LOAD: READ, Use.STORE: WRITE, Use.FETCH: EXECUTE}
-
-
 class StorageFault(Exception):
     """The guest's own translation refuses an access; `cause` is in terms of `Dsisr`."""
 
@@ -134,9 +131,10 @@ class Mmu:
         """The outcome for the leaf `pte` at `at`, a page of 1 << `shift` bytes."""
         if problem and pte & PRIVILEGED:
             raise StorageFault(Dsisr.PROTECTION)
-        if use is Use.FETCH and pte & (EXECUTE | GUARDED) != EXECUTE:
-            raise StorageFault(Dsisr.NO_EXECUTE)
-        if not pte & _NEEDS[use]:
+        if use is Use.FETCH:
+            if pte & (EXECUTE | GUARDED) != EXECUTE:
+                raise StorageFault(Dsisr.NO_EXECUTE)
+        elif not pte & (WRITE if use is Use.STORE else READ):
             raise StorageFault(Dsisr.PROTECTION)
         wanted = pte | (REFERENCED | CHANGED if use is Use.STORE else REFERENCED)
         if wanted != pte:

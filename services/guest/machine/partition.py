@@ -19,7 +19,9 @@ SHADOW_BASE = 1 << 46
 _OFFSET_MASK = PAGE_BYTES - 1
 _PERMISSION = {access: PERMISSION[access] for access in Access}
 _WRITE = PERMISSION[Access.WRITE]
+_READ = PERMISSION[Access.READ]
 _u64 = Struct(">Q")
+_load_u64 = _u64.unpack_from
 _SECURE = int(MapKind.SECURE)
 
 
@@ -47,17 +49,14 @@ class Partition:
         self._space = space
         self._size_bytes = space.size_bytes
         self._dirty = space.dirty
+        self._normal = space.normal
         self._words: memoryview | None = None
-        self._memory: dict[int, memoryview] = {}
+        self._secure: memoryview | None = None
         self.follow_space()
 
     def follow_space(self) -> None:
         """Look through the map and at the memory that the space uses now."""
-        space = self._space
-        self._words = space.words
-        self._memory = {NORMAL_BASE: space.normal}
-        if space.secure is not None:
-            self._memory[SECURE_BASE] = space.secure
+        self._words, self._secure = self._space.words, self._space.secure
 
     def place(self, gpa: int, access: Access) -> tuple[int, bool]:
         """Engine-physical address of `gpa`, and whether its page may be written. Raises Absent, OutsideRam.
@@ -74,9 +73,14 @@ class Partition:
 
     def load_u64(self, gpa: int) -> int:
         """An aligned big-endian doubleword: an entry of a table. Raises Absent, OutsideRam."""
-        word = self._word(gpa, Access.READ)
-        memory = self._memory[SECURE_BASE if word & KIND_MASK == _SECURE else NORMAL_BASE]
-        value: int = _u64.unpack_from(memory, (word >> FRAME_SHIFT << PAGE_SHIFT) + (gpa & _OFFSET_MASK))[0]
+        # `_word` written out: five of these make a walk.
+        words = self._words
+        word = words[gpa >> PAGE_SHIFT] if words is not None and 0 <= gpa < self._size_bytes else 0
+        if not word & _READ:
+            word = self._word(gpa, Access.READ)
+        memory = self._normal if word & KIND_MASK != _SECURE else self._secure
+        assert memory is not None
+        value: int = _load_u64(memory, (word >> FRAME_SHIFT << PAGE_SHIFT) + (gpa & _OFFSET_MASK))[0]
         return value
 
     def store_u64(self, gpa: int, value: int) -> None:

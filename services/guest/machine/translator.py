@@ -6,6 +6,7 @@ the engine's owner serves it outside.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +20,11 @@ from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import Dsisr, Msr, Spr
 
 _PAGE_MASK = CODE_PAGE_BYTES - 1
-_USES = {uc.UC_MEM_READ: Use.LOAD, uc.UC_MEM_WRITE: Use.STORE, uc.UC_MEM_FETCH: Use.FETCH}
-_ACCESS = {Use.LOAD: Access.READ, Use.STORE: Access.WRITE, Use.FETCH: Access.EXECUTE}
+_USES = {
+    uc.UC_MEM_READ: (Use.LOAD, Access.READ),
+    uc.UC_MEM_WRITE: (Use.STORE, Access.WRITE),
+    uc.UC_MEM_FETCH: (Use.FETCH, Access.EXECUTE),
+}
 _IR, _DR, _PR, _LE = int(Msr.IR), int(Msr.DR), int(Msr.PR), int(Msr.LE)
 _PIDR = int(Spr.PIDR)
 
@@ -35,31 +39,43 @@ class Stop:
 
 
 class Translator:
-    """Of one engine."""
+    """Of one engine. `on_many` is called when `fills_left`, which a run of the engine begins with, are used up."""
 
-    def __init__(self, registers: RegisterFile, mmu: Mmu, partition: Partition, code: CodePages) -> None:
+    def __init__(
+        self,
+        registers: RegisterFile,
+        mmu: Mmu,
+        partition: Partition,
+        code: CodePages,
+        on_many: Callable[[], None],
+    ) -> None:
         self._registers = registers
         self._mmu = mmu
         self._partition = partition
         self._code = code
+        self._on_many = on_many
         self.stop: Stop | None = None
         self.n_fills = 0
+        self.fills_left = 0
 
     def fill(self, _engine: int, address: int, kind: int, entry: Any, _data: int) -> bool:  # noqa: ANN401
         """The engine's callback for a page that its TLB does not hold. Nothing may be raised into the engine."""
-        use = _USES[kind]
+        use, access = _USES[kind]
         self.n_fills += 1
+        self.fills_left -= 1
+        if not self.fills_left:
+            self._on_many()
         try:
             page = entry[0]
-            page.paddr, page.perms = self._page(address, use)
+            page.paddr, page.perms = self._page(address, use, access)
         except BaseException as reason:
             self.stop = Stop(reason, address, use)
             return False
         return True
 
-    def _page(self, address: int, use: Use) -> tuple[int, int]:
+    def _page(self, address: int, use: Use, access: Access) -> tuple[int, int]:
         gpa, writable = self._guest_real(address, use)
-        place, partition_writable = self._partition.place(gpa, _ACCESS[use])
+        place, partition_writable = self._partition.place(gpa, access)
         page = place & ~_PAGE_MASK
         if use is Use.FETCH:
             little_endian = bool(self._registers.msr & _LE)
