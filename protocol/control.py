@@ -155,6 +155,7 @@ GIFTS: dict[str, tuple[Role, tuple[Role, ...]]] = {
     "normal-map": (Role.KVM, (Role.GUEST,)),
     "tce-table": (Role.KVM, (Role.QEMU,)),
     "guest-dirty-map": (Role.GUEST, (Role.KVM,)),
+    "secure-dirty-map": (Role.GUEST, (Role.ULTRAVISOR,)),
     "device-dirty-map": (Role.QEMU, (Role.KVM,)),
     "device-writes": (Role.QEMU, (Role.GUEST,)),
 }

@@ -55,14 +55,14 @@ def _map_and_seal(fd: int, size_bytes: int, *, others_write: bool) -> mmap.mmap:
 def map_sealed(fd: int, size_bytes: int, *, writable: bool = False) -> mmap.mmap:
     """Map somebody else's sealed file and close `fd`.
 
-    Raises HostFault when it is not sealed against shrinking or smaller than promised: touching such a mapping could
-    kill this process.
+    Raises HostFault when it is not sealed against shrinking, or not of the promised size: touching a mapping that is
+    longer than its file would kill this process.
     """
     try:
         if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise HostFault("a memory file came without its seals")
-        if os.fstat(fd).st_size < size_bytes:
-            raise HostFault(f"a memory file is smaller than {size_bytes} bytes")
+        if os.fstat(fd).st_size != size_bytes:
+            raise HostFault(f"a memory file is not of {size_bytes} bytes")
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         return mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, protection)
     except OSError as error:

@@ -34,13 +34,17 @@ class AddressSpace:
         self._normal = normal
         self._secure: memoryview | None = None
         self._map: PartitionMap | None = None
-        self._dirty = dirty
+        self._normal_dirty = self._dirty = dirty
         self._fault = fault
 
-    def use_map(self, entries: PartitionMap | None, secure: memoryview | None) -> None:
-        """Translate through `entries` from now on (None: nowhere); `secure` is the VM's secure memory, if any."""
+    def use_map(self, entries: PartitionMap | None, secure: memoryview | None, dirty: memoryview | None = None) -> None:
+        """Translate through `entries` from now on (None: nowhere); `secure` is the VM's secure memory, if any.
+
+        Stores are marked in `dirty`, or in the map of the normal VM.
+        """
         self._map = entries
         self._secure = secure
+        self._dirty = self._normal_dirty if dirty is None else dirty
         if self.on_map is not None:
             self.on_map()
 

@@ -69,6 +69,7 @@ class Guest:
         processor.append(Processor(engine, memory, kvm, ultravisor, clock, self._runtime.log))
         self._memory, self._processor, self._engine = memory, processor[0], engine
         await self._runtime.give("guest-dirty-map", vm.name, memory.dirty.fd)
+        await self._runtime.give("secure-dirty-map", vm.name, memory.secure_dirty.fd)
         self._runtime.nursery.start_soon(self._run)
 
     def _connect(self, entry: LinkEntry, keys: dict[str, LinkKey]) -> LinkEnd:

@@ -35,6 +35,8 @@ class GuestVmMemory:
             raise HostFault(f"cannot map the RAM segment: {error}") from None
         self.normal = memoryview(self._ram)
         self.dirty = SealedMemory("pefbox-dirty-guest", self._n_pages, others_write=True)
+        self.secure_dirty = SealedMemory("pefbox-dirty-secure", self._n_pages, others_write=True)
+        """As `dirty`, while S is set: kvm, which reads and clears the other, must not reach this one."""
         self._normal_map: PartitionMap | None = None
         self._secure: mmap.mmap | None = None
         self._secure_map: mmap.mmap | None = None
@@ -65,7 +67,8 @@ class GuestVmMemory:
             self._log.error("no secure memory", reason=str(error))
             return False
         assert self.space is not None
-        self.space.use_map(PartitionMap(memoryview(self._secure_map)), memoryview(self._secure))
+        entries = PartitionMap(memoryview(self._secure_map))
+        self.space.use_map(entries, memoryview(self._secure), self.secure_dirty.buffer)
         return True
 
     def drop_secure(self) -> None:

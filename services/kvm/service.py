@@ -137,8 +137,11 @@ class Kvm:
         vm.close()
 
     async def gift(self, tag: str, vm: str, fd: int) -> None:
-        """Dirty maps of guest and qemu: nothing here reads them yet."""
-        os.close(fd)
+        """Dirty maps of guest and qemu."""
+        owner = self._by_name.get(vm)
+        if owner is None or not owner.dirty.take_map(tag, fd):
+            os.close(fd)
+            self._runtime.log.warning("unexpected descriptor", tag=tag, vm=vm)
 
     def peer_state(self, peer: str, state: str) -> None:
         """What became of an ultravisor, guest or qemu."""
@@ -167,6 +170,7 @@ class Kvm:
             "page.host": self._page_host,
             "page.out": self._page_out,
             "page.in": self._page_in,
+            "page.dirty": self._page_dirty,
         }
 
     async def _vm_status(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -217,12 +221,22 @@ class Kvm:
         self, arguments: dict[str, Any], move: Callable[[Vm, list[int]], Any], part_pages: int
     ) -> dict[str, Any]:
         vm = self._named(arguments)
-        first = self._gfn(vm, arguments)
-        n_pages = min(int(arguments.get("n", 1)), _MAX_PAGES_A_QUERY, vm.memory.n_pages - first)
+        gfns = self._gfns(vm, arguments)
         with vm.at_work():
-            gfns = range(first, first + n_pages)
             codes = await vm.secure.move_many(gfns, lambda part: move(vm, part), part_pages)
         return {"codes": {HCode(code).name: count for code, count in codes.items()}}
+
+    async def _page_dirty(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Which of `n` pages from `gpa` were written since this was last asked; of a secure VM, by its host."""
+        vm = self._named(arguments)
+        gfns = self._gfns(vm, arguments)
+        with vm.at_work():
+            return {"gfns": await vm.dirty.collect(gfns)}
+
+    def _gfns(self, vm: Vm, arguments: dict[str, Any]) -> range:
+        first = self._gfn(vm, arguments)
+        n_pages = max(0, min(int(arguments.get("n", 1)), _MAX_PAGES_A_QUERY, vm.memory.n_pages - first))
+        return range(first, first + n_pages)
 
     def _named(self, arguments: dict[str, Any]) -> Vm:
         vm = self._by_name.get(str(arguments["vm"]))

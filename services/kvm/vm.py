@@ -18,6 +18,7 @@ from protocol.hcalls import HCALLS
 from protocol.messages import TceWindowBody
 from protocol.startup import VmEntry
 from protocol.wire import Envelope
+from services.kvm.dirty import DirtyPages
 from services.kvm.guest_call import GuestCall
 from services.kvm.hcalls import Hcalls
 from services.kvm.memory import MemSlot, VmMemory
@@ -83,7 +84,8 @@ class Vm:
             entry.lpid, memory, ultravisor, guest, allowed=entry.secure_allowed, started=self._is_started
         )
         self.user_space = UserSpace(qemu, self._log, waits_for_devices=entry.time == "instructions")
-        self.ram = GuestRam(memory.ram, memory.host_view, self._want)
+        self.dirty = DirtyPages(memory.n_pages, guest, qemu, lambda: self.secure.switch is not Switch.NONE)
+        self.ram = GuestRam(memory.ram, memory.host_view, self._want, self.dirty.own)
         self.hcalls = Hcalls(self.ram, self.xics, self.tces, self.terminal, self.vcpus, self.user_space, self.secure)
 
     # -- hypercalls -------------------------------------------------------------------------------------------
@@ -345,6 +347,7 @@ class Vm:
         """Release what the VM held; only when it is `at_rest`."""
         for liobn in list(self._tables):
             self._remove_table(liobn)
+        self.dirty.close()
         self.memory.close()
 
 

@@ -65,6 +65,11 @@ class Machine:
         link.on_waiting(m.EXIT_RTAS, self._rtas)
         link.on(m.VM_EVENT, self._vm_event)
         link.on(m.DOORBELL_RUNG, self._doorbell_rung)
+        link.on(m.MAP_INVALIDATE, self._map_invalidate)
+
+    def _map_invalidate(self, _envelope: Envelope, _body: m.InvalidateBody) -> m.Status:
+        """A view of guest RAM outlives no wait, so none is in use while a message is served."""
+        return m.Status(HCode.H_SUCCESS)
 
     def _mmio_load(self, _envelope: Envelope, body: m.MmioLoadBody) -> m.MmioLoadReply:
         code, value = self._board().mmio_load(body.gpa, body.size)

@@ -294,8 +294,8 @@ class _ControlLoop:
                 self._peer_state(peer, state)
             case control.Query():
                 nursery.start_soon(self._answer, packet)
-            case control.Gift(tag, vm, _):
-                await self._service.gift(tag, vm, descriptors[0])
+            case control.Gift(tag, vm, giver):
+                await self._take_gift(tag, vm, giver, descriptors[0])
             case control.AddVm(vm, links, keys, names):
                 files = dict(zip(names, descriptors, strict=True))
                 await self._add_vm(vm, links, keys, files)
@@ -311,6 +311,13 @@ class _ControlLoop:
         except Exception as error:
             self._runtime.log.error("VM not added", vm=vm.name, exc_info=error)
             await self._runtime.notice("vm-failed", vm.name, f"{self._runtime.config.target}: {error}")
+
+    async def _take_gift(self, tag: str, vm: str, giver: str, fd: int) -> None:
+        """Its giver may be hostile: what cannot be used is refused, and the process goes on."""
+        try:
+            await self._service.gift(tag, vm, fd)
+        except HostFault as fault:
+            self._runtime.log.error("gift refused", tag=tag, vm=vm, giver=giver, reason=str(fault))
 
     async def _remove_vm(self, order: int, vm: str) -> None:
         """Waits for other processes, so it is a task; a repeated order is answered when the first is done."""

@@ -31,6 +31,7 @@ class PlayedQemu:
         link.on(m.EXIT_MMIO_LOAD, lambda _envelope, _body: m.MmioLoadReply(HCode.H_PARAMETER))
         link.on(m.EXIT_MMIO_STORE, lambda _envelope, _body: m.Status(HCode.H_PARAMETER))
         link.on(m.EXIT_RTAS, lambda _envelope, _body: m.RtasReply([RtasStatus.PARAMETER_ERROR & 0xFFFFFFFF]))
+        link.on(m.MAP_INVALIDATE, lambda _envelope, _body: m.Status())
         link.on(m.VM_EVENT, lambda _envelope, body: self.events.append(body))
 
     # -- run state --------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ class GuestMemory:
         at = 0
         for gfn, first, length in _pieces(gpa, len(data)):
             part = data[at : at + length]
+            self._partition.mark_dirty(gfn)
             if self._svm.states[gfn] is GfnState.SHARED:
                 self._svm.ram.write(gfn * PAGE_BYTES + first, part)
             else:

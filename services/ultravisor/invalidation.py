@@ -11,8 +11,9 @@ from collections.abc import Iterable
 import trio
 
 from protocol.errors import PefboxError
-from protocol.messages import MAP_INVALIDATE, MAX_INVALIDATION_RANGES, InvalidateBody, Range
+from protocol.messages import MAP_INVALIDATE
 from services.runtime.link import Link
+from shared.gfn_ranges import invalidations_of
 
 ACKNOWLEDGE_SECONDS = 1.0
 MAX_IN_FLIGHT = 2
@@ -56,31 +57,11 @@ class Invalidator:
         self._next = _Batch()
         self._in_flight.append(batch)
         try:
-            for part in _parts(ranges_of(batch.gfns)):
+            for body in invalidations_of(batch.gfns):
                 with trio.fail_after(ACKNOWLEDGE_SECONDS):
-                    await self._link.call(MAP_INVALIDATE, InvalidateBody(part), cause)
+                    await self._link.call(MAP_INVALIDATE, body, cause)
             batch.acknowledged = True
         except (trio.TooSlowError, PefboxError):
             batch.acknowledged = False
         finally:
             self._in_flight.remove(batch)
-
-
-def ranges_of(gfns: Iterable[int]) -> list[Range]:
-    """The GFNs as ascending ranges without overlap."""
-    ranges: list[Range] = []
-    start = length = 0
-    for gfn in sorted(set(gfns)):
-        if length and gfn == start + length:
-            length += 1
-            continue
-        if length:
-            ranges.append(Range(start, length))
-        start, length = gfn, 1
-    if length:
-        ranges.append(Range(start, length))
-    return ranges
-
-
-def _parts(ranges: list[Range]) -> Iterable[list[Range]]:
-    return (ranges[i : i + MAX_INVALIDATION_RANGES] for i in range(0, len(ranges), MAX_INVALIDATION_RANGES))

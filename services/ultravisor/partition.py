@@ -11,12 +11,14 @@ import trio
 
 from protocol.codes import UCode
 from protocol.errors import PefboxError
+from protocol.geometry import PAGE_SHIFT
 from protocol.messages import SVM_ENDED, Empty
 from protocol.startup import VmEntry
 from services.runtime.link import Link
 from services.ultravisor.invalidation import ACKNOWLEDGE_SECONDS, Invalidator
 from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.svm import Svm, SvmPhase
+from shared.dirty_map import DirtyMap
 
 
 class EsmOutcome(msgspec.Struct, frozen=True):
@@ -41,6 +43,8 @@ class Partition:
         self.invalidator = Invalidator(guest)
         self.secure_since: float | None = None
         self.pate = (0, 0)
+        self.dirty: DirtyMap | None = None
+        """Marks of the guest while it is secure, once it has given them."""
         self.removed = False
         """The VM is being taken from this host: it cannot turn secure any more."""
         self.ended = trio.Event()
@@ -111,12 +115,32 @@ class Partition:
         """Remember how the last ESM ended, with its true reason."""
         self.last_esm = EsmOutcome(outcome, reason, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
+    def take_dirty_map(self, fd: int) -> bool:
+        """The marks that the guest gave; False when it gave them already. Raises HostFault."""
+        if self.dirty is not None:
+            return False
+        self.dirty = DirtyMap(fd, self.entry.memory_bytes >> PAGE_SHIFT)
+        return True
+
+    def mark_dirty(self, gfn: int) -> None:
+        """The ultravisor writes to a page of the secure VM."""
+        if self.dirty is not None:
+            self.dirty.put_back([gfn])
+
     def hand_over_memory(self, svm: Svm) -> None:
-        """Send the descriptors of secure memory and map to the guest; raises OSError when it is gone."""
+        """Send the descriptors of secure memory and map to the guest; raises OSError when it is gone.
+
+        What was marked in an earlier life says nothing about this one.
+        """
+        if self.dirty is not None:
+            self.dirty.take(range(svm.n_pages))
         announcement = msgspec.msgpack.encode((svm.memory.size_bytes, svm.n_pages))
         socket.send_fds(self.private, [announcement], [svm.memory.fd, svm.map_fd], socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         """Release what belongs to the VM itself."""
         self.private.close()
+        if self.dirty is not None:
+            self.dirty.close()
+            self.dirty = None
         self.ram.close()

@@ -9,11 +9,12 @@ from typing import Any
 
 from protocol.codes import HCode
 from protocol.errors import HostFault, UserError
-from protocol.geometry import gfn_of
+from protocol.geometry import PAGE_SHIFT, gfn_of
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.runtime.link import LOST_STATES, Link
 from services.runtime.process import Query, Runtime
 from services.ultravisor.audit import AuditLog
+from services.ultravisor.dirty import collect_dirty
 from services.ultravisor.guest_calls import GuestCalls
 from services.ultravisor.hypervisor import Hypervisor
 from services.ultravisor.hypervisor_calls import HypervisorCalls
@@ -23,6 +24,8 @@ from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.page_state import HOST_READABLE
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount
+
+_MAX_PAGES_A_QUERY = 4096
 
 
 class Ultravisor:
@@ -90,9 +93,11 @@ class Ultravisor:
         partition.close()
 
     async def gift(self, tag: str, vm: str, fd: int) -> None:
-        """No role gives the ultravisor descriptors."""
-        os.close(fd)
-        self._runtime.log.warning("unexpected descriptor", tag=tag, vm=vm)
+        """The dirty map of a guest while it is secure."""
+        partition = self._by_name.get(vm)
+        if tag != "secure-dirty-map" or partition is None or not partition.take_dirty_map(fd):
+            os.close(fd)
+            self._runtime.log.warning("unexpected descriptor", tag=tag, vm=vm)
 
     def peer_state(self, peer: str, state: str) -> None:
         """kvm or a guest died, stopped, came back."""
@@ -134,7 +139,12 @@ class Ultravisor:
 
     def queries(self) -> dict[str, Query]:
         """By name."""
-        return {"vm.status": self._vm_status, "page.secure": self._page_secure, "account": self._account_status}
+        return {
+            "vm.status": self._vm_status,
+            "page.secure": self._page_secure,
+            "page.dirty": self._page_dirty,
+            "account": self._account_status,
+        }
 
     async def _vm_status(self, arguments: dict[str, Any]) -> dict[str, Any]:
         partition = self._named(arguments)
@@ -158,6 +168,15 @@ class Ultravisor:
         state = partition.svm.states[gfn]
         readers = ["guest", "kvm", "qemu", "ultravisor"] if state in HOST_READABLE else ["guest", "ultravisor"]
         return {"gfn": gfn, "state": state.name, "readable_by": readers}
+
+    async def _page_dirty(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Which of `n` pages from `gpa` guest or ultravisor wrote since this was last asked."""
+        partition = self._named(arguments)
+        first, n_pages = gfn_of(int(arguments["gpa"])), partition.ram.size_bytes >> PAGE_SHIFT
+        if not 0 <= first < n_pages:
+            raise UserError(f"gfn {first:#x} is outside RAM of {n_pages} pages")
+        n_asked = max(0, min(int(arguments.get("n", 1)), _MAX_PAGES_A_QUERY, n_pages - first))
+        return {"gfns": await collect_dirty(partition, range(first, first + n_asked))}
 
     async def _account_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         return {"total_bytes": self._account.total_bytes, "used_bytes": self._account.used_bytes}

@@ -113,6 +113,7 @@ async def _unshare_pages(partition: Partition, svm: Svm, hypervisor: Hypervisor,
         _keep_shared(svm, gfns)
         return UCode.U_RETRY
     for page in gfns:
+        partition.mark_dirty(page)
         svm.zero_secure(page)
         await _let_others_work(page)
     if await _page_in_all(partition, hypervisor, gfns, H_PAGE_IN_NONSHARED, cause) != HCode.H_SUCCESS:

@@ -65,8 +65,9 @@ def expected_table(secure: list[tuple[str, str]], normal: list[tuple[str, str]])
             ("ram", {uv: "fd", kvm: "rw", qemu: "rw", guest: "rw"}),
             ("view", {kvm: "rw", qemu: "r"}),
             ("map", {kvm: "rw", guest: "r"}),
-            ("dirty", {guest: "rw"}),
-            ("dirty", {qemu: "rw"}),
+            ("dirty", {guest: "rw", kvm: "rw"}),
+            ("dirty", {guest: "rw", uv: "rw"}),
+            ("dirty", {qemu: "rw", kvm: "rw"}),
             ("tce", {kvm: "rw", qemu: "r"}),
         )
         if (host, vm) in secure:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from protocol.errors import PeerGone
 from protocol.messages import InvalidateBody, Status
 from services.runtime.link import Link
-from services.ultravisor.invalidation import MAX_IN_FLIGHT, Invalidator, ranges_of
+from services.ultravisor.invalidation import MAX_IN_FLIGHT, Invalidator
+from shared.gfn_ranges import ranges_of
 
 
 class Guest:

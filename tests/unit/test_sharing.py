@@ -71,7 +71,7 @@ class Rig:
         self.svm.map_all()
         self.acknowledges = True
         self.kvm = PlayedKvm(self.svm)
-        self.partition = cast(Partition, SimpleNamespace(invalidator=self, lpid=LPID))
+        self.partition = cast(Partition, SimpleNamespace(invalidator=self, lpid=LPID, mark_dirty=lambda _gfn: None))
         self.hypervisor = cast(Hypervisor, self.kvm)
 
     async def invalidate(self, _gfns: list[int], _cause: int = 0) -> bool:

@@ -57,6 +57,7 @@ class Partition:
     def follow_space(self) -> None:
         """Look through the map and at the memory that the space uses now."""
         self._words, self._secure = self._space.words, self._space.secure
+        self._dirty = self._space.dirty
 
     def place(self, gpa: int, access: Access) -> tuple[int, bool]:
         """Engine-physical address of `gpa`, and whether its page may be written. Raises Absent, OutsideRam.
