@@ -185,6 +185,35 @@ H_SET_MODE = HCALLS.declare(
     },
     source="PAPR 14.5.4.3.6",
 )
+H_REGISTER_VPA = HCALLS.declare(
+    0xDC,
+    "H_REGISTER_VPA",
+    args=(Reg("flags", Kind.FLAGS), Reg("vcpu", Kind.CPU), Reg("area", Kind.GPA)),
+    callers=_GUEST,
+    errors={
+        HCode.H_PARAMETER: "no such vcpu or function, or an area that is misaligned, too short or not in memory",
+        HCode.H_RESOURCE: "a log or shadow buffer without its VPA, or a VPA that goes before them",
+    },
+    source="PAPR 14.11.3.2",
+)
+H_GET_CPU_CHARACTERISTICS = HCALLS.declare(
+    0x1C8,
+    "H_GET_CPU_CHARACTERISTICS",
+    results=(Reg("character", Kind.FLAGS), Reg("behaviour", Kind.FLAGS)),
+    callers=_GUEST,
+    source="PAPR 14.5.4.12; Linux asm/hvcall.h",
+)
+H_SIGNAL_SYS_RESET = HCALLS.declare(
+    0x380,
+    "H_SIGNAL_SYS_RESET",
+    args=(Reg("target", Kind.CPU),),
+    callers=_GUEST,
+    errors={
+        HCode.H_PARAMETER: "no such vcpu",
+        HCode.H_UNSUPPORTED: "the caller itself: no processor here is reset from inside",
+    },
+    source="PAPR 14.5.3.9",
+)
 H_REGISTER_PROC_TBL = HCALLS.declare(
     0x37C,
     "H_REGISTER_PROC_TBL",
@@ -309,7 +338,10 @@ H_CAS = HCALLS.declare(
         Reg("buffer_size", Kind.SIZE),
     ),
     callers=_GUEST,
-    errors={HCode.H_PARAMETER: "the vector is malformed"},
+    errors={
+        HCode.H_PARAMETER: "the vector is malformed, or asks for what is not offered",
+        HCode.H_RESOURCE: "the buffer is too small for the device tree",
+    },
     source=_QEMU,
 )
 H_UPDATE_DT = HCALLS.declare(

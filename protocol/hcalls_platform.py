@@ -8,7 +8,6 @@ from protocol.hcalls_table import FLAGS, declare_unhandled, words
 _VCPU = Reg("vcpu", Kind.CPU)
 
 # Per-processor areas and debug registers.
-declare_unhandled(0xDC, "H_REGISTER_VPA", (FLAGS, _VCPU, Reg("area", Kind.GPA)))
 declare_unhandled(0x24, "H_SET_SPRG0", words("value"))
 declare_unhandled(0x28, "H_SET_DABR", words("value"))
 declare_unhandled(0x134, "H_SET_XDABR", words("value", "extension"))
@@ -16,8 +15,6 @@ declare_unhandled(0x30, "H_SET_ASR", words("value"))
 declare_unhandled(0x34, "H_ASR_ON")
 declare_unhandled(0x38, "H_ASR_OFF")
 declare_unhandled(0x7C, "H_PERFMON", words("set_mode", "reset_mode"), words("mode"))
-declare_unhandled(0x1C8, "H_GET_CPU_CHARACTERISTICS", (), words("character", "behaviour"))
-declare_unhandled(0x380, "H_SIGNAL_SYS_RESET", (_VCPU,))
 declare_unhandled(0x45C, "H_WATCHDOG", (FLAGS, *words("watchdog", "timeout_ms")), words("value"))
 
 # Partition performance, energy and migration by the management console.

@@ -92,7 +92,15 @@ KVM_QEMU = LinkKind(
         m.TERMINAL_OUTPUT,
         m.DOORBELL_SET,
     ),
-    downward=_numbers(m.EXIT_MMIO_LOAD, m.EXIT_MMIO_STORE, m.EXIT_RTAS, m.VM_EVENT, m.DOORBELL_RUNG, m.MAP_INVALIDATE),
+    downward=_numbers(
+        m.EXIT_MMIO_LOAD,
+        m.EXIT_MMIO_STORE,
+        m.EXIT_RTAS,
+        m.EXIT_HCALL,
+        m.VM_EVENT,
+        m.DOORBELL_RUNG,
+        m.MAP_INVALIDATE,
+    ),
 )
 
 LINK_KINDS = {kind.name: kind for kind in (KVM_GUEST, ULTRAVISOR_GUEST, ULTRAVISOR_KVM, KVM_QEMU)}

@@ -245,6 +245,19 @@ class MmioStoreBody(Body, frozen=True):
     value: Register
 
 
+class HcallBody(Body, frozen=True):
+    """A hypercall that user space answers: firmware's, and what concerns the device tree."""
+
+    number: Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
+    args: Annotated[list[Register], Meta(max_length=9)]
+
+
+class HcallReply(Body, frozen=True):
+    """Its result code."""
+
+    code: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)]
+
+
 Word = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
 Words = Annotated[list[Word], Meta(max_length=16)]
 
@@ -286,6 +299,7 @@ class VmEventBody(Body, frozen=True):
 EXIT_MMIO_LOAD = _declare(0x10201, "EXIT_MMIO_LOAD", MmioLoadBody, MmioLoadReply)
 EXIT_MMIO_STORE = _declare(0x10202, "EXIT_MMIO_STORE", MmioStoreBody, Status)
 EXIT_RTAS = _declare(0x10203, "EXIT_RTAS", RtasBody, RtasReply)
+EXIT_HCALL = _declare(0x10204, "EXIT_HCALL", HcallBody, HcallReply)
 VM_EVENT = _event(0x10205, "VM_EVENT", VmEventBody)
 DOORBELL_RUNG = _event(0x10206, "DOORBELL_RUNG", MmioStoreBody)
 

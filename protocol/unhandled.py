@@ -27,7 +27,6 @@ class Reason(Enum):
     VTERM = "the server side of a terminal is not offered to guests"
     ADAPTER = "no InfiniBand or Ethernet host adapter is modelled"
     ACCELERATOR = "no accelerator (COP, VAS, NX) is modelled"
-    PER_CPU_AREA = "no virtual processor area is kept: the model kernel needs neither dispatch counts nor logs"
     DEBUG_REGISTER = "debug and performance registers are not modelled"
     NESTED = "a hypervisor inside a guest is not offered"
     WATCHDOG = "no watchdog is modelled"
@@ -51,7 +50,7 @@ _GROUPS: dict[Reason, str] = {
     Reason.CACHE: "H_LOGICAL_CACHE_LOAD H_LOGICAL_CACHE_STORE H_LOGICAL_ICBI H_LOGICAL_DCBF",
     Reason.ENTITLEMENT: """
         H_SET_MPP H_GET_MPP H_GET_MPP_X H_HOME_NODE_ASSOCIATIVITY H_GET_PPP H_SET_PPP H_PURR H_PIC H_HYPERVISOR_DATA
-        H_POLL_PENDING H_GET_EM_PARMS H_BEST_ENERGY H_REQUEST_VMC H_GET_ENERGY_SCALE_INFO H_GET_CPU_CHARACTERISTICS
+        H_POLL_PENDING H_GET_EM_PARMS H_BEST_ENERGY H_REQUEST_VMC H_GET_ENERGY_SCALE_INFO
         H_GET_24X7_CATALOG_PAGE H_GET_24X7_DATA H_GET_PERF_COUNTER_INFO
     """,
     Reason.XIVE: """
@@ -84,14 +83,13 @@ _GROUPS: dict[Reason, str] = {
         H_COP H_ALLOCATE_VAS_WINDOW H_MODIFY_VAS_WINDOW H_DEALLOCATE_VAS_WINDOW H_QUERY_VAS_WINDOW
         H_QUERY_VAS_CAPABILITIES H_QUERY_NX_CAPABILITIES H_GET_NX_FAULT
     """,
-    Reason.PER_CPU_AREA: "H_REGISTER_VPA",
     Reason.DEBUG_REGISTER: "H_SET_SPRG0 H_SET_DABR H_SET_XDABR H_SET_ASR H_ASR_ON H_ASR_OFF H_PERFMON",
     Reason.NESTED: "H_SET_PARTITION_TABLE H_ENTER_NESTED H_TLB_INVALIDATE H_COPY_TOFROM_GUEST",
     Reason.WATCHDOG: "H_WATCHDOG",
-    Reason.SYSTEM_RESET: "H_SIGNAL_SYS_RESET ibm,nmi-register ibm,nmi-interlock",
+    Reason.SYSTEM_RESET: "ibm,nmi-register ibm,nmi-interlock",
     Reason.PARTITION_MIGRATION: "H_VASI_SIGNAL H_VASI_STATE ibm,suspend-me",
     Reason.TPM_PROXY: "H_SVM_TPM_COMM",
-    Reason.BOOT_NEGOTIATION: "H_CAS H_UPDATE_DT H_LOGICAL_MEMOP quiesce",
+    Reason.BOOT_NEGOTIATION: "quiesce",
     Reason.HOST_FIRMWARE: "UV_READ_SCOM UV_WRITE_SCOM UV_READ_MEM UV_WRITE_MEM UV_SEND_SBE_COMMAND",
     Reason.ONE_CPU: "start-cpu stop-self",
     Reason.HOTPLUG: """

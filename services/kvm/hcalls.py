@@ -21,6 +21,7 @@ from services.kvm.ultravisor_port import Answer
 from services.kvm.user_space import UserSpace
 from services.kvm.uvmem import SecurePages
 from services.kvm.vcpu import Vcpus
+from services.kvm.vpa import VirtualProcessorAreas
 from services.kvm.xics import Xics
 from shared.guest_ram import GuestRam
 
@@ -31,6 +32,14 @@ _TCE_BYTES = 8
 def _timebase() -> int:
     """The time base of a POWER9: 512 MHz."""
     return time.monotonic_ns() * 512 // 1000
+
+
+CPU_CHARACTER = 0
+CPU_BEHAVIOUR = 1 << 63 | 1 << 56 | 1 << 55
+"""Favour security; no cache flush at entry or at user accesses: an emulated processor does not speculate."""
+
+SYS_RESET_ALL = (1 << 64) - 1
+SYS_RESET_ALL_OTHERS = (1 << 64) - 2
 
 
 class SetModeResource(IntEnum):
@@ -73,6 +82,7 @@ class Hcalls:
         self._secure = secure
         self._open: dict[int, Answer] = {}
         self._modes: dict[int, int] = {}
+        self.areas = VirtualProcessorAreas(ram, len(vcpus))
         rtas = RtasCalls(ram, xics, user_space)
         self.at_once: dict[int, AtOnce] = {
             h.H_GET_TCE.number: lambda call: self._tces.h_get_tce(*call.args),
@@ -93,6 +103,8 @@ class Hcalls:
             h.H_RANDOM.number: self.h_random,
             h.H_SET_MODE.number: self.h_set_mode,
             h.H_REGISTER_PROC_TBL.number: self.h_register_proc_tbl,
+            h.H_GET_CPU_CHARACTERISTICS.number: lambda _call: [HCode.H_SUCCESS, CPU_CHARACTER, CPU_BEHAVIOUR],
+            h.H_SIGNAL_SYS_RESET.number: self.h_signal_sys_reset,
             h.H_SVM_INIT_DONE.number: lambda call: [self._secure.init_done()],
         }
         self.waiting: dict[int, Waiting] = {
@@ -100,6 +112,10 @@ class Hcalls:
             h.H_LOGICAL_CI_LOAD.number: user_space.h_logical_ci_load,
             h.H_LOGICAL_CI_STORE.number: user_space.h_logical_ci_store,
             h.H_RTAS.number: rtas.h_rtas,
+            h.H_REGISTER_VPA.number: self.areas.h_register_vpa,
+            h.H_LOGICAL_MEMOP.number: user_space.answers(h.H_LOGICAL_MEMOP),
+            h.H_CAS.number: user_space.answers(h.H_CAS),
+            h.H_UPDATE_DT.number: user_space.answers(h.H_UPDATE_DT),
             h.H_SVM_PAGE_IN.number: self.h_svm_page_in,
             h.H_SVM_PAGE_OUT.number: self.h_svm_page_out,
             h.H_SVM_INIT_START.number: self.h_svm_init_start,
@@ -164,6 +180,14 @@ class Hcalls:
             return [HCode.H_P4]
         self._modes[resource] = mflags
         return _SUCCESS
+
+    def h_signal_sys_reset(self, call: GuestCall) -> Result:
+        """H_SIGNAL_SYS_RESET: of other processors, of which a VM has none."""
+        (target,) = call.args
+        if target == SYS_RESET_ALL_OTHERS:
+            return _SUCCESS
+        others = target != SYS_RESET_ALL and target != call.vcpu
+        return [HCode.H_PARAMETER if others else HCode.H_UNSUPPORTED]
 
     def h_register_proc_tbl(self, call: GuestCall) -> Result:
         """H_REGISTER_PROC_TBL: kvm checks it, the processor keeps it, since only that one walks the guest's trees."""

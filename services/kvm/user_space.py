@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from protocol.codes import HCode, RtasStatus
+from protocol.declare import Call
 from protocol.errors import PeerError, PeerGone
 from protocol.messages import (
     DOORBELL_RUNG,
+    EXIT_HCALL,
     EXIT_MMIO_LOAD,
     EXIT_MMIO_STORE,
     EXIT_RTAS,
     VM_EVENT,
     BodyT,
     DoorbellBody,
+    HcallBody,
     Message,
     MmioLoadBody,
     MmioStoreBody,
@@ -21,7 +24,7 @@ from protocol.messages import (
     VmEventKind,
 )
 from protocol.rtas import status_word
-from services.kvm.guest_call import GuestCall, Result
+from services.kvm.guest_call import GuestCall, Result, Waiting
 from services.runtime.link import Link
 from services.runtime.log import Log
 from services.runtime.patience import Patience
@@ -78,6 +81,15 @@ class UserSpace:
     def _ring(self, gpa: int, size: int, value: int, cause: int) -> bool:
         is_up = self._link.peer_state == "up"
         return is_up and self._link.send_event(DOORBELL_RUNG, MmioStoreBody(gpa, size, value), cause)
+
+    def answers(self, hcall: Call) -> Waiting:
+        """The handler of a hypercall that qemu answers."""
+
+        async def serve(call: GuestCall) -> Result:
+            reply = await self._exit(EXIT_HCALL, HcallBody(hcall.number, call.args), call.cause, EXIT_SECONDS)
+            return [HCode.H_HARDWARE if reply is None else reply.code]
+
+        return serve
 
     async def rtas(self, body: RtasBody, cause: int) -> list[int]:
         """An RTAS service; the return words."""

@@ -267,6 +267,7 @@ class Vm:
         self.xics.reset()
         self.terminal.reset()
         self.user_space.reset()
+        self.hcalls.areas.reset()
         self.tces.clear()
         self.after_call()
         return m.Status(HCode.H_SUCCESS if done else HCode.H_HARDWARE)

@@ -6,6 +6,7 @@ which devices reach interrupt controller, terminal and run state.
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -22,6 +23,7 @@ from protocol.startup import DeviceEntry, VmEntry
 from services.qemu.device_tree import BootFacts, PciNodes, TreeFacts, build_device_tree
 from services.qemu.disk_file import DiskFile
 from services.qemu.dma import BypassSpace, IommuSpace
+from services.qemu.hcalls import QemuHcalls
 from services.qemu.phb import IrqPort, PciHostBridge
 from services.qemu.rtas import MachineFacts, MachinePort, RtasServices, RtasState
 from services.qemu.rtas_ddw import default_window
@@ -47,6 +49,9 @@ class BoardPort(IrqPort, MachinePort, Protocol):
 
     def doorbell(self, gpa: int, on: bool) -> None:
         """A store to the notify register at `gpa` only wakes a device, or is an exit as any other again."""
+
+    def cas_refused(self, reason: str) -> None:
+        """The guest's kernel asked for a machine that this is not: for the operator."""
 
     def io_error(self, device: str, reason: str) -> None:
         """The host refused a request of `device`: for the operator."""
@@ -88,6 +93,10 @@ class Board:
             self._plug(slot, device, disks)
         facts = MachineFacts(vm.memory_bytes, N_CPUS, self._uuid)
         self.rtas_services = RtasServices(ram, self.bridge, port, port, facts)
+        self.hcalls = QemuHcalls(ram, self)
+        self.updated_tree: bytes | None = None
+        """What firmware made of the device tree, once it has told."""
+        self._described: tuple[BootFacts, PciNodes] = (BootFacts(), PciNodes.QEMU)
         if assign_bars:
             self.bridge.assign_bars()
 
@@ -116,6 +125,7 @@ class Board:
         for function in self.functions:
             await function.reset_function()
             self.bridge.msis.release(function.devfn)
+        self.updated_tree = None
         await self.rtas_services.ddw.to_default()
         if self._assign_bars:
             self.bridge.assign_bars()
@@ -169,6 +179,7 @@ class Board:
 
     def device_tree(self, boot: BootFacts, pci_nodes: PciNodes = PciNodes.QEMU) -> bytes:
         """The flattened tree of the machine as it stands; names only RTAS services that somebody answers."""
+        self._described = (boot, pci_nodes)
         answered = {
             call.name: call.number
             for call in RTAS
@@ -179,6 +190,19 @@ class Board:
             del answered[RTAS.by_number[EXIT].name]
         facts = TreeFacts(self.vm.name, self._uuid, self.vm.memory_bytes, N_CPUS, answered, pci_nodes, boot)
         return build_device_tree(facts, self.bridge)
+
+    def agreed_tree(self) -> bytes:
+        """As `device_tree` for the same start, with the option vector that a guest agreed on."""
+        boot, pci_nodes = self._described
+        return self.device_tree(dataclasses.replace(boot, negotiated=True), pci_nodes)
+
+    def tree_updated(self, tree: bytes) -> None:
+        """Firmware told its final tree."""
+        self.updated_tree = tree
+
+    def cas_refused(self, reason: str) -> None:
+        """The guest's kernel asked for what is not there."""
+        self._port.cas_refused(reason)
 
     def save(self) -> BoardState:
         """A copy of the state; the devices are drained."""

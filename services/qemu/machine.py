@@ -63,6 +63,7 @@ class Machine:
         link.on(m.EXIT_MMIO_LOAD, self._mmio_load)
         link.on_waiting(m.EXIT_MMIO_STORE, self._mmio_store)
         link.on_waiting(m.EXIT_RTAS, self._rtas)
+        link.on_waiting(m.EXIT_HCALL, self._hcall)
         link.on(m.VM_EVENT, self._vm_event)
         link.on(m.DOORBELL_RUNG, self._doorbell_rung)
         link.on(m.MAP_INVALIDATE, self._map_invalidate)
@@ -84,6 +85,9 @@ class Machine:
 
     async def _rtas(self, _envelope: Envelope, body: m.RtasBody) -> m.RtasReply:
         return m.RtasReply(await self._board().rtas_token(body.token, body.args, body.n_rets))
+
+    async def _hcall(self, _envelope: Envelope, body: m.HcallBody) -> m.HcallReply:
+        return m.HcallReply(await self._board().hcalls.call(body.number, body.args))
 
     def _vm_event(self, _envelope: Envelope, body: m.VmEventBody) -> None:
         self._log.error("guest crashed", reason=body.reason)
@@ -162,6 +166,10 @@ class Machine:
     def device_fault(self, device: str, reason: str) -> None:
         """A driver broke `device`, or was refused by it."""
         self._log.warning("device fault", device=device, reason=reason)
+
+    def cas_refused(self, reason: str) -> None:
+        """The guest's kernel asked for a machine that this is not."""
+        self._log.warning("client architecture refused", reason=reason)
 
     def io_error(self, device: str, reason: str) -> None:
         """The host refused a request of `device`."""

@@ -230,6 +230,9 @@ class TestPort:
     def lsi(self, source: int, level: bool) -> None:
         self.levels[source] = level
 
+    def cas_refused(self, reason: str) -> None:
+        self.events.append(f"cas refused: {reason}")
+
     def display(self, character: int) -> None:
         self.displayed.append(character)
 
