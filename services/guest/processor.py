@@ -35,6 +35,7 @@ from services.guest.engine import Engine
 from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
 from services.guest.inbox import Inbox
 from services.guest.link_end import LinkEnd
+from services.guest.pacing import Pacer
 from services.guest.vm_memory import GuestVmMemory
 from services.runtime.link import LOST_STATES
 from services.runtime.log import Log
@@ -87,6 +88,7 @@ class Processor:
         self._next_cause = 1
         self._replies: dict[tuple[LinkEnd, int], Envelope | None] = {}
         self._resume_with: list[int] | None = None
+        self._pacer = Pacer()
         self._line = False
         self._just_looked = False
         """Whether a call has just taken what was due: back-to-back calls need not look twice each."""
@@ -208,7 +210,11 @@ class Processor:
             self._call(self._hypervisor(), H_CEDE.number, [_VCPU], None)
             return
         # Time does not jump over an open device request, or its time-out would fire first: the device has as long.
+        before_ns = self._clock.now_ns()
         if not idle.device_open and self._clock.skip_to(until_ns):
+            wait_ms = self._pacer.wait_ms(max(0, until_ns - before_ns))
+            if wait_ms:
+                self._take_next(wait_ms)
             return
         deadline_ns = time.monotonic_ns() + until_ns - self._clock.now_ns()
         self._call(self._hypervisor(), H_CEDE.number, [_VCPU], deadline_ns)
