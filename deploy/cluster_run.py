@@ -17,8 +17,9 @@ from deploy.manifest import Manifest
 from deploy.memory_segments import create_segment, segment_name, unlink_segment
 from deploy.plan import ConfigFrame, cluster_processes
 from deploy.run_dirs import Paths
-from deploy.states import VmState, printable
+from deploy.states import printable
 from protocol.roles import Role
+from protocol.vm_state import VmState
 
 Log = structlog.typing.FilteringBoundLogger
 

@@ -8,8 +8,8 @@ import trio
 
 from deploy.cluster_run import ClusterRun, VmRecord
 from deploy.start import StartFailed
-from deploy.states import VmState
 from deploy.status import refresh
+from protocol.vm_state import VmState
 
 HEALTHY_SECONDS = 15.0
 _POLL_SECONDS = 0.02

@@ -1,4 +1,4 @@
-"""The states of processes and VMs as `status` shows them, and which changes are possible."""
+"""The states of processes as `status` shows them, and what of them is safe to print."""
 
 from __future__ import annotations
 
@@ -38,13 +38,3 @@ class ProcessState(Enum):
     def answers(self) -> bool:
         """Whether it makes sense to ask the process something."""
         return self in (ProcessState.RUNNING, ProcessState.WAITING)
-
-
-class VmState(Enum):
-    """What a virtual machine is doing."""
-
-    STARTING = "starting"
-    RUNNING = "running"
-    PAUSED = "paused"
-    OFF = "off"
-    FAILED = "failed"

@@ -14,10 +14,11 @@ import trio
 from deploy.child import Child, QueryRefused
 from deploy.cluster_run import ClusterRun, VmRecord
 from deploy.gifts import relay
-from deploy.states import ProcessState, VmState
+from deploy.states import ProcessState
 from protocol import control
 from protocol.errors import MalformedMessage, PeerGone
 from protocol.roles import Role
+from protocol.vm_state import VmState
 
 _STOP_SECONDS = 1.0
 _SECOND_LOOK_SECONDS = 0.05

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from typing import Any
 
 import trio
@@ -17,6 +16,7 @@ from protocol.errors import CallTimeout, GuestFault, PefboxError
 from protocol.hcalls import HCALLS
 from protocol.messages import TceWindowBody
 from protocol.startup import VmEntry
+from protocol.vm_state import VmState
 from protocol.wire import Envelope
 from services.kvm.dirty import DirtyPages
 from services.kvm.guest_call import GuestCall
@@ -39,16 +39,6 @@ _GUEST_SECONDS = 2.0
 _TCE_BYTES = 8
 TableMade = Callable[[int, int], None]
 """Told liobn and descriptor of a new TCE table, for qemu."""
-
-
-class VmState(Enum):
-    """Run state as the operator sees it."""
-
-    STARTING = "starting"
-    RUNNING = "running"
-    PAUSED = "paused"
-    OFF = "off"
-    FAILED = "failed"
 
 
 class Vm:

@@ -162,21 +162,6 @@ async def test_s5_malformed_input_never_ends_the_reader(tmp_path: Path, frames: 
         nursery.cancel_scope.cancel()
 
 
-async def test_an_exception_in_a_handler_is_an_error_for_its_caller_only(tmp_path: Path) -> None:
-    def broken(_envelope: Envelope, _args: list[int]) -> list[int]:
-        raise RuntimeError("a bug")
-
-    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
-        ends.upper.on(H_GET_TCE, broken)
-        ends.upper.on(H_RANDOM, lambda _envelope, _args: [0, 5])
-        await nursery.start(ends.upper.run)
-        await nursery.start(ends.lower.run)
-        with trio.fail_after(5):
-            assert await ends.lower.call_registers(H_GET_TCE, []) == [HCode.H_HARDWARE]
-            assert await ends.lower.call_registers(H_RANDOM, []) == [0, 5]
-        nursery.cancel_scope.cancel()
-
-
 async def test_an_ultracall_of_another_caller_is_refused_with_u_permission(tmp_path: Path) -> None:
     async with linked(tmp_path, ULTRAVISOR_GUEST) as ends, trio.open_nursery() as nursery:
         await nursery.start(ends.upper.run)

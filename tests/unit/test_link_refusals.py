@@ -1,4 +1,4 @@
-"""What a link does with results that no message can carry, and with messages that nobody takes."""
+"""What a link does with handlers that fail, results that no message can carry, and with messages that nobody takes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,15 @@ def _together(link: Link) -> None:
     link.on_together(H_GET_TCE, serve)
 
 
-@pytest.mark.parametrize("register", [_at_once, _waiting, _together])
-async def test_s5_a_result_that_no_message_can_carry_is_an_error_for_its_caller_only(
+def _broken(link: Link) -> None:
+    def serve(_envelope: Envelope, _args: list[int]) -> list[int]:
+        raise RuntimeError("a bug")
+
+    link.on(H_GET_TCE, serve)
+
+
+@pytest.mark.parametrize("register", [_at_once, _waiting, _together, _broken])
+async def test_s5_a_handler_without_a_result_that_a_message_can_carry_is_an_error_for_its_caller_only(
     tmp_path: Path, register: Callable[[Link], None]
 ) -> None:
     async with linked(tmp_path) as ends, trio.open_nursery() as nursery:

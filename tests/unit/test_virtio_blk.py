@@ -444,12 +444,18 @@ def test_pieces_cover_everything_within_the_limit(parts: list[tuple[int, int]], 
     assert sum(map(total_bytes, result)) == total_bytes(parts)
 
 
-async def test_a_busy_queue_is_looked_at_for_a_while_without_a_kick(make_rig: MakeRig) -> None:
+async def with_two_reads(make_rig: MakeRig) -> Rig:
+    """A device that looks at its ring for a minute after two requests at once, which it has just been told of."""
     rig = await make_rig(vm_entry(time="wall"))
     rig.blk.poll_ns = 60_000_000_000
     for slot in range(2):
         rig.ring.put_chain([rig.header(BlkRequest.IN, slot, slot), *read_into(slot)], first=8 * slot)
     await rig.driver.kick()
+    return rig
+
+
+async def test_a_busy_queue_is_looked_at_for_a_while_without_a_kick(make_rig: MakeRig) -> None:
+    rig = await with_two_reads(make_rig)
     with trio.fail_after(5):
         await until(lambda: rig.ring.used_idx() == 2)
         rig.ring.put_chain([rig.header(BlkRequest.IN, 2, 2), *read_into(2)], first=16)
@@ -468,11 +474,7 @@ async def test_after_a_lonely_request_the_device_asks_for_a_kick_at_once(make_ri
 
 
 async def test_a_reset_does_not_wait_for_the_looking(make_rig: MakeRig) -> None:
-    rig = await make_rig(vm_entry(time="wall"))
-    rig.blk.poll_ns = 60_000_000_000
-    for slot in range(2):
-        rig.ring.put_chain([rig.header(BlkRequest.IN, slot, slot), *read_into(slot)], first=8 * slot)
-    await rig.driver.kick()
+    rig = await with_two_reads(make_rig)
     with trio.fail_after(5):
         await until(lambda: rig.ring.used_idx() == 2)
         await rig.board.reset()

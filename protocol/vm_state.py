@@ -1,0 +1,15 @@
+"""The run state of a VM, as kvm tells it and the operator sees it."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class VmState(Enum):
+    """What a virtual machine is doing."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    OFF = "off"
+    FAILED = "failed"
