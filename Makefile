@@ -1,10 +1,12 @@
 # Everything runs from a virtual environment of this checkout; no root, nothing installed outside it.
 VENV ?= .venv
+# The exit status says whether an interpreter is supported. A name that a version manager left behind does not even run.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
+	$$p -c '$(SUPPORTED)' 2>/dev/null && { echo $$p; break; }; done)
 # Another supported interpreter on this machine, of another version than PYTHON; empty when there is none.
 OTHER_PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 $(HOME)/.pyenv/versions/3.1[123].*/bin/python3; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null || continue; \
+	$$p -c '$(SUPPORTED)' 2>/dev/null || continue; \
 	test "$$($$p -c 'import sys; print(sys.version_info[1])')" != "$$($(PYTHON) -c 'import sys; print(sys.version_info[1])')" \
 	&& echo $$p; done | tail -n 1)
 READY := $(VENV)/.ready
@@ -17,7 +19,8 @@ help: ## what can be made
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(READY): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "pefbox needs Python 3.11, 3.12 or 3.13 on the PATH (set PYTHON=...)" >&2; exit 1; }
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+	echo "pefbox needs Python 3.11, 3.12 or 3.13, and '$(PYTHON)' is none that runs (set PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
