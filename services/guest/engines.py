@@ -19,6 +19,8 @@ from services.runtime.log import Log
 
 MACHINE = "machine"
 _MODULE = "services.guest.machine.engine"
+_kept: list[object] = []
+"""What must live as long as the process."""
 
 
 def import_engines(config: ProcessConfig) -> None:
@@ -33,7 +35,9 @@ def import_engines(config: ProcessConfig) -> None:
 def make_engine(vm: VmEntry, space: AddressSpace, clock: GuestClock, log: Log) -> Engine:
     """The engine of `vm` on its memory; raises HostFault."""
     if vm.guest.kernel == MACHINE:
-        from services.guest.machine.engine import make_machine_engine
+        from services.guest.machine.engine import make_machine_engine, report_crash
 
-        return make_machine_engine(space, clock, log)
+        engine = make_machine_engine(space, clock, log)
+        _kept.append(report_crash(engine, log))
+        return engine
     return BenchEngine(space, clock) if vm.guest.kernel == "bench" else ModelEngine(space, clock)

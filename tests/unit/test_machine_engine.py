@@ -617,7 +617,7 @@ def test_save_and_load_keep_every_register() -> None:
     rig = MachineRig()
     rig.begin(asm.b(0), gprs={n: 0x1111 * n for n in range(32)}, secure=True)
     rig.engine._registers.cr, rig.engine._registers.lr = 0x12345678, 0xABC
-    rig.engine._registers.vsrs = bytes(n % 251 for n in range(1024))
+    rig.engine._registers._vsrs.raw = bytes(n % 251 for n in range(1024))
     rig.engine.set_line(True)
     rig.engine.run(SLICE_NS)
     saved = rig.engine.save()

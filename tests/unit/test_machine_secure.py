@@ -5,8 +5,12 @@ from __future__ import annotations
 import mmap
 
 import pytest
+import structlog
+import structlog.testing
 
 from protocol.messages import Access
+from services.guest.clock import InstructionClock
+from services.guest.machine.engine import make_machine_engine
 from services.guest.machine.registers import Msr
 from shared.partition_map import ENTRY_BYTES, MapKind, PartitionMap
 from tests.unit import power_asm as asm
@@ -117,3 +121,18 @@ def test_an_engine_that_is_unwound_inside_a_fault_starts_anew() -> None:
 
     rig.run(asm.li(R3, 7), asm.SC1)
     assert rig.gpr[R3] == 7
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_s1_the_log_has_no_word_of_a_secure_vm(secure: bool) -> None:
+    rig = MachineRig()
+    with structlog.testing.capture_logs() as lines:
+        engine = make_machine_engine(rig.space, InstructionClock(), structlog.get_logger())
+        rig.put(ENTRY, 0x00C0FFEE)
+        engine.start(ENTRY, {}, secure=secure)
+        engine.run(SLICE_NS)
+
+    first = lines[0]
+    assert first["event"] == "illegal instruction"
+    assert first["address"] == f"{ENTRY:#x}"
+    assert first["instruction"] == ("secret" if secure else "0x00c0ffee")

@@ -70,6 +70,11 @@ class BlockCounter:
         """Whether the limit ended the run."""
         return bool(self._counts.stopped)
 
+    @property
+    def address(self) -> int:
+        """Effective address of the block that was begun last."""
+        return int(self._counts.address)
+
     def stop_soon(self) -> None:
         """From a callback of the engine: let the run end before its next block."""
         self._counts.limit = 0

@@ -18,10 +18,11 @@ from protocol.hcalls import H_CEDE
 from services.guest.address_space import AddressSpace
 from services.guest.clock import GuestClock, InstructionClock
 from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
-from services.guest.machine import accesses
 from services.guest.machine.block_counter import MAX_BLOCK_INSTRUCTIONS, BlockCounter
 from services.guest.machine.calls import Calls
-from services.guest.machine.code_pages import CODE_PAGE_BYTES, CodePages, ShadowsFull
+from services.guest.machine.code_pages import CodePages, ShadowsFull
+from services.guest.machine.crash_report import CrashReport
+from services.guest.machine.devices import DeviceAccesses
 from services.guest.machine.engine_memory import EngineMemory
 from services.guest.machine.hooks import EXCEPTION_CALLBACK, FILL_CALLBACK, add_hook, address_of
 from services.guest.machine.instructions import WORD_BYTES, EngineException, Instructions
@@ -31,7 +32,7 @@ from services.guest.machine.mmu import Mmu, ProcessTable, SegmentFault, StorageF
 from services.guest.machine.partition import Absent, OutsideRam, Partition
 from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import EVERY_FACILITY, Dsisr, Lpcr, Msr, Spr, Srr1
-from services.guest.machine.state import VERSION, MachineState, RegisterState, TableState, decode_state, encode_state
+from services.guest.machine.state import VERSION, MachineState, TableState, decode_state, encode_state
 from services.guest.machine.time_base import NS_PER_US, TICKS_PER_US, TimeBase
 from services.guest.machine.translator import Stop, Translator
 from services.runtime.log import Log
@@ -49,8 +50,6 @@ _HYPERCALL_LEVEL = 1
 _ULTRACALL_LEVEL = 2
 _TLB_FLUSH = 11 | 1 << 30
 """UC_CTL_TLB_FLUSH as a write without arguments; the Python class has no method for it."""
-_MASK64, _MASK32 = (1 << 64) - 1, (1 << 32) - 1
-_PAGE_MASK = CODE_PAGE_BYTES - 1
 _EE = int(Msr.EE)
 _LPCR = Lpcr.UPRT | Lpcr.HR | Lpcr.GTSE
 
@@ -82,10 +81,9 @@ class MachineEngine:
             self._registers, self._interrupts, self._time, self._translator.instruction, lacking
         )
         self._calls = Calls(self._registers, self._interrupts, self._mmu)
+        self._devices = DeviceAccesses(self._registers, self._interrupts, self._translator)
         self._line = False
         self._awaited: Awaited | None = None
-        self._access: accesses.Access | None = None
-        self._base_address = 0
         self._exception: int | None = None
         self._masked_budget = MAX_BLOCK_INSTRUCTIONS
         self.n_instructions = 0
@@ -170,7 +168,7 @@ class MachineEngine:
         if isinstance(awaited, Hypercall | Ultracall):
             self._calls.give(awaited, result)
         else:
-            self._finish_access(awaited, result)
+            self._devices.finish(awaited, result)
 
     def set_line(self, level: bool) -> None:
         """The external interrupt line; taken at the start of the next slice."""
@@ -193,7 +191,6 @@ class MachineEngine:
         """The state at a safe point, without page content."""
         if self._awaited is not None:
             raise RuntimeError("an exit waits for its outcome: no safe point")
-        registers = self._registers
         table = self._mmu.table
         return encode_state(
             MachineState(
@@ -205,31 +202,15 @@ class MachineEngine:
                 table=None if table is None else TableState(table.gpa, table.size_bytes),
                 ticks=self._time.ticks(),
                 deadline=self._time.deadline,
-                registers=RegisterState(
-                    pc=registers.pc,
-                    msr=registers.msr,
-                    lr=registers.lr,
-                    ctr=registers.ctr,
-                    cr=registers.cr,
-                    xer=registers.xer,
-                    fpscr=registers.fpscr,
-                    gprs=list(registers.gpr),
-                    sprs={number: value for number, value in enumerate(registers.spr) if value},
-                    vsrs=registers.vsrs,
-                ),
+                registers=self._registers.save(),
             )
         )
 
     def load(self, state: bytes) -> None:
         """Continue from a `save`; raises ValueError."""
         loaded = decode_state(state)
-        self.start(loaded.registers.pc, dict(enumerate(loaded.registers.gprs)), secure=loaded.secure)
-        registers, saved = self._registers, loaded.registers
-        for number in range(len(registers.spr)):
-            registers.spr[number] = saved.sprs.get(number, 0)
-        registers.msr = saved.msr
-        registers.lr, registers.ctr, registers.cr = saved.lr, saved.ctr, saved.cr
-        registers.xer, registers.fpscr, registers.vsrs = saved.xer, saved.fpscr, saved.vsrs
+        self.start(loaded.registers.pc, {}, secure=loaded.secure)
+        self._registers.load(loaded.registers)
         self._interrupts.ail = loaded.ail
         self._interrupts.little_endian = loaded.little_endian_interrupts
         table = loaded.table
@@ -237,6 +218,21 @@ class MachineEngine:
         self._line = loaded.line
         self._time.set_ticks(loaded.ticks)
         self._time.deadline = loaded.deadline
+
+    @property
+    def secure(self) -> bool:
+        """MSR.S."""
+        return self._interrupts.secure
+
+    @property
+    def last_block(self) -> int:
+        """Effective address of the straight piece of code that was begun last."""
+        return self._counter.address
+
+    @property
+    def last_pc(self) -> int:
+        """The program counter as the engine last wrote it, at or before the instruction that runs."""
+        return self._registers.pc
 
     # -- execution ------------------------------------------------------------------------------------------------
 
@@ -299,30 +295,22 @@ class MachineEngine:
                 interrupts.instruction_storage(pc, reason.cause)
             else:
                 store = Dsisr.STORE if stop.use is Use.STORE else 0
-                interrupts.data_storage(pc, self._data_address(stop), reason.cause | store)
+                interrupts.data_storage(pc, self._translator.data_address(stop), reason.cause | store)
         elif isinstance(reason, SegmentFault):
             if fetch:
                 interrupts.deliver(Vector.INSTRUCTION_SEGMENT, pc)
             else:
-                interrupts.data_segment(pc, self._data_address(stop))
+                interrupts.data_segment(pc, self._translator.data_address(stop))
         elif isinstance(reason, OutsideRam):
             if fetch:
                 return Crash(f"fetch at {pc:#x}, which is no memory")
-            return self._begin_access(stop, reason.gpa)
+            access = self._devices.begin(stop, reason.gpa)
+            return None if access is None else self._await(access)
         elif isinstance(reason, ShadowsFull):
             self._flush_all()
         else:
             raise reason
         return None
-
-    def _data_address(self, stop: Stop) -> int:
-        """The engine tells the page of a bad access; its first byte there follows from the instruction."""
-        registers = self._registers
-        address = accesses.effective_address(self._translator.instruction(registers.pc), registers.gpr)
-        if address is None:
-            return stop.address
-        address &= _MASK64 if registers.msr & Msr.SF else _MASK32
-        return address if address & ~_PAGE_MASK == stop.address & ~_PAGE_MASK else stop.address
 
     def _serve_exception(self, number: int) -> Exit | None:
         if number == EngineException.SYSTEM_CALL:
@@ -363,40 +351,6 @@ class MachineEngine:
         self._awaited = exit_
         return exit_
 
-    # -- devices --------------------------------------------------------------------------------------------------
-
-    def _begin_access(self, stop: Stop, page: int) -> Exit | None:
-        registers = self._registers
-        access = accesses.decode(self._translator.instruction(registers.pc))
-        address = self._data_address(stop)
-        if access is None:
-            self._interrupts.alignment(registers.pc, address)
-            return None
-        self._access, self._base_address = access, address
-        gpa = page & ~_PAGE_MASK | address & _PAGE_MASK
-        form = access.form
-        if not form.store:
-            return self._await(MmioLoad(gpa, form.size))
-        value = accesses.device_value(form, registers.gpr[access.register], self._order)
-        return self._await(MmioStore(gpa, form.size, value))
-
-    def _finish_access(self, awaited: MmioLoad | MmioStore, result: list[int]) -> None:
-        """Where no device answers a load gives all ones, as on a bus, and a store is lost."""
-        access = self._access
-        assert access is not None
-        registers, form = self._registers, access.form
-        if isinstance(awaited, MmioLoad):
-            value = result[1] if not result[0] and len(result) > 1 else -1
-            value &= (1 << 8 * form.size) - 1
-            registers.gpr[access.register] = accesses.register_value(form, value, self._order)
-        if form.update:
-            registers.gpr[access.base] = self._base_address
-        registers.pc += WORD_BYTES
-
-    @property
-    def _order(self) -> accesses.Order:
-        return "little" if self._registers.msr & Msr.LE else "big"
-
 
 def make_machine_engine(memory: AddressSpace, clock: GuestClock, log: Log) -> MachineEngine:
     """An engine that tells `log` of instructions it lacks, up to a limit."""
@@ -406,6 +360,19 @@ def make_machine_engine(memory: AddressSpace, clock: GuestClock, log: Log) -> Ma
         nonlocal n_told
         n_told += 1
         if n_told <= MAX_LACKING_LINES:
-            log.warning("illegal instruction", instruction=f"{word:#010x}", address=f"{address:#x}")
+            # S1: of a secure VM not even one word of its memory is written down.
+            shown = "secret" if engine.secure else f"{word:#010x}"
+            log.warning("illegal instruction", instruction=shown, address=f"{address:#x}")
 
-    return MachineEngine(memory, clock, lacking)
+    engine = MachineEngine(memory, clock, lacking)
+    return engine
+
+
+def report_crash(engine: MachineEngine, log: Log) -> CrashReport:
+    """Have `log` told where the guest was when `engine` ends this process by a fault; to be kept as long as it."""
+
+    def crashed(name: str) -> None:
+        block, pc = engine.last_block, engine.last_pc
+        log.error("the engine crashed", signal=name, block=f"{block:#x}", pc=f"{pc:#x}")
+
+    return CrashReport(crashed)

@@ -15,10 +15,8 @@ from unicorn.unicorn_py3.unicorn import uclib
 from protocol.errors import HostFault
 from services.guest.machine.layout import Layout, engine_address
 from services.guest.machine.registers import Spr
+from services.guest.machine.state import N_GPRS, N_SPRS, VSRS_BYTES, RegisterState
 
-N_GPRS = 32
-N_SPRS = 1024
-VSRS_BYTES = 64 * 16
 _PROBE_VALUE = 0x1122_3344_5566_7788
 _TIME_BASE_BYTES = 4096
 
@@ -118,21 +116,37 @@ class RegisterFile:
     def fpscr(self, value: int) -> None:
         self._write(ppc_const.UC_PPC_REG_FPSCR, value)
 
-    @property
-    def vsrs(self) -> bytes:
-        """All vector-scalar registers, FPRs and VRs among them, as the host keeps them."""
-        return self._vsrs.raw
-
-    @vsrs.setter
-    def vsrs(self, value: bytes) -> None:
-        self._vsrs.raw = value
-
     def clear(self) -> None:
         """Everything as at power on; the MSR is the caller's."""
         ctypes.memset(self.gpr, 0, ctypes.sizeof(self.gpr))
         ctypes.memmove(self.spr, self._sprs_at_power_on, ctypes.sizeof(self.spr))
         ctypes.memset(self._vsrs, 0, VSRS_BYTES)
         self.lr = self.ctr = self.cr = self.xer = self.fpscr = 0
+
+    def save(self) -> RegisterState:
+        """A copy of everything."""
+        return RegisterState(
+            pc=self.pc,
+            msr=self.msr,
+            lr=self.lr,
+            ctr=self.ctr,
+            cr=self.cr,
+            xer=self.xer,
+            fpscr=self.fpscr,
+            gprs=list(self.gpr),
+            sprs={number: value for number, value in enumerate(self.spr) if value},
+            vsrs=self._vsrs.raw,
+        )
+
+    def load(self, state: RegisterState) -> None:
+        """Hold `state` from now on."""
+        for number in range(N_SPRS):
+            self.spr[number] = state.sprs.get(number, 0)
+        for number, value in enumerate(state.gprs):
+            self.gpr[number] = value
+        self.pc, self.msr = state.pc, state.msr
+        self.lr, self.ctr, self.cr = state.lr, state.ctr, state.cr
+        self.xer, self.fpscr, self._vsrs.raw = state.xer, state.fpscr, state.vsrs
 
     def _read(self, register: int) -> int:
         self._value.value = 0

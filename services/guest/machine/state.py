@@ -8,8 +8,10 @@ import msgspec
 from msgspec import Meta
 
 from protocol.decoding import DECODE_ERRORS
-from services.guest.machine.register_file import N_GPRS, N_SPRS, VSRS_BYTES
 
+N_GPRS = 32
+N_SPRS = 1024
+VSRS_BYTES = 64 * 16
 VERSION = 1
 MAX_STATE_BYTES = 64 << 10
 

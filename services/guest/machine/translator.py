@@ -13,6 +13,7 @@ from typing import Any, Literal
 import unicorn as uc
 
 from protocol.messages import Access
+from services.guest.machine.accesses import effective_address
 from services.guest.machine.code_pages import CODE_PAGE_BYTES, CodePages
 from services.guest.machine.mmu import REAL_MASK, Mmu, StorageFault, Use
 from services.guest.machine.partition import OutsideRam, Partition
@@ -20,6 +21,7 @@ from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import Dsisr, Msr, Spr
 
 _PAGE_MASK = CODE_PAGE_BYTES - 1
+_MASK64, _MASK32 = (1 << 64) - 1, (1 << 32) - 1
 _USES = {
     uc.UC_MEM_READ: (Use.LOAD, Access.READ),
     uc.UC_MEM_WRITE: (Use.STORE, Access.WRITE),
@@ -99,3 +101,12 @@ class Translator:
         data = self._partition.load(self._guest_real(address, Use.FETCH)[0], 4)
         order: Literal["little", "big"] = "little" if self._registers.msr & _LE else "big"
         return int.from_bytes(data, order)
+
+    def data_address(self, stop: Stop) -> int:
+        """The first byte that a load or store could not reach: the engine tells its page, the instruction the rest."""
+        registers = self._registers
+        address = effective_address(self.instruction(registers.pc), registers.gpr)
+        if address is None:
+            return stop.address
+        address &= _MASK64 if registers.msr & Msr.SF else _MASK32
+        return address if address & ~_PAGE_MASK == stop.address & ~_PAGE_MASK else stop.address
