@@ -85,6 +85,7 @@ class Kind(Enum):
     SIZE = "bytes"
     SHIFT = "shift"
     CPU = "vcpu"
+    PID = "pid"
     SPR = "spr"
     TOKEN = "token"
     TEXT = "text"
@@ -139,6 +140,8 @@ class Call:
     """So many of the last arguments may be left out (RTAS counts its words)."""
     optional_results: int = 0
     """So many of the last results are given only to a caller that has room for them."""
+    hardware: tuple[Reg, ...] = ()
+    """Registers of the processor that come before the arguments: no program chooses them with the call."""
 
     @property
     def n_args(self) -> int:
@@ -158,8 +161,8 @@ class Call:
         )
 
     def describe(self, values: Iterable[int]) -> str:
-        """The call with its arguments as a person reads it: `H_PUT_TCE(liobn=0x80000000, ...)`."""
-        pairs = zip(self.args, values, strict=False)
+        """The call with the registers of a message as a person reads it: `H_PUT_TCE(liobn=0x80000000, ...)`."""
+        pairs = zip((*self.hardware, *self.args), values, strict=False)
         return f"{self.name}({', '.join(f'{reg.name}={_show(reg, value)}' for reg, value in pairs)})"
 
     def describe_result(self, code: int, values: Iterable[int]) -> str:
@@ -172,7 +175,7 @@ def _show(reg: Reg, value: int) -> str:
     return str(value) if reg.kind in _DECIMAL else f"{value:#x}"
 
 
-_DECIMAL = frozenset({Kind.COUNT, Kind.SIZE, Kind.SHIFT, Kind.CPU, Kind.LPID})
+_DECIMAL = frozenset({Kind.COUNT, Kind.SIZE, Kind.SHIFT, Kind.CPU, Kind.PID, Kind.LPID})
 
 
 class CallTable:
@@ -196,6 +199,7 @@ class CallTable:
         open_ended: bool = False,
         optional_args: int = 0,
         optional_results: int = 0,
+        hardware: tuple[Reg, ...] = (),
     ) -> Call:
         """Add a call; a number or name that is taken is a mistake in the table and raises ValueError."""
         if number in self.by_number or name in self.by_name:
@@ -212,6 +216,7 @@ class CallTable:
             open_ended=open_ended,
             optional_args=optional_args,
             optional_results=optional_results,
+            hardware=hardware,
         )
         self.by_number[number] = call
         self.by_name[name] = call

@@ -199,6 +199,8 @@ def _calls_section(table: CallTable) -> str:
 def _call(call: Call) -> Iterator[str]:
     yield f"### {call.name} ({call.number:#x})"
     yield ""
+    if call.hardware:
+        yield f"- registers of the processor, sent before the arguments: {_registers(call.hardware, 0)}"
     yield f"- arguments: {_registers(call.args, call.optional_args)}"
     yield f"- results: {_registers(call.results, call.optional_results)}"
     for reg in call.args:

@@ -16,6 +16,8 @@ _FW = (Caller.FIRMWARE,)
 _RST = "Linux ultravisor.rst"
 _UAPI = "ultravisor uapi_uvcall.h"
 
+PIDR = Reg("pidr", Kind.PID)
+"""The processor's PIDR: which process runs."""
 _LPID = Reg("lpid", Kind.LPID)
 _GPA = Reg("gpa", Kind.GPA)
 _FLAGS = Reg("flags", Kind.FLAGS)
@@ -211,12 +213,13 @@ UV_WRITE_MEM = UCALLS.declare(0xF148, "UV_WRITE_MEM", args=_BUFFER_ARGS, callers
 UV_ESMB_GET_FILE = UCALLS.declare(
     0xF14C,
     "UV_ESMB_GET_FILE",
+    hardware=(PIDR,),
     args=(Reg("offset", Kind.SIZE), *(Reg(f"name{n}", Kind.TEXT) for n in range(8))),
     # R3 is the number of bytes when not negative; the bytes follow in R4:R11.
     results=tuple(Reg(f"data{n}", Kind.TEXT) for n in range(8)),
     callers=_SVM,
     errors={
-        UCode.U_PARAMETER: "no such file in the ESM blob, or an offset that was already read",
+        UCode.U_PARAMETER: "no such file in the ESM blob, an offset that was already read, or another process",
     },
     source=_UAPI,
 )

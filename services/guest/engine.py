@@ -38,6 +38,10 @@ class Engine(Protocol):
         """Instructions retired since the last start; None where nobody counts them."""
 
     @property
+    def pidr(self) -> int:
+        """The processor's PIDR: which process runs, 0 for the kernel itself."""
+
+    @property
     def at_safe_point(self) -> bool:
         """Whether `save` may be called now."""
 

@@ -23,12 +23,13 @@ import msgspec
 
 from protocol import messages as m
 from protocol.codes import HCode, UCode
+from protocol.declare import Reg
 from protocol.errors import GuestFault, PeerError
 from protocol.hcalls import H_CEDE, H_LOGICAL_CI_LOAD, H_LOGICAL_CI_STORE
 from protocol.links import GUEST_WHILE_SECURE, name_of
 from protocol.messages import Access, decode_result
 from protocol.refusals import Refusal, refusal
-from protocol.ucalls import UCALLS
+from protocol.ucalls import PIDR, UCALLS
 from protocol.wire import Envelope, MessageKind
 from services.guest.clock import GuestClock
 from services.guest.engine import Engine
@@ -174,10 +175,12 @@ class Processor:
                     return
                 self._call_and_resume(self._hypervisor(), number, [_VCPU, *args])
             case Ultracall(number, args):
-                if number not in UCALLS.by_number:
+                call = UCALLS.by_number.get(number)
+                if call is None:
                     self._resume_with = [UCode.U_FUNCTION]
                     return
-                self._call_and_resume(self._ultravisor, number, [_VCPU, *args])
+                own = [_HARDWARE[reg](self._engine) for reg in call.hardware]
+                self._call_and_resume(self._ultravisor, number, [_VCPU, *own, *args])
             case MmioLoad(gpa, size):
                 self._call_and_resume(self._hypervisor(), H_LOGICAL_CI_LOAD.number, [_VCPU, size, gpa])
             case MmioStore(gpa, size, value):
@@ -410,6 +413,8 @@ class Processor:
         return HCode.H_SUCCESS
 
 
+_HARDWARE: dict[Reg, Callable[[Engine], int]] = {PIDR: lambda engine: engine.pidr}
+"""What the processor puts before the arguments of a call that declares it."""
 _UNWINDING = frozenset({m.VCPU_START.number, m.SVM_START.number, m.SVM_ENDED.number})
 _HANDLERS: dict[int, Callable[[Processor, Any], int]] = {
     m.MAP_INVALIDATE.number: Processor._invalidate,

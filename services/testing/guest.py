@@ -44,11 +44,12 @@ class NotMapped(Exception):
 
 
 class PlayedGuest:
-    """One guest. `secure` is MSR.S, `pc` where it was last started, None while it is off or stopped."""
+    """One guest. `secure` is MSR.S, `pidr` the process, `pc` where it was last started, None while off or stopped."""
 
     def __init__(self, ram: mmap.mmap, private: socket.socket, kvm: Link, ultravisor: Link, log: CallLog) -> None:
         self.secure = False
         self.pc: int | None = None
+        self.pidr = 0
         self.acknowledges = True
         """False: invalidations are not answered, as by a guest that hangs."""
         self.lets_go = True
@@ -79,7 +80,8 @@ class PlayedGuest:
         self._cause += 1
         upper = self._ultravisor if self.secure or call.space is Space.UCALL else self._kvm
         with self._log.open(upper.peer, call.name, None if call.open_ended else ANSWER_SECONDS):
-            return await upper.call_registers(call, [_VCPU, *args], self._cause)
+            own = [self.pidr] * len(call.hardware)
+            return await upper.call_registers(call, [_VCPU, *own, *args], self._cause)
 
     async def esm(self, image: PlayedImage) -> int:
         """UV_ESM; the code matters only when it failed, as a guest that is secure goes on at the kernel's base."""

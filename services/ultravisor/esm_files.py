@@ -72,7 +72,7 @@ class EsmFiles:
         """The names of the files, which are no secret."""
         return tuple(self._state.files)
 
-    def get(self, offset: int, name_registers: Sequence[int], pid: int = 0) -> tuple[int, tuple[int, ...]]:
+    def get(self, offset: int, name_registers: Sequence[int], pid: int) -> tuple[int, tuple[int, ...]]:
         """Serve UV_ESMB_GET_FILE: R3 and R4..R11.
 
         `offset` in bytes and the name are the caller's registers, `pid` its PIDR. R3 is the number of bytes, 0 from

@@ -143,9 +143,10 @@ class GuestCalls:
         files = self._life.files.get(self._partition.lpid)
         if files is None or not self._partition.secure:
             return [UCode.U_PERMISSION]
-        if len(registers) < 10:
+        if len(registers) < 11:
             return [UCode.U_PARAMETER]
-        count, data = files.get(registers[1], registers[2:10])
+        _, pid, offset, *name = registers[:11]
+        count, data = files.get(offset, name, pid)
         return [count, *data]
 
     async def _range_call(self, work: RangeWork, event: str, envelope: Envelope, registers: list[int]) -> list[int]:

@@ -142,10 +142,15 @@ async def test_the_files_of_the_blob_are_the_secure_vms_alone() -> None:
         assert (await vm.guest.call(UV_ESMB_GET_FILE, 0, *name))[0] == UCode.U_PERMISSION
         await vm.guest.esm(image)
 
+        vm.guest.pidr = 7
         count, *data = await vm.guest.call(UV_ESMB_GET_FILE, 0, *name)
 
         assert b"".join(word.to_bytes(8, "big") for word in data)[:count] == b"the disk's key"
         assert (await vm.guest.call(UV_ESMB_GET_FILE, 0, *name))[0] == UCode.U_PARAMETER
+        vm.guest.pidr = 8
+        assert (await vm.guest.call(UV_ESMB_GET_FILE, count, *name))[0] == UCode.U_PARAMETER
+        vm.guest.pidr = 7
+        assert (await vm.guest.call(UV_ESMB_GET_FILE, count, *name))[0] == 0
 
 
 # -- pages ------------------------------------------------------------------------------------------------------------

@@ -206,6 +206,19 @@ async def test_a_file_of_the_blob_is_read_once(rig: Rig) -> None:
     assert await rig.ask("file nosuchfile") == "error U_PARAMETER"
 
 
+async def test_a_file_that_one_process_began_is_refused_to_another(rig: Rig) -> None:
+    nothing = hashlib.sha256(b"").hexdigest()
+    assert await rig.ask("pid 7") == "ok"
+    assert await rig.ask("file crypttab 19") == f"ok 0 {nothing}"
+
+    assert await rig.ask("pid 8") == "ok"
+    assert await rig.ask("file crypttab 19") == "error U_PARAMETER"
+    assert await rig.ask(f"pid {1 << 20}") == "error a process is 0 to 1048575"
+
+    assert await rig.ask("pid 7") == "ok"
+    assert await rig.ask("file crypttab 19") == f"ok 0 {nothing}"
+
+
 # -- calls that no kernel makes, by a played guest --------------------------------------------------------------------
 
 

@@ -122,6 +122,11 @@ def test_errors_are_codes_of_their_space(table: CallTable, codes: type[HCode] | 
     assert [call.name for call in table for code in call.errors if not isinstance(code, codes)] == []
 
 
+def test_registers_of_the_processor_come_before_the_arguments() -> None:
+    assert ucalls.UV_ESMB_GET_FILE.describe([7, 64]) == "UV_ESMB_GET_FILE(pidr=7, offset=64)"
+    assert [call.name for table in TABLES for call in table if call.hardware] == ["UV_ESMB_GET_FILE"]
+
+
 def test_registers_fit_a_message() -> None:
     # A reflected hypercall carries lpid and vcpu before its arguments.
     assert [call.name for call in HCALLS if 2 + len(call.args) > 16 or 1 + len(call.results) > 16] == []

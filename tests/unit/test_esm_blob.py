@@ -74,7 +74,7 @@ def contents_of(files: EsmFiles) -> dict[str, bytes]:
 def _read_all(files: EsmFiles, name: str) -> bytes:
     content = b""
     while True:
-        count, words = files.get(len(content), pack_name(name))
+        count, words = files.get(len(content), pack_name(name), pid=1)
         assert count >= 0
         if count == 0:
             return content

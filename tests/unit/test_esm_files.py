@@ -32,7 +32,7 @@ def test_a_file_is_read_in_pieces_of_64_bytes_until_none_is_left() -> None:
     content = b""
 
     while not counts or counts[-1]:
-        count, words = files.get(len(content), NAME)
+        count, words = files.get(len(content), NAME, pid=1)
         counts.append(count)
         content += data_of(words)[:count]
 
@@ -41,36 +41,36 @@ def test_a_file_is_read_in_pieces_of_64_bytes_until_none_is_left() -> None:
 
 
 def test_registers_behind_the_last_byte_are_zero() -> None:
-    count, words = files_with(b"abc").get(0, NAME)
+    count, words = files_with(b"abc").get(0, NAME, pid=1)
 
     assert (count, data_of(words)) == (3, b"abc" + bytes(61))
 
 
 def test_an_offset_that_was_read_is_refused_for_ever() -> None:
     files = files_with()
-    files.get(0, NAME)
+    files.get(0, NAME, pid=1)
 
-    assert files.get(0, NAME)[0] == UCode.U_PARAMETER
-    assert files.get(63, NAME)[0] == UCode.U_PARAMETER
-    assert files.get(64, NAME)[0] == 64
+    assert files.get(0, NAME, pid=1)[0] == UCode.U_PARAMETER
+    assert files.get(63, NAME, pid=1)[0] == UCode.U_PARAMETER
+    assert files.get(64, NAME, pid=1)[0] == 64
 
 
 def test_a_reader_may_skip_but_then_not_go_back() -> None:
     files = files_with()
 
-    count, words = files.get(100, NAME)
+    count, words = files.get(100, NAME, pid=1)
 
     assert data_of(words)[:count] == CONTENT[100:]
-    assert files.get(64, NAME)[0] == UCode.U_PARAMETER
+    assert files.get(64, NAME, pid=1)[0] == UCode.U_PARAMETER
 
 
 @pytest.mark.parametrize("offset", [150, 151, 1 << 63, (1 << 64) - 1])
 def test_an_offset_past_the_end_gives_nothing_and_ends_the_file(offset: int) -> None:
     files = files_with()
 
-    assert files.get(offset, NAME) == (0, (0,) * 8)
-    assert files.get(149, NAME)[0] == UCode.U_PARAMETER
-    assert files.get(150, NAME)[0] == 0
+    assert files.get(offset, NAME, pid=1) == (0, (0,) * 8)
+    assert files.get(149, NAME, pid=1)[0] == UCode.U_PARAMETER
+    assert files.get(150, NAME, pid=1)[0] == 0
 
 
 def test_another_process_is_refused_once_one_began() -> None:
@@ -93,20 +93,20 @@ def test_a_name_that_is_no_file_is_refused_and_leaves_no_trace(name: str) -> Non
     files = files_with()
     before = msgspec.msgpack.encode(files.save())
 
-    assert files.get(0, pack_name(name)) == (UCode.U_PARAMETER, (0,) * 8)
+    assert files.get(0, pack_name(name), pid=1) == (UCode.U_PARAMETER, (0,) * 8)
     assert msgspec.msgpack.encode(files.save()) == before
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(-(1 << 70), 1 << 70), max_size=12), st.integers(-(1 << 70), 1 << 70))
 def test_any_registers_are_answered(registers: list[int], offset: int) -> None:
-    assert files_with().get(offset, registers) == (UCode.U_PARAMETER, (0,) * 8)
+    assert files_with().get(offset, registers, pid=1) == (UCode.U_PARAMETER, (0,) * 8)
 
 
 @settings(deadline=None)
 @given(st.integers(-(1 << 70), 1 << 70))
 def test_any_offset_is_answered(offset: int) -> None:
-    code, _ = files_with().get(offset, NAME)
+    code, _ = files_with().get(offset, NAME, pid=1)
 
     assert code == (min(max(len(CONTENT) - offset, 0), 64) if offset >= 0 else UCode.U_PARAMETER)
 
@@ -166,4 +166,4 @@ def test_the_largest_file_is_read_whole() -> None:
     content = b"x" * MAX_FILE_BYTES
     files = files_with(content)
 
-    assert sum(files.get(offset, NAME)[0] for offset in range(0, MAX_FILE_BYTES, 64)) == MAX_FILE_BYTES
+    assert sum(files.get(offset, NAME, pid=1)[0] for offset in range(0, MAX_FILE_BYTES, 64)) == MAX_FILE_BYTES

@@ -104,7 +104,7 @@ def test_it_opens_and_fits_its_image() -> None:
 def test_its_files_are_handed_out() -> None:
     files = measure(BLOB, load_private_key(MACHINE_KEY), IMAGE).files()
 
-    count, words = files.get(0, pack_name("file-1"))
+    count, words = files.get(0, pack_name("file-1"), pid=0)
 
     assert count == 64
     assert b"".join(word.to_bytes(8, "big") for word in words) == (b"secret of the disk\n" * 5)[:64]

@@ -103,6 +103,15 @@ def test_what_an_instruction_raises_goes_to_its_vector(word: int, vector: Vector
     assert rig.msr == Msr.SF | Msr.ME
 
 
+def test_the_processor_says_which_process_runs() -> None:
+    rig = MachineRig()
+    assert rig.engine.pidr == 0
+
+    rig.run(asm.li(R4, 42), asm.mtspr(Spr.PIDR, R4), asm.SC1)
+
+    assert rig.engine.pidr == 42
+
+
 def test_an_illegal_instruction_is_named_to_the_operator() -> None:
     rig = MachineRig()
     handler(rig, Vector.PROGRAM, DONE)

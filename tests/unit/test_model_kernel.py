@@ -21,7 +21,7 @@ from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioSto
 from services.guest.model.engine import ModelEngine
 from services.guest.model.image import Option, build_image
 from services.guest.model.region_writer import region_pattern
-from services.guest.model.state import MAX_STATE_BYTES, KernelState, decode_state
+from services.guest.model.state import MAX_STATE_BYTES, STATE_VERSION, KernelState, decode_state
 from services.guest.model.virtqueue import QueueError
 from shared.boot_partition import build_boot_partition, write_disk
 from shared.fdt_reader import FdtNode, FdtTree, read_fdt
@@ -667,7 +667,7 @@ def test_safe_points_are_never_further_apart_than_100_exits() -> None:
 
 def test_a_state_of_another_version_is_refused() -> None:
     world = World(None)
-    for wrong in (b"", b"\x92\x02\x80", world.engine.save()[:-1]):
+    for wrong in (b"", bytes((0x92, STATE_VERSION + 1, 0x80)), world.engine.save()[:-1]):
         with pytest.raises(ValueError):
             world.engine.load(wrong)
 

@@ -229,6 +229,8 @@ class UltravisorRig:
     def __init__(self, nursery: trio.Nursery, key: RSAPrivateKey, secure_memory_bytes: int = 64 << 20) -> None:
         self.account = SecureAccount(secure_memory_bytes)
         self.notices: list[tuple[str, str, str]] = []
+        self.pidr = 0
+        """Of the guest's processor."""
         self.ram_fd = os.memfd_create("ram", os.MFD_CLOEXEC)
         os.ftruncate(self.ram_fd, MEMORY_BYTES)
         self._audit_fd = os.memfd_create("audit", os.MFD_CLOEXEC)
@@ -261,7 +263,8 @@ class UltravisorRig:
 
     async def ucall(self, call: Call, *args: int) -> int:
         """An ultracall of the guest; its code."""
-        result: Registers = await self.guest.deliver(call, [0, *args])
+        own = [self.pidr] * len(call.hardware)
+        result: Registers = await self.guest.deliver(call, [0, *own, *args])
         return result[0]
 
     async def secure(self, image: PlayedImage) -> None:

@@ -183,6 +183,11 @@ class MachineEngine:
         self._flush_tlb()
 
     @property
+    def pidr(self) -> int:
+        """As Engine."""
+        return self._registers.spr[Spr.PIDR]
+
+    @property
     def at_safe_point(self) -> bool:
         """Whenever no exit waits for its outcome."""
         return self._awaited is None

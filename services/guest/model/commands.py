@@ -29,9 +29,12 @@ HELP = (
     "esm, reboot, poweroff    turn secure; reset; end",
     "share GFN [N], unshare GFN [N], touch GFN, fill GFN BYTE, sum GFN",
     "file NAME [OFFSET]       read a file of the ESM blob, once: bytes read (at most 4096) and their SHA-256",
+    "pid N                    go on as process N: a file is read by one process alone",
     "null N                   time N hypercalls that do nothing (median in ns)",
 )
 MAX_FILE_CALLS = 64
+MAX_PID = (1 << 20) - 1
+"""PIDR has 20 bits on POWER9."""
 _NAME_WORDS, _WORD_BYTES = 8, 8
 NULL_CALLS_A_STEP = 50
 MAX_NULL_CALLS = PAGE_BYTES // 4
@@ -66,6 +69,7 @@ class Commands:
             "fill": self._fill,
             "sum": self._sum,
             "file": self._file,
+            "pid": self._pid,
             "null": self._null,
         }
 
@@ -216,6 +220,14 @@ class Commands:
             if len(chunk) < ESM_FILE_CHUNK_BYTES:
                 break
         return f"{len(content)} {hashlib.sha256(content).hexdigest()}"
+
+    def _pid(self, words: list[str]) -> Step[str]:
+        (pid,) = _numbers(words, 1)
+        if pid > MAX_PID:
+            raise Refused(f"a process is 0 to {MAX_PID}")
+        self._parts.state.pidr = pid
+        return "ok"
+        yield
 
     def _file_chunk(self, name: str, offset: int) -> Step[bytes]:
         raw = name.encode("ascii", "replace").ljust(_NAME_WORDS * _WORD_BYTES, b"\0")[: _NAME_WORDS * _WORD_BYTES]

@@ -123,6 +123,11 @@ class ModelEngine:
         """Nothing is cached here: `AddressSpace` looks at the map on every access."""
 
     @property
+    def pidr(self) -> int:
+        """As Engine."""
+        return self._kernel.state.pidr
+
+    @property
     def at_safe_point(self) -> bool:
         """Between two steps."""
         return self._step is None

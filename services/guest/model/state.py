@@ -10,7 +10,7 @@ from enum import IntEnum, StrEnum
 
 import msgspec
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 MAX_STATE_BYTES = 64 * 1024
 
 
@@ -348,6 +348,8 @@ class KernelState(Struct):
     interrupts_on: bool = False
     line: bool = False
     kbase: int = 0
+    pidr: int = 0
+    """Process that the processor runs."""
     workload: Workload = Workload.PROMPT
     dma_design: DmaDesign = DmaDesign.QUIRK
     options: dict[str, str | int | bool] = {}
