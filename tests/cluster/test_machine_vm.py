@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import struct
 from pathlib import Path
 
 import pytest
+import trio
 
 from deploy.api import cluster
 from protocol.hcalls import H_CEDE, H_PUT_TERM_CHAR, H_RTAS
@@ -84,3 +87,24 @@ async def test_a_program_prints_idles_until_its_decrementer_and_powers_off(tmp_p
         row = await vm.wait_state("off")
 
     assert not row.reason
+
+
+async def test_an_engine_that_crashes_fails_its_vm_says_where_and_leaves_the_host_alone(tmp_path: Path) -> None:
+    image = tmp_path / "spin.elf"
+    image.write_bytes(elf_file([(BASE, asm.program(asm.b(0)), 0x1000)]))
+    file = tmp_path / "c.toml"
+    file.write_text(_CLUSTER.format(image=image, time="wall"))
+
+    async with cluster(file) as running:
+        vm = running.vm("vm1")
+        await vm.wait_state("running")
+        with trio.fail_after(20):
+            while (await vm.guest.query("vm.status"))["instructions"] < 1000:
+                await trio.lowlevel.checkpoint()
+        await vm.guest.send_signal(signal.SIGSEGV)
+        row = await vm.wait_state("failed")
+        assert "SIGSEGV" in row.reason
+        assert (await running.process("alpha/kvm").row()).state == "running"
+        (line,) = [json.loads(line) for line in vm.guest.log().splitlines() if "the engine crashed" in line]
+        assert line["signal"] == "SIGSEGV"
+        assert int(line["block"], 16) == BASE

@@ -8,6 +8,7 @@ Python: the engine runs without the interpreter's lock, so the faulting thread c
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 from collections.abc import Callable
 
@@ -30,7 +31,8 @@ class CrashReport:
             _libc.signal(number, ctypes.cast(self._handler, ctypes.c_void_p))
 
     def _on_fault(self, number: int) -> None:
-        # The faulting instruction runs again when this returns, and ends the process as if nobody had listened.
         for fatal in _FATAL:
             _libc.signal(fatal, _DEFAULT)
         self._report(signal.Signals(number).name)
+        # A fault would come again by itself, a signal that somebody sent would not.
+        os.kill(os.getpid(), number)
