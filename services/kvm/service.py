@@ -170,6 +170,7 @@ class Kvm:
             "page.host": self._page_host,
             "page.out": self._page_out,
             "page.in": self._page_in,
+            "page.reclaim": self._page_reclaim,
             "page.dirty": self._page_dirty,
         }
 
@@ -216,6 +217,10 @@ class Kvm:
     async def _page_in(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Offer the images of `n` pages from `gpa` back."""
         return await self._move_pages(arguments, lambda vm, gfns: vm.secure.page_back_in_all(gfns, 0), IN_PART_PAGES)
+
+    async def _page_reclaim(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Take the normal frames of `n` pages from `gpa` away, where they are shared; their content is lost."""
+        return await self._move_pages(arguments, lambda vm, gfns: vm.secure.reclaim_all(gfns, 0), OUT_PART_PAGES)
 
     async def _move_pages(
         self, arguments: dict[str, Any], move: Callable[[Vm, list[int]], Any], part_pages: int

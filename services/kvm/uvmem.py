@@ -19,7 +19,14 @@ from protocol.errors import HostFault
 from protocol.geometry import PAGE_SHIFT, gfn_of, gpa_of
 from protocol.hcalls import H_PAGE_IN_NONSHARED, H_PAGE_IN_SHARED
 from protocol.messages import MAP_INVALIDATE, InvalidateBody, Range
-from protocol.ucalls import UV_PAGE_IN, UV_PAGE_OUT, UV_REGISTER_MEM_SLOT, UV_SVM_TERMINATE, UV_UNREGISTER_MEM_SLOT
+from protocol.ucalls import (
+    UV_PAGE_IN,
+    UV_PAGE_INVAL,
+    UV_PAGE_OUT,
+    UV_REGISTER_MEM_SLOT,
+    UV_SVM_TERMINATE,
+    UV_UNREGISTER_MEM_SLOT,
+)
 from services.kvm.memory import VmMemory
 from services.kvm.page_state import KvmState
 from services.kvm.ultravisor_port import UltravisorPort
@@ -279,6 +286,40 @@ class SecurePages:
                 self._memory.show(gfns[i])
                 self._memory.busy.discard(gfns[i])
         return codes
+
+    async def reclaim_all(self, gfns: list[int], cause: int) -> list[HCode]:
+        """The host takes the frames of shared pages away, content and all: a shared page is the host's.
+
+        Linux does it from its MMU notifier. The page stays shared; the guest's next touch has a frame asked for.
+        """
+        codes, moving = [HCode.H_PARAMETER] * len(gfns), []
+        for i, gfn in enumerate(gfns):
+            if gfn in self._memory.busy:
+                codes[i] = HCode.H_BUSY
+            elif self._memory.state(gfn) is KvmState.SHARED:
+                self._memory.busy.add(gfn)
+                moving.append(i)
+        try:
+            calls = [[self._lpid, gpa_of(gfns[i]), PAGE_SHIFT] for i in moving]
+            results = await self._ultravisor.ucalls(UV_PAGE_INVAL, calls, cause)
+            for i, result in zip(moving, results, strict=True):
+                codes[i] = self._take_away(gfns[i], result[0])
+        finally:
+            for i in moving:
+                self._memory.busy.discard(gfns[i])
+        return codes
+
+    def _take_away(self, gfn: int, code: int) -> HCode:
+        """The ultravisor's answer to UV_PAGE_INVAL; a frame that nobody reaches any more is punched."""
+        if self.switch is Switch.NONE or self._memory.state(gfn) is not KvmState.SHARED:
+            # A reset came between: the frame is an ordinary one again.
+            return HCode.H_PARAMETER
+        if code == UCode.U_SUCCESS:
+            try:
+                self._memory.punch(gfn)
+            except HostFault:
+                return HCode.H_PARAMETER
+        return _to_hcode(code)
 
     async def move_many(
         self, gfns: Sequence[int], move: Callable[[list[int]], Awaitable[list[HCode]]], part_pages: int

@@ -33,8 +33,6 @@ from services.ultravisor.svm import Svm
 RangeWork = Callable[[Partition, Svm, Hypervisor, int, int, int], Awaitable[UCode]]
 """Share or unshare: VM, its secure side, kvm, first GFN, number of pages, cause."""
 
-_RESTORABLE = frozenset({GfnState.SHARED_INV, GfnState.PSEUDO_SHARED_INV})
-
 
 class GuestCalls:
     """Handlers of one VM's link to its guest. Calls carry `[vcpu, args...]`."""
@@ -107,7 +105,18 @@ class GuestCalls:
                 self._partition.lpid, vcpu, H_RTAS, [block_gpa], envelope.cause
             )
 
-        return await self._guarded(bounce.call(memory, args_gpa, forward))
+        async def work() -> list[int]:
+            if not await self._has_frames(svm, bounce.gfns, envelope.cause):
+                return [HCode.H_BUSY]
+            return await bounce.call(memory, args_gpa, forward)
+
+        return await self._guarded(work())
+
+    async def _has_frames(self, svm: Svm, gfns: list[int], cause: int) -> bool:
+        """Whether kvm gave back what it took away of the bounce pages; raises SvmBroken."""
+        gone = [gfn for gfn in gfns if svm.states[gfn] is GfnState.SHARED_IMPLICIT_INV]
+        back = [await sharing.bring_back_shared(self._partition, svm, self._hypervisor, gfn, cause) for gfn in gone]
+        return all(back)
 
     # -- ultracalls -------------------------------------------------------------------------------------------
 
@@ -186,9 +195,9 @@ class GuestCalls:
         if state is GfnState.PAGED_OUT:
             done = await sharing.bring_in(self._partition, svm, self._hypervisor, body.gfn, cause)
             return HCode.H_SUCCESS if done else HCode.H_BUSY
-        if state in _RESTORABLE:
-            await sharing.bring_back_shared(self._partition, svm, self._hypervisor, body.gfn, cause)
-            return HCode.H_SUCCESS
+        if state is GfnState.SHARED_INV:
+            back = await sharing.bring_back_shared(self._partition, svm, self._hypervisor, body.gfn, cause)
+            return HCode.H_SUCCESS if back else HCode.H_BUSY
         if state in (GfnState.SHARED_IMPLICIT, GfnState.SHARED_IMPLICIT_INV):
             raise SvmBroken(f"the guest touched gfn {body.gfn:#x}, a bounce page of the ultravisor")
         # The page is mapped already unless what is wanted is not permitted at all (code from a shared page).

@@ -7,7 +7,7 @@ from protocol.geometry import PAGE_BYTES, gfn_of, pages_spanned
 from services.ultravisor.hypervisor import Hypervisor
 from services.ultravisor.page_state import GfnState
 from services.ultravisor.partition import Partition
-from services.ultravisor.sharing import bring_in
+from services.ultravisor.sharing import bring_back_shared, bring_in
 from services.ultravisor.svm import Svm
 
 
@@ -53,11 +53,13 @@ class GuestMemory:
         for gfn in gfns:
             if self._svm.states[gfn] is GfnState.PAGED_OUT:
                 await bring_in(self._partition, self._svm, self._hypervisor, gfn, self._cause)
+            elif self._svm.states[gfn] is GfnState.SHARED_INV:
+                await bring_back_shared(self._partition, self._svm, self._hypervisor, gfn, self._cause)
         if any(self._svm.states[gfn] not in _REACHABLE for gfn in gfns):
             raise GuestFault(f"a page of {n_bytes} bytes at {gpa:#x} is in transition or not the guest's")
 
 
-_REACHABLE = frozenset({GfnState.SECURE, GfnState.SHARED, GfnState.PSEUDO_SHARED})
+_REACHABLE = frozenset({GfnState.SECURE, GfnState.SHARED, GfnState.PSEUDO_SHARED, GfnState.PSEUDO_SHARED_INV})
 
 
 def _pieces(gpa: int, n_bytes: int) -> list[tuple[int, int, int]]:

@@ -98,6 +98,7 @@ def _page_in_by_state(svm: Svm, gfn: int) -> UCode:
         new = svm.apply(gfn, PageEvent.HV_PAGE_IN)
     except BadTransition:
         return UCode.U_RETRY if state in TRANSIENT else UCode.U_P2
+    svm.withheld.pop(gfn, None)
     if new is GfnState.SHARED:
         svm.map_shared(gfn)
     return UCode.U_SUCCESS

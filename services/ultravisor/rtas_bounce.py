@@ -64,6 +64,7 @@ class RtasBounce:
     """The bounce pages of one VM: the first for argument blocks, the others for buffers of MAX_BUFFER_BYTES."""
 
     def __init__(self, gfns: list[int], ram: NormalRam) -> None:
+        self.gfns = gfns
         self._ram = ram
         self._blocks = [gpa_of(gfns[0]) + i * _BLOCK_BYTES for i in range(_N_BLOCKS)]
         per_page = PAGE_BYTES // MAX_BUFFER_BYTES

@@ -142,17 +142,34 @@ async def bring_in(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfn: 
         return svm.states[gfn] is GfnState.SECURE
     if svm.refused_images.get(gfn, 0) >= MAX_REFUSALS:
         raise SvmBroken("page-integrity")
-    if code != HCode.H_BUSY:
-        svm.withheld[gfn] = svm.withheld.get(gfn, 0) + 1
-        if svm.withheld[gfn] >= MAX_REFUSALS:
-            raise SvmBroken("page-withheld")
+    _note_withheld(svm, gfn, code)
     return False
 
 
-async def bring_back_shared(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfn: int, cause: int) -> None:
-    """Have kvm give the normal frame of a shared page back after it took it away."""
+async def bring_back_shared(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfn: int, cause: int) -> bool:
+    """Have kvm give the normal frame of a shared page back after it took it away; False when it should be tried again.
+
+    Raises SvmBroken when kvm gave none three times. What the frame holds is the host's: it could write there before.
+    """
     before = svm.states[gfn]
-    await _page_in_one(partition, hypervisor, gfn, H_PAGE_IN_SHARED, cause, lambda: svm.states[gfn] is before)
+
+    def is_taken_away() -> bool:
+        return svm.states[gfn] is before
+
+    code = await _page_in_one(partition, hypervisor, gfn, H_PAGE_IN_SHARED, cause, is_taken_away)
+    if not is_taken_away():
+        return True
+    _note_withheld(svm, gfn, code)
+    return False
+
+
+def _note_withheld(svm: Svm, gfn: int, code: int) -> None:
+    """kvm was asked for a page and answered `code` without giving it."""
+    if code == HCode.H_BUSY:
+        return
+    svm.withheld[gfn] = svm.withheld.get(gfn, 0) + 1
+    if svm.withheld[gfn] >= MAX_REFUSALS:
+        raise SvmBroken("page-withheld")
 
 
 def check_range(svm: Svm, gfn: int, n_pages: int) -> UCode | None:

@@ -161,7 +161,7 @@ class Svm:
         """ESM is done: every page of every slot by its state."""
         for slot in self.slots.values():
             for gfn in range(slot.gfn, slot.gfn + slot.n_pages):
-                if self.states[gfn] in (GfnState.SECURE, GfnState.PSEUDO_SHARED):
+                if self.states[gfn] in _IN_SECURE_FRAME:
                     self.map_secure(gfn)
 
     @property
@@ -191,6 +191,9 @@ class Svm:
         """As PageStates.apply."""
         return self.states.apply(gfn, event)
 
+
+_IN_SECURE_FRAME = frozenset({GfnState.SECURE, GfnState.PSEUDO_SHARED, GfnState.PSEUDO_SHARED_INV})
+"""States in which the guest's map gives the secure frame."""
 
 _SHARED_STATES = (
     GfnState.SHARED,

@@ -18,6 +18,7 @@ from services.testing.image import FDT_GFN, INITRD_GFN, KERNEL_GFN, RTAS_GFN, Pl
 from services.ultravisor.esm import BOUNCE_PAGES
 from shared.esm_digest import RTAS_TEXT
 from shared.fdt_reader import read_fdt
+from shared.partition_map import MapKind, kind_of
 from tests.unit.ultravisor_rig import (
     MEMORY_BYTES,
     N_PAGES,
@@ -142,6 +143,23 @@ async def test_the_bounce_pages_are_zero_shared_implicitly_and_reserved_in_the_t
     assert bounce == list(range(N_PAGES - BOUNCE_PAGES, N_PAGES))
     assert (gpa_of(bounce[0]), BOUNCE_PAGES * PAGE_BYTES) in tree.reservations
     assert all(not any(rig.read(gfn)) for gfn in bounce)
+
+
+async def test_the_guest_keeps_its_rtas_page_when_the_host_takes_its_own_away(
+    rig: UltravisorRig, image: PlayedImage
+) -> None:
+    rig.load(image)
+    _while(rig, h.H_SVM_INIT_DONE.number, lambda: rig.kvm.page_inval(RTAS_GFN))
+
+    assert await rig.esm(image) == UCode.U_SUCCESS
+
+    svm = rig.partition.svm
+    assert svm is not None
+    assert rig.state(RTAS_GFN) == "PSEUDO_SHARED_INV"
+    assert kind_of(svm.map[RTAS_GFN]) is MapKind.SECURE
+    assert await rig.kvm.page_in(RTAS_GFN) == UCode.U_SUCCESS
+    assert rig.state(RTAS_GFN) == "PSEUDO_SHARED"
+    assert bytes(rig.page(RTAS_GFN)) == RTAS_TEXT.ljust(PAGE_BYTES, b"\0")
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,34 @@ async def test_a_kvm_that_withholds_a_page_three_times_ends_the_vm(rig: Ultravis
     assert rig.notices == [("vm-failed", "vm1", "page-withheld")]
 
 
+@pytest.mark.parametrize("code", [HCode.H_SUCCESS, HCode.H_PARAMETER])
+async def test_a_kvm_that_withholds_a_shared_page_three_times_ends_the_vm(rig: UltravisorRig, code: HCode) -> None:
+    """S7: the guest does not fault on it for ever."""
+    assert await rig.share(GFN) == UCode.U_SUCCESS
+    assert await rig.kvm.page_inval(GFN) == UCode.U_SUCCESS
+    rig.kvm.lies[h.H_SVM_PAGE_IN.number] = answering(code)
+
+    assert [await rig.fault(GFN) for _ in range(3)] == [HCode.H_BUSY, HCode.H_BUSY, UCode.U_STATE]
+
+    assert rig.notices == [("vm-failed", "vm1", "page-withheld")]
+
+
+async def test_a_shared_page_is_the_guests_again_at_its_next_touch(rig: UltravisorRig) -> None:
+    assert await rig.share(GFN) == UCode.U_SUCCESS
+    refused = rig.kvm.lies
+    refused[h.H_SVM_PAGE_IN.number] = answering(HCode.H_PARAMETER)
+    assert await rig.kvm.page_inval(GFN) == UCode.U_SUCCESS
+    assert [await rig.fault(GFN) for _ in range(2)] == [HCode.H_BUSY] * 2
+    del refused[h.H_SVM_PAGE_IN.number]
+
+    for _ in range(3):
+        assert await rig.fault(GFN) == HCode.H_SUCCESS
+        assert rig.state(GFN) == "SHARED"
+        assert await rig.kvm.page_inval(GFN) == UCode.U_SUCCESS
+
+    assert rig.partition.secure
+
+
 async def test_an_image_that_was_altered_three_times_ends_the_vm(rig: UltravisorRig) -> None:
     rig.page(GFN)[:6] = b"secret"
     assert await rig.kvm.page_out(GFN) == UCode.U_SUCCESS

@@ -12,17 +12,25 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protocol.codes import HCode
+from protocol.codes import HCode, UCode
 from protocol.errors import GuestFault
 from protocol.geometry import PAGE_BYTES, gpa_of
-from protocol.hcalls import H_RTAS
+from protocol.hcalls import H_RTAS, H_SVM_PAGE_IN
 from protocol.rtas import MAX_BUFFER_BYTES, RTAS
 from services.testing.image import FIRST_FREE_GFN, PlayedImage
 from services.ultravisor.esm import BOUNCE_PAGES
 from services.ultravisor.guest_memory import GuestMemory
 from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.rtas_bounce import RtasBounce
-from tests.unit.ultravisor_rig import MEMORY_BYTES, N_PAGES, Registers, UltravisorRig, played_image, ultravisor_rig
+from tests.unit.ultravisor_rig import (
+    MEMORY_BYTES,
+    N_PAGES,
+    Registers,
+    UltravisorRig,
+    answering,
+    played_image,
+    ultravisor_rig,
+)
 
 ARGS_GFN, BUFFER_GFN = FIRST_FREE_GFN + 1, FIRST_FREE_GFN + 2
 ARGS, BUFFER = gpa_of(ARGS_GFN), gpa_of(BUFFER_GFN) + 1000
@@ -106,6 +114,46 @@ async def test_only_the_declared_return_words_come_back(rig: UltravisorRig) -> N
     await rtas(rig, token("ibm,read-pci-config"), [0x800, 1, 2, 4], 2)
 
     assert bytes(rig.page(ARGS_GFN)[12 + 16 + 8 : 200]) == behind
+
+
+async def test_a_bounce_page_that_the_host_took_away_is_asked_for_before_it_is_used(rig: UltravisorRig) -> None:
+    kvm = PlayedRtas(rig, [0, 2026])
+    bounce = range(N_PAGES - BOUNCE_PAGES, N_PAGES)
+    for gfn in bounce:
+        assert await rig.kvm.page_inval(gfn) == UCode.U_SUCCESS
+        assert rig.state(gfn) == "SHARED_IMPLICIT_INV"
+
+    assert await rtas(rig, token("ibm,read-pci-config"), [0x800, 1, 2, 4], 2) == HCode.H_SUCCESS
+
+    assert [rig.state(gfn) for gfn in bounce] == ["SHARED_IMPLICIT"] * BOUNCE_PAGES
+    assert kvm.words == [0x800, 1, 2, 4]
+    assert words_at(rig, ARGS + 12 + 16, 2) == [0, 2026]
+
+
+async def test_a_host_that_keeps_a_bounce_page_ends_the_vm_at_the_third_time(rig: UltravisorRig) -> None:
+    PlayedRtas(rig, [0, 2026])
+    await rig.kvm.page_inval(BOUNCE_GFN)
+    rig.kvm.lies[H_SVM_PAGE_IN.number] = answering(HCode.H_PARAMETER)
+    call = token("ibm,read-pci-config"), [0x800, 1, 2, 4], 2
+
+    assert [await rtas(rig, *call) for _ in range(2)] == [HCode.H_BUSY] * 2
+    assert [name for name in rig.kvm.names() if name == H_RTAS.name] == []
+    await rig.guest.deliver(H_RTAS, [0, ARGS])
+
+    assert rig.notices == [("vm-failed", "vm1", "page-withheld")]
+
+
+async def test_a_block_in_a_shared_page_that_the_host_took_away_is_read_from_the_new_frame(rig: UltravisorRig) -> None:
+    assert await rig.share(BUFFER_GFN) == UCode.U_SUCCESS
+    await rig.kvm.page_inval(BUFFER_GFN)
+    header = struct.pack(">7I", token("ibm,read-pci-config"), 4, 2, 0x800, 1, 2, 4)
+    os.pwrite(rig.ram_fd, header, gpa_of(BUFFER_GFN))
+    kvm = PlayedRtas(rig, [0, 2026])
+
+    assert await rig.guest.deliver(H_RTAS, [0, gpa_of(BUFFER_GFN)]) == [HCode.H_SUCCESS]
+
+    assert kvm.words == [0x800, 1, 2, 4]
+    assert rig.state(BUFFER_GFN) == "SHARED"
 
 
 async def test_an_input_buffer_is_copied_to_its_declared_length(rig: UltravisorRig) -> None:

@@ -14,7 +14,7 @@ from protocol.declare import Call
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
 from protocol.hcalls import H_PAGE_IN_NONSHARED, H_PAGE_IN_SHARED
 from protocol.messages import MAP_INVALIDATE, Status
-from protocol.ucalls import UV_PAGE_IN, UV_PAGE_OUT, UV_REGISTER_MEM_SLOT, UV_SVM_TERMINATE
+from protocol.ucalls import UV_PAGE_IN, UV_PAGE_INVAL, UV_PAGE_OUT, UV_REGISTER_MEM_SLOT, UV_SVM_TERMINATE
 from services.kvm.memory import MemSlot, VmMemory
 from services.kvm.page_state import KvmState
 from services.kvm.ultravisor_port import UltravisorPort
@@ -337,3 +337,81 @@ async def test_a_page_call_that_a_reset_overtakes_changes_no_state(rig: Rig) -> 
     await rig.secure.page_out(3, 0)
     assert rig.memory.state(3) is KvmState.NORMAL
     assert rig.memory.host_view[3] == HostState.PRESENT
+
+
+# -- reclaim: the host takes frames of shared pages away --------------------------------------------------------------
+
+
+@pytest.fixture
+async def shared(rig: Rig) -> Rig:
+    """A secure VM that shares frame 2, which holds something."""
+    await rig.done()
+    assert await rig.page_in(2, H_PAGE_IN_SHARED) is HCode.H_SUCCESS
+    rig.fill(2)
+    rig.ultravisor.calls.clear()
+    return rig
+
+
+async def test_a_shared_frame_is_punched_once_the_ultravisor_has_let_go_of_it(shared: Rig) -> None:
+    held: list[bool] = []
+
+    async def does(_call: Call, _args: list[int]) -> int:
+        held.append(shared.is_hole(2) or 2 not in shared.memory.busy)
+        return UCode.U_SUCCESS
+
+    shared.ultravisor.does = does
+
+    assert await shared.secure.reclaim_all([2], 0) == [HCode.H_SUCCESS]
+
+    assert held == [False]
+    assert shared.ultravisor.calls == [(UV_PAGE_INVAL.name, [LPID, gpa_of(2), PAGE_SHIFT])]
+    assert shared.is_hole(2)
+    assert shared.memory.state(2) is KvmState.SHARED
+    assert not shared.memory.busy
+
+
+@pytest.mark.parametrize(
+    ("code", "result"), [(UCode.U_RETRY, HCode.H_BUSY), (UCode.U_P2, HCode.H_PARAMETER), (UCode.U_BUSY, HCode.H_BUSY)]
+)
+async def test_a_frame_that_the_ultravisor_still_uses_is_left_alone(shared: Rig, code: UCode, result: HCode) -> None:
+    shared.answer(UV_PAGE_INVAL, code)
+
+    assert await shared.secure.reclaim_all([2], 0) == [result]
+
+    assert not shared.is_hole(2)
+    assert not shared.memory.busy
+
+
+async def test_only_shared_pages_that_nobody_works_on_can_be_reclaimed(shared: Rig) -> None:
+    await shared.secure.page_out(3, 0)
+    shared.ultravisor.calls.clear()
+    shared.memory.busy.add(4)
+
+    codes = await shared.secure.reclaim_all([1, 3, 4], 0)
+
+    assert codes == [HCode.H_PARAMETER, HCode.H_PARAMETER, HCode.H_BUSY]
+    assert not shared.ultravisor.calls
+
+
+async def test_a_reset_during_a_reclaim_keeps_the_frame(shared: Rig) -> None:
+    async def does(call: Call, _args: list[int]) -> int:
+        if call is UV_PAGE_INVAL:
+            await shared.secure.off(0)
+        return UCode.U_SUCCESS
+
+    shared.ultravisor.does = does
+
+    assert await shared.secure.reclaim_all([2], 0) == [HCode.H_PARAMETER]
+
+    assert not shared.is_hole(2)
+    assert shared.memory.state(2) is KvmState.NORMAL
+
+
+async def test_the_ultravisor_gets_a_frame_again_when_it_asks(shared: Rig) -> None:
+    await shared.secure.reclaim_all([2], 0)
+    shared.ultravisor.calls.clear()
+
+    assert await shared.page_in(2, H_PAGE_IN_SHARED) is HCode.H_SUCCESS
+
+    assert shared.ultravisor.names() == [UV_PAGE_IN.name]
+    assert shared.is_hole(2)
