@@ -52,7 +52,10 @@ def _fetch(apt: Apt, packages: list[str], tools: Path, say: Say) -> None:
     tools.mkdir(parents=True)
     say(f"not installed here: {wanted}; unpacking them into {tools}")
     try:
-        apt.unpack(apt.missing_of(packages), tools)
+        missing = apt.missing_of(packages)
+        if not missing:
+            raise UserError(f"installed, but not on the PATH: {wanted}")
+        apt.unpack(missing, tools)
     except UserError as error:
         raise UserError(f"{error}; or run: apt-get install {wanted}") from None
     marker.write_text(wanted)

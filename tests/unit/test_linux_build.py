@@ -265,3 +265,10 @@ def test_progress_is_told_and_a_failure_has_the_last_lines() -> None:
             "make",
             said.append,
         )
+
+
+def test_an_installed_program_that_is_not_found_is_told_so(machine: Machine) -> None:
+    (machine.bin / "bison").unlink()
+
+    with pytest.raises(UserError, match="installed, but not on the PATH: bison; or run: apt-get install bison"):
+        find_toolchain(Apt(machine.cache / "apt", machine.said.append), machine.cache / "tools", machine.said.append)
