@@ -87,7 +87,7 @@ class Loss:
         if self._role == "kvm":
             await self._type("null 5000\r")
         elif self._role == "qemu":
-            await self._type("null 500\rreboot\r")
+            await self._type("null 300\rreboot\r")
         else:
             await self._move("page.in")
             nursery.start_soon(self._page_out)
