@@ -224,6 +224,73 @@ async def test_shared_pages_are_zero_and_seen_by_both_and_private_again_afterwar
         it.check_s2(it.check_s1())
 
 
+async def test_a_frame_that_the_guest_does_not_let_go_is_kept() -> None:
+    async with secure_vm() as it:
+        await it.bring_to(GFN, Page.SHARED)
+        it.vm.guest.store(GFN, b"of the guest")
+        it.vm.guest.acknowledges = False
+
+        answer = await it.host.kvm.query("page.reclaim", vm="vm1", gpa=gpa_of(GFN), n=1)
+
+        assert answer["codes"] == {"H_BUSY": 1}
+        assert it.vm.raw_page(GFN).startswith(b"of the guest")
+        it.vm.guest.acknowledges = True
+        await it.vm.guest.touch(GFN)
+        assert it.vm.guest.load(GFN).startswith(b"of the guest")
+
+
+@pytest.mark.parametrize("other", ["fault", "share", "unshare", "unshare all", "host touch", "reclaim", "reset"])
+async def test_taking_a_shared_frame_away_waits_for_no_other_call_on_the_page(other: str) -> None:
+    async with secure_vm() as it:
+        for round_ in range(12):
+            if not it.vm.guest.secure:
+                it.ended()
+                await it.boot()
+                await it.turn_secure()
+            await it.bring_to(GFN, Page.SHARED)
+            results: dict[str, int | str] = {}
+            with trio.fail_after(3):
+                async with trio.open_nursery() as nursery:
+                    for call in ("reclaim", other) if round_ % 2 else (other, "reclaim"):
+                        nursery.start_soon(note, results, call, it)
+            assert results["reclaim"] in ("H_SUCCESS", "H_BUSY", "H_PARAMETER", "H_UNSUPPORTED")
+            assert other == "reclaim" or results[other] in (0, HCode.H_BUSY, UCode.U_RETRY, UCode.U_STATE)
+            it.check_s1()
+            if it.vm.guest.secure:
+                await settle(it, private=other.startswith("unshare") and results[other] == UCode.U_SUCCESS)
+        assert await failure(it.host) is None
+        assert {name for name, seconds in it.host.calls.longest_s.items() if seconds > 1} <= {"UV_ESM"}
+
+
+async def note(results: dict[str, int | str], call: str, it: WatchedVm) -> None:
+    guest, qemu = it.vm.guest, it.vm.qemu
+    if call == "reclaim":
+        codes = (await it.host.kvm.query("page.reclaim", vm="vm1", gpa=gpa_of(GFN), n=1))["codes"]
+        results[call] = str(*codes)
+    elif call == "fault":
+        results[call] = await guest.fault(GFN)
+    elif call == "share":
+        results[call] = await guest.share(GFN)
+    elif call == "unshare":
+        results[call] = await guest.unshare(GFN)
+    elif call == "unshare all":
+        results[call] = await guest.unshare_all()
+    else:
+        results[call] = await (qemu.want([GFN]) if call == "host touch" else qemu.reset())
+
+
+async def settle(it: WatchedVm, *, private: bool) -> None:
+    """The page is what the calls say, and works."""
+    if private:
+        it.now_private(GFN)
+        await it.check_content(GFN)
+    else:
+        await it.vm.guest.touch(GFN)
+        it.vm.guest.store(GFN, b"of the guest")
+        assert it.vm.raw_page(GFN).startswith(b"of the guest")
+    it.check_s2(it.check_s1())
+
+
 async def test_pages_that_leave_together_cost_the_guest_few_invalidations() -> None:
     async with secure_vm() as it:
         it.vm.guest.invalidations.clear()

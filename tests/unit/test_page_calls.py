@@ -14,12 +14,13 @@ from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
 from services.ultravisor import page_calls
 from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.page_calls import PageRequest
-from services.ultravisor.page_state import TRANSITIONS, GfnState, PageEvent
+from services.ultravisor.page_state import GfnState, PageEvent
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount
 from services.ultravisor.svm import Svm, SvmPhase
 from shared.partition_map import MapKind, kind_of
 from shared.real_address import SECURE_BIT, real_address
+from tests.unit.page_ways import way_to
 
 LPID = 5
 N_PAGES = 8
@@ -327,18 +328,6 @@ ANSWERS: dict[GfnState, tuple[tuple[UCode, GfnState], tuple[UCode, GfnState], tu
     S.PAGING_IN: ((P3, S.PAGED_OUT), (RETRY, S.PAGING_IN), (P2, S.PAGING_IN)),
 }
 """What UV_PAGE_IN, UV_PAGE_OUT and UV_PAGE_INVAL answer in each state, and what the page is then."""
-
-
-def way_to(state: GfnState) -> list[PageEvent]:
-    """The shortest run of events from SECURE."""
-    ways: dict[GfnState, list[PageEvent]] = {S.SECURE: []}
-    queue = [S.SECURE]
-    for at in queue:
-        for (old, event), new in TRANSITIONS.items():
-            if old is at and new not in ways:
-                ways[new] = [*ways[at], event]
-                queue.append(new)
-    return ways[state]
 
 
 @pytest.mark.parametrize("state", GfnState, ids=lambda state: state.name)

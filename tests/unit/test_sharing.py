@@ -29,6 +29,7 @@ from services.ultravisor.sharing import MAX_REFUSALS, SvmBroken
 from services.ultravisor.svm import Svm, SvmPhase
 from shared.partition_map import RW, MapKind, entry, kind_of
 from shared.real_address import real_address
+from tests.unit.page_ways import way_to
 
 LPID = 5
 N_PAGES = 8
@@ -452,3 +453,40 @@ class PageLife(RuleBasedStateMachine):
 
 TestPageLife = PageLife.TestCase
 TestPageLife.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+
+
+# -- every state ------------------------------------------------------------------------------------------------------
+
+S = GfnState
+_OURS = {S.SHARED_IMPLICIT, S.SHARED_IMPLICIT_INV, S.PSEUDO_SHARED, S.PSEUDO_SHARED_INV}
+
+
+def expected_answers(state: GfnState) -> list[tuple[UCode, GfnState]]:
+    """What UV_SHARE_PAGE, UV_UNSHARE_PAGE, UV_UNSHARE_ALL_PAGES answer in a state, and what the page is then."""
+    if state in TRANSIENT:
+        return [(UCode.U_RETRY, state)] * 3
+    if state in _OURS:
+        # Shared already, in whatever way; and not the guest's to take back.
+        return [(UCode.U_SUCCESS, state), (UCode.U_P2, state), (UCode.U_SUCCESS, state)]
+    shared = state if state is S.SHARED_INV else S.SHARED
+    private = state if state is S.PAGED_OUT else S.SECURE
+    return [(UCode.U_SUCCESS, shared), (UCode.U_SUCCESS, private), (UCode.U_SUCCESS, private)]
+
+
+@pytest.mark.parametrize("state", GfnState, ids=lambda state: state.name)
+async def test_each_call_of_the_guest_in_each_state(state: GfnState) -> None:
+    for call, expected in enumerate(expected_answers(state)):
+        rig = Rig()
+        if state is S.PAGED_OUT:
+            await rig.page_out(2)
+        else:
+            for event in way_to(state):
+                rig.svm.apply(2, event)
+        if call == 0:
+            answer = await rig.share(2)
+        elif call == 1:
+            answer = await rig.unshare(2)
+        else:
+            answer = await rig.unshare_all()
+        assert (answer, rig.svm.states[2]) == expected, ("share", "unshare", "unshare all")[call]
+        rig.close()
