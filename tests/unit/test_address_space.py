@@ -63,3 +63,17 @@ def test_a_fill_sets_exactly_its_bytes(gpa: int, n_bytes: int, value: int) -> No
     expected[gpa : gpa + n_bytes] = bytes([value]) * n_bytes
     memory.space.fill(gpa, n_bytes, value)
     assert memory.ram == expected
+
+
+def test_stores_are_marked_in_the_dirty_map_of_the_map_in_force() -> None:
+    memory = Memory()
+    secure_dirty = bytearray(N_PAGES)
+    for gfn in range(N_PAGES):
+        memory.map.set(gfn, MapKind.SECURE, gfn)
+
+    memory.space.use_map(memory.map, memoryview(memory.secret), memoryview(secure_dirty))
+    memory.space.store(0, b"a")
+    memory.space.use_map(memory.map, memoryview(memory.secret))
+    memory.space.store(PAGE_BYTES, b"b")
+
+    assert (list(secure_dirty), list(memory.dirty)) == ([1, 0, 0, 0], [0, 1, 0, 0])

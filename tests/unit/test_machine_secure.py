@@ -32,6 +32,7 @@ class SecureRig(MachineRig):
         for gfn in range(N_PAGES):
             self.secure_map.set(gfn, MapKind.SECURE, gfn)
         self.ram[DATA], self.secure_ram[DATA] = NORMAL_SIDE, SECURE_SIDE
+        self.secure_dirty = bytearray(N_PAGES)
 
     def give(self, gfn: int, _access: Access) -> None:
         """As an ultravisor that pages in."""
@@ -41,7 +42,7 @@ class SecureRig(MachineRig):
         """Become secure and begin `words`."""
         code = asm.program(*words)
         self.secure_ram[ENTRY : ENTRY + len(code)] = code
-        self.space.use_map(self.secure_map, memoryview(self.secure_ram))
+        self.space.use_map(self.secure_map, memoryview(self.secure_ram), memoryview(self.secure_dirty))
         self.engine.start(ENTRY, {}, secure=True)
 
     def leave(self) -> None:
@@ -51,6 +52,27 @@ class SecureRig(MachineRig):
 
 
 LOAD = (*asm.load64(R4, DATA), asm.lbz(R5, 0, R4))
+
+
+def test_a_store_marks_the_dirty_map_that_goes_with_the_map_in_force() -> None:
+    """S1: what a secure VM writes is marked where kvm, which reads the other map, does not see it."""
+    store = (*asm.load64(R4, DATA), asm.std(R5, 0, R4), asm.SC1)
+    rig = SecureRig()
+    rig.enter(*store, *store)
+    for _ in range(2):
+        rig.until_exit()
+        assert [gfn for gfn, mark in enumerate(rig.secure_dirty) if mark] == [DATA_GFN]
+        rig.secure_dirty[DATA_GFN] = 0
+        rig.engine.flush_translations()
+        rig.engine.resume([0])
+    assert not any(rig.dirty)
+
+    rig.leave()
+    rig.space.use_map(rig.map, None)
+    rig.run(*store)
+
+    assert rig.dirty[DATA_GFN]
+    assert not any(rig.secure_dirty)
 
 
 def test_a_secure_page_is_reached_in_secure_memory_and_a_shared_one_in_normal_ram() -> None:
