@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from deploy.cluster_section import Document, Section, did_you_mean, quoted
+from deploy.firmware import PACKAGE, find_firmware
 from protocol.errors import ClusterFileError, UserError
 from protocol.geometry import MAX_VM_BYTES, PAGE_BYTES
 from protocol.startup import DeviceEntry, DiskEntry, GuestEntry
@@ -22,7 +23,20 @@ from shared.real_address import MAX_LPID
 TOP_KEYS = ("name", "seed", "make", "hosts", "vms", "links")
 HOST_KEYS = ("secure_memory",)
 VM_KEYS = ("host", "lpid", "memory", "time", "secure", "debuggable", "guest", "disks", "devices")
-GUEST_KEYS = ("kernel", "boot", "image", "initrd", "esm_blob", "command_line", "workload", "dma", "options")
+GUEST_KEYS = (
+    "kernel",
+    "boot",
+    "image",
+    "initrd",
+    "esm_blob",
+    "firmware",
+    "pci_nodes",
+    "command_line",
+    "workload",
+    "dma",
+    "options",
+)
+PCI_NODES = ("qemu", "firmware")
 DISK_KEYS = ("path", "readonly", "format")
 DEVICE_KEYS = ("kind", "disk", "access_platform")
 LINK_KEYS = ("between",)
@@ -30,6 +44,8 @@ LINK_KEYS = ("between",)
 TIMES = ("wall", "instructions")
 KERNELS = ("model", "bench", "machine")
 BOOTS = ("disk", "kernel", "program")
+FIRMWARE_BOOTS = ("disk", "kernel")
+"""Ways in which a machine starts in its firmware."""
 DMA_DESIGNS = ("quirk", "iommu", "plain")
 DISK_FORMATS = ("raw",)
 DEVICE_KINDS = ("virtio-blk",)
@@ -225,17 +241,29 @@ def _vm(name: str, section: Section, lpid: int, hosts: list[str], base: Path) ->
 
 def _guest(vm: Section, base: Path) -> GuestEntry:
     guest = vm.table("guest", GUEST_KEYS)
+    kernel, boot = guest.choice("kernel", KERNELS, "model"), guest.choice("boot", BOOTS, "disk")
     return GuestEntry(
-        kernel=guest.choice("kernel", KERNELS, "model"),
-        boot=guest.choice("boot", BOOTS, "disk"),
+        kernel=kernel,
+        boot=boot,
         image=_path(guest, "image", base),
         initrd=_path(guest, "initrd", base),
         esm_blob=_path(guest, "esm_blob", base),
+        firmware=_firmware(guest, base) if kernel == "machine" and boot in FIRMWARE_BOOTS else None,
+        pci_nodes=guest.choice("pci_nodes", PCI_NODES, "qemu"),
         command_line=guest.text("command_line", ""),
         workload=guest.text("workload", "prompt"),
         dma=guest.choice("dma", DMA_DESIGNS, "quirk"),
         options=_options(guest),
     )
+
+
+def _firmware(guest: Section, base: Path) -> str:
+    path = _path(guest, "firmware", base) or find_firmware()
+    if path is None:
+        guest.document.fail(
+            guest.key, f"starts in firmware, and none was found: apt-get install {PACKAGE}, or set guest.firmware"
+        )
+    return path
 
 
 def _options(guest: Section) -> dict[str, str | int | bool]:

@@ -158,11 +158,11 @@ def vm_entry(vm: VmSpec, incarnation: int, ram_segment: str) -> VmEntry:
     )
 
 
-GUEST_FILES = ("image", "initrd", "esm_blob")
+GUEST_FILES = ("image", "initrd", "esm_blob", "firmware")
 
 
 def guest_files(guest: GuestEntry) -> dict[str, str]:
-    """The files that qemu loads for a VM booted without its disk, by descriptor name."""
+    """The files that qemu loads before the VM starts, by descriptor name."""
     paths = {name: getattr(guest, name) for name in GUEST_FILES}
     return {name: path for name, path in paths.items() if path is not None}
 

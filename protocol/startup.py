@@ -34,8 +34,9 @@ class GuestEntry(Struct, frozen=True):
     """The guest kernel of a VM.
 
     `kernel` is "model", "bench" or "machine" (real POWER code); `boot` is "disk", "kernel" (image, initrd and blob
-    loaded by qemu) or "program" (an ELF program without firmware); `workload` names what the model runs; `dma` is the
-    DMA design of its drivers; `options` are further settings of the model's image.
+    loaded by qemu) or "program" (an ELF program without firmware); a machine that boots from disk or kernel starts in
+    `firmware`, and `pci_nodes` says who describes its PCI devices ("qemu" or "firmware"); `workload` names what the
+    model runs; `dma` is the DMA design of its drivers; `options` are further settings of the model's image.
     """
 
     kernel: str = "model"
@@ -43,6 +44,8 @@ class GuestEntry(Struct, frozen=True):
     image: str | None = None
     initrd: str | None = None
     esm_blob: str | None = None
+    firmware: str | None = None
+    pci_nodes: str = "qemu"
     command_line: str = ""
     workload: str = "prompt"
     dma: str = "quirk"

@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 
+from deploy.firmware import PACKAGE, find_firmware
 from deploy.linux.config import fragment_sha256
 from deploy.linux.store import LinuxImage, Store, default_cache
 
@@ -37,6 +38,12 @@ def need_cross_compilers() -> None:
     """Both of Debian's compilers for POWER."""
     for package, program in CROSS_COMPILERS.items():
         need_program(program, package)
+
+
+def need_firmware() -> None:
+    """SLOF as a package installs it."""
+    if find_firmware() is None:
+        lacking("SLOF", f"apt-get install {PACKAGE}")
 
 
 def need_linux() -> LinuxImage:

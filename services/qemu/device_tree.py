@@ -85,6 +85,7 @@ class BootFacts:
 
     bootargs: str = ""
     kernel: tuple[int, int] | None = None
+    kernel_little_endian: bool = False
     initrd: tuple[int, int] | None = None
     rtas_base: int | None = None
     reservations: tuple[tuple[int, int], ...] = ()
@@ -255,6 +256,8 @@ def _add_chosen(root: FdtNode, boot: BootFacts) -> None:
         properties["ibm,architecture-vec-5"] = _NEGOTIATED
     if boot.kernel is not None:
         properties["qemu,boot-kernel"] = quads(*boot.kernel)
+        if boot.kernel_little_endian:
+            properties["qemu,boot-kernel-le"] = b""
     if boot.initrd is not None:
         properties["linux,initrd-start"] = quads(boot.initrd[0])
         properties["linux,initrd-end"] = quads(boot.initrd[1])

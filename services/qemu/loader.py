@@ -5,7 +5,8 @@
 behind it  initial RAM disk, page aligned
 below 256 MiB, at the end of RAM at most: device tree
 
-A program that starts without firmware lies elsewhere (`services/qemu/program.py`).
+A program that starts without firmware lies elsewhere (`program.py`), and so does what starts in firmware
+(`firmware.py`).
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from collections.abc import Mapping
 from protocol.errors import HostFault, UserError
 from protocol.geometry import PAGE_BYTES
 from services.qemu.board import Board
-from services.qemu.device_tree import BootFacts
+from services.qemu.device_tree import BootFacts, PciNodes
+from services.qemu.firmware import FirmwareLoad
 from services.qemu.program import ProgramLoad
 from shared.guest_ram import GuestRam
 from shared.newc import prepend_blob
 
 ENTRY = 0x100
-BOOT_FILES = ("image", "initrd", "esm_blob")
-"""Descriptors that come for a VM that boots without its disk."""
+BOOT_FILES = ("image", "initrd", "esm_blob", "firmware")
+"""Descriptors of files that are loaded before the start."""
 KERNEL_BASE = 16 << 20
 _TREE_LIMIT = 256 << 20
 _TREE_ROOM_BYTES = 1 << 20
@@ -32,7 +34,7 @@ _TREE_ROOM_BYTES = 1 << 20
 async def load_machine(board: Board, ram: GuestRam, files: Mapping[str, int]) -> tuple[int, dict[int, int]]:
     """Load everything; returns program counter and general registers of the start (r3 = device tree).
 
-    `files` are descriptors by name (`image`, `initrd`, `esm_blob`). Raises UserError when something does not fit.
+    `files` are descriptors by name (BOOT_FILES). Raises UserError when something does not fit.
     """
     at = min(ram.size_bytes, _TREE_LIMIT) - _TREE_ROOM_BYTES
     if board.vm.guest.boot == "program":
@@ -40,12 +42,22 @@ async def load_machine(board: Board, ram: GuestRam, files: Mapping[str, int]) ->
         await load.place(ram)
         await _place_tree(board, ram, at, load.facts(board, at + _TREE_ROOM_BYTES))
         return load.start(at)
-    await _place_tree(board, ram, at, await _load_boot_files(board, ram, files))
+    if "firmware" in files:
+        await _place_tree(board, ram, at, await _load_firmware(board, ram, files, at))
+    else:
+        await _place_tree(board, ram, at, await _load_boot_files(board, ram, files))
     return ENTRY, {3: at, 4: 0, 5: 0}
 
 
+async def _load_firmware(board: Board, ram: GuestRam, files: Mapping[str, int], limit: int) -> BootFacts:
+    kernel = _read_all(files["image"], "image") if "image" in files else None
+    load = FirmwareLoad.of(_read_all(files["firmware"], "firmware"), kernel, _initrd(files))
+    await load.place(ram, limit)
+    return load.facts(board)
+
+
 async def _place_tree(board: Board, ram: GuestRam, at: int, boot: BootFacts) -> None:
-    tree = board.device_tree(boot)
+    tree = board.device_tree(boot, PciNodes(board.vm.guest.pci_nodes))
     if len(tree) > _TREE_ROOM_BYTES:
         raise UserError(f"{board.vm.name}: a device tree of {len(tree)} bytes is more than {_TREE_ROOM_BYTES}")
     await ram.write(at, tree)

@@ -19,6 +19,7 @@ import msgspec
 from protocol.codes import RtasStatus
 from protocol.errors import GuestFault
 from protocol.rtas import MAX_BUFFER_BYTES, WORD_MASK, status_word
+from services.qemu.nvram import fresh_nvram
 from services.qemu.phb import IrqPort, PciHostBridge
 from services.qemu.rtas_ddw import DdwRtas, WindowPort
 from services.qemu.rtas_pci import PciRtas, RtasError
@@ -98,7 +99,7 @@ class RtasServices:
         self, ram: GuestRam, phb: PciHostBridge, irq: IrqPort, machine: MachinePort, facts: MachineFacts
     ) -> None:
         self.clock_offset_ns = 0
-        self.nvram = bytearray(NVRAM_BYTES)
+        self.nvram = fresh_nvram(NVRAM_BYTES)
         self._ram = ram
         self._machine = machine
         self._facts = facts
