@@ -364,7 +364,9 @@ class Processor:
         return HCode.H_SUCCESS
 
     def _start_normal(self, body: m.StartBody) -> int:
-        self._memory.use_normal()
+        if not self._memory.use_normal():
+            # It is on its way over the launcher, which the order did not take.
+            return HCode.H_BUSY
         self._begin(body.pc, body.gprs, secure=False)
         return HCode.H_SUCCESS
 

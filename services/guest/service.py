@@ -100,11 +100,16 @@ class Guest:
         if tag == "device-writes" and self._vm is not None and self._processor is not None:
             self._watch_writes(memoryview(map_sealed(fd, self._vm.memory_bytes >> PAGE_SHIFT, writable=True)))
             return
-        if tag != "normal-map" or self._memory is None or self._has_map.is_set():
+        memory, processor = self._memory, self._processor
+        if tag != "normal-map" or memory is None or processor is None:
             os.close(fd)
             self._runtime.log.warning("unexpected descriptor", tag=tag, vm=vm)
             return
-        self._memory.take_normal_map(fd)
+        if self._has_map.is_set():
+            # Its thread drops the map at ESM, so it is the one to take it again.
+            processor.post(lambda: memory.take_normal_map_again(fd))
+            return
+        memory.take_normal_map(fd)
         self._has_map.set()
 
     def _watch_writes(self, marks: memoryview) -> None:

@@ -37,24 +37,39 @@ class GuestVmMemory:
         self.dirty = SealedMemory("pefbox-dirty-guest", self._n_pages, others_write=True)
         self.secure_dirty = SealedMemory("pefbox-dirty-secure", self._n_pages, others_write=True)
         """As `dirty`, while S is set: kvm, which reads and clears the other, must not reach this one."""
-        self._normal_map: PartitionMap | None = None
+        self._normal_map: mmap.mmap | None = None
         self._secure: mmap.mmap | None = None
         self._secure_map: mmap.mmap | None = None
         self.space: AddressSpace | None = None
 
     def take_normal_map(self, fd: int) -> None:
         """The map that kvm made for the VM while it is a normal one; raises HostFault."""
-        mapping = map_sealed(fd, self._n_pages * ENTRY_BYTES)
-        self._normal_map = PartitionMap(memoryview(mapping))
+        self._normal_map = map_sealed(fd, self._n_pages * ENTRY_BYTES)
 
-    def use_normal(self) -> None:
-        """Translate through kvm's map."""
+    def take_normal_map_again(self, fd: int) -> None:
+        """kvm's map once more, after the secure VM has ended. One that is of no use is refused: kvm may err or lie."""
+        if self._normal_map is not None or self._secure is not None:
+            # A reset before the secure VM ran: the map of before was never dropped.
+            os.close(fd)
+            return
+        try:
+            self.take_normal_map(fd)
+        except HostFault as fault:
+            self._log.error("kvm's map refused", reason=str(fault))
+
+    def use_normal(self) -> bool:
+        """Translate through kvm's map; False while it has not come."""
         assert self.space is not None
-        assert self._normal_map is not None
-        self.space.use_map(self._normal_map, None)
+        if self._normal_map is None:
+            return False
+        self.space.use_map(PartitionMap(memoryview(self._normal_map)), None)
+        return True
 
     def use_secure(self) -> bool:
-        """Take secure memory and map that the ultravisor sent, and translate through them; False when they are bad."""
+        """Take secure memory and map that the ultravisor sent, and translate through them; False when they are bad.
+
+        kvm's map is dropped then.
+        """
         try:
             data, descriptors, _, _ = socket.recv_fds(self._private, 64, _N_DESCRIPTORS, socket.MSG_DONTWAIT)
             if len(descriptors) != _N_DESCRIPTORS:
@@ -69,6 +84,9 @@ class GuestVmMemory:
         assert self.space is not None
         entries = PartitionMap(memoryview(self._secure_map))
         self.space.use_map(entries, memoryview(self._secure), self.secure_dirty.buffer)
+        normal_map, self._normal_map = self._normal_map, None
+        if normal_map is not None:
+            _unmap(normal_map)
         return True
 
     def drop_secure(self) -> None:

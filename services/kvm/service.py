@@ -108,7 +108,11 @@ class Kvm:
             # A copy: qemu may have the table removed before the descriptor is on its way.
             self._runtime.nursery.start_soon(self._give_away, f"tce-table:{liobn:x}", vm.name, os.dup(fd))
 
-        new = Vm(vm, memory, ends[KVM_GUEST.name], ends[KVM_QEMU.name], self._port, table_made, self._runtime.log)
+        def map_needed() -> None:
+            self._runtime.nursery.start_soon(self._give_away, "normal-map", vm.name, os.dup(memory.map_fd))
+
+        guest, qemu = ends[KVM_GUEST.name], ends[KVM_QEMU.name]
+        new = Vm(vm, memory, guest, qemu, self._port, table_made, map_needed, self._runtime.log)
         new.register_guest(ends[KVM_GUEST.name])
         new.register_qemu(ends[KVM_QEMU.name])
         self._vms[vm.lpid] = self._by_name[vm.name] = new

@@ -37,8 +37,11 @@ from shared.memfd import SealedMemory
 
 _GUEST_SECONDS = 2.0
 _TCE_BYTES = 8
+_START_RETRY_SECONDS = 0.005
 TableMade = Callable[[int, int], None]
 """Told liobn and descriptor of a new TCE table, for qemu."""
+MapNeeded = Callable[[], None]
+"""Told that the guest, which dropped the normal VM's map while it was secure, needs it again."""
 
 
 class Vm:
@@ -52,6 +55,7 @@ class Vm:
         qemu: Link,
         ultravisor: UltravisorPort,
         table_made: TableMade,
+        map_needed: MapNeeded,
         log: Log,
     ) -> None:
         self.entry = entry
@@ -63,10 +67,12 @@ class Vm:
         self.terminal = Terminal()
         self.vcpus = Vcpus()
         self.printed = trio.Event()
+        self._n_resets = 0
         self._at_work = 0
         self._at_rest = trio.Event()
         self._guest = guest
         self._table_made = table_made
+        self._map_needed = map_needed
         self._log = log.bind(vm=entry.name)
         self._tables: dict[int, SealedMemory] = {}
         self.tces = TceTables(self._in_ram, self._allocate_table)
@@ -217,11 +223,19 @@ class Vm:
     def _is_started(self) -> bool:
         return self.state in (VmState.RUNNING, VmState.PAUSED)
 
+    def _may_start(self) -> bool:
+        return self.state in (VmState.STARTING, VmState.OFF) and self.secure.switch is Switch.NONE
+
     async def _vm_start(self, envelope: Envelope, body: m.StartBody) -> m.Status:
-        if self.state not in (VmState.STARTING, VmState.OFF) or self.secure.switch is not Switch.NONE:
-            return m.Status(HCode.H_STATE)
-        self.vcpus.start(body.vcpu)
-        return await self._order_guest(m.VCPU_START, body, VmState.RUNNING, envelope.cause)
+        deadline, n_resets = trio.current_time() + _GUEST_SECONDS, self._n_resets
+        while self._may_start() and self._n_resets == n_resets:
+            self.vcpus.start(body.vcpu)
+            status = await self._order_guest(m.VCPU_START, body, VmState.RUNNING, envelope.cause)
+            if status.code != HCode.H_BUSY or trio.current_time() > deadline:
+                return status
+            # The map goes another way than the order, over the launcher.
+            await trio.sleep(_START_RETRY_SECONDS)
+        return m.Status(HCode.H_STATE)
 
     async def _vm_stop(self, envelope: Envelope, _body: m.Empty) -> m.Status:
         if self.state is VmState.PAUSED:
@@ -247,9 +261,13 @@ class Vm:
 
     async def _vm_reset(self, envelope: Envelope, _body: m.Empty) -> m.Status:
         """Everything back to power-on; wins over every open call. Memory of a normal VM keeps its content."""
+        self._n_resets += 1
         self._enter(VmState.STARTING)
         self.failure = None
+        was_switched = self.secure.switch is not Switch.NONE
         done = await self.secure.off(envelope.cause)
+        if was_switched:
+            self._map_needed()
         await self._stop_guest(envelope.cause)
         self.memory.unmap_all()
         self.hcalls.drop_open()

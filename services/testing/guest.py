@@ -54,6 +54,8 @@ class PlayedGuest:
         """False: invalidations are not answered, as by a guest that hangs."""
         self.lets_go = True
         """False: it keeps its secure memory when it is told that the secure VM has ended."""
+        self.starts_too_early = 0
+        """VCPU_STARTs that came before kvm's map."""
         self.refused: list[int] = []
         self.invalidations: list[int] = []
         """Number of GFNs of each MAP_INVALIDATE that came."""
@@ -151,7 +153,13 @@ class PlayedGuest:
 
     def take_normal_map(self, fd: int, n_pages: int) -> None:
         """kvm's map of the VM, which the launcher brought."""
+        self._drop_normal_map()
         self._normal_map = map_sealed(fd, n_pages * ENTRY_BYTES)
+
+    def _drop_normal_map(self) -> None:
+        if self._normal_map is not None:
+            self._normal_map.close()
+        self._normal_map = None
 
     def _register(self) -> None:
         for link in (self._kvm, self._ultravisor):
@@ -176,6 +184,9 @@ class PlayedGuest:
         return serve
 
     async def _start(self, body: m.StartBody) -> m.Status:
+        if self._normal_map is None:
+            self.starts_too_early += 1
+            return m.Status(HCode.H_BUSY)
         self.pc = self._stopped_at = body.pc
         return m.Status()
 
@@ -199,6 +210,7 @@ class PlayedGuest:
         self._secure = mmap.mmap(descriptors[0], size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         os.close(descriptors[0])
         self._secure_map = map_sealed(descriptors[1], n_pages * ENTRY_BYTES)
+        self._drop_normal_map()
         self.secure, self.pc, self._stopped_at = True, body.pc, body.pc
         return m.Status()
 
@@ -218,7 +230,6 @@ class PlayedGuest:
     def close(self) -> None:
         """The process ends: every mapping is gone."""
         self._drop_secure()
-        if self._normal_map is not None:
-            self._normal_map.close()
+        self._drop_normal_map()
         self._private.close()
         self.secure, self.pc = False, None

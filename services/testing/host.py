@@ -52,6 +52,9 @@ class PlayedVm:
         self.log = log
         self.links: list[Link] = []
         self.gifts: dict[str, trio.Event] = {"host-view": trio.Event(), "normal-map": trio.Event()}
+        self.holds_maps = False
+        """True: kvm's maps for the guest are late; they wait in `held_maps`."""
+        self.held_maps: list[int] = []
         self.guest: PlayedGuest
         self.qemu: PlayedQemu
         self.scope = trio.CancelScope()
@@ -84,14 +87,25 @@ class PlayedVm:
         if tag == "host-view":
             self.qemu.take_view(fd, self.n_pages)
         elif tag == "normal-map":
+            if self.holds_maps:
+                self.held_maps.append(fd)
+                return
             self.guest.take_normal_map(fd, self.n_pages)
         else:
             os.close(fd)
             return
         self.gifts[tag].set()
 
+    def hand_over_maps(self) -> None:
+        """The guest gets the maps that were late."""
+        self.holds_maps = False
+        while self.held_maps:
+            self.take("normal-map", self.held_maps.pop(0))
+
     def close(self) -> None:
         """Guest and qemu are dead."""
+        while self.held_maps:
+            os.close(self.held_maps.pop())
         self.guest.close()
         self.qemu.close()
         self.ram.close()

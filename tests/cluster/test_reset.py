@@ -13,12 +13,15 @@ import trio
 from protocol import hcalls as h
 from protocol.codes import HCode, UCode
 from protocol.geometry import PAGE_BYTES, gpa_of
+from services.testing.guest import NotMapped
 from services.testing.host import PlayedVm, RealHost
 from services.testing.image import FIRST_FREE_GFN, PlayedImage, make_image
 from services.ultravisor.identity import MACHINE_KEY, ensure_keys
+from shared.partition_map import MapKind
 from tests.cluster.svm_rig import MEMORY_BYTES, Rig, svm_rig
 
 N_RESETS = 5
+N_MONITOR_RESETS = 20
 PLAYED_BYTES = 16 << 20
 MARK = b"a secret of the guest before its reset."
 
@@ -40,8 +43,8 @@ async def expect_secure_again(rig: Rig, since: int, n_ended: int) -> None:
     assert await rig.account() == MEMORY_BYTES
 
 
-async def test_a_reset_by_the_monitor_ends_the_secure_vm_and_it_turns_secure_again(rig: Rig) -> None:
-    for n_done in range(N_RESETS):
+async def test_resets_by_the_monitor_end_the_secure_vm_and_it_turns_secure_again(rig: Rig) -> None:
+    for n_done in range(N_MONITOR_RESETS):
         await expect_secure_again(rig, await rig.reset(), n_done + 1)
 
 
@@ -175,3 +178,90 @@ async def test_a_reset_answers_an_open_cede(host: RealHost, tmp_path: Path) -> N
 
     assert codes == [HCode.H_STATE]
     await starts_anew(host, vm, image)
+
+
+# -- kvm's map, which the guest drops while it is secure --------------------------------------------------------------
+
+
+def maps_held_by_guest(vm: PlayedVm) -> list[MapKind]:
+    """Where the guest's map in force sends the first page; empty without a map."""
+    try:
+        return [vm.guest.kind(FIRST_FREE_GFN)]
+    except NotMapped:
+        return []
+
+
+async def test_a_start_waits_for_kvms_map_to_come_back(host: RealHost, tmp_path: Path) -> None:
+    vm, image = await played(host, tmp_path)
+    assert await vm.guest.esm(image) == UCode.U_SUCCESS
+    vm.holds_maps = True
+    assert await vm.qemu.reset() == HCode.H_SUCCESS
+    assert maps_held_by_guest(vm) == []
+    codes: list[int] = []
+
+    async def power_on() -> None:
+        codes.append(await vm.qemu.power_on(image))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(power_on)
+        while not vm.guest.starts_too_early:
+            await host.kvm.query("vm.status", vm="vm1")
+        assert codes == []
+        assert vm.guest.pc is None
+        vm.hand_over_maps()
+
+    assert codes == [HCode.H_SUCCESS]
+    assert maps_held_by_guest(vm) == [MapKind.ABSENT]
+    assert await vm.guest.esm(image) == UCode.U_SUCCESS
+
+
+async def test_a_map_that_never_comes_ends_the_start_in_an_error(host: RealHost, tmp_path: Path) -> None:
+    vm, image = await played(host, tmp_path)
+    assert await vm.guest.esm(image) == UCode.U_SUCCESS
+    vm.holds_maps = True
+    assert await vm.qemu.reset() == HCode.H_SUCCESS
+
+    assert await vm.qemu.power_on(image) == HCode.H_BUSY
+
+    assert vm.guest.pc is None
+    vm.hand_over_maps()
+    assert await vm.qemu.power_on(image) == HCode.H_SUCCESS
+
+
+async def test_a_reset_wins_over_a_start_that_waits_for_the_map(host: RealHost, tmp_path: Path) -> None:
+    vm, image = await played(host, tmp_path)
+    assert await vm.guest.esm(image) == UCode.U_SUCCESS
+    vm.holds_maps = True
+    assert await vm.qemu.reset() == HCode.H_SUCCESS
+
+    codes: list[int] = []
+
+    async def power_on() -> None:
+        codes.append(await vm.qemu.power_on(image))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(power_on)
+        while not vm.guest.starts_too_early:
+            await host.kvm.query("vm.status", vm="vm1")
+        assert await vm.qemu.reset() == HCode.H_SUCCESS
+        vm.hand_over_maps()
+
+    assert codes == [HCode.H_STATE]
+    assert vm.guest.pc is None
+    await starts_anew(host, vm, image)
+
+
+async def test_twenty_resets_in_a_row_leave_one_map(host: RealHost, tmp_path: Path) -> None:
+    vm, image = await played(host, tmp_path)
+
+    for _ in range(20):
+        assert await vm.guest.esm(image) == UCode.U_SUCCESS
+        assert await vm.qemu.reset() == HCode.H_SUCCESS
+        await starts_anew_as_normal(host, vm, image)
+
+
+async def starts_anew_as_normal(host: RealHost, vm: PlayedVm, image: PlayedImage) -> None:
+    """After a reset nothing is charged, and the machine loads and starts."""
+    assert await used_bytes(host) == 0
+    assert await vm.qemu.power_on(image) == HCode.H_SUCCESS
+    assert not vm.guest.secure

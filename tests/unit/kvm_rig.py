@@ -51,7 +51,7 @@ class KvmRig:
         entry = vm_entry(secure_allowed=secure_allowed, time=time)
         port = cast(UltravisorPort, self.ultravisor)
         to_guest, to_qemu = cast(Link, self.guest), cast(Link, self.qemu)
-        self.vm = Vm(entry, self.memory, to_guest, to_qemu, port, lambda _liobn, _fd: None, LOG)
+        self.vm = Vm(entry, self.memory, to_guest, to_qemu, port, lambda _liobn, _fd: None, lambda: None, LOG)
         self.vm.register_guest(to_guest)
         self.vm.register_qemu(to_qemu)
 
