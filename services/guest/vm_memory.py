@@ -27,6 +27,8 @@ class GuestVmMemory:
         self.lpid = lpid
         self.size_bytes = size_bytes
         self._log = log
+        # Python's recv_fds drops its flags: a start without descriptors must not hold up the processor.
+        private.setblocking(False)
         self._private = private
         self._n_pages = size_bytes >> PAGE_SHIFT
         try:
@@ -71,7 +73,7 @@ class GuestVmMemory:
         kvm's map is dropped then.
         """
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._private, 64, _N_DESCRIPTORS, socket.MSG_DONTWAIT)
+            data, descriptors, _, _ = socket.recv_fds(self._private, 64, _N_DESCRIPTORS)
             if len(descriptors) != _N_DESCRIPTORS:
                 raise HostFault("secure memory came without its descriptors")
             size_bytes, n_pages = _announcement.decode(data)

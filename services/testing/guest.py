@@ -60,6 +60,7 @@ class PlayedGuest:
         self.invalidations: list[int] = []
         """Number of GFNs of each MAP_INVALIDATE that came."""
         self._ram = ram
+        private.setblocking(False)
         self._private = private
         self._kvm = kvm
         self._ultravisor = ultravisor
@@ -205,7 +206,7 @@ class PlayedGuest:
         return m.Status()
 
     def _start_secure(self, _envelope: Envelope, body: m.StartBody) -> m.Status:
-        data, descriptors, _, _ = socket.recv_fds(self._private, 64, _N_DESCRIPTORS, socket.MSG_DONTWAIT)
+        data, descriptors, _, _ = socket.recv_fds(self._private, 64, _N_DESCRIPTORS)
         size_bytes, n_pages = _announcement.decode(data)
         self._secure = mmap.mmap(descriptors[0], size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         os.close(descriptors[0])

@@ -36,6 +36,8 @@ class Partition:
         self.entry = entry
         self.ram = ram
         self.guest = guest
+        # Python's send_fds drops its flags: a guest that never reads must not hold up the ultravisor (S7).
+        private.setblocking(False)
         self.private = private
         self.svm: Svm | None = None
         self.last_esm: EsmOutcome | None = None
@@ -128,14 +130,14 @@ class Partition:
             self.dirty.put_back([gfn])
 
     def hand_over_memory(self, svm: Svm) -> None:
-        """Send the descriptors of secure memory and map to the guest; raises OSError when it is gone.
+        """Send the descriptors of secure memory and map to the guest; raises OSError when it is gone or never reads.
 
         What was marked in an earlier life says nothing about this one.
         """
         if self.dirty is not None:
             self.dirty.take(range(svm.n_pages))
         announcement = msgspec.msgpack.encode((svm.memory.size_bytes, svm.n_pages))
-        socket.send_fds(self.private, [announcement], [svm.memory.fd, svm.map_fd], socket.MSG_DONTWAIT)
+        socket.send_fds(self.private, [announcement], [svm.memory.fd, svm.map_fd])
 
     def close(self) -> None:
         """Release what belongs to the VM itself."""

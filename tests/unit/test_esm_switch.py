@@ -346,6 +346,19 @@ async def test_a_guest_that_does_not_start_ends_the_secure_vm(rig: UltravisorRig
     assert rig.account.used_bytes == 0
 
 
+async def test_a_guest_that_never_takes_its_memory_does_not_hold_up_the_ultravisor(
+    rig: UltravisorRig, image: PlayedImage
+) -> None:
+    """S7."""
+    await rig.secure(image)
+    svm = rig.partition.svm
+    assert svm is not None
+
+    with pytest.raises(BlockingIOError):
+        for _ in range(100_000):
+            rig.partition.hand_over_memory(svm)
+
+
 async def test_a_hypervisor_that_dropped_the_pages_before_an_abort_ends_the_vm_by_name(
     rig: UltravisorRig, image: PlayedImage
 ) -> None:
