@@ -56,7 +56,8 @@ class RunReport(msgspec.Struct, kw_only=True):
     """How it ended.
 
     `outcome` is exited, failed, timeout or interrupted; `exit_status` what the command ends with; `seconds` how long
-    the VM ran; `instructions` None where the processor does not count them. Calls are counted when that was ordered.
+    the VM ran; `instructions` None where the processor does not count them; `trail` the same for two runs whose calls
+    came at the same instructions. Calls are counted when that was ordered.
     """
 
     exit_status: int
@@ -65,6 +66,7 @@ class RunReport(msgspec.Struct, kw_only=True):
     secure: bool = False
     seconds: float | None = None
     instructions: int | None = None
+    trail: str | None = None
     hypercalls: dict[str, int] = {}
     ultracalls: dict[str, int] = {}
     output: str = ""
@@ -273,11 +275,12 @@ class _Run:
         try:
             status = await guest.query("vm.status", {}, _ANSWER_SECONDS)
             self._report.instructions = status.get("instructions")
+            self._report.trail = status.get("trail")
             if self._order.count_calls:
                 await guest.query("record", {"on": False}, _ANSWER_SECONDS)
         except UserError:
             # Dead, or it does not answer: its record has what it wrote until then.
-            self._report.instructions = None
+            self._report.instructions = self._report.trail = None
         if self._order.count_calls:
             counts = count_calls(self._running.paths.record_file(_GUEST))
             self._report.hypercalls, self._report.ultracalls = counts

@@ -42,6 +42,10 @@ class Engine(Protocol):
         """The processor's PIDR: which process runs, 0 for the kernel itself."""
 
     @property
+    def trail(self) -> str | None:
+        """What two equal runs have in common: at which instructions their exits came; None as `n_instructions`."""
+
+    @property
     def at_safe_point(self) -> bool:
         """Whether `save` may be called now."""
 

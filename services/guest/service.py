@@ -175,6 +175,7 @@ class Guest:
             "secure": processor.secure,
             "crash": processor.crash_reason,
             "instructions": None if self._engine is None else self._engine.n_instructions,
+            "trail": None if self._engine is None else self._engine.trail,
         }
 
     async def _record(self, arguments: dict[str, Any]) -> dict[str, Any]:

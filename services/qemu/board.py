@@ -91,7 +91,7 @@ class Board:
         self._memory = DeviceMemory(BypassSpace(ram), IommuSpace(ram, self.bridge.dma_windows))
         for slot, device in enumerate(vm.devices, FIRST_SLOT):
             self._plug(slot, device, disks)
-        facts = MachineFacts(vm.memory_bytes, N_CPUS, self._uuid)
+        facts = MachineFacts(vm.memory_bytes, N_CPUS, self._uuid, repeatable=vm.time == "instructions")
         self.rtas_services = RtasServices(ram, self.bridge, port, port, facts)
         self.hcalls = QemuHcalls(ram, self)
         self.updated_tree: bytes | None = None

@@ -28,6 +28,10 @@ from shared.guest_ram import GuestRam
 NVRAM_BYTES = 64 * 1024
 MAX_OS_TERM_BYTES = 128
 NS_PER_SECOND = 1_000_000_000
+REPEATABLE_START_NS = 1_767_225_600 * NS_PER_SECOND
+"""2026-01-01: Linux seeds its random numbers with the time of day, and lays out programs by them."""
+READING_NS = 10_000_000
+"""Whoever waits for the clock's next second must not wait for ever."""
 CPU_RUNNING = 2
 CPU_STOPPED = 0
 
@@ -67,11 +71,15 @@ class MachinePort(WindowPort, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MachineFacts:
-    """What the services report of the machine."""
+    """What the services report of the machine.
+
+    A `repeatable` one shows no time of the host: its clock begins at REPEATABLE_START_NS and each reading moves it.
+    """
 
     memory_bytes: int
     n_cpus: int
     uuid: bytes
+    repeatable: bool = False
 
 
 class RtasState(msgspec.Struct):
@@ -162,7 +170,9 @@ class RtasServices:
         return []
 
     async def _get_time_of_day(self, _args: Sequence[int]) -> list[int]:
-        seconds, ns = divmod(self._machine.wall_ns() + self.clock_offset_ns, NS_PER_SECOND)
+        seconds, ns = divmod(self._wall_ns() + self.clock_offset_ns, NS_PER_SECOND)
+        if self._facts.repeatable:
+            self.clock_offset_ns += READING_NS
         try:
             now = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
         except (ValueError, OverflowError, OSError):
@@ -177,8 +187,11 @@ class RtasServices:
             raise RtasError(RtasStatus.PARAMETER_ERROR) from None
         if ns >= NS_PER_SECOND:
             raise RtasError(RtasStatus.PARAMETER_ERROR)
-        self.clock_offset_ns = int(moment.timestamp()) * NS_PER_SECOND + ns - self._machine.wall_ns()
+        self.clock_offset_ns = int(moment.timestamp()) * NS_PER_SECOND + ns - self._wall_ns()
         return []
+
+    def _wall_ns(self) -> int:
+        return REPEATABLE_START_NS if self._facts.repeatable else self._machine.wall_ns()
 
     async def _power_off(self, _args: Sequence[int]) -> list[int]:
         self._machine.power_off()

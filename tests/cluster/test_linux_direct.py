@@ -41,6 +41,14 @@ def test_the_kernel_boots_runs_a_command_and_powers_off() -> None:
     assert "pefbox: exit status 0" in lines
 
 
+def test_the_same_boot_makes_its_calls_at_the_same_instructions() -> None:
+    """Time is instructions: two boots to a shell command are the same run."""
+    first, second = (boot("ls%20-l%20/proc/self/") for _ in range(2))
+
+    assert first["trail"] == second["trail"]
+    assert int(first["trail"].partition(":")[0]) > 100
+
+
 def test_the_kernel_runs_as_a_secure_vm_and_shares_its_swiotlb() -> None:
     """The boot stage calls UV_ESM; the kernel, verified, finds S set and shares what its devices need (S2)."""
     report = boot("cat%20/sys/devices/system/cpu/svm", "--secure", arguments="svm=on swiotlb=force")

@@ -403,7 +403,7 @@ def test_the_time_base_follows_the_wall_clock() -> None:
 
 
 def test_the_same_start_gives_the_same_instruction_count_at_every_exit() -> None:
-    def counts() -> list[int]:
+    def run() -> tuple[list[int], str]:
         rig = MachineRig(absent=True)
         handler(rig, Vector.DECREMENTER, asm.mtspr(Spr.DEC, R5), asm.SC1, asm.RFID)
         rig.begin(
@@ -421,9 +421,21 @@ def test_the_same_start_gives_the_same_instruction_count_at_every_exit() -> None
             if isinstance(rig.engine.run(SLICE_NS), Hypercall):
                 rig.engine.resume([0])
             found.append(rig.engine.n_instructions)
-        return found
+        return found, rig.engine.trail
 
-    assert counts() == counts()
+    assert run() == run()
+
+
+def test_a_trail_tells_apart_runs_whose_calls_came_at_other_instructions() -> None:
+    trails = set()
+    for words in ((asm.SC1, asm.NOP, asm.SC1), (asm.NOP, asm.SC1, asm.SC1), (asm.SC1, asm.SC1, asm.NOP)):
+        rig = MachineRig()
+        rig.run(*words)
+        rig.engine.resume([0])
+        rig.until_exit()
+        trails.add(rig.engine.trail)
+
+    assert len(trails) == 3
 
 
 # -- the secure bit and emulated instructions -----------------------------------------------------------------------

@@ -13,7 +13,7 @@ from protocol.roles import Role
 from protocol.rtas import RTAS, SERVED_BY, status_word
 from protocol.startup import DiskEntry
 from services.qemu.board import Board
-from services.qemu.rtas import NVRAM_BYTES
+from services.qemu.rtas import NVRAM_BYTES, READING_NS
 from services.qemu.testing import TestPort, TestRam, board_entry
 from shared.pci import Config
 
@@ -28,9 +28,9 @@ NS = 1_000_000_000
 class Rig:
     """A board with one disk that does not run."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, time: str = "wall") -> None:
         self.ram, self.port = TestRam(PAGE_BYTES), TestPort()
-        entry = board_entry([DiskEntry(name="d", path="")], memory_bytes=256 << 20, time="wall")
+        entry = board_entry([DiskEntry(name="d", path="")], memory_bytes=256 << 20, time=time)
         self.board = Board(entry, self.ram.accessor, {"d": fd}, self.port)
 
 
@@ -110,6 +110,19 @@ async def test_the_clock_keeps_what_was_set(rig: Rig) -> None:
     rig.port.now_ns += 2 * NS
 
     assert await rig.board.rtas("get-time-of-day", [], 8) == [OK, 2024, 2, 29, 12, 30, 17, 5]
+
+
+async def test_with_instruction_time_the_clock_shows_no_time_of_the_host_and_moves_by_readings() -> None:
+    with os.fdopen(os.memfd_create("disk")) as disk:
+        rig = Rig(disk.fileno(), time="instructions")
+        rig.port.now_ns = 1_000 * NS
+        first = await rig.board.rtas("get-time-of-day", [], 8)
+        rig.port.now_ns += 5 * NS
+
+        assert first == [OK, 2026, 1, 1, 0, 0, 0, 0]
+        assert await rig.board.rtas("get-time-of-day", [], 8) == [OK, 2026, 1, 1, 0, 0, 0, READING_NS]
+        assert await rig.board.rtas("set-time-of-day", [2024, 2, 29, 12, 30, 15, 5], 1) == [OK]
+        assert await rig.board.rtas("get-time-of-day", [], 8) == [OK, 2024, 2, 29, 12, 30, 15, 5]
 
 
 @pytest.mark.parametrize("date", [[2023, 2, 29, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0], [2024, 1, 1, 0, 0, 0, NS]])

@@ -34,6 +34,7 @@ from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import EVERY_FACILITY, Dsisr, Lpcr, Msr, Spr, Srr1
 from services.guest.machine.state import VERSION, MachineState, TableState, decode_state, encode_state
 from services.guest.machine.time_base import NS_PER_US, TICKS_PER_US, TimeBase
+from services.guest.machine.trail import Trail
 from services.guest.machine.translator import Stop, Translator
 from services.runtime.log import Log
 
@@ -86,6 +87,7 @@ class MachineEngine:
         self._awaited: Awaited | None = None
         self._exception: int | None = None
         self._masked_budget = MAX_BLOCK_INSTRUCTIONS
+        self._trail = Trail()
         self.n_instructions = 0
         """Retired since the start."""
         memory.on_map = self._follow_space
@@ -139,6 +141,7 @@ class MachineEngine:
         self._interrupts.reset(secure=secure)
         self._time.reset()
         self._code.hide_msr = secure
+        self._trail = Trail()
         self.n_instructions = 0
         self._flush_all()
 
@@ -228,6 +231,11 @@ class MachineEngine:
     def secure(self) -> bool:
         """MSR.S."""
         return self._interrupts.secure
+
+    @property
+    def trail(self) -> str:
+        """What two equal runs have in common: at which instructions their calls and device accesses came."""
+        return str(self._trail)
 
     @property
     def last_block(self) -> int:
@@ -354,6 +362,7 @@ class MachineEngine:
 
     def _await(self, exit_: Awaited) -> Exit:
         self._awaited = exit_
+        self._trail.add(self.n_instructions, exit_)
         return exit_
 
 

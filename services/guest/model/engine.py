@@ -29,6 +29,7 @@ class ModelEngine:
     """
 
     n_instructions: int | None = None
+    trail: str | None = None
     """As Engine: the model charges costs, it retires nothing."""
 
     def __init__(self, memory: AddressSpace, clock: Clock) -> None:
