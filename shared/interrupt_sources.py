@@ -11,4 +11,6 @@ SOURCES_END = 0x2000
 """Interrupt sources from here up do not exist."""
 
 VTY_SOURCE = VIO_SOURCE_BASE
-"""The virtual terminal, the only device of the virtual I/O bus; an edge."""
+"""The virtual terminal; an edge."""
+NVRAM_SOURCE = VIO_SOURCE_BASE + 1
+"""Non-volatile memory, which never interrupts."""

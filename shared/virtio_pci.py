@@ -12,13 +12,15 @@ VENDOR_ID = 0x1AF4
 MODERN_DEVICE_BASE = 0x1040
 """PCI device id of a modern device is this plus its virtio device id."""
 MODERN_REVISION = 1
+SUBSYSTEM_ID = 0x1100
+"""As QEMU gives every virtio function; drivers do not look at it."""
 
 PCI_CAP_VENDOR = 0x09
 CAP_BYTES = 16
 NOTIFY_CAP_BYTES = 20
+"""The notify capability is followed by its u32 multiplier."""
 NOTIFY_BYTES = 2
 """A kick stores the queue's index, a u16."""
-"""The notify capability is followed by its u32 multiplier."""
 PCI_CFG_CAP_BYTES = 20
 """The pci-cfg capability is followed by its 4-byte data window."""
 

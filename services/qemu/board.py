@@ -31,7 +31,7 @@ from services.qemu.virtio_blk import VirtioBlk
 from services.qemu.virtio_device import DeviceMemory
 from services.qemu.virtio_pci import VirtioPciFunction, VirtioPciState
 from shared.guest_ram import GuestRam
-from shared.interrupt_sources import EPOW_SOURCE, HOTPLUG_SOURCE, VTY_SOURCE
+from shared.interrupt_sources import EPOW_SOURCE, HOTPLUG_SOURCE, NVRAM_SOURCE, VTY_SOURCE
 from shared.pci import devfn_of
 from shared.tce import TceTable
 
@@ -104,7 +104,7 @@ class Board:
 
     async def start(self) -> None:
         """Tell the interrupt controller which sources exist; before the guest runs."""
-        for source in (EPOW_SOURCE, HOTPLUG_SOURCE, VTY_SOURCE):
+        for source in (EPOW_SOURCE, HOTPLUG_SOURCE, VTY_SOURCE, NVRAM_SOURCE):
             await self._port.define(source, level_triggered=False)
         for source in self.bridge.lsi_sources():
             await self._port.define(source, level_triggered=True)

@@ -20,14 +20,15 @@ from shared.esm_digest import RTAS_TEXT
 from shared.fdt_reader import FdtNode, FdtTree
 from shared.fdt_values import add_node, cells, quads, strings
 from shared.fdt_writer import write_fdt
-from shared.interrupt_sources import VTY_SOURCE
+from shared.interrupt_sources import EPOW_SOURCE, HOTPLUG_SOURCE, NVRAM_SOURCE, VTY_SOURCE
 
 XICP_PHANDLE = 0x1111
 VTY_REG = 0x71000000
 NVRAM_REG = 0x71000001
 TIMEBASE_HZ = 512_000_000
 CLOCK_HZ = 1_000_000_000
-POWER9_PVR = 0x004E1202
+CPU_VERSION = 0x0F000005
+"""The architected POWER9: what a POWER9 or newer gives guests that are to see no more than that."""
 STDOUT_PATH = f"/vdevice/vty@{VTY_REG:x}"
 
 EDGE = 0
@@ -38,27 +39,39 @@ _CACHE_BYTES = 0x8000
 _CACHE_LINE_BYTES = 128
 _RADIX_AP = ((12, 0), (16, 5), (21, 1), (30, 2))
 """Page shift and AP encoding of each radix page size: 4 KiB, 64 KiB, 2 MiB, 1 GiB."""
-_SEGMENT_PAGE_SIZES = ((12, 0x000, ((12, 0x0), (16, 0x7))), (16, 0x110, ((16, 0x1),)))
+_SEGMENT_PAGE_SIZES = ((12, 0x000, ((12, 0x0),)), (16, 0x110, ((16, 0x1),)))
 """Base page shift, SLB encoding, and (shift, encoding) of the page sizes in such a segment."""
 
-_HYPERTAS = (
+_SEGMENT_SHIFTS = (28, 40)
+"""Segments of 256 MiB and 1 TiB."""
+
+HYPERTAS = (
     "hcall-term",
     "hcall-interrupt",
     "hcall-tce",
-    "hcall-multi-tce",
     "hcall-vio",
+    "hcall-splpar",
     "hcall-join",
     "hcall-set-mode",
+    "hcall-debug",
+    "hcall-multi-tce",
 )
+"""Groups of hypercalls that are answered."""
 _QEMU_HYPERTAS = ("hcall-memop1",)
+
+_LRDR_BLOCK_BYTES = 256 << 20
+"""By how much memory would grow; as QEMU says also when nothing can be added."""
 
 _PLATFORM_SUPPORT = bytes((23, 0x00, 24, 0x40, 25, 0x00, 26, 0x40))
 """Option vector 5: XICS only, radix only, no hash table options, guest translation shootdown."""
+_NOTHING_AGREED = bytes(2)
+"""Option vector 5 before anybody asked: one byte, empty."""
 
 
 def _option_vector(values: bytes) -> bytes:
-    """The whole option vector with these (byte, value) pairs set."""
+    """The whole option vector with these (byte, value) pairs set; the first byte is the number of bytes, less one."""
     vector = bytearray(max(values[::2]) + 1)
+    vector[0] = len(vector) - 2
     for byte, value in zip(values[::2], values[1::2], strict=True):
         vector[byte] = value
     return bytes(vector)
@@ -113,6 +126,7 @@ def build_device_tree(facts: TreeFacts, bridge: PciHostBridge) -> bytes:
     _add_memory(root, facts.memory_bytes)
     _add_rtas(root, facts)
     _add_chosen(root, facts.boot)
+    _add_event_sources(root)
     _add_interrupt_controller(root, facts.n_cpus)
     _add_vdevice(root)
     devices = facts.pci_nodes is PciNodes.QEMU
@@ -136,8 +150,6 @@ def _root(facts: TreeFacts) -> FdtNode:
             "vm,uuid": strings(text),
             "system-id": strings(text),
             "ibm,partition-name": strings(facts.vm_name),
-            "ibm,partition-no": cells(0),
-            "interrupt-parent": cells(XICP_PHANDLE),
         },
     )
 
@@ -154,7 +166,7 @@ def _cpu_properties(cpu: int) -> dict[str, bytes]:
         "device_type": strings("cpu"),
         "reg": cells(cpu),
         "status": strings("okay"),
-        "cpu-version": cells(POWER9_PVR),
+        "cpu-version": cells(CPU_VERSION),
         "64-bit": b"",
         "timebase-frequency": cells(TIMEBASE_HZ),
         "clock-frequency": cells(CLOCK_HZ),
@@ -168,6 +180,7 @@ def _cpu_properties(cpu: int) -> dict[str, bytes]:
         "ibm,pa-features": _pa_features(),
         "ibm,processor-radix-AP-encodings": cells(*(ap << 29 | shift for shift, ap in _RADIX_AP)),
         "ibm,segment-page-sizes": _segment_page_sizes(),
+        "ibm,processor-segment-sizes": cells(*_SEGMENT_SHIFTS, *(0xFFFFFFFF,) * (4 - len(_SEGMENT_SHIFTS))),
         "ibm,ppc-interrupt-server#s": cells(cpu),
         "ibm,ppc-interrupt-gserver#s": cells(cpu, 0),
         "ibm,chip-id": cells(0),
@@ -180,9 +193,10 @@ def _cache_sizes() -> dict[str, int]:
 
 _PA_FEATURE_BITS: Mapping[int, int] = {
     0: 0xF6,  # MMU, FPU, SLB, RUN, DABR, NX
-    1: 0x1F,
+    1: 0x3F,
     2: 0xC7,
     3: 0xC0,
+    4: 0x80,
     5: 0xF0,  # LE, CFAR, EB, LSQ
     6: 0x80,
     16: 0x80,  # vector
@@ -191,8 +205,11 @@ _PA_FEATURE_BITS: Mapping[int, int] = {
     24: 0x80,  # extended decrementer
     26: 0x80,
     28: 0x80,
+    30: 0x80,
     32: 0x80,  # little-endian atomics
     34: 0xC0,  # event-based branches
+    36: 0x80,
+    38: 0x80,
     40: 0x80,  # radix MMU
     42: 0x80,
     44: 0x80,
@@ -224,17 +241,25 @@ def _segment_page_sizes() -> bytes:
 
 
 def _add_memory(root: FdtNode, memory_bytes: int) -> None:
-    add_node(root, "memory@0", {"device_type": strings("memory"), "reg": quads(0, memory_bytes)})
+    properties = {
+        "device_type": strings("memory"),
+        "reg": quads(0, memory_bytes),
+        "ibm,associativity": cells(4, 0, 0, 0, 0),
+    }
+    add_node(root, "memory@0", properties)
 
 
 def _add_rtas(root: FdtNode, facts: TreeFacts) -> None:
     properties = {
         "rtas-size": cells(len(RTAS_TEXT)),
-        "rtas-version": cells(1),
-        "rtas-event-scan-rate": cells(0),
+        "rtas-event-scan-rate": cells(1),
         "rtas-error-log-max": cells(2048),
-        "ibm,hypertas-functions": strings(*_HYPERTAS),
-        "ibm,qemu-hypertas-functions": strings(*_QEMU_HYPERTAS),
+        "ibm,change-msix-capable": b"",
+        # ibm,os-term comes back to its caller, without which Linux does not call it.
+        "ibm,extended-os-term": b"",
+        "ibm,hypertas-functions": strings(*HYPERTAS),
+        "qemu,hypertas-functions": strings(*_QEMU_HYPERTAS),
+        "ibm,lrdr-capacity": cells(0, 0, 0, _LRDR_BLOCK_BYTES, facts.n_cpus),
         "ibm,max-associativity-domains": cells(4, 0, 0, 0, 1),
         "ibm,associativity-reference-points": cells(4, 4, 2),
         **{name: cells(token) for name, token in facts.rtas_tokens.items()},
@@ -250,18 +275,33 @@ def _add_chosen(root: FdtNode, boot: BootFacts) -> None:
         "bootargs": strings(boot.bootargs),
         "stdout-path": strings(STDOUT_PATH),
         "linux,stdout-path": strings(STDOUT_PATH),
+        "linux,pci-probe-only": cells(0),
         "ibm,arch-vec-5-platform-support": _PLATFORM_SUPPORT,
+        "ibm,architecture-vec-5": _NEGOTIATED if boot.negotiated else _NOTHING_AGREED,
     }
-    if boot.negotiated:
-        properties["ibm,architecture-vec-5"] = _NEGOTIATED
     if boot.kernel is not None:
         properties["qemu,boot-kernel"] = quads(*boot.kernel)
         if boot.kernel_little_endian:
             properties["qemu,boot-kernel-le"] = b""
     if boot.initrd is not None:
-        properties["linux,initrd-start"] = quads(boot.initrd[0])
-        properties["linux,initrd-end"] = quads(boot.initrd[1])
+        # One cell each: firmware reads no more.
+        properties["linux,initrd-start"] = cells(boot.initrd[0])
+        properties["linux,initrd-end"] = cells(boot.initrd[1])
     add_node(root, "chosen", properties)
+
+
+def _add_event_sources(root: FdtNode) -> None:
+    node = add_node(
+        root,
+        "event-sources",
+        {
+            "interrupt-controller": b"",
+            "#interrupt-cells": cells(2),
+            "interrupt-ranges": cells(EPOW_SOURCE, 1, HOTPLUG_SOURCE, 1),
+        },
+    )
+    add_node(node, "epow-events", {"interrupts": cells(EPOW_SOURCE, EDGE)})
+    add_node(node, "hot-plug-events", {"interrupts": cells(HOTPLUG_SOURCE, EDGE)})
 
 
 def _add_interrupt_controller(root: FdtNode, n_cpus: int) -> None:
@@ -274,7 +314,6 @@ def _add_interrupt_controller(root: FdtNode, n_cpus: int) -> None:
             "interrupt-controller": b"",
             "ibm,interrupt-server-ranges": cells(0, n_cpus),
             "#interrupt-cells": cells(2),
-            "#address-cells": cells(0),
             "linux,phandle": cells(XICP_PHANDLE),
             "phandle": cells(XICP_PHANDLE),
         },
@@ -305,6 +344,7 @@ def _add_vdevice(root: FdtNode) -> None:
         "device_type": strings("nvram"),
         "compatible": strings("qemu,spapr-nvram"),
         "reg": cells(NVRAM_REG),
+        "interrupts": cells(NVRAM_SOURCE, EDGE),
         "#bytes": cells(NVRAM_BYTES),
     }
     add_node(vdevice, f"nvram@{NVRAM_REG:x}", nvram)

@@ -34,7 +34,7 @@ from shared.pci import (
 N_SLOTS = 32
 LEVEL = 1
 _SLOT_MASK = 0xF800
-_PIN_MASK = 0x7
+_PIN_MASK = 0xFFFFFFFF
 _NAMES = {0x0100: "scsi", 0x0200: "ethernet", 0x0780: "communication-controller", 0x00FF: "unknown"}
 """Node names by class and subclass, as the PCI binding's generic names."""
 
@@ -43,6 +43,8 @@ def bridge_node(bridge: PciHostBridge, interrupt_parent: int, *, devices: bool) 
     """The node of `bridge`; with a child for each function if `devices`."""
     node = FdtNode(f"pci@{bridge.buid:x}", _bridge_properties(bridge, interrupt_parent))
     if devices:
+        # Firmware that reads this takes the nodes as they are and only gives the BARs addresses.
+        node.properties["qemu,phb-enumerated"] = cells(1)
         for _, function in sorted(bridge.bus.functions.items()):
             add_node(node, _name(function), _function_properties(function))
     return node
@@ -62,7 +64,6 @@ def _bridge_properties(bridge: PciHostBridge, interrupt_parent: int) -> dict[str
         "ranges": b"".join(_range(window) for window in (bridge.io, bridge.mem32, bridge.mem64)),
         "ibm,pci-config-space-type": cells(1),
         "ibm,pe-total-#msi": cells(SOURCES_END - MSI_BASE),
-        "ibm,msi-ranges": cells(MSI_BASE, SOURCES_END - MSI_BASE),
         "interrupt-map-mask": cells(_SLOT_MASK, 0, 0, _PIN_MASK),
         "interrupt-map": _interrupt_map(bridge, interrupt_parent),
         "ibm,dma-window": dma_window,
@@ -101,12 +102,10 @@ def _function_properties(function: PciFunction) -> dict[str, bytes]:
         "class-code": cells(identity.class_code),
         "subsystem-vendor-id": cells(identity.subsystem_vendor),
         "subsystem-id": cells(identity.subsystem),
-        "min-grant": cells(0),
-        "max-latency": cells(0),
+        "min-grant": cells(function.read_config(Config.MIN_GRANT, 1)),
+        "max-latency": cells(function.read_config(Config.MAX_LATENCY, 1)),
+        "cache-line-size": cells(function.read_config(Config.CACHE_LINE_SIZE, 1)),
         "devsel-speed": cells(0),
-        "#address-cells": cells(3),
-        "#size-cells": cells(2),
-        "ibm,pci-config-space-type": cells(0),
         "ibm,loc-code": strings(f"pefbox_pci@{function.devfn >> 3:x}.{function.devfn & 7:x}"),
         "reg": _registers(function, assigned=False),
     }
@@ -128,7 +127,8 @@ def _registers(function: PciFunction, *, assigned: bool) -> bytes:
         address = function.bar_address(bar)
         if assigned and not address:
             continue
-        flags = (OF_RELOCATABLE if assigned else 0) | (OF_PREFETCHABLE if bar.prefetchable else 0)
+        # Only an assigned address says that it may be prefetched, as in QEMU's tree and firmware's.
+        flags = OF_RELOCATABLE | (OF_PREFETCHABLE if bar.prefetchable else 0) if assigned else 0
         entry += _bar(function, bar, address if assigned else 0, flags)
     return entry
 

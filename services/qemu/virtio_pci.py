@@ -38,6 +38,7 @@ from shared.virtio_pci import (
     NO_VECTOR,
     NOTIFY_CAP_BYTES,
     PCI_CFG_CAP_BYTES,
+    SUBSYSTEM_ID,
     VENDOR_ID,
     CapField,
     CfgType,
@@ -80,7 +81,7 @@ class VirtioPciFunction(PciFunction):
 
     def __init__(self, device: VirtioDevice, class_code: int) -> None:
         device_id = MODERN_DEVICE_BASE + device.device_id
-        super().__init__(PciIdentity(VENDOR_ID, device_id, class_code, MODERN_REVISION, VENDOR_ID, device_id))
+        super().__init__(PciIdentity(VENDOR_ID, device_id, class_code, MODERN_REVISION, VENDOR_ID, SUBSYSTEM_ID))
         self.device = device
         device.transport = self
         self.msix = MsixTable(len(device.queues) + 1, self.send_message)

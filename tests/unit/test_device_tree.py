@@ -120,7 +120,7 @@ def test_devices_have_nodes_with_bars_and_vectors(fds: dict[str, int]) -> None:
     reg = cells_of(tree, path, "reg")
     assert reg[:5] == [2 << 11, 0, 0, 0, 0]
     assert reg[5:10] == [0x02000000 | 2 << 11 | 0x14, 0, 0, 0, 0x1000]
-    assert reg[10:] == [0x43000000 | 2 << 11 | 0x20, 0, 0, 0, 0x4000]
+    assert reg[10:] == [0x03000000 | 2 << 11 | 0x20, 0, 0, 0, 0x4000]
     node = tree.node(path)
     assert node is not None and "assigned-addresses" not in node.properties
 
