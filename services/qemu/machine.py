@@ -92,6 +92,7 @@ class Machine:
     def _vm_event(self, _envelope: Envelope, body: m.VmEventBody) -> None:
         self._log.error("guest crashed", reason=body.reason)
         self.state = RunState.GUEST_PANICKED
+        self._ended_s = time.monotonic()
 
     def _board(self) -> Board:
         if self.board is None:
@@ -182,8 +183,13 @@ class Machine:
         assert self.load is not None
         pc, gprs = await self.load()
         self._started_s, self._ended_s = time.monotonic(), None
-        await self._order(m.VM_START, m.StartBody(0, pc, gprs))
+        # Before kvm answers: a short program may have ended by then, and what it came to must stay.
         self.state = RunState.RUNNING
+        try:
+            await self._order(m.VM_START, m.StartBody(0, pc, gprs))
+        except PefboxError:
+            self.state = RunState.INTERNAL_ERROR
+            raise
 
     async def stop(self) -> None:
         """As MachineControl."""

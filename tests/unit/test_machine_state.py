@@ -1,0 +1,71 @@
+"""The run state of a machine whose guest ends before kvm has said that it started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import pytest
+import structlog
+import trio
+
+from protocol import messages as m
+from protocol.codes import HCode
+from protocol.errors import GuestFault
+from protocol.wire import Envelope
+from services.qemu.machine import Machine
+from services.qemu.qmp import MonitorEvents, RunState
+from services.runtime.link import Link
+
+EVENT = m.VmEventBody(m.VmEventKind.CRASHED, "fetch at 0, which is no memory")
+
+
+class PlayedLink:
+    """Does something while VM_START is open, then answers `code`."""
+
+    def __init__(self, code: int, meanwhile: Callable[[], object]) -> None:
+        self._code = code
+        self._meanwhile = meanwhile
+
+    async def call(self, message: object, _body: object) -> m.Status:
+        await trio.lowlevel.checkpoint()
+        if message is m.VM_START:
+            self._meanwhile()
+        return m.Status(self._code)
+
+
+async def load() -> tuple[int, dict[int, int]]:
+    return 0x100, {}
+
+
+async def started(nursery: trio.Nursery, code: int, event: m.VmEventBody | None) -> Machine:
+    """A machine after its power_on; `event` comes while kvm starts it."""
+
+    def meanwhile() -> None:
+        if event is not None:
+            machine._vm_event(cast(Envelope, None), event)
+
+    link = cast(Link, PlayedLink(code, meanwhile))
+    machine = Machine(link, MonitorEvents(), nursery, structlog.get_logger())
+    machine.load = load
+    try:
+        await machine.power_on()
+    except GuestFault:
+        pass
+    return machine
+
+
+@pytest.mark.parametrize(
+    ("code", "crashes", "state"),
+    [
+        (HCode.H_SUCCESS, False, RunState.RUNNING),
+        (HCode.H_SUCCESS, True, RunState.GUEST_PANICKED),
+        (HCode.H_HARDWARE, False, RunState.INTERNAL_ERROR),
+    ],
+)
+async def test_what_a_guest_does_before_kvm_has_answered_is_not_lost(
+    code: int, crashes: bool, state: RunState, nursery: trio.Nursery
+) -> None:
+    machine = await started(nursery, code, EVENT if crashes else None)
+
+    assert machine.state is state
