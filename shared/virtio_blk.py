@@ -79,6 +79,10 @@ class BlkRequest(IntEnum):
     SECURE_ERASE = 14
 
 
+BARRIER = 1 << 31
+"""Set beside the type by drivers that follow the drafts before VIRTIO 1.0, as SLOF's do; it orders nothing here."""
+
+
 class BlkStatus(IntEnum):
     """The status byte of a finished request."""
 

@@ -23,6 +23,7 @@ from services.qemu.virtio_device import DeviceMemory, VirtioDevice
 from services.qemu.virtqueue import Chain, Segment, Virtqueue
 from shared.virtio import DeviceId, feature_mask, has_feature
 from shared.virtio_blk import (
+    BARRIER,
     BLK_CONFIG,
     ID_BYTES,
     RANGE,
@@ -223,7 +224,7 @@ async def _parse(dma: DmaSpace, chain: Chain) -> _Request:
     header, data_out = split(chain.readable, REQUEST_HEADER_BYTES)
     data_in, status = split(chain.writable, writable - STATUS_BYTES)
     kind, _, sector = REQUEST_HEADER.unpack(await gather(dma, header))
-    return _Request(chain, dma, kind, sector, data_out, data_in, status[0])
+    return _Request(chain, dma, kind & ~BARRIER, sector, data_out, data_in, status[0])
 
 
 async def _finish(request: _Request, status: BlkStatus) -> int:

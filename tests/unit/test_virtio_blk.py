@@ -22,7 +22,16 @@ from services.qemu.virtio_blk import VirtioBlk
 from shared.host_view import HostState
 from shared.tce import TcePermission, TceTable, tce
 from shared.virtio import DeviceStatus, Feature, has_feature
-from shared.virtio_blk import RANGE, RANGE_UNMAP, REQUEST_HEADER, BlkConfig, BlkFeature, BlkRequest, BlkStatus
+from shared.virtio_blk import (
+    BARRIER,
+    RANGE,
+    RANGE_UNMAP,
+    REQUEST_HEADER,
+    BlkConfig,
+    BlkFeature,
+    BlkRequest,
+    BlkStatus,
+)
 from shared.virtio_pci import CommonCfg
 
 MIB = 1 << 20
@@ -134,6 +143,16 @@ async def test_a_write_is_in_the_image_after_flush(make_rig: MakeRig) -> None:
     assert await rig.request(BlkRequest.FLUSH, 0, []) == BlkStatus.OK
 
     assert rig.content()[9 * 512 : 11 * 512] == rig.ram.bytes[DATA : DATA + 1024]
+
+
+async def test_a_legacy_driver_s_barrier_bit_changes_nothing(make_rig: MakeRig) -> None:
+    rig = await make_rig()
+    before = rig.content()
+
+    assert await rig.request(BlkRequest.IN | BARRIER, 1, [(DATA, 512, True)]) == BlkStatus.OK
+    assert rig.ram.bytes[DATA : DATA + 512] == before[512:1024]
+    assert await rig.request(BlkRequest.OUT | BARRIER, 3, [(DATA, 512, False)]) == BlkStatus.OK
+    assert rig.content()[1536:2048] == before[512:1024]
 
 
 async def test_framing_does_not_matter(make_rig: MakeRig) -> None:
