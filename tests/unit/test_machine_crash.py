@@ -6,6 +6,10 @@ import signal
 import subprocess
 import sys
 
+from services.guest.machine.engine import SLICE_INSTRUCTIONS
+from tests.unit import power_asm as asm
+from tests.unit.machine_rig import ENTRY, SLICE_NS, MachineRig
+
 PROGRAM = """
 import ctypes
 import structlog
@@ -35,3 +39,13 @@ def test_a_fault_of_the_engine_ends_the_process_and_names_the_guests_address() -
     assert "the engine crashed" in ended.stdout
     assert "SIGSEGV" in ended.stdout
     assert "0x10008" in ended.stdout
+
+
+def test_between_two_slices_the_last_block_is_still_known() -> None:
+    """A fault may come before the first block of a slice: the report then names where the guest was."""
+    rig = MachineRig()
+    rig.begin(asm.b(0))
+    rig.engine.run(SLICE_NS)
+    assert rig.engine.last_block == ENTRY
+    rig.engine._counter.begin(SLICE_INSTRUCTIONS)
+    assert rig.engine.last_block == ENTRY

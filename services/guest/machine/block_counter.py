@@ -60,9 +60,9 @@ class BlockCounter:
         add_hook(engine, uc.UC_HOOK_BLOCK, ctypes.addressof(self._pin), ctypes.addressof(self._counts))
 
     def begin(self, limit: int) -> None:
-        """The engine is about to run at most `limit` instructions."""
+        """The engine is about to run at most `limit` instructions. The last address stays: a fault may ask for it."""
         counts = self._counts
-        counts.begun = counts.size = counts.address = counts.stopped = 0
+        counts.begun = counts.size = counts.stopped = 0
         counts.limit = limit
 
     @property
