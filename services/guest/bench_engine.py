@@ -28,10 +28,12 @@ from services.guest.model.parts import Parts
 
 MAX_CALLS = 20_000
 MAX_PAGES = 8192
+MAX_WALK_MS = 10_000
 MAX_READ_BYTES = 1 << 30
 PAGES_A_TURN = 8
 POLL_NS = 50_000_000
 """An idle bench kernel looks for a job this often."""
+_NS_PER_MS = 1_000_000
 _READ_BUFFERS = 2 * DEPTH
 _READ_PAGES = _READ_BUFFERS * CHUNK_BYTES // PAGE_BYTES
 
@@ -119,6 +121,36 @@ class MemoryJob:
         return True
 
 
+class WalkJob:
+    """Loads from `n_pages` from `gfn` over and over for `ms`: a guest that is never idle. Outcome: how many loads."""
+
+    def __init__(self, load: Callable[[int], Any], gfns: range, ms: int, done: Done) -> None:
+        if not (gfns.start >= 0 and 1 <= len(gfns) <= MAX_PAGES and 1 <= ms <= MAX_WALK_MS):
+            raise UserError(f"n must be 1 to {MAX_PAGES}, ms 1 to {MAX_WALK_MS}")
+        self._load = load
+        self._pages = itertools.cycle(gfns)
+        self._end_ns = time.perf_counter_ns() + ms * _NS_PER_MS
+        self._n_loads = 0
+        self._done = done
+
+    def run(self) -> Exit | Turn:
+        """The next pages."""
+        if time.perf_counter_ns() >= self._end_ns:
+            self._done(self._n_loads)
+            return Turn.OVER
+        for gfn in itertools.islice(self._pages, PAGES_A_TURN):
+            self._load(gfn)
+        self._n_loads += PAGES_A_TURN
+        return Pause.SLICE_END
+
+    def resume(self, result: list[int]) -> None:
+        """Never called: there are no hypercalls."""
+
+    def is_ready(self) -> bool:
+        """Always: the next pages."""
+        return True
+
+
 class DiskReadJob:
     """Read the first `n_bytes` of the disk through the kernel's driver and DMA layer, several requests deep.
 
@@ -182,14 +214,20 @@ class BenchEngine(ModelEngine):
         self._job_called = False
 
     def job(self, what: str, arguments: dict[str, Any], done: Done) -> Job:
-        """A new job: `hypercalls {n}`; `fill`, `digest` or `touch {gfn, n}`; `read {n}`. Raises UserError, KeyError."""
+        """A new job: `hypercalls {n}`; `fill`, `digest` or `touch {gfn, n}`; `walk {gfn, n, ms}`; `read {n}`.
+
+        Raises UserError, KeyError.
+        """
         n = int(arguments.get("n", 1))
         if what == "hypercalls":
             return HypercallJob(n, done)
         if what == "read":
             return DiskReadJob(self._kernel._parts, n, done)
+        gfn = int(arguments["gfn"])
+        if what == "walk":
+            return WalkJob(self._touch, range(gfn, gfn + n), int(arguments["ms"]), done)
         work = {"fill": self._fill, "digest": self._digest, "touch": self._touch}[what]
-        return MemoryJob(work, int(arguments["gfn"]), n, done)
+        return MemoryJob(work, gfn, n, done)
 
     def take(self, job: Job) -> None:
         """Do `job` next; one that is under way is dropped. In the processor's thread."""
