@@ -184,14 +184,20 @@ async def test_a_peer_with_another_key_is_not_let_in(tmp_path: Path) -> None:
     mine, right, wrong = key_pair("l"), key_pair("l"), key_pair("l")
     endpoint = f"ipc://{tmp_path}/s"
     entry = LinkEntry(
-        id="l", kind=KVM_GUEST.name, endpoint=endpoint, vm=None, peer="p", peer_public_key=right.public_key
+        id="l", kind=KVM_GUEST.name, endpoint=endpoint, vm=None, peer="p", peer_public_key=right.public_key, binds=True
     )
     async with closing(context), trio.open_nursery() as nursery:
         zap = ZapServer(context)
         await nursery.start(zap.run)
         bound = ZmqChannel(bind_socket(context, zap, entry, mine))
         as_client = LinkEntry(
-            id="l", kind=KVM_GUEST.name, endpoint=endpoint, vm=None, peer="k", peer_public_key=mine.public_key
+            id="l",
+            kind=KVM_GUEST.name,
+            endpoint=endpoint,
+            vm=None,
+            peer="k",
+            peer_public_key=mine.public_key,
+            binds=False,
         )
         intruder = ZmqChannel(connect_socket(context, as_client, wrong))
         friend = ZmqChannel(connect_socket(context, as_client, right))
