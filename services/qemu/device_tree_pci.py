@@ -40,7 +40,7 @@ _NAMES: dict[int, str] = {
     PciClass.SCSI: "scsi",
     PciClass.ETHERNET: "ethernet",
     PciClass.COMMUNICATION: "communication-controller",
-    PciClass.OTHER: "unknown-legacy-device",
+    PciClass.OTHER: "legacy-device",
 }
 """Node names by class, as the PCI binding's generic names."""
 
