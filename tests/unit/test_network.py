@@ -86,7 +86,7 @@ class Rig:
     @property
     def taken(self) -> list[int]:
         """How many frames each card and each peer got."""
-        return [len(port.frames) for port in (*self.cards, *self.peers)]
+        return [len(card.frames) for card in self.cards] + [len(peer.frames) for peer in self.peers]
 
 
 def test_a_broadcast_reaches_every_port_but_its_own() -> None:
