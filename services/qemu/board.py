@@ -31,6 +31,7 @@ from services.qemu.virtio_console import VirtioConsole
 from services.qemu.virtio_device import DeviceMemory
 from services.qemu.virtio_net import VirtioNet
 from services.qemu.virtio_pci import VirtioPciFunction, VirtioPciState
+from services.runtime.text_buffers import TextState
 from shared.guest_ram import GuestRam
 from shared.interrupt_sources import EPOW_SOURCE, HOTPLUG_SOURCE, NVRAM_SOURCE, VTY_SOURCE
 from shared.pci import devfn_of
@@ -58,6 +59,8 @@ class BoardState(msgspec.Struct):
     msi_blocks: dict[int, tuple[int, int]]
     """devfn -> first source and number of sources."""
     rtas: RtasState
+    consoles: dict[str, TextState]
+    """What the virtio consoles keep, by name."""
 
 
 class Board:
@@ -214,15 +217,19 @@ class Board:
         """A copy of the state; the devices are drained."""
         functions = {function.devfn: function.save() for function in self.functions}
         blocks = {devfn: (block.start, len(block)) for devfn, block in self.bridge.msis.blocks.items()}
-        return BoardState(functions, blocks, self.rtas_services.save())
+        consoles = {name: console.text.save() for name, console in self.consoles.items()}
+        return BoardState(functions, blocks, self.rtas_services.save(), consoles)
 
     def load(self, state: BoardState) -> None:
         """Go on from `state`, of a board with the same devices; raises ValueError for another one's."""
-        if set(state.functions) != {function.devfn for function in self.functions}:
+        devfns = {function.devfn for function in self.functions}
+        if set(state.functions) != devfns or set(state.consoles) != set(self.consoles):
             raise ValueError("the saved board has other devices")
         self.bridge.msis.blocks = {
             devfn: range(first, first + n) for devfn, (first, n) in sorted(state.msi_blocks.items())
         }
+        for name, console in self.consoles.items():
+            console.text.load(state.consoles[name])
         for function in self.functions:
             function.load_state(state.functions[function.devfn])
         self.rtas_services.load(state.rtas)

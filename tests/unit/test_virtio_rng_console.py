@@ -146,3 +146,19 @@ async def test_a_console_buffer_without_room_needs_a_reset(make_rig: MakeRig) ->
 
     assert rig.needs_reset()
     assert [device for device, _ in rig.port.faults] == ["vm1/log"]
+
+
+async def test_both_directions_of_a_console_survive_a_save(make_rig: MakeRig) -> None:
+    rig, other = await make_rig(CONSOLE), await make_rig(CONSOLE)
+    rig.ram.bytes[DATA : DATA + 5] = b"hello"
+    await rig.offer(TRANSMIT_QUEUE, [(DATA, 5, False)])
+    rig.board.consoles["log"].type_in(b"ab")
+    await rig.board.drained()
+
+    other.ram.bytes[:] = rig.ram.bytes
+    other.board.load(rig.board.save())
+    other.rings[RECEIVE_QUEUE].avail_idx = 0
+    await other.offer(RECEIVE_QUEUE, [(DATA, 4, True)])
+
+    assert other.board.consoles["log"].text.read().data == b"hello"
+    assert bytes(other.ram.bytes[DATA : DATA + 2]) == b"ab"
