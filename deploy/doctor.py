@@ -17,7 +17,8 @@ from typing import Any
 
 from rich.table import Table
 
-from deploy.preflight import INSTALL_ENGINE
+from deploy.firmware import PACKAGE, find_firmware
+from deploy.preflight import ENGINE_PACKAGE, INSTALL_ENGINE
 
 _MIB = 1 << 20
 _SYS_USERFAULTFD = 323
@@ -29,7 +30,6 @@ _UFFD_USER_MODE_ONLY = 1
 _CAP_IPC_LOCK = 14
 _SMALL_SHM_BYTES = 1 << 30
 LIBRARIES = ("trio", "trio-asyncio", "pyzmq", "msgspec", "msgpack", "cryptography", "structlog", "click", "rich")
-SLOF_PATHS = ("/usr/share/slof/slof.bin", "/usr/share/qemu/slof.bin", "/usr/share/qemu-slof/slof.bin")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -165,16 +165,16 @@ def _landlock() -> Finding:
 
 
 def _unicorn() -> Finding:
-    ok = importlib.util.find_spec("unicorn") is not None
-    detail = importlib.metadata.version("unicorn") if ok else "not installed"
-    return Finding(
-        "unicorn", ok, detail, f"guests that are real POWER code cannot run, model guests do: {INSTALL_ENGINE}"
-    )
+    ok = importlib.util.find_spec(ENGINE_PACKAGE) is not None
+    detail = importlib.metadata.version(ENGINE_PACKAGE) if ok else "not installed"
+    cost = f"guests that are real POWER code cannot run, model guests do: {INSTALL_ENGINE}"
+    return Finding(ENGINE_PACKAGE, ok, detail, cost)
 
 
 def _slof() -> Finding:
-    found = [path for path in SLOF_PATHS if Path(path).is_file()]
-    return Finding("SLOF", bool(found), found[0] if found else "no slof.bin", "no real firmware for real POWER guests")
+    found = find_firmware()
+    cost = f"no real firmware for real POWER guests: apt-get install {PACKAGE}"
+    return Finding("SLOF", found is not None, found or "no slof.bin", cost)
 
 
 def _program(name: str, cost: str) -> Finding:

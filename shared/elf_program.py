@@ -15,7 +15,7 @@ from elftools.elf.elffile import ELFFile
 
 MAX_PROGRAM_BYTES = 1 << 30
 
-_ELF_MAGIC = b"\x7fELF"
+ELF_MAGIC = b"\x7fELF"
 _MACHINE = "EM_PPC64"
 
 
@@ -29,6 +29,11 @@ class Program:
     entry: int
     little_endian: bool
 
+    @property
+    def content(self) -> bytes:
+        """All that lies from `base` to `end`."""
+        return self.image.ljust(self.end - self.base, b"\0")
+
     def moved_to(self, base: int) -> Program:
         """The same program somewhere else: right for one that finds out where it lies, as a relocatable kernel does."""
         by = base - self.base
@@ -37,7 +42,7 @@ class Program:
 
 def read_program(data: bytes) -> Program:
     """The program in an ELF file; raises ValueError with the reason in a few words."""
-    if not data.startswith(_ELF_MAGIC):
+    if not data.startswith(ELF_MAGIC):
         raise ValueError("is no ELF file")
     try:
         return _read(ELFFile(io.BytesIO(data)))

@@ -7,6 +7,7 @@ FUTURE_WRITE where others only read. The descriptor then goes to the readers.
 from __future__ import annotations
 
 import fcntl
+import gc
 import mmap
 import os
 
@@ -69,3 +70,16 @@ def map_sealed(fd: int, size_bytes: int, *, writable: bool = False) -> mmap.mmap
         raise HostFault(f"cannot map a memory file: {error.strerror}") from None
     finally:
         os.close(fd)
+
+
+def unmap(mapping: mmap.mmap) -> None:
+    """Unmap; raises HostFault while something still holds a view that the caller did not know of."""
+    try:
+        mapping.close()
+    except BufferError:
+        # A view may stand in a frame that was just unwound; with it gone the mapping goes too.
+        gc.collect()
+        try:
+            mapping.close()
+        except BufferError:
+            raise HostFault("a mapping is still in use") from None

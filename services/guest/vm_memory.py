@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 import os
 import socket
@@ -13,7 +12,7 @@ from protocol.errors import HostFault
 from protocol.geometry import PAGE_SHIFT
 from services.guest.address_space import AddressSpace
 from services.runtime.log import Log
-from shared.memfd import SealedMemory, map_sealed
+from shared.memfd import SealedMemory, map_sealed, unmap
 from shared.partition_map import ENTRY_BYTES, PartitionMap
 
 _N_DESCRIPTORS = 2
@@ -88,7 +87,7 @@ class GuestVmMemory:
         self.space.use_map(entries, memoryview(self._secure), self.secure_dirty.buffer)
         normal_map, self._normal_map = self._normal_map, None
         if normal_map is not None:
-            _unmap(normal_map)
+            unmap(normal_map)
         return True
 
     def drop_secure(self) -> None:
@@ -99,13 +98,4 @@ class GuestVmMemory:
         secure_map, self._secure_map = self._secure_map, None
         for mapping in (secure, secure_map):
             if mapping is not None:
-                _unmap(mapping)
-
-
-def _unmap(mapping: mmap.mmap) -> None:
-    try:
-        mapping.close()
-    except BufferError:
-        # A view still stands in a frame that was just unwound; with it gone the mapping goes too.
-        gc.collect()
-        mapping.close()
+                unmap(mapping)

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import os
 import time
-from enum import IntEnum
 
 from protocol import hcalls as h
 from protocol.codes import HCode
 from protocol.errors import GuestFault
+from protocol.hcall_values import (
+    MAX_PROC_TABLE_SIZE,
+    PROC_TABLE_ALIGN_MASK,
+    PROC_TABLE_FLAGS,
+    PROC_TABLE_HASH,
+    PROC_TABLE_MODIFY,
+    PROC_TABLE_RADIX,
+    PROC_TABLE_REGISTER,
+    SetModeResource,
+)
 from services.kvm.guest_call import AtOnce, GuestCall, Result, Waiting
 from services.kvm.rtas import RtasCalls
 from services.kvm.tce_tables import TceTables
@@ -38,27 +47,9 @@ CPU_CHARACTER = 0
 CPU_BEHAVIOUR = 1 << 63 | 1 << 56 | 1 << 55
 """Favour security; no cache flush at entry or at user accesses: an emulated processor does not speculate."""
 
+_DEBUG_RESOURCES = (SetModeResource.CIABR, SetModeResource.DAWR)
 SYS_RESET_ALL = (1 << 64) - 1
 SYS_RESET_ALL_OTHERS = (1 << 64) - 2
-
-
-class SetModeResource(IntEnum):
-    """What H_SET_MODE sets (PAPR 14.5.4.3.6)."""
-
-    CIABR = 1
-    DAWR = 2
-    ADDRESS_TRANSLATION_MODE = 3
-    LITTLE_ENDIAN = 4
-
-
-PROC_TABLE_MODIFY = 0x10
-PROC_TABLE_REGISTER = 0x08
-PROC_TABLE_RADIX = 0x04
-PROC_TABLE_HASH = 0x02
-PROC_TABLE_FLAGS = 0x1F
-"""With 0x01: the guest uses tlbie itself, which it may here in any case."""
-PROC_TABLE_ALIGN_MASK = 0xFFF
-MAX_PROC_TABLE_SIZE = 24
 
 
 class Hcalls:
@@ -173,7 +164,7 @@ class Hcalls:
         """H_SET_MODE: interrupt endianness and address translation mode; debug registers are not offered."""
         mflags, resource, value1, value2 = call.args
         if resource not in (SetModeResource.ADDRESS_TRANSLATION_MODE, SetModeResource.LITTLE_ENDIAN):
-            return [HCode.H_UNSUPPORTED if resource in (1, 2) else HCode.H_P2]
+            return [HCode.H_UNSUPPORTED if resource in _DEBUG_RESOURCES else HCode.H_P2]
         if value1:
             return [HCode.H_P3]
         if value2:

@@ -142,8 +142,7 @@ class VmMemory:
 
     def forget_secure(self) -> None:
         """The secure VM is gone: its frames are ordinary zeroed ones, shared frames keep their content."""
-        for first, length in _runs(self.in_state(KvmState.SECURE, KvmState.PAGED_OUT)):
-            self.punch(first, length)
+        self.punch_all(self.in_state(KvmState.SECURE, KvmState.PAGED_OUT))
         for gfn in self.in_state(KvmState.SECURE, KvmState.PAGED_OUT, KvmState.SHARED):
             self.set_state(gfn, KvmState.NORMAL)
         self.busy.clear()

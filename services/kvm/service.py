@@ -9,7 +9,7 @@ from typing import Any
 from protocol.codes import HCode
 from protocol.declare import Call
 from protocol.errors import PeerGone, UserError
-from protocol.geometry import PAGE_BYTES, gfn_of, gpa_of
+from protocol.geometry import gpa_of
 from protocol.hcalls import HCALLS
 from protocol.links import KVM_GUEST, KVM_QEMU
 from protocol.refusals import Refusal
@@ -20,11 +20,10 @@ from services.kvm.ultravisor_port import UltravisorPort
 from services.kvm.uvmem import IN_PART_PAGES, OUT_PART_PAGES
 from services.kvm.vm import Vm
 from services.runtime.link import DEFERRED, Link
+from services.runtime.page_query import gfn_asked, gfns_asked
 from services.runtime.process import Query, Runtime
 from services.runtime.text_buffers import typed_bytes
 from shared.host_view import HostState
-
-_MAX_PAGES_A_QUERY = 4096
 
 
 class Kvm:
@@ -198,7 +197,7 @@ class Kvm:
 
     async def _page_host(self, arguments: dict[str, Any]) -> dict[str, Any]:
         vm = self._named(arguments)
-        gfn = self._gfn(vm, arguments)
+        gfn = gfn_asked(arguments, vm.memory.n_pages)
         state = vm.memory.state(gfn)
         view = HostState(vm.memory.host_view[gfn])
         return {"gfn": gfn, "gpa": gpa_of(gfn), "state": state.name, "host_view": view.name}
@@ -219,7 +218,7 @@ class Kvm:
         self, arguments: dict[str, Any], move: Callable[[Vm, list[int]], Any], part_pages: int
     ) -> dict[str, Any]:
         vm = self._named(arguments)
-        gfns = self._gfns(vm, arguments)
+        gfns = gfns_asked(arguments, vm.memory.n_pages)
         with vm.at_work():
             codes = await vm.secure.move_many(gfns, lambda part: move(vm, part), part_pages)
         return {"codes": {HCode(code).name: count for code, count in codes.items()}}
@@ -227,25 +226,12 @@ class Kvm:
     async def _page_dirty(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Which of `n` pages from `gpa` were written since this was last asked; of a secure VM, by its host."""
         vm = self._named(arguments)
-        gfns = self._gfns(vm, arguments)
+        gfns = gfns_asked(arguments, vm.memory.n_pages)
         with vm.at_work():
             return {"gfns": await vm.dirty.collect(gfns)}
-
-    def _gfns(self, vm: Vm, arguments: dict[str, Any]) -> range:
-        first = self._gfn(vm, arguments)
-        n_pages = max(0, min(int(arguments.get("n", 1)), _MAX_PAGES_A_QUERY, vm.memory.n_pages - first))
-        return range(first, first + n_pages)
 
     def _named(self, arguments: dict[str, Any]) -> Vm:
         vm = self._by_name.get(str(arguments["vm"]))
         if vm is None:
             raise UserError(f"kvm knows no VM {arguments['vm']}")
         return vm
-
-    def _gfn(self, vm: Vm, arguments: dict[str, Any]) -> int:
-        gfn = gfn_of(int(arguments["gpa"]))
-        if not 0 <= gfn < vm.memory.n_pages:
-            raise UserError(
-                f"gpa {int(arguments['gpa']):#x} is outside RAM of {vm.memory.n_pages * PAGE_BYTES:#x} bytes"
-            )
-        return gfn

@@ -242,8 +242,9 @@ class SecurePages:
                     self._memory.busy.add(gfn)
                     moving.append(i)
                     codes[i] = HCode.H_PARAMETER
-            fresh = [gfns[i] for i in moving if gfns[i] not in self._unsure]
-            self._memory.punch_all(fresh)
+            # Once more: a device that looked a frame up just before it was punched may have touched it since. A frame
+            # where an image may lie already keeps it.
+            self._memory.punch_all(gfns[i] for i in moving if gfns[i] not in self._unsure)
             results = await self._ultravisor.ucalls(UV_PAGE_OUT, [self._page_args(gfns[i]) for i in moving], cause)
             for i, result in zip(moving, results, strict=True):
                 codes[i] = self._put_out(gfns[i], result[0])

@@ -18,7 +18,6 @@ from protocol.errors import GuestFault
 
 MAX_VECTOR_BYTES = 4096
 MAX_PROCESSORS = 512
-MAX_OPTION_VECTORS = 256
 _PAIR = Struct(">II")
 _MASK32 = 0xFFFFFFFF
 _FIFTH = 4

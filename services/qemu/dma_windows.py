@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 from collections.abc import Callable
 
@@ -10,10 +9,10 @@ import trio
 
 from protocol import messages as m
 from protocol.codes import HCode
-from protocol.errors import HostFault, PefboxError
+from protocol.errors import PefboxError
 from services.runtime.link import Link
 from services.runtime.log import Log
-from shared.memfd import map_sealed
+from shared.memfd import map_sealed, unmap
 from shared.tce import ENTRY_BYTES, TceTable
 
 TABLE_SECONDS = 0.8
@@ -60,7 +59,7 @@ class DmaWindows:
         if held is not None:
             table, mapping = held
             table.release()
-            _unmap(mapping)
+            unmap(mapping)
         await self._forget(liobn)
 
     async def _forget(self, liobn: int) -> None:
@@ -89,15 +88,3 @@ def _liobn(tag: str) -> int | None:
         return int(tag.removeprefix(_TAG), 16) if tag.startswith(_TAG) else None
     except ValueError:
         return None
-
-
-def _unmap(mapping: mmap.mmap) -> None:
-    try:
-        mapping.close()
-    except BufferError:
-        # A transfer that was just translated still holds a view; with it gone the mapping goes too.
-        gc.collect()
-        try:
-            mapping.close()
-        except BufferError:
-            raise HostFault("a TCE table is still in use") from None

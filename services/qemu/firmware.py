@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from protocol.errors import UserError
 from services.qemu.board import Board
 from services.qemu.device_tree import BootFacts
-from shared.elf_program import Program, read_program
+from shared.elf_program import ELF_MAGIC, Program, read_program
 from shared.guest_ram import GuestRam
 
 KERNEL_BASE = 4 << 20
@@ -21,7 +21,6 @@ KERNEL_ADDRESS_MASK = 0x0FFFFFFF
 """Of a kernel's own addresses: what is above is the region that it is linked in."""
 _INITRD_ROOM = 0x1FFFF
 _INITRD_ALIGN = 0x10000
-_ELF_MAGIC = b"\x7fELF"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +53,7 @@ class FirmwareLoad:
             raise UserError(f"image: kernel and initrd end at {end:#x}, and RAM for them ends at {limit:#x}")
         await ram.write(0, self.firmware)
         if self.kernel is not None:
-            n_zeros = self.kernel.end - self.kernel.base - len(self.kernel.image)
-            await ram.write(self.kernel.base, self.kernel.image + bytes(n_zeros))
+            await ram.write(self.kernel.base, self.kernel.content)
         if self.initrd:
             await ram.write(self.initrd_start, self.initrd)
 
@@ -74,7 +72,7 @@ class FirmwareLoad:
 
 
 def _kernel(data: bytes) -> Program:
-    if not data.startswith(_ELF_MAGIC):
+    if not data.startswith(ELF_MAGIC):
         return Program(KERNEL_BASE, data, KERNEL_BASE + len(data), KERNEL_BASE, little_endian=False)
     try:
         program = read_program(data)

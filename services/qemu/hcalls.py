@@ -56,11 +56,6 @@ class QemuHcalls:
             H_UPDATE_DT.number: (H_UPDATE_DT.n_args, self.h_update_dt),
         }
 
-    @property
-    def numbers(self) -> frozenset[int]:
-        """The calls that are answered."""
-        return frozenset(self._handlers)
-
     async def call(self, number: int, args: list[int]) -> HCode:
         """The result of a hypercall; H_FUNCTION for one that is not answered here."""
         found = self._handlers.get(number)

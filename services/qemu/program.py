@@ -70,9 +70,7 @@ class ProgramLoad:
 
     async def place(self, ram: GuestRam) -> None:
         """Write everything but the tree."""
-        program = self.program
-        await ram.write(program.base, program.image)
-        await ram.write(program.base + len(program.image), bytes(program.end - program.base - len(program.image)))
+        await ram.write(self.program.base, self.program.content)
         await ram.write(self.rtas, RTAS_TEXT)
         await ram.write(self.initrd, self._initrd)
         await ram.write(self.stage, stage_bytes())

@@ -9,9 +9,10 @@ from typing import Any
 
 from protocol.codes import HCode
 from protocol.errors import HostFault, UserError
-from protocol.geometry import PAGE_SHIFT, gfn_of
+from protocol.geometry import PAGE_SHIFT
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.runtime.link import LOST_STATES, Link
+from services.runtime.page_query import gfn_asked, gfns_asked
 from services.runtime.process import Query, Runtime
 from services.ultravisor.audit import AuditLog
 from services.ultravisor.dirty import collect_dirty
@@ -24,8 +25,6 @@ from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.page_state import HOST_READABLE
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount
-
-_MAX_PAGES_A_QUERY = 4096
 
 
 class Ultravisor:
@@ -163,7 +162,7 @@ class Ultravisor:
 
     async def _page_secure(self, arguments: dict[str, Any]) -> dict[str, Any]:
         partition = self._named(arguments)
-        gfn = gfn_of(int(arguments["gpa"]))
+        gfn = gfn_asked(arguments, partition.ram.size_bytes >> PAGE_SHIFT)
         if not partition.secure or partition.svm is None:
             return {"gfn": gfn, "state": "NORMAL", "readable_by": ["guest", "kvm", "qemu", "ultravisor"]}
         if not partition.svm.in_slots(gfn):
@@ -175,11 +174,8 @@ class Ultravisor:
     async def _page_dirty(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Which of `n` pages from `gpa` guest or ultravisor wrote since this was last asked."""
         partition = self._named(arguments)
-        first, n_pages = gfn_of(int(arguments["gpa"])), partition.ram.size_bytes >> PAGE_SHIFT
-        if not 0 <= first < n_pages:
-            raise UserError(f"gfn {first:#x} is outside RAM of {n_pages} pages")
-        n_asked = max(0, min(int(arguments.get("n", 1)), _MAX_PAGES_A_QUERY, n_pages - first))
-        return {"gfns": await collect_dirty(partition, range(first, first + n_asked))}
+        gfns = gfns_asked(arguments, partition.ram.size_bytes >> PAGE_SHIFT)
+        return {"gfns": await collect_dirty(partition, gfns)}
 
     async def _account_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         return {"total_bytes": self._account.total_bytes, "used_bytes": self._account.used_bytes}

@@ -439,7 +439,7 @@ async def test_no_ring_content_gets_past_the_device(
     assert rig.driver.load(CommonCfg.DEVICE_STATUS) == 0
 
 
-segments = st.lists(st.tuples(st.integers(0, 1 << 40), st.integers(1, 5000)), max_size=20)
+segments = st.lists(st.tuples(st.integers(0, 1 << 40), st.integers(1, 500)), max_size=10)
 
 
 @given(segments, st.data())
@@ -455,7 +455,7 @@ def test_split_divides_at_any_byte(parts: list[tuple[int, int]], data: st.DataOb
     assert total_bytes(rest) == total_bytes(parts) - at
 
 
-@given(segments, st.integers(1, 3000))
+@given(segments, st.integers(1, 600))
 def test_pieces_cover_everything_within_the_limit(parts: list[tuple[int, int]], limit: int) -> None:
     result = list(pieces(parts, limit))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from protocol.codes import HCode
 from protocol.declare import CallTable
+from protocol.hcall_values import PROC_TABLE_MODIFY, PROC_TABLE_REGISTER, SetModeResource
 from protocol.hcalls import H_LOGICAL_CI_LOAD, H_LOGICAL_CI_STORE, H_REGISTER_PROC_TBL, H_SET_MODE, HCALLS
 from protocol.ucalls import UCALLS
 from services.guest.exits import Hypercall, Ultracall
@@ -17,12 +18,6 @@ from services.guest.machine.register_file import RegisterFile
 
 _MASK64 = (1 << 64) - 1
 _FIRST_ARGUMENT = 4
-_RESOURCE_AIL = 3
-_RESOURCE_LE = 4
-_PROC_TABLE_NEW = 0x10
-_PROC_TABLE_OP_MASK = 0x18
-_PROC_TABLE_DEREGISTER = 0x10
-_PROC_TABLE_REGISTER = 0x18
 _MIN_TABLE_SHIFT = 12
 _MAX_TABLE_SHIFT = 36
 """The table size field has 5 bits."""
@@ -75,17 +70,18 @@ class Calls:
         return result
 
     def _set_mode(self, flags: int, resource: int) -> None:
-        if resource == _RESOURCE_AIL:
+        if resource == SetModeResource.ADDRESS_TRANSLATION_MODE:
             self._interrupts.ail = flags & 3
-        elif resource == _RESOURCE_LE:
+        elif resource == SetModeResource.LITTLE_ENDIAN:
             self._interrupts.little_endian = bool(flags & 1)
 
     def _register_table(self, flags: int, base: int, _page_size: int, table_size: int) -> None:
-        operation = flags & _PROC_TABLE_OP_MASK
-        if operation == _PROC_TABLE_REGISTER:
+        if not flags & PROC_TABLE_MODIFY:
+            return
+        if flags & PROC_TABLE_REGISTER:
             shift = min(table_size + _MIN_TABLE_SHIFT, _MAX_TABLE_SHIFT)
             self._mmu.table = ProcessTable(base, 1 << shift)
-        elif operation == _PROC_TABLE_DEREGISTER:
+        else:
             self._mmu.table = None
 
 

@@ -39,10 +39,13 @@ _SYSCALL = 0x44000002
 _MTSPR = 0x7C0003A6
 _NOP = 0x60000000
 _LEVELS = (0, 1, 2, 3)
+# Of glibc's malloc: the word before an allocation is its size with the word, and three flags.
+_SIZE_WORD_BYTES = 8
+_CHUNK_FLAGS = 7
+_CHUNK_ALIGN = 16
+_MAX_ALLOCATION_BYTES = 16 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.malloc_usable_size.argtypes = [ctypes.c_void_p]
-_libc.malloc_usable_size.restype = ctypes.c_size_t
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ class _Probe:
         self._uc.hook_add(uc.UC_HOOK_TLB_FILL, _identity)
         self._uc.hook_add(uc.UC_HOOK_INTR, _stop)
         self._base = engine_address(self._uc)
-        self._n_bytes = _libc.malloc_usable_size(self._base)
+        self._n_bytes = _allocation_bytes(self._base)
 
     def layout(self) -> Layout:
         for n in range(32):
@@ -105,7 +108,7 @@ class _Probe:
         self._run([mtspr(Spr.SPRG0, 1), mtspr(Spr.SPRG3, 2)])
         processor, gprs = self._find_processor()
         at = _word(self._base + processor)
-        size = _libc.malloc_usable_size(at)
+        size = _allocation_bytes(at)
 
         def snapshot() -> bytes:
             return _read(at, size)
@@ -139,7 +142,8 @@ class _Probe:
             if not 1 << 16 <= address < 1 << 47:
                 continue
             gprs = _read_some(address).find(pattern)
-            if gprs >= 0:
+            # A neighbour on the heap, or a copy that another engine left there, is not the processor's structure.
+            if 0 <= gprs <= _allocation_bytes(address) - len(pattern):
                 return offset, gprs
         raise _unknown("general registers")
 
@@ -202,6 +206,18 @@ def _read(address: int, n_bytes: int) -> bytes:
     if len(data) != n_bytes:
         raise _unknown("processor")
     return data
+
+
+def _allocation_bytes(address: int) -> int:
+    """How much the C library gave out at `address`, by its size word there; 0 when no allocation begins there.
+
+    `malloc_usable_size` believes every address that it is given, and may follow it out of memory.
+    """
+    size = int.from_bytes(_try_read(address - _SIZE_WORD_BYTES, _SIZE_WORD_BYTES), "little") & ~_CHUNK_FLAGS
+    if address % _CHUNK_ALIGN or not _SIZE_WORD_BYTES < size <= _MAX_ALLOCATION_BYTES:
+        return 0
+    n_bytes = size - _SIZE_WORD_BYTES
+    return n_bytes if len(_try_read(address, n_bytes)) == n_bytes else 0
 
 
 def _read_some(address: int) -> bytes:
