@@ -240,6 +240,37 @@ async def test_what_is_no_frame_is_dropped_counted_and_given_back(make_rig: Make
     assert not rig.port.faults
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(14, 1514), min_size=1, max_size=6),
+    buffers=st.lists(st.integers(NET_HEADER_BYTES, 900), min_size=1, max_size=SIZE),
+)
+async def test_frames_come_whole_and_in_order_whatever_the_buffers_are(
+    make_rig: MakeRig, sizes: list[int], buffers: list[int]
+) -> None:
+    rig = await make_rig()
+    for n, n_bytes in enumerate(buffers):
+        rig.rx.put_chain([(RX_DATA + n * 1024, n_bytes, True)], first=n)
+    await rig.driver.kick(RECEIVE_QUEUE)
+    frames = [frame(n_bytes, bytes([n])) for n, n_bytes in enumerate(sizes)]
+
+    await rig.arrive(*frames)
+
+    used = iter(rig.rx.take_used())
+    came = []
+    for head, n_bytes in used:
+        packet = rig.buffer(head, 1024)[:n_bytes]
+        for _ in range(NET_HEADER.unpack_from(packet)[-1] - 1):
+            head, n_bytes = next(used)
+            packet += rig.buffer(head, 1024)[:n_bytes]
+        came.append(packet[NET_HEADER_BYTES:])
+    rest = iter(frames)
+    assert all(one in rest for one in came)
+    if sum(buffers) >= sum(sizes) + len(sizes) * (NET_HEADER_BYTES + 900):
+        assert came == frames
+    assert len(came) + rig.card.traffic.dropped[Drop.NO_BUFFER] + len(rig.card._waiting) == len(frames)
+
+
 HOSTILE = {
     "a packet shorter than its header": (TRANSMIT_QUEUE, (TX_DATA, NET_HEADER_BYTES - 1, False), "no packet"),
     "a packet outside memory": (TRANSMIT_QUEUE, (1 << 40, 64, False), "outside"),
