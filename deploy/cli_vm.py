@@ -65,18 +65,18 @@ def hex_lines(data: bytes, shown_bytes: int = 256) -> list[str]:
 
 @click.command("console")
 @click.argument("vm")
+@click.option("--port", help="Name of a virtio-console of VM, instead of its terminal.")
 @cluster_option
-def console(vm: str, cluster: str | None) -> None:
+def console(vm: str, port: str | None, cluster: str | None) -> None:
     """Talk to the terminal of VM; Ctrl-] leaves. When standard input is no terminal, its lines are sent one by one."""
-    from deploy.console import line_console, raw_console
+    from deploy.console import line_console, port_of, raw_console, terminal_of
 
     with connect(cluster) as reading, LauncherClient(reading.run_dir) as writing:
         status = reading.call("status")
         host = host_of(status, vm)
-        if sys.stdin.isatty():
-            raw_console(reading, writing, f"{host}/kvm", vm)
-        else:
-            line_console(reading, writing, f"{host}/kvm", vm)
+        place = terminal_of(vm, host) if port is None else port_of(vm, port)
+        talk = raw_console if sys.stdin.isatty() else line_console
+        talk(reading, writing, place)
 
 
 @click.command("qmp")

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from deploy.cluster_devices import DeviceReader
 from deploy.cluster_section import Document, Section, did_you_mean, quoted
 from deploy.firmware import PACKAGE, find_firmware
 from protocol.errors import ClusterFileError, UserError
+from protocol.ethernet import DEFAULT_MTU, MAX_MTU, MIN_MTU
 from protocol.geometry import MAX_VM_BYTES, PAGE_BYTES
 from protocol.startup import DeviceEntry, DiskEntry, GuestEntry
 from services.guest.model.image import OPTIONS
 from shared.real_address import MAX_LPID
 
-TOP_KEYS = ("name", "seed", "make", "hosts", "vms", "links")
+TOP_KEYS = ("name", "seed", "make", "hosts", "networks", "vms", "links")
 HOST_KEYS = ("secure_memory",)
+NETWORK_KEYS = ("mtu",)
 VM_KEYS = ("host", "lpid", "memory", "time", "secure", "debuggable", "guest", "disks", "devices")
 GUEST_KEYS = (
     "kernel",
@@ -38,7 +43,6 @@ GUEST_KEYS = (
 )
 PCI_NODES = ("qemu", "firmware")
 DISK_KEYS = ("path", "readonly", "format")
-DEVICE_KEYS = ("kind", "disk", "access_platform")
 LINK_KEYS = ("between",)
 
 TIMES = ("wall", "instructions")
@@ -48,9 +52,10 @@ FIRMWARE_BOOTS = ("disk", "kernel")
 """Ways in which a machine starts in its firmware."""
 DMA_DESIGNS = ("quirk", "iommu", "plain")
 DISK_FORMATS = ("raw",)
-DEVICE_KINDS = ("virtio-blk",)
 MAKES = ("demo",)
 
+MAX_NETWORK_VMS = 16
+"""All VMs of a network are linked in pairs."""
 MIN_VM_BYTES = 16 << 20
 MAX_SECURE_BYTES = 1 << 40
 MAX_OPTION = (1 << 63) - 1
@@ -67,6 +72,13 @@ class HostSpec(Spec, frozen=True):
 
     name: str
     secure_memory_bytes: int
+
+
+class NetworkSpec(Spec, frozen=True):
+    """A network that VMs of any host are on."""
+
+    name: str
+    mtu: int
 
 
 class VmSpec(Spec, frozen=True):
@@ -98,12 +110,17 @@ class Cluster(Spec, frozen=True):
     seed: int
     make: str | None
     hosts: list[HostSpec]
+    networks: list[NetworkSpec]
     vms: list[VmSpec]
     links: list[HostLinkSpec]
 
     def vms_of(self, host: str) -> list[VmSpec]:
         """The VMs of one host, in file order."""
         return [vm for vm in self.vms if vm.host == host]
+
+    def vms_on(self, network: str) -> list[VmSpec]:
+        """The VMs on one network, in file order."""
+        return [vm for vm in self.vms if any(device.network == network for device in vm.devices)]
 
     def vm(self, name: str) -> VmSpec | None:
         """The VM of that name."""
@@ -136,16 +153,21 @@ def parse_cluster(text: str, path: str, base: Path, default_name: str) -> Cluste
     hosts = [_host(name, section) for name, section in top.named_tables("hosts", HOST_KEYS, required=True).items()]
     if not hosts:
         top.fail("hosts", "needs at least one [hosts.NAME]")
+    seed = top.integer("seed", 0, 0, (1 << 63) - 1)
     names = [host.name for host in hosts]
-    return Cluster(
+    networks = [_network(name, section) for name, section in top.named_tables("networks", NETWORK_KEYS).items()]
+    cluster = Cluster(
         name=_cluster_name(top, default_name),
         path=path,
-        seed=top.integer("seed", 0, 0, (1 << 63) - 1),
+        seed=seed,
         make=top.choice("make", MAKES) if "make" in top else None,
         hosts=hosts,
-        vms=_vms(top, names, base),
+        networks=networks,
+        vms=_vms(top, _Surroundings(seed, names, {network.name: network.mtu for network in networks}, base)),
         links=[_link(section, names) for section in top.listed_tables("links", LINK_KEYS)],
     )
+    _check_networks(top, cluster)
+    return cluster
 
 
 def resolve_state(cluster: Cluster, state_dir: Path) -> Cluster:
@@ -188,13 +210,41 @@ def _host(name: str, section: Section) -> HostSpec:
     return HostSpec(name=name, secure_memory_bytes=n_bytes)
 
 
-def _vms(top: Section, hosts: list[str], base: Path) -> list[VmSpec]:
+def _network(name: str, section: Section) -> NetworkSpec:
+    return NetworkSpec(name=name, mtu=section.integer("mtu", DEFAULT_MTU, MIN_MTU, MAX_MTU))
+
+
+def _check_networks(top: Section, cluster: Cluster) -> None:
+    """No network is too large, and no two cards of it have one address."""
+    for network in cluster.networks:
+        vms = cluster.vms_on(network.name)
+        if len(vms) > MAX_NETWORK_VMS:
+            top.document.fail(("networks", network.name), f"has {len(vms)} VMs; allowed: up to {MAX_NETWORK_VMS}")
+        macs = Counter(device.mac for vm in vms for device in vm.devices if device.network == network.name)
+        for mac, n in macs.items():
+            if n > 1:
+                owners = ", ".join(vm.name for vm in vms if any(device.mac == mac for device in vm.devices))
+                top.document.fail(("networks", network.name), f"{n} cards have the address {mac} ({owners})")
+
+
+@dataclass(frozen=True, slots=True)
+class _Surroundings:
+    """What a VM's table refers to."""
+
+    seed: int
+    hosts: list[str]
+    mtus: dict[str, int]
+    """By network."""
+    base: Path
+
+
+def _vms(top: Section, around: _Surroundings) -> list[VmSpec]:
     sections = top.named_tables("vms", VM_KEYS)
     lpids = _lpids(sections)
     for name, section in sections.items():
-        if name in hosts:
+        if name in around.hosts:
             section.document.fail(section.key, f'"{name}" is a host already; hosts and VMs share their names')
-    return [_vm(name, section, lpids[name], hosts, base) for name, section in sections.items()]
+    return [_vm(name, section, lpids[name], around) for name, section in sections.items()]
 
 
 def _lpids(sections: dict[str, Section]) -> dict[str, int]:
@@ -218,25 +268,36 @@ def _lpids(sections: dict[str, Section]) -> dict[str, int]:
     return by_name
 
 
-def _vm(name: str, section: Section, lpid: int, hosts: list[str], base: Path) -> VmSpec:
-    guest = _guest(section, base)
-    disks = _disks(section, base)
+def _vm(name: str, section: Section, lpid: int, around: _Surroundings) -> VmSpec:
+    guest = _guest(section, around.base)
+    disks = _disks(section, around.base)
+    devices = DeviceReader(section, disks, guest, f"{around.seed}:{name}:{lpid}", around.mtus).read()
     if guest.boot == "program" and guest.image is None:
         section.document.fail(section.key, 'boot = "program" needs guest.image, an ELF program')
     if guest.boot == "disk" and not disks:
         section.document.fail(section.key, 'boots from disk but has none; add disks.NAME, or boot = "kernel"')
     return VmSpec(
         name=name,
-        host=section.choice("host", hosts),
+        host=section.choice("host", around.hosts),
         lpid=lpid,
         memory_bytes=section.size_bytes("memory", multiple_of=PAGE_BYTES, lowest=MIN_VM_BYTES, highest=MAX_VM_BYTES),
-        time=section.choice("time", TIMES, "instructions"),
+        time=_time(section, devices),
         secure_allowed=section.flag("secure", True),
         debuggable=section.flag("debuggable", False),
         guest=guest,
         disks=disks,
-        devices=_devices(section, disks, guest),
+        devices=devices,
     )
+
+
+def _time(section: Section, devices: list[DeviceEntry]) -> str:
+    """Frames come when the other VMs send them: no such run repeats, and timers that jump ahead would always expire."""
+    if not any(device.network is not None for device in devices):
+        return section.choice("time", TIMES, "instructions")
+    time = section.choice("time", TIMES, "wall")
+    if time != "wall":
+        section.fail("time", f'"{time}" is not possible with a virtio-net; allowed: "wall"')
+    return time
 
 
 def _guest(vm: Section, base: Path) -> GuestEntry:
@@ -298,25 +359,6 @@ def _disks(vm: Section, base: Path) -> list[DiskEntry]:
         )
         disks.append(disk)
     return disks
-
-
-def _devices(vm: Section, disks: list[DiskEntry], guest: GuestEntry) -> list[DeviceEntry]:
-    """The devices as listed, else a virtio-blk for each disk."""
-    access_platform = guest.dma == "iommu"
-    if "devices" not in vm:
-        return [DeviceEntry(kind="virtio-blk", disk=disk.name, access_platform=access_platform) for disk in disks]
-    names = [disk.name for disk in disks]
-    devices = []
-    used: set[str] = set()
-    for section in vm.listed_tables("devices", DEVICE_KEYS):
-        disk = section.choice("disk", names)
-        if disk in used:
-            section.fail("disk", f'"{disk}" is on another device already')
-        used.add(disk)
-        kind = section.choice("kind", DEVICE_KINDS)
-        flag = section.flag("access_platform", access_platform)
-        devices.append(DeviceEntry(kind=kind, disk=disk, access_platform=flag))
-    return devices
 
 
 def _link(section: Section, hosts: list[str]) -> HostLinkSpec:

@@ -51,6 +51,7 @@ class VmRecord:
     last_kvm: dict[str, int] = field(default_factory=dict)
     last_ultravisor: dict[str, int] = field(default_factory=dict)
     last_esm: Any = None
+    last_network: Any = None
 
     def change(self, state: VmState, reason: str = "") -> bool:
         """Note a new state; a lost VM keeps its last one until it is restarted."""
@@ -65,7 +66,7 @@ class VmRecord:
         self.incarnation += 1
         self.state, self.reason, self.since_s = VmState.STARTING, "", time.time()
         self.lost, self.secure, self.segment = False, False, segment
-        self.last_kvm, self.last_ultravisor, self.last_esm = {}, {}, None
+        self.last_kvm, self.last_ultravisor, self.last_esm, self.last_network = {}, {}, None, None
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
-"""The two ways to talk to a VM's terminal: raw, for a person, and line by line, for a script.
+"""The two ways to talk to a console of a VM: raw, for a person, and line by line, for a script.
 
-Output is asked of kvm with a bounded wait (`console.read`); `since` counts every character since the VM began, so
-nothing is lost between two questions while kvm's buffer holds it.
+Output is asked with a bounded wait (`console.read`); `since` counts every character since the VM began, so
+nothing is lost between two questions while the buffer holds it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 import time
 import tty
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from deploy.client import LauncherClient
 from protocol.errors import UserError
@@ -28,40 +29,60 @@ _INPUT_BYTES = 1024
 _FULL_SECONDS = 0.05
 
 
-class Terminal:
-    """A VM's terminal through kvm; `next` is how far it was read."""
+@dataclass(frozen=True, slots=True)
+class ConsolePlace:
+    """Which console is meant: the process that keeps it, and how a query names it there."""
 
-    def __init__(self, client: LauncherClient, kvm: str, vm: str) -> None:
-        self._client, self._kvm, self._vm = client, kvm, vm
+    name: str
+    target: str
+    arguments: dict[str, str]
+
+
+def terminal_of(vm: str, host: str) -> ConsolePlace:
+    """The VM's first terminal, which kvm keeps."""
+    return ConsolePlace(vm, f"{host}/kvm", {"vm": vm})
+
+
+def port_of(vm: str, port: str) -> ConsolePlace:
+    """A virtio-console, which the VM's qemu keeps."""
+    return ConsolePlace(f"{vm} {port}", f"{vm}/qemu", {"port": port})
+
+
+class Terminal:
+    """A console of a VM; `next` is how far it was read."""
+
+    def __init__(self, client: LauncherClient, place: ConsolePlace) -> None:
+        self._client, self._place = client, place
         self.next = 0
 
     def read(self, wait_seconds: float) -> bytes:
         """New output; empty when there is none within `wait_seconds`."""
-        arguments = {"vm": self._vm, "since": self.next, "wait_s": wait_seconds}
-        answer = self._client.query(self._kvm, "console.read", arguments, wait_seconds + _QUERY_MARGIN_SECONDS)
+        arguments = {**self._place.arguments, "since": self.next, "wait_s": wait_seconds}
+        seconds = wait_seconds + _QUERY_MARGIN_SECONDS
+        answer = self._client.query(self._place.target, "console.read", arguments, seconds)
         self.next = int(answer["next"])
         return bytes(answer["data"])
 
     def write(self, data: bytes) -> None:
         """Type `data`; waits while the VM's input buffer is full."""
         while data:
-            answer = self._client.query(self._kvm, "console.write", {"vm": self._vm, "data": data})
+            answer = self._client.query(self._place.target, "console.write", {**self._place.arguments, "data": data})
             data = data[int(answer["taken"]) :]
             if data:
                 time.sleep(_FULL_SECONDS)
 
 
-def raw_console(reading: LauncherClient, writing: LauncherClient, kvm: str, vm: str) -> None:
+def raw_console(reading: LauncherClient, writing: LauncherClient, place: ConsolePlace) -> None:
     """Connect the operator's terminal until Ctrl-]; its settings are restored on every way out."""
     stdin = sys.stdin.fileno()
     settings = termios.tcgetattr(stdin)
-    sys.stderr.write(f"console of {vm}; Ctrl-] leaves\r\n")
+    sys.stderr.write(f"console of {place.name}; Ctrl-] leaves\r\n")
     ended = threading.Event()
     broken: list[UserError] = []
 
     def show() -> None:
         try:
-            _copy_output(Terminal(reading, kvm, vm), ended.is_set)
+            _copy_output(Terminal(reading, place), ended.is_set)
         except UserError as error:
             broken.append(error)
         finally:
@@ -71,7 +92,7 @@ def raw_console(reading: LauncherClient, writing: LauncherClient, kvm: str, vm: 
         tty.setraw(stdin)
         reader = threading.Thread(target=show, daemon=True)
         reader.start()
-        _copy_keys(stdin, Terminal(writing, kvm, vm), ended.is_set)
+        _copy_keys(stdin, Terminal(writing, place), ended.is_set)
     finally:
         ended.set()
         termios.tcsetattr(stdin, termios.TCSADRAIN, settings)
@@ -101,9 +122,9 @@ def _copy_keys(stdin: int, terminal: Terminal, ended: Callable[[], bool]) -> Non
             return
 
 
-def line_console(reading: LauncherClient, writing: LauncherClient, kvm: str, vm: str) -> None:
+def line_console(reading: LauncherClient, writing: LauncherClient, place: ConsolePlace) -> None:
     """Send each line of standard input and print what the VM writes, until both are silent for a while."""
-    output, keys = Terminal(reading, kvm, vm), Terminal(writing, kvm, vm)
+    output, keys = Terminal(reading, place), Terminal(writing, place)
     _print_until_quiet(output)
     for line in sys.stdin.buffer:
         keys.write(line)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from zlib import crc32
 
 from deploy.cluster_file import Cluster, VmSpec
 from deploy.run_dirs import Paths
-from protocol.links import KVM_GUEST, KVM_QEMU, ULTRAVISOR_GUEST, ULTRAVISOR_KVM, LinkKind
+from protocol.links import KVM_GUEST, KVM_QEMU, QEMU_QEMU, ULTRAVISOR_GUEST, ULTRAVISOR_KVM, LinkKind
 from protocol.roles import Role
 from protocol.startup import GuestEntry, Keys, LinkEntry, LinkKey, ProcessConfig, VmEntry
 
@@ -40,7 +41,7 @@ class ProcessPlan:
 
 @dataclass(frozen=True, slots=True)
 class LinkPlan:
-    """One link; `upper` binds below `directory`."""
+    """One link; `upper` binds below `directory`. A link of a `network` is of the VM at each end."""
 
     id: str
     kind: LinkKind
@@ -48,6 +49,7 @@ class LinkPlan:
     lower: str
     vm: str | None
     directory: Path
+    network: str | None = None
 
     @property
     def endpoint(self) -> str:
@@ -62,6 +64,10 @@ class LinkPlan:
     def peer_of(self, target: str) -> str:
         """The other end."""
         return self.lower if target == self.upper else self.upper
+
+    def vm_of(self, target: str) -> str | None:
+        """Which VM the end of `target` belongs to; None for a link between host processes."""
+        return self.vm if self.network is None else target.partition("/")[0]
 
 
 def host_processes(host: str) -> list[ProcessPlan]:
@@ -97,12 +103,27 @@ def vm_links(paths: Paths, host: str, vm: str, incarnation: int) -> list[LinkPla
     return links
 
 
+def network_links(paths: Paths, cluster: Cluster, incarnations: Mapping[str, int]) -> list[LinkPlan]:
+    """The links between the VMs named in `incarnations`, one a pair and network that they share."""
+    links = []
+    for number, network in enumerate(cluster.networks):
+        members = [vm for vm in cluster.vms_on(network.name) if vm.name in incarnations]
+        for upper, lower in combinations(members, 2):
+            n_upper, n_lower = incarnations[upper.name], incarnations[lower.name]
+            binding, connecting = (f"{vm.name}/{Role.QEMU.value}" for vm in (upper, lower))
+            # Numbers, not names: the path of a Unix socket is short.
+            directory = paths.process_dir(binding) / f"n{number}.{lower.lpid}.{n_upper}.{n_lower}"
+            link_id = f"network.{network.name}:{upper.name}+{lower.name}.{n_upper}.{n_lower}"
+            links.append(LinkPlan(link_id, QEMU_QEMU, binding, connecting, None, directory, network.name))
+    return links
+
+
 def cluster_links(cluster: Cluster, paths: Paths) -> list[LinkPlan]:
     """All links of a cluster's first incarnation."""
     links = [host_link(paths, host.name, 1) for host in cluster.hosts]
     for vm in cluster.vms:
         links += vm_links(paths, vm.host, vm.name, 1)
-    return links
+    return links + network_links(paths, cluster, {vm.name: 1 for vm in cluster.vms})
 
 
 class KeyRing:
@@ -135,9 +156,11 @@ class KeyRing:
             id=link.id,
             kind=link.kind.name,
             endpoint=link.endpoint,
-            vm=link.vm,
+            vm=link.vm_of(target),
             peer=peer,
             peer_public_key=public,
+            binds=target == link.upper,
+            network=link.network,
         )
 
 

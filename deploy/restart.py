@@ -12,7 +12,7 @@ from deploy import plan
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun, OpenFiles, VmRecord
 from deploy.health import wait_until_started
-from deploy.plan import KeyRing
+from deploy.plan import KeyRing, LinkPlan
 from deploy.start import (
     configure,
     entry_of,
@@ -21,6 +21,7 @@ from deploy.start import (
     make_keys,
     open_process_files,
     prepare_vms,
+    replace_network_links,
     spawn_all,
     start_group,
     start_time_limit,
@@ -58,7 +59,8 @@ async def _restart_vm(run: ClusterRun, vm: VmRecord) -> None:
             await _remove_vm(keeper, vm.spec.name)
     finally:
         vm.being_removed = False
-    for link in plan.vm_links(run.paths, vm.spec.host, vm.spec.name, vm.incarnation):
+    old_links = plan.vm_links(run.paths, vm.spec.host, vm.spec.name, vm.incarnation)
+    for link in old_links + _network_links(run, {vm.spec.name: vm.incarnation}):
         shutil.rmtree(link.directory, ignore_errors=True)
     with _failing(run, [vm]):
         await _start_vm(run, vm, keepers)
@@ -69,6 +71,7 @@ async def _start_vm(run: ClusterRun, vm: VmRecord, keepers: list[Child]) -> None
     name = vm.spec.name
     processes = plan.vm_processes(vm.spec)
     links = plan.vm_links(run.paths, vm.spec.host, name, vm.incarnation + 1)
+    links += _network_links(run, {name: vm.incarnation + 1})
     children = spawn_all(run, processes, links)
     with start_time_limit(children), OpenFiles() as files:
         prepare_vms(run, [name], files)
@@ -79,6 +82,7 @@ async def _start_vm(run: ClusterRun, vm: VmRecord, keepers: list[Child]) -> None
             _add_vm(run, keeper, vm, ring, files)
         for keeper in keepers:
             await _barrier(keeper)
+        replace_network_links(run, children, links, ring)
         await hand_over_keys(run, children, ring)
 
 
@@ -103,9 +107,23 @@ async def _restart_host(run: ClusterRun, name: str) -> None:
     for vm in vms:
         links += plan.vm_links(run.paths, name, vm.spec.name, vm.incarnation + 1)
         processes += plan.vm_processes(vm.spec)
+    links += _network_links(run, {vm.spec.name: vm.incarnation + 1 for vm in vms})
     with _failing(run, vms):
         await start_group(run, processes, [vm.spec.name for vm in vms], links)
         await wait_until_started(run, vms)
+
+
+def _network_links(run: ClusterRun, incarnations: dict[str, int]) -> list[LinkPlan]:
+    """The links between the VMs of `incarnations` and with all others that run now."""
+    others = {vm.spec.name: vm.incarnation for vm in run.vms.values() if _is_linkable(run, vm.spec.name)}
+    ends = {f"{vm}/{Role.QEMU.value}" for vm in incarnations}
+    links = plan.network_links(run.paths, run.cluster, {**others, **incarnations})
+    return [link for link in links if link.upper in ends or link.lower in ends]
+
+
+def _is_linkable(run: ClusterRun, vm: str) -> bool:
+    qemu = run.child(vm, Role.QEMU)
+    return qemu is not None and qemu.is_running and qemu.has_keys
 
 
 def _keeper(run: ClusterRun, vm: VmRecord, role: Role) -> Child:

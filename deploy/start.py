@@ -24,7 +24,7 @@ from deploy.gifts import release_held
 from deploy.plan import KeyRing, LinkPlan, ProcessPlan
 from deploy.supervise import serve_child
 from protocol import control
-from protocol.errors import PefboxError, UserError
+from protocol.errors import PeerGone, PefboxError, UserError
 from protocol.roles import Role
 from protocol.startup import Keys, VmEntry
 from services.ultravisor.audit import open_audit_file
@@ -52,6 +52,7 @@ async def start_group(run: ClusterRun, processes: list[ProcessPlan], vms: list[s
         open_process_files(run, processes, files)
         ring = make_keys(links)
         await configure(run, children, ring, files)
+        replace_network_links(run, children, links, ring)
         await hand_over_keys(run, children, ring)
 
 
@@ -163,6 +164,18 @@ def file_keys(process: ProcessPlan, names: Iterable[str]) -> list[str]:
         else:
             keys.append(f"{name}@{process.target}")
     return keys
+
+
+def replace_network_links(run: ClusterRun, started: list[Child], links: Iterable[LinkPlan], ring: KeyRing) -> None:
+    """Tell VMs that go on of their links to those that are being started."""
+    new = {child.target for child in started}
+    ends = {target for link in links if link.network is not None for target in (link.upper, link.lower)}
+    for target in sorted(ends - new):
+        try:
+            run.children[target].channel.send(control.ReplaceLinks(ring.entries(target), ring.keys(target)))
+        except PeerGone as gone:
+            # It is on its way out, or has not read its socket for long: its own restart links it again.
+            run.log.warning("network link not replaced", process=target, reason=str(gone))
 
 
 async def hand_over_keys(run: ClusterRun, children: list[Child], ring: KeyRing) -> None:

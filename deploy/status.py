@@ -36,6 +36,45 @@ class UltravisorVmStatus(msgspec.Struct, kw_only=True):
     pages: dict[str, int] | None = None
 
 
+class Traffic(msgspec.Struct, kw_only=True):
+    """Frames and bytes that came to the VM and went from it, and what was dropped, by reason."""
+
+    received_frames: int
+    received_bytes: int
+    sent_frames: int
+    sent_bytes: int
+    dropped: dict[str, int]
+
+
+class NetworkCard(Traffic, kw_only=True):
+    """A virtio-net of a VM."""
+
+    network: str
+    mac: str
+
+
+class NetworkPeer(Traffic, kw_only=True):
+    """Another VM of a network, as a VM's qemu sees it: `up`, or what became of its qemu."""
+
+    vm: str
+    state: str
+
+
+class NetworkEnd(msgspec.Struct, kw_only=True):
+    """A VM's end of a network; `addresses` have been learnt."""
+
+    network: str
+    addresses: int
+    peers: list[NetworkPeer]
+
+
+class NetworkStatus(msgspec.Struct, kw_only=True):
+    """A qemu's answer to `network.status`."""
+
+    devices: list[NetworkCard] = []
+    networks: list[NetworkEnd] = []
+
+
 class ProcessRow(msgspec.Struct, kw_only=True):
     """A process; a dead one keeps its row. `since` is in seconds since the epoch."""
 
@@ -62,6 +101,7 @@ class VmRow(msgspec.Struct, kw_only=True):
     qmp: str | None
     last_esm: Any
     pages: dict[str, int | None]
+    network: NetworkStatus
     processes: list[ProcessRow]
 
 
@@ -112,6 +152,8 @@ async def refresh(run: ClusterRun) -> None:
         for vm in run.vms.values():
             nursery.start_soon(_refresh_from_kvm, run, vm)
             nursery.start_soon(_refresh_from_ultravisor, run, vm)
+            if any(device.network is not None for device in vm.spec.devices):
+                nursery.start_soon(_refresh_from_qemu, run, vm)
 
 
 async def _refresh_account(run: ClusterRun, host: HostRecord) -> None:
@@ -143,6 +185,14 @@ async def _refresh_from_ultravisor(run: ClusterRun, vm: VmRecord) -> None:
     vm.last_ultravisor = status.pages or {}
     vm.last_esm = status.last_esm
     vm.secure = status.secure
+
+
+async def _refresh_from_qemu(run: ClusterRun, vm: VmRecord) -> None:
+    answer = await _ask(run.child(vm.spec.name, Role.QEMU), "network.status", {})
+    try:
+        vm.last_network = msgspec.convert(answer, NetworkStatus)
+    except msgspec.ValidationError:
+        return
 
 
 async def _ask(child: Child | None, what: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
@@ -196,5 +246,6 @@ def _vm_row(run: ClusterRun, vm: VmRecord) -> VmRow:
         qmp=plan.monitor_sockets(run.paths, qemu)[0],
         last_esm=vm.last_esm,
         pages={kind: known.get(kind) for kind in PAGE_KINDS},
+        network=vm.last_network or NetworkStatus(),
         processes=[process_row(child) for child in reversed(run.vm_children(vm.spec.name))],
     )

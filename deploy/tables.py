@@ -53,8 +53,19 @@ def _add_vm(branch: Tree, vm: dict[str, Any]) -> None:
     node.add(Text(f"pages {pages}"))
     if vm["last_esm"] is not None:
         node.add(Text(f"last esm {_facts(vm['last_esm'])}"))
+    for card in vm["network"]["devices"]:
+        node.add(Text(f"network {card['network']}  mac {card['mac']}  {_traffic(card)}"))
+    for end in vm["network"]["networks"]:
+        for peer in end["peers"]:
+            state = _state("running" if peer["state"] == "up" else peer["state"])
+            node.add(Text.assemble(f"network {end['network']}  to {peer['vm']} ", state, f"  {_traffic(peer)}"))
     for process in vm["processes"]:
         node.add(_process_line(process))
+
+
+def _traffic(counts: dict[str, Any]) -> str:
+    dropped = "".join(f"  dropped {reason}={n}" for reason, n in counts["dropped"].items())
+    return f"received {counts['received_frames']}  sent {counts['sent_frames']}{dropped}"
 
 
 def _process_line(process: dict[str, Any]) -> Text:

@@ -51,6 +51,13 @@ class AddVm(Packet, frozen=True):
     descriptors: list[str]
 
 
+class ReplaceLinks(Packet, frozen=True):
+    """A peer is in its next incarnation: these links take the place of those to it on the same networks."""
+
+    links: list[LinkEntry]
+    keys: Keys
+
+
 class RemoveVm(Packet, frozen=True):
     """Forget a VM: end it, release what it held; then `Answer` with the same id. Everything else goes on meanwhile."""
 
@@ -147,7 +154,7 @@ class Failed(Packet, frozen=True):
 
 NOTICES = frozenset({"guest-must-die", "vm-failed", "vm-off", "vm-state"})
 
-ToProcess = Start | TakeKeys | AddVm | RemoveVm | PeerState | Gift | Ping | Query | Stop
+ToProcess = Start | TakeKeys | AddVm | ReplaceLinks | RemoveVm | PeerState | Gift | Ping | Query | Stop
 FromProcess = Hello | Confined | Ready | Give | Pong | Answer | Notice | Failed
 
 GIFTS: dict[str, tuple[Role, tuple[Role, ...]]] = {

@@ -27,7 +27,7 @@ def _numbers(*messages: m.Message) -> frozenset[int]:  # type: ignore[type-arg]
 
 @dataclass(frozen=True, slots=True)
 class LinkKind:
-    """One kind of link. `upper` is the more privileged role and binds.
+    """One kind of link. `upper` is the more privileged role and binds; of equals, one is told to (`LinkEntry.binds`).
 
     `upward` and `downward` are the numbers of calls and events that each direction carries.
     `open_numbers` says that an unknown call number is answered with the space's "no such function" code
@@ -103,7 +103,14 @@ KVM_QEMU = LinkKind(
     ),
 )
 
-LINK_KINDS = {kind.name: kind for kind in (KVM_GUEST, ULTRAVISOR_GUEST, ULTRAVISOR_KVM, KVM_QEMU)}
+QEMU_QEMU = LinkKind(
+    upper=Role.QEMU,
+    lower=Role.QEMU,
+    upward=_numbers(m.NET_FRAMES),
+    downward=_numbers(m.NET_FRAMES),
+)
+
+LINK_KINDS = {kind.name: kind for kind in (KVM_GUEST, ULTRAVISOR_GUEST, ULTRAVISOR_KVM, KVM_QEMU, QEMU_QEMU)}
 
 GUEST_WHILE_SECURE = _numbers(m.VCPU_STOP, m.VCPU_CONTINUE, m.VCPU_LINE)
 """All that a guest takes from kvm while S is set; anything else is refused and audited."""

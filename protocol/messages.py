@@ -20,6 +20,7 @@ from msgspec import Meta
 from protocol.codes import HCode, RtasStatus
 from protocol.decoding import DECODE_ERRORS
 from protocol.errors import MalformedMessage
+from protocol.ethernet import MAX_FRAME_BYTES
 from protocol.geometry import MAX_VM_BYTES, PAGE_SHIFT
 
 Register = Annotated[int, Meta(ge=0)]
@@ -380,3 +381,19 @@ TCE_WINDOW_REMOVE = _declare(0x1030A, "TCE_WINDOW_REMOVE", LiobnBody, Status, le
 VM_POWEROFF = _declare(0x1030B, "VM_POWEROFF", Empty, Status)
 TERMINAL_OUTPUT = _event(0x1030C, "TERMINAL_OUTPUT", TerminalBody)
 DOORBELL_SET = _event(0x1030D, "DOORBELL_SET", DoorbellBody)
+
+
+# -- qemu <-> qemu: VMs of one network ------------------------------------------------------------------------
+
+MAX_NET_FRAMES = 64
+
+
+class NetFramesBody(Body, frozen=True):
+    """Ethernet frames in the order in which they were sent; what is no frame of the network is dropped by itself."""
+
+    frames: Annotated[
+        list[Annotated[bytes, Meta(max_length=MAX_FRAME_BYTES)]], Meta(min_length=1, max_length=MAX_NET_FRAMES)
+    ]
+
+
+NET_FRAMES = _event(0x10401, "NET_FRAMES", NetFramesBody)

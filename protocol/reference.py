@@ -72,7 +72,8 @@ and its ZAP domain fix peer, role and VM: no field names the sender.
 
 def _links_section() -> str:
     rows = ["## Links", ""]
-    rows.append("The more privileged role stands first and binds. A reader refuses every number that is not listed.")
+    rows.append("The more privileged role stands first and binds; of equals one end is told to.")
+    rows.append("A reader refuses every number that is not listed.")
     for kind in LINK_KINDS.values():
         rows += ["", f"### {kind.name}", "", *_directions(kind)]
         if kind.open_numbers:
@@ -83,10 +84,9 @@ def _links_section() -> str:
 
 
 def _directions(kind: LinkKind) -> Iterator[str]:
-    for sender, receiver, numbers in (
-        (kind.lower, kind.upper, kind.upward),
-        (kind.upper, kind.lower, kind.downward),
-    ):
+    directions = [(kind.lower, kind.upper, kind.upward), (kind.upper, kind.lower, kind.downward)]
+    # Between equals both are the same.
+    for sender, receiver, numbers in dict.fromkeys(directions):
         yield f"- {sender.value} to {receiver.value}: {_carried(numbers)}"
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from protocol.ethernet import DEFAULT_MTU
+
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of the control plane's Structs: by name on the wire."""
@@ -23,10 +25,18 @@ class DiskEntry(Struct, frozen=True):
 
 
 class DeviceEntry(Struct, frozen=True):
-    """A device of a VM: `virtio-blk` with a disk, or another kind with options."""
+    """A device of a VM. `kind` says which of the other fields it has.
+
+    `virtio-blk` has a `disk`; `virtio-net` a `network`, its `mac` (`52:54:00:00:00:01`) and `mtu`; `virtio-console` a
+    `name`; `virtio-rng` nothing.
+    """
 
     kind: str
     disk: str | None = None
+    network: str | None = None
+    mac: str | None = None
+    mtu: int = DEFAULT_MTU
+    name: str | None = None
     access_platform: bool = False
 
 
@@ -69,7 +79,10 @@ class VmEntry(Struct, frozen=True):
 
 
 class LinkEntry(Struct, frozen=True):
-    """One end of a link. `id` is unique in the cluster and is also its ZAP domain."""
+    """One end of a link. `id` is unique in the cluster and is also its ZAP domain.
+
+    `binds` says which end makes the socket; `network` names the network whose frames the link carries.
+    """
 
     id: str
     kind: str
@@ -77,6 +90,8 @@ class LinkEntry(Struct, frozen=True):
     vm: str | None
     peer: str
     peer_public_key: str
+    binds: bool
+    network: str | None = None
 
 
 class ProcessConfig(Struct, frozen=True):

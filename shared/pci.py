@@ -12,6 +12,15 @@ EXTENDED_CONFIG_BYTES = 4096
 N_BARS = 6
 
 
+class PciClass(IntEnum):
+    """Class codes: class, subclass, programming interface."""
+
+    OTHER = 0x00FF00
+    SCSI = 0x010000
+    ETHERNET = 0x020000
+    COMMUNICATION = 0x078000
+
+
 class Config(IntEnum):
     """Offsets in a type 0 header."""
 

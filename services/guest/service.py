@@ -92,6 +92,9 @@ class Guest:
             if self._recorder is not None:
                 self._processor.post(self._recorder.flush)
 
+    async def replace_links(self, links: list[LinkEntry], keys: dict[str, LinkKey]) -> None:
+        """All links of this role end with the VM or with the process."""
+
     async def remove_vm(self, name: str) -> None:
         """A guest process ends with its VM."""
 

@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import trio
-
 from protocol.codes import HCode
 from protocol.declare import Call
 from protocol.errors import PeerGone, UserError
@@ -24,9 +22,8 @@ from services.kvm.vm import Vm
 from services.runtime.link import DEFERRED, Link
 from services.runtime.page_query import gfn_asked, gfns_asked
 from services.runtime.process import Query, Runtime
+from services.runtime.text_buffers import typed_bytes
 from shared.host_view import HostState
-
-_MAX_READ_WAIT_SECONDS = 0.4
 
 
 class Kvm:
@@ -128,6 +125,9 @@ class Kvm:
         finally:
             os.close(fd)
 
+    async def replace_links(self, links: list[LinkEntry], keys: dict[str, LinkKey]) -> None:
+        """All links of this role end with the VM or with the process."""
+
     async def remove_vm(self, name: str) -> None:
         """A VM ends, and with it its secure side in the ultravisor."""
         vm = self._by_name.pop(name, None)
@@ -189,23 +189,11 @@ class Kvm:
         }
 
     async def _console_read(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Printed text from byte `since`; waits up to `wait_s` for some."""
-        vm = self._named(arguments)
-        since = int(arguments["since"])
-        wait_s = min(float(arguments.get("wait_s", 0)), _MAX_READ_WAIT_SECONDS)
-        with trio.move_on_after(wait_s):
-            while vm.terminal.end <= since:
-                vm.printed = trio.Event()
-                await vm.printed.wait()
-        text = vm.terminal.read(since)
-        return {"data": text.data, "next": text.next_sequence}
+        """Printed text; waits for some."""
+        return await self._named(arguments).terminal.answer_read(arguments)
 
     async def _console_write(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        vm = self._named(arguments)
-        data = arguments["data"]
-        if not isinstance(data, bytes):
-            raise UserError("console.write takes bytes")
-        return {"taken": vm.type_in(data)}
+        return {"taken": self._named(arguments).type_in(typed_bytes(arguments))}
 
     async def _page_host(self, arguments: dict[str, Any]) -> dict[str, Any]:
         vm = self._named(arguments)

@@ -66,7 +66,6 @@ class Vm:
         self.xics = Xics()
         self.terminal = Terminal()
         self.vcpus = Vcpus()
-        self.printed = trio.Event()
         self._n_resets = 0
         self._at_work = 0
         self._at_rest = trio.Event()
@@ -143,12 +142,11 @@ class Vm:
         return result
 
     def after_call(self) -> None:
-        """Tell what a call changed: interrupt lines, ended waits, printed text."""
+        """Tell what a call changed: interrupt lines, ended waits."""
         for server, level in self.xics.take_line_changes():
             self.vcpus.set_line(server, level)
             self._guest.send_event(m.VCPU_LINE, m.LineBody(server, level))
         self.hcalls.answer_ended()
-        self.printed.set()
 
     # -- faults of a normal VM --------------------------------------------------------------------------------
 
@@ -198,7 +196,6 @@ class Vm:
 
     def _terminal_output(self, _envelope: Envelope, body: m.TerminalBody) -> None:
         self.terminal.put(body.data)
-        self.printed.set()
 
     def raise_irq(self, source: int, level: bool) -> None:
         """A source's level changed, or an edge came."""

@@ -8,53 +8,48 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
 import trio
 
 from protocol.codes import HCode
-from protocol.errors import HostFault, UserError
 from protocol.messages import TceWindowBody
 from protocol.roles import Role
 from protocol.rtas import EXIT, RTAS, SERVED_BY
-from protocol.startup import DeviceEntry, VmEntry
+from protocol.startup import VmEntry
 from services.qemu.device_tree import BootFacts, PciNodes, TreeFacts, build_device_tree
-from services.qemu.disk_file import DiskFile
+from services.qemu.devices import DeviceMaker, DevicePort
 from services.qemu.dma import BypassSpace, IommuSpace
 from services.qemu.hcalls import QemuHcalls
+from services.qemu.network import Switch
 from services.qemu.phb import IrqPort, PciHostBridge
 from services.qemu.rtas import MachineFacts, MachinePort, RtasServices, RtasState
 from services.qemu.rtas_ddw import default_window
-from services.qemu.virtio_blk import VirtioBlk
+from services.qemu.virtio_console import VirtioConsole
 from services.qemu.virtio_device import DeviceMemory
+from services.qemu.virtio_net import VirtioNet
 from services.qemu.virtio_pci import VirtioPciFunction, VirtioPciState
+from services.runtime.text_buffers import TextState
 from shared.guest_ram import GuestRam
 from shared.interrupt_sources import EPOW_SOURCE, HOTPLUG_SOURCE, NVRAM_SOURCE, VTY_SOURCE
 from shared.pci import devfn_of
 from shared.tce import TceTable
 
 N_CPUS = 1
-SCSI_CLASS = 0x010000
 FIRST_SLOT = 1
 ACCESS_SIZES = (1, 2, 4, 8)
 
 
-class BoardPort(IrqPort, MachinePort, Protocol):
+class BoardPort(IrqPort, MachinePort, DevicePort, Protocol):
     """What a board needs from its process."""
-
-    def device_fault(self, device: str, reason: str) -> None:
-        """A driver broke `device`, or was refused by it: for the operator."""
 
     def doorbell(self, gpa: int, on: bool) -> None:
         """A store to the notify register at `gpa` only wakes a device, or is an exit as any other again."""
 
     def cas_refused(self, reason: str) -> None:
         """The guest's kernel asked for a machine that this is not: for the operator."""
-
-    def io_error(self, device: str, reason: str) -> None:
-        """The host refused a request of `device`: for the operator."""
 
 
 class BoardState(msgspec.Struct):
@@ -64,19 +59,30 @@ class BoardState(msgspec.Struct):
     msi_blocks: dict[int, tuple[int, int]]
     """devfn -> first source and number of sources."""
     rtas: RtasState
+    consoles: dict[str, TextState]
+    """What the virtio consoles keep, by name."""
 
 
 class Board:
     """The devices of `vm`. `disks` are open descriptors by disk name; they stay the caller's to close.
 
+    `networks` are the VM's ends of its networks.
+
     With `assign_bars` BARs have addresses from the start, otherwise firmware or driver gives them. With `time` of the
     VM "instructions" a kick returns when the device has finished what was available, so that runs repeat.
 
-    Raises UserError for a device that does not exist here or a disk without descriptor.
+    Raises UserError for a device that does not exist here, a disk without descriptor, a network without end.
     """
 
     def __init__(
-        self, vm: VmEntry, ram: GuestRam, disks: Mapping[str, int], port: BoardPort, *, assign_bars: bool = False
+        self,
+        vm: VmEntry,
+        ram: GuestRam,
+        disks: Mapping[str, int],
+        port: BoardPort,
+        *,
+        networks: Mapping[str, Switch] | None = None,
+        assign_bars: bool = False,
     ) -> None:
         self.vm = vm
         self.bridge = PciHostBridge(port)
@@ -88,9 +94,12 @@ class Board:
         if not self._waits_for_devices:
             self.bridge.tell_doorbell = port.doorbell
         self._uuid = uuid.uuid5(uuid.NAMESPACE_URL, f"pefbox:{vm.name}:{vm.lpid}").bytes
-        self._memory = DeviceMemory(BypassSpace(ram), IommuSpace(ram, self.bridge.dma_windows))
+        memory = DeviceMemory(BypassSpace(ram), IommuSpace(ram, self.bridge.dma_windows))
+        maker = DeviceMaker(vm, memory, port, disks, networks or {})
         for slot, device in enumerate(vm.devices, FIRST_SLOT):
-            self._plug(slot, device, disks)
+            function = maker.make(device)
+            self.functions.append(function)
+            self.bridge.bus.plug(devfn_of(slot), function)
         facts = MachineFacts(vm.memory_bytes, N_CPUS, self._uuid, repeatable=vm.time == "instructions")
         self.rtas_services = RtasServices(ram, self.bridge, port, port, facts)
         self.hcalls = QemuHcalls(ram, self)
@@ -208,58 +217,43 @@ class Board:
         """A copy of the state; the devices are drained."""
         functions = {function.devfn: function.save() for function in self.functions}
         blocks = {devfn: (block.start, len(block)) for devfn, block in self.bridge.msis.blocks.items()}
-        return BoardState(functions, blocks, self.rtas_services.save())
+        consoles = {name: console.text.save() for name, console in self.consoles.items()}
+        return BoardState(functions, blocks, self.rtas_services.save(), consoles)
 
     def load(self, state: BoardState) -> None:
         """Go on from `state`, of a board with the same devices; raises ValueError for another one's."""
-        if set(state.functions) != {function.devfn for function in self.functions}:
+        devfns = {function.devfn for function in self.functions}
+        if set(state.functions) != devfns or set(state.consoles) != set(self.consoles):
             raise ValueError("the saved board has other devices")
         self.bridge.msis.blocks = {
             devfn: range(first, first + n) for devfn, (first, n) in sorted(state.msi_blocks.items())
         }
+        for name, console in self.consoles.items():
+            console.text.load(state.consoles[name])
         for function in self.functions:
             function.load_state(state.functions[function.devfn])
         self.rtas_services.load(state.rtas)
+
+    @property
+    def consoles(self) -> dict[str, VirtioConsole]:
+        """The virtio consoles by name."""
+        devices = zip(self.vm.devices, self.functions, strict=True)
+        return {
+            entry.name: function.device
+            for entry, function in devices
+            if entry.name is not None and isinstance(function.device, VirtioConsole)
+        }
+
+    def network_cards(self) -> list[dict[str, object]]:
+        """Each network card: its network, address and traffic."""
+        devices = zip(self.vm.devices, self.functions, strict=True)
+        return [
+            {"network": entry.network, "mac": entry.mac, **function.device.traffic.as_dict()}
+            for entry, function in devices
+            if isinstance(function.device, VirtioNet)
+        ]
 
     def faults(self) -> dict[str, str]:
         """Why devices need a reset or refused their driver, by device name; those without a fault are left out."""
         devices = [function.device for function in self.functions]
         return {device.name: device.state.fault for device in devices if device.state.fault is not None}
-
-    # Inside.
-
-    def _plug(self, slot: int, device: DeviceEntry, disks: Mapping[str, int]) -> None:
-        make = _MAKERS.get(device.kind)
-        if make is None:
-            raise UserError(f"{self.vm.name}: device {device.kind!r} does not exist; there is: {', '.join(_MAKERS)}")
-        function = make(self, device, disks)
-        self.functions.append(function)
-        self.bridge.bus.plug(devfn_of(slot), function)
-
-    def _blk(self, device: DeviceEntry, disks: Mapping[str, int]) -> VirtioPciFunction:
-        entry = next((disk for disk in self.vm.disks if disk.name == device.disk), None)
-        if entry is None or entry.name not in disks:
-            raise UserError(f"{self.vm.name}: virtio-blk needs a disk of the VM, not {device.disk!r}")
-        if entry.format != "raw":
-            raise UserError(f"{self.vm.name}: disk {entry.name!r} has format {entry.format!r}; only raw is read")
-        try:
-            disk = DiskFile(disks[entry.name], readonly=entry.readonly)
-        except OSError as error:
-            raise HostFault(f"disk {entry.name!r}: {error.strerror}") from None
-        blk = VirtioBlk(
-            f"{self.vm.name}/{entry.name}",
-            self._memory,
-            disk,
-            serial=entry.name,
-            access_platform=device.access_platform,
-        )
-        if self._waits_for_devices:
-            blk.poll_ns = 0
-        blk.on_fault = self._port.device_fault
-        blk.on_io_error = self._port.io_error
-        return VirtioPciFunction(blk, SCSI_CLASS)
-
-
-_MAKERS: Mapping[str, Callable[[Board, DeviceEntry, Mapping[str, int]], VirtioPciFunction]] = {
-    "virtio-blk": Board._blk,
-}

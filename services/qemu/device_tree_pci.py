@@ -27,6 +27,7 @@ from shared.pci import (
     Capability,
     Config,
     OfSpace,
+    PciClass,
     devfn_of,
     of_phys_hi,
 )
@@ -35,8 +36,13 @@ N_SLOTS = 32
 LEVEL = 1
 _SLOT_MASK = 0xF800
 _PIN_MASK = 0xFFFFFFFF
-_NAMES = {0x0100: "scsi", 0x0200: "ethernet", 0x0780: "communication-controller", 0x00FF: "unknown"}
-"""Node names by class and subclass, as the PCI binding's generic names."""
+_NAMES: dict[int, str] = {
+    PciClass.SCSI: "scsi",
+    PciClass.ETHERNET: "ethernet",
+    PciClass.COMMUNICATION: "communication-controller",
+    PciClass.OTHER: "legacy-device",
+}
+"""Node names by class, as the PCI binding's generic names."""
 
 
 def bridge_node(bridge: PciHostBridge, interrupt_parent: int, *, devices: bool) -> FdtNode:
@@ -88,7 +94,7 @@ def _interrupt_map(bridge: PciHostBridge, interrupt_parent: int) -> bytes:
 
 def _name(function: PciFunction) -> str:
     identity = function.identity
-    name = _NAMES.get(identity.class_code >> 8, f"pci{identity.vendor:x},{identity.device:x}")
+    name = _NAMES.get(identity.class_code, f"pci{identity.vendor:x},{identity.device:x}")
     slot, number = function.devfn >> 3, function.devfn & 7
     return f"{name}@{slot:x},{number:x}" if number else f"{name}@{slot:x}"
 

@@ -9,16 +9,20 @@ from typing import Any
 import trio
 
 from protocol import messages as m
-from protocol.errors import HostFault, PefboxError
+from protocol.errors import HostFault, PefboxError, UserError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
+from protocol.links import KVM_QEMU, QEMU_QEMU
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.qemu.board import Board
 from services.qemu.dma_windows import DmaWindows
 from services.qemu.loader import BOOT_FILES, load_machine
 from services.qemu.machine import Machine
+from services.qemu.network_links import NetworkLinks
 from services.qemu.qmp import Monitored, MonitorEvents, serve_monitors
+from services.qemu.virtio_console import VirtioConsole
 from services.runtime.link import Link
 from services.runtime.process import Query, Runtime
+from services.runtime.text_buffers import typed_bytes
 from shared.guest_ram import GuestRam
 from shared.host_view import HostState
 from shared.memfd import SealedMemory, map_sealed
@@ -32,6 +36,7 @@ class Qemu:
         self._vm: VmEntry | None = None
         self._machine: Machine | None = None
         self._link: Link | None = None
+        self._networks: NetworkLinks | None = None
         self._ram: GuestRam | None = None
         self._host_view: memoryview | None = None
         self._has_view = trio.Event()
@@ -45,13 +50,20 @@ class Qemu:
     ) -> None:
         """The VM of this process."""
         self._vm = vm
-        entry = next(link for link in links if link.vm == vm.name)
+        entry = next(link for link in links if link.kind == KVM_QEMU.name)
         link = self._link = self._runtime.make_link(entry, keys[entry.id])
         events = MonitorEvents()
         machine = self._machine = Machine(link, events, self._runtime.nursery, self._runtime.log)
         machine.register(link)
         await self._runtime.serve_link(link)
+        self._networks = NetworkLinks(self._runtime, vm)
+        await self._networks.open([link for link in links if link.kind == QEMU_QEMU.name], keys)
         self._runtime.nursery.start_soon(self._run, vm, files, events)
+
+    async def replace_links(self, links: list[LinkEntry], keys: dict[str, LinkKey]) -> None:
+        """Another VM of a network is in its next incarnation."""
+        if self._networks is not None:
+            await self._networks.open(links, keys)
 
     async def _run(self, vm: VmEntry, files: dict[str, int], events: MonitorEvents) -> None:
         assert self._machine is not None
@@ -80,7 +92,8 @@ class Qemu:
         )
         disks = {name.removeprefix("disk:"): fd for name, fd in files.items() if name.startswith("disk:")}
         loads = {name: files[name] for name in BOOT_FILES if name in files}
-        board = self._machine.board = Board(vm, ram, disks, self._machine)
+        assert self._networks is not None
+        board = self._machine.board = Board(vm, ram, disks, self._machine, networks=self._networks.switches)
         self._machine.load = lambda: load_machine(board, ram, loads)
         await self._link.call(m.MEMSLOT_SET, m.MemslotBody(0, 0, vm.memory_bytes))
         await board.start()
@@ -141,7 +154,13 @@ class Qemu:
 
     def queries(self) -> dict[str, Query]:
         """By name."""
-        return {"vm.status": self._vm_status, "page.bytes": self._page_bytes}
+        return {
+            "vm.status": self._vm_status,
+            "page.bytes": self._page_bytes,
+            "network.status": self._network_status,
+            "console.read": self._console_read,
+            "console.write": self._console_write,
+        }
 
     async def _vm_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         machine = self._machine
@@ -154,6 +173,29 @@ class Qemu:
             "run_seconds": machine.run_seconds,
             "panic": machine.panic,
         }
+
+    async def _network_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """Network cards, and the other VMs of each network, with what was sent, received and dropped."""
+        board = None if self._machine is None else self._machine.board
+        return {
+            "devices": [] if board is None else board.network_cards(),
+            "networks": [] if self._networks is None else self._networks.status(),
+        }
+
+    async def _console_read(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Text printed on the virtio console `port`; waits for some."""
+        return await self._console(arguments).text.answer_read(arguments)
+
+    async def _console_write(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"taken": self._console(arguments).type_in(typed_bytes(arguments))}
+
+    def _console(self, arguments: dict[str, Any]) -> VirtioConsole:
+        board = None if self._machine is None else self._machine.board
+        consoles = {} if board is None else board.consoles
+        port = str(arguments["port"])
+        if port not in consoles:
+            raise UserError(f"no virtio-console {port!r}; there is: {', '.join(consoles) or 'none'}")
+        return consoles[port]
 
     async def _page_bytes(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """One page as the host sees it, through the accessor; with `raw` the frame itself when it is present."""

@@ -111,7 +111,7 @@ class VirtioDevice(ABC):
 
     @abstractmethod
     async def handle(self, queue: Virtqueue, chain: Chain) -> int | None:
-        """Serve one chain: bytes written to it, or None when `later` was given the rest of the work.
+        """Serve one chain: bytes written to it, or None when it goes back later or was given back by the device itself.
 
         GuestFault for a chain that is no request of this device.
         """
@@ -119,6 +119,20 @@ class VirtioDevice(ABC):
     @abstractmethod
     def read_config(self, offset: int, n_bytes: int) -> bytes:
         """The device configuration from `offset`; zeros beyond its end."""
+
+    def wants(self, queue: Virtqueue) -> bool:
+        """Whether the device has a use for a chain of `queue` now; when that changes it calls `wake`."""
+        return True
+
+    def served(self, queue: Virtqueue) -> None:  # noqa: B027 (most devices have nothing to do then)
+        """Some chains of `queue` were handled, and it may take a while until the next one is."""
+
+    def wake(self, queue: Virtqueue) -> None:
+        """The device has something to do for `queue`; ignored while it does not run."""
+        self.kick(queue.index)
+
+    def was_reset(self) -> None:  # noqa: B027 (most devices keep nothing)
+        """The device is as at power-on: forget what belonged to the former driver."""
 
     # What the driver does through the transport.
 
@@ -287,6 +301,9 @@ class VirtioDevice(ABC):
         n_chains = 0
         while self.serving:
             await self._publish_finished(queue)
+            if not self.wants(queue):
+                await self._signal(queue)
+                return
             chain = await queue.pop()
             if chain is None:
                 await self._signal(queue)
@@ -319,6 +336,7 @@ class VirtioDevice(ABC):
             await queue.push(chain.head, written)
 
     async def _signal(self, queue: Virtqueue) -> None:
+        self.served(queue)
         if await queue.wants_interrupt() and self.transport is not None and self.serving:
             self.transport.queue_interrupt(queue)
 
@@ -348,5 +366,6 @@ class VirtioDevice(ABC):
             finished.clear()
         self.state = VirtioState([queue.state for queue in self.queues])
         self._resetting = False
+        self.was_reset()
         if self.transport is not None:
             self.transport.device_reset()

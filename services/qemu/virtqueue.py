@@ -9,6 +9,7 @@ Source: VIRTIO 1.4, section 2.7.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -180,12 +181,22 @@ class Virtqueue:
 
         Only one task at a time pushes: the element must stand before the index that publishes it.
         """
+        await self.push_together([(head, written_bytes)])
+
+    async def push_together(self, used: Sequence[tuple[int, int]]) -> None:
+        """As `push` for each (head, written_bytes); the driver sees all of them at once."""
         state, dma = self.state, self.dma
-        slot = state.next_used & (state.size - 1)
-        await dma.write(state.device + used_entry(slot), USED_ELEM.pack(head, written_bytes))
-        state.next_used = (state.next_used + 1) & 0xFFFF
+        for head, written_bytes in used:
+            slot = state.next_used & (state.size - 1)
+            await dma.write(state.device + used_entry(slot), USED_ELEM.pack(head, written_bytes))
+            state.next_used = (state.next_used + 1) & 0xFFFF
+            self.in_flight.discard(head)
         await dma.store_u16(state.device + RING_IDX, state.next_used)
-        self.in_flight.discard(head)
+
+    def unpop(self, chain: Chain) -> None:
+        """Leave the chain that was popped last, and not pushed, to the next `pop`."""
+        self.state.next_avail = (self.state.next_avail - 1) & 0xFFFF
+        self.in_flight.discard(chain.head)
 
     async def has_available(self) -> bool:
         """Whether the driver's index moved; `pop` says whether that holds."""

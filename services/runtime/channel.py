@@ -60,6 +60,14 @@ class ZmqChannel:
         self._put(frames)
         self._poke()
 
+    def offer(self, frames: Sequence[bytes]) -> bool:
+        """Send one message if the peer takes it now, else drop it; whether it went out."""
+        if self._held:
+            self._send_held()
+        sent = not self._backlog and self._try_send(frames)
+        self._poke()
+        return sent
+
     def send_many(self, messages: Sequence[Sequence[bytes]]) -> None:
         """As `send` for each of `messages`, together."""
         if self._held:

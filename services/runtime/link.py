@@ -156,6 +156,19 @@ class Link:
         """Tell the peer something that has no reply; False when it takes no more messages."""
         return self._send(MessageKind.EVENT, message.number, 0, cause, body)
 
+    def offer_event(self, message: Message[BodyT, Any], body: BodyT) -> bool:
+        """Tell the peer something that may be lost: False when it is down or takes nothing now. Nothing is kept."""
+        if self.peer_state != "up":
+            return False
+        frames = (encode(MessageKind.EVENT, message.number, 0, 0, body),)
+        try:
+            sent = self._channel.offer(frames)
+        except PeerError:
+            return False
+        if sent and self.tap is not None:
+            self.tap(self.id, "out", frames)
+        return sent
+
     def send_call(self, number: int, correlation: int, body: Any, cause: int) -> None:  # noqa: ANN401
         """Send a call whose answer does not come as a reply (a reflected hypercall is answered by UV_RETURN)."""
         if self.peer_state != "up":

@@ -45,6 +45,9 @@ class Service(Protocol):
     ) -> None:
         """A VM begins. `files` are descriptors by name (`ram:VM`, `disk:NAME`, ...), owned by the service."""
 
+    async def replace_links(self, links: list[LinkEntry], keys: dict[str, LinkKey]) -> None:
+        """A peer is in its next incarnation: take these links in the place of those to it."""
+
     async def remove_vm(self, name: str) -> None:
         """A VM ends: release all that it held."""
 
@@ -109,7 +112,7 @@ class Runtime:
     def make_link(self, entry: LinkEntry, key: LinkKey) -> Link:
         """Open one link; handlers are registered before `serve_link`. Raises HostFault when it cannot be bound."""
         kind = LINK_KINDS[entry.kind]
-        if self.role is kind.upper:
+        if entry.binds:
             assert self._zap is not None
             socket = bind_socket(self.context, self._zap, entry, key)
         else:
@@ -299,6 +302,8 @@ class _ControlLoop:
             case control.AddVm(vm, links, keys, names):
                 files = dict(zip(names, descriptors, strict=True))
                 await self._add_vm(vm, links, keys, files)
+            case control.ReplaceLinks(links, keys):
+                await self._service.replace_links(links, {key.link: key for key in keys.links})
             case control.RemoveVm(order, vm):
                 nursery.start_soon(self._remove_vm, order, vm)
             case _:

@@ -132,6 +132,7 @@ class _Wire:
             vm=self.vm,
             peer=self.names[other],
             peer_public_key=self.pairs[other][0],
+            binds=me is self.kind.upper,
         )
 
     def key(self, me: Role) -> LinkKey:

@@ -78,6 +78,9 @@ class Ultravisor:
         self._runtime.log.error("normal memory fault", vm=vm, reason=reason)
         self._life.write_audit(vm, "normal-memory-fault", reason=reason)
 
+    async def replace_links(self, links: list[LinkEntry], keys: dict[str, LinkKey]) -> None:
+        """All links of this role end with the VM or with the process."""
+
     async def remove_vm(self, name: str) -> None:
         """A VM ends; the launcher has ended its guest."""
         partition = self._by_name.pop(name, None)

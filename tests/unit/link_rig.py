@@ -55,7 +55,13 @@ async def linked(tmp_path: Path, kind: LinkKind = KVM_GUEST) -> AsyncIterator[En
 
     def entry(peer_key: LinkKey, peer: str) -> LinkEntry:
         return LinkEntry(
-            id="l", kind=kind.name, endpoint=endpoint, vm=None, peer=peer, peer_public_key=peer_key.public_key
+            id="l",
+            kind=kind.name,
+            endpoint=endpoint,
+            vm=None,
+            peer=peer,
+            peer_public_key=peer_key.public_key,
+            binds=peer == "lower",
         )
 
     async with closing(context), trio.open_nursery() as nursery:

@@ -17,10 +17,12 @@ from typing import Any
 
 import fdt
 
+from protocol.ethernet import DEFAULT_MTU
 from protocol.geometry import PAGE_BYTES
-from protocol.startup import DiskEntry
+from protocol.startup import DeviceEntry, DiskEntry
 from services.qemu.board import Board
 from services.qemu.device_tree import BootFacts
+from services.qemu.network import Switch
 from services.qemu.testing import TestPort, TestRam, board_entry
 
 FACTS = Path(__file__).with_name("qemu_device_tree.json")
@@ -39,15 +41,28 @@ _MACHINE = (
     # What a processor in software cannot offer.
     ",cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"
 )
-_DISK = "virtio-blk-pci,drive=a,disable-legacy=on,addr=1"
+_MAC = "52:54:00:12:34:56"
+_DEVICES = (
+    "virtio-blk-pci,drive=a,disable-legacy=on,addr=1",
+    f"virtio-net-pci,netdev=n,mac={_MAC},disable-legacy=on,addr=2,romfile=",
+    "virtio-rng-pci,disable-legacy=on,addr=3",
+    "virtio-serial-pci,disable-legacy=on,addr=4,max_ports=1",
+)
+_OUR_DEVICES = (
+    DeviceEntry(kind="virtio-blk", disk="a"),
+    DeviceEntry(kind="virtio-net", network="lan", mac=_MAC),
+    DeviceEntry(kind="virtio-rng"),
+    DeviceEntry(kind="virtio-console", name="console"),
+)
 
 
 def our_tree() -> Tree:
     """As `services/qemu` builds it."""
     fd = os.memfd_create("disk")
     try:
-        vm = board_entry([DiskEntry(name="a", path="")], memory_bytes=MEMORY_BYTES)
-        board = Board(vm, TestRam(PAGE_BYTES).accessor, {"a": fd}, TestPort())
+        vm = board_entry([DiskEntry(name="a", path="")], _OUR_DEVICES, memory_bytes=MEMORY_BYTES)
+        networks = {"lan": Switch(DEFAULT_MTU)}
+        board = Board(vm, TestRam(PAGE_BYTES).accessor, {"a": fd}, TestPort(), networks=networks)
         return parsed(board.device_tree(BOOT))
     finally:
         os.close(fd)
@@ -90,7 +105,9 @@ def _command(here: Path) -> list[str]:
     return [
         *(PROGRAM, "-M", f"{_MACHINE},dumpdtb={here / 'tree'}", "-cpu", "power9", "-smp", "1"),
         *("-m", f"{MEMORY_BYTES >> 20}M", "-nodefaults", "-display", "none", "-serial", "null"),
-        *("-drive", f"if=none,id=a,format=raw,file={here / 'disk'}", "-device", _DISK),
+        *("-drive", f"if=none,id=a,format=raw,file={here / 'disk'}"),
+        *("-netdev", "hubport,id=n,hubid=0"),
+        *(word for device in _DEVICES for word in ("-device", device)),
         *("-uuid", str(name), "-name", VM_NAME, "-append", BOOT.bootargs),
         *("-kernel", str(here / "kernel"), "-initrd", str(here / "initrd")),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,75 @@ def test_any_text_is_a_cluster_or_a_named_mistake(text: str) -> None:
         parse(text)
     except ClusterFileError as error:
         assert str(error).startswith("c.toml")
+
+
+LAN = """
+[networks.lan]
+mtu = 9000
+
+[[vms.vm1.devices]]
+kind = "virtio-net"
+network = "lan"
+
+[[vms.vm1.devices]]
+kind = "virtio-console"
+"""
+
+
+def test_a_network_card_has_an_address_of_its_own_and_wall_time() -> None:
+    first, again = (parse(GOOD + LAN).vms[0] for _ in range(2))
+    other = parse(GOOD.replace("vm1", "vm2") + LAN.replace("vm1", "vm2")).vms[0]
+
+    disk, card, console = first.devices
+    assert [device.kind for device in first.devices] == ["virtio-blk", "virtio-net", "virtio-console"]
+    assert (disk.disk, card.network, card.mtu, console.name) == ("root", "lan", 9000, "console")
+    assert first.devices == again.devices and first.time == "wall"
+    assert card.mac is not None and int(card.mac[:2], 16) & 3 == 2
+    assert other.devices[1].mac != card.mac
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "problem"),
+    [
+        ('network = "lan"', 'network = "lna"', "vms.vm1.devices[0].network", 'did you mean "lan"?'),
+        ('network = "lan"', "", "vms.vm1.devices[0].network", "is missing"),
+        ("mtu = 9000", "mtu = 9001", "networks.lan.mtu", "allowed: 68 to 9000"),
+        ('network = "lan"', 'network = "lan"\nmac = "02:00"', "vms.vm1.devices[0].mac", "is no address"),
+        ('network = "lan"', 'network = "lan"\nmac = "03:00:00:00:00:01"', "vms.vm1.devices[0].mac", "group address"),
+        (
+            'network = "lan"',
+            'disk = "root"',
+            "vms.vm1.devices[0].disk",
+            "is no key of a virtio-net; allowed: kind, netw",
+        ),
+        ('kind = "virtio-console"', 'kind = "virtio-gpu"', "vms.vm1.devices[1].kind", '"virtio-net", "virtio-rng"'),
+    ],
+)
+def test_a_mistake_in_a_network_names_its_key(old: str, new: str, key: str, problem: str) -> None:
+    with pytest.raises(ClusterFileError, match=re.escape(problem)) as caught:
+        parse(GOOD + LAN.replace(old, new))
+
+    assert caught.value.key == key
+
+
+def test_a_card_needs_a_declared_network_and_wall_time() -> None:
+    with pytest.raises(ClusterFileError, match=re.escape("add [networks.NAME]")):
+        parse(GOOD + LAN.replace("[networks.lan]\nmtu = 9000\n", ""))
+    with pytest.raises(ClusterFileError, match='"instructions" is not possible with a virtio-net'):
+        parse(GOOD.replace('memory = "64M"', 'memory = "64M"\ntime = "instructions"') + LAN)
+
+
+def test_two_cards_of_a_network_may_not_have_one_address() -> None:
+    card = '[[vms.vm1.devices]]\nkind = "virtio-net"\nnetwork = "lan"\nmac = "02:00:00:00:00:01"\n'
+
+    with pytest.raises(ClusterFileError, match="2 cards have the address 02:00:00:00:00:01"):
+        parse(GOOD + "[networks.lan]\n" + 2 * card)
+
+
+def test_a_network_has_a_limit_of_vms() -> None:
+    vm = '[vms.{0}]\nhost = "alpha"\nmemory = "64M"\nguest.boot = "kernel"\n'
+    card = '[[vms.{0}.devices]]\nkind = "virtio-net"\nnetwork = "lan"\n'
+    text = "[networks.lan]\n" + "".join((vm + card).format(f"v{n}") for n in range(17))
+
+    with pytest.raises(ClusterFileError, match="has 17 VMs; allowed: up to 16"):
+        parse(GOOD + text)

@@ -14,7 +14,8 @@ from tests.unit.qemu_tree import PROGRAM, Tree, committed_tree, installed_tree, 
 
 PHB = "/pci@800000020000000"
 CPU = "/cpus/PowerPC,POWER9@0"
-DISK = f"{PHB}/scsi@1"
+CARD, CONSOLE = f"{PHB}/ethernet@2", f"{PHB}/communication-controller@4"
+DEVICES = (f"{PHB}/scsi@1", CARD, f"{PHB}/legacy-device@3", CONSOLE)
 
 _HOTPLUG = "nothing can be added to a running machine, so nothing has a connector"
 _LISTS_OF_CONNECTORS = ("ibm,drc-types", "ibm,drc-names", "ibm,drc-power-domains", "ibm,drc-indexes")
@@ -22,7 +23,7 @@ _NO_SCM = "there is no storage class memory"
 
 QEMU_ALONE: dict[tuple[str, str], str] = {
     **{(path, name): _HOTPLUG for path in ("/", "/cpus", PHB) for name in _LISTS_OF_CONNECTORS},
-    **{(path, "ibm,my-drc-index"): _HOTPLUG for path in (CPU, PHB, DISK)},
+    **{(path, "ibm,my-drc-index"): _HOTPLUG for path in (CPU, PHB, *DEVICES)},
     (CPU, "ibm,pft-size"): "there is no hashed page table",
     **{("/chosen", f"qemu,graphic-{what}"): "there is no display" for what in ("width", "height", "depth")},
     ("/chosen", "rng-seed"): "the same start gives the same run; a seed that the host knows is none for a secure VM",
@@ -39,7 +40,9 @@ OTHER_VALUE: dict[tuple[str, str], str] = {
     ("/rtas", "ibm,hypertas-functions"): "groups of calls that no process answers are not offered",
     ("/rtas", "rtas-size"): "the 20 bytes that an ESM blob measures; QEMU's has a log for machine checks behind them",
     (PHB, "ibm,ddw-extensions"): "no window is so large that its size takes two words",
-    (DISK, "ibm,loc-code"): "it is not QEMU",
+    **{(path, "ibm,loc-code"): "it is not QEMU" for path in DEVICES},
+    (CARD, "ibm,req#msi-x"): "a message for each queue and one more, and there is no control queue",
+    (CONSOLE, "ibm,req#msi-x"): "a message for each queue and one more; QEMU's queues share one",
 }
 
 GROUPS: dict[str, frozenset[str]] = {

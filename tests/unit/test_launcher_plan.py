@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,21 +19,25 @@ from deploy.preflight import Machine
 from deploy.run_dirs import Paths
 from protocol import control
 from protocol.errors import UnexpectedMessage, UserError
-from protocol.links import LINK_KINDS
+from protocol.links import LINK_KINDS, QEMU_QEMU
 from protocol.roles import Role
 
 PATHS = Paths(Path("/run/user/1000/pefbox/c"), Path("/home/u/.local/state/pefbox/c"))
 ROOMY = Machine(shm_free_bytes=1 << 40, memory_available_bytes=1 << 40, open_files_limit=1 << 20)
 
 
-def make_cluster(n_hosts: int, n_vms: int, disk: str = "/dev/null") -> Cluster:
-    text = "".join(f'[hosts.h{i}]\nsecure_memory = "64M"\n' for i in range(n_hosts))
+def make_cluster(n_hosts: int, n_vms: int, disk: str = "/dev/null", n_on_lan: int = 0) -> Cluster:
+    """`n_on_lan` is how many of the VMs, the first ones, share a network."""
+    text = "[networks.lan]\n"
+    text += "".join(f'[hosts.h{i}]\nsecure_memory = "64M"\n' for i in range(n_hosts))
     for i in range(n_vms):
         text += f'[vms.v{i}]\nhost = "h{i % n_hosts}"\nmemory = "64M"\n[vms.v{i}.disks.root]\npath = "{disk}"\n'
+        if i < n_on_lan:
+            text += f'[[vms.v{i}.devices]]\nkind = "virtio-net"\nnetwork = "lan"\n'
     return parse_cluster(text, "c.toml", Path("/base"), "c")
 
 
-clusters = st.builds(make_cluster, st.integers(1, 4), st.integers(0, 8))
+clusters = st.builds(make_cluster, st.integers(1, 4), st.integers(0, 8), n_on_lan=st.integers(0, 5))
 
 
 @given(clusters)
@@ -41,7 +46,8 @@ def test_every_pair_that_the_protocol_links_has_exactly_one_link(cluster: Cluste
     targets = {process.target for process in plan.cluster_processes(cluster)}
 
     assert len({link.id for link in links}) == len({link.endpoint for link in links}) == len(links)
-    assert len(links) == len(cluster.hosts) + 3 * len(cluster.vms)
+    n_on_lan = len(cluster.vms_on("lan"))
+    assert len(links) == len(cluster.hosts) + 3 * len(cluster.vms) + math.comb(n_on_lan, 2)
     assert {link.upper for link in links} | {link.lower for link in links} <= targets
     for link in links:
         assert link.upper.endswith(f"/{link.kind.upper.value}")
@@ -66,6 +72,9 @@ def test_keys_of_the_two_ends_match_and_no_secret_is_in_a_configuration(cluster:
             assert entry.peer_public_key == pairs[entry.id, entry.peer][0]
             assert keys[entry.id].secret_key == pairs[entry.id, process.target][1]
             assert LINK_KINDS[entry.kind].name == entry.kind
+            assert entry.binds == entry.endpoint.startswith(f"ipc://{PATHS.process_dir(process.target)}/")
+            assert (entry.network is not None) == (entry.kind == QEMU_QEMU.name)
+            assert entry.network is None or entry.vm == process.vm
 
 
 def test_only_ultravisor_and_guest_hold_the_private_socketpair_and_only_qemu_the_disks() -> None:
@@ -174,3 +183,14 @@ def test_real_code_without_the_package_that_runs_it_is_refused_with_what_install
     assert finding == (
         "vms.v0.guest.kernel: \"machine\" needs the Python package no_such_package: pip install 'pefbox[machine]'"
     )
+
+
+def test_a_vm_of_the_next_incarnation_is_linked_anew_with_those_that_go_on() -> None:
+    cluster = make_cluster(2, 4, n_on_lan=3)
+
+    links = plan.network_links(PATHS, cluster, {"v0": 1, "v2": 4})
+
+    (link,) = links
+    assert (link.upper, link.lower, link.network) == ("v0/qemu", "v2/qemu", "lan")
+    assert link.id == "network.lan:v0+v2.1.4"
+    assert (link.vm_of("v0/qemu"), link.vm_of("v2/qemu")) == ("v0", "v2")

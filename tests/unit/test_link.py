@@ -11,8 +11,9 @@ import zmq
 from protocol import messages as m
 from protocol.codes import HCode, UCode
 from protocol.errors import PeerGone
+from protocol.ethernet import MAX_FRAME_BYTES
 from protocol.hcalls import H_GET_TCE, H_RANDOM
-from protocol.links import KVM_GUEST, ULTRAVISOR_GUEST
+from protocol.links import KVM_GUEST, QEMU_QEMU, ULTRAVISOR_GUEST
 from protocol.roles import Role
 from protocol.startup import LinkEntry
 from protocol.ucalls import UV_PAGE_OUT
@@ -184,14 +185,20 @@ async def test_a_peer_with_another_key_is_not_let_in(tmp_path: Path) -> None:
     mine, right, wrong = key_pair("l"), key_pair("l"), key_pair("l")
     endpoint = f"ipc://{tmp_path}/s"
     entry = LinkEntry(
-        id="l", kind=KVM_GUEST.name, endpoint=endpoint, vm=None, peer="p", peer_public_key=right.public_key
+        id="l", kind=KVM_GUEST.name, endpoint=endpoint, vm=None, peer="p", peer_public_key=right.public_key, binds=True
     )
     async with closing(context), trio.open_nursery() as nursery:
         zap = ZapServer(context)
         await nursery.start(zap.run)
         bound = ZmqChannel(bind_socket(context, zap, entry, mine))
         as_client = LinkEntry(
-            id="l", kind=KVM_GUEST.name, endpoint=endpoint, vm=None, peer="k", peer_public_key=mine.public_key
+            id="l",
+            kind=KVM_GUEST.name,
+            endpoint=endpoint,
+            vm=None,
+            peer="k",
+            peer_public_key=mine.public_key,
+            binds=False,
         )
         intruder = ZmqChannel(connect_socket(context, as_client, wrong))
         friend = ZmqChannel(connect_socket(context, as_client, right))
@@ -204,4 +211,48 @@ async def test_a_peer_with_another_key_is_not_let_in(tmp_path: Path) -> None:
         assert silence.cancelled_caught
         for channel in (bound, intruder, friend):
             channel.close()
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_offered_event_is_taken_or_lost_at_once(tmp_path: Path) -> None:
+    """A peer that does not read costs its sender nothing (L1): nothing is kept for it beyond the sockets' marks."""
+    body = m.NetFramesBody([bytes(60)])
+    async with linked(tmp_path, QEMU_QEMU) as ends, trio.open_nursery() as nursery:
+        came = trio.Event()
+        ends.lower.on(m.NET_FRAMES, lambda _envelope, _body: came.set())
+        await nursery.start(ends.upper.run)
+        with trio.fail_after(10):
+            while not ends.upper.offer_event(m.NET_FRAMES, body):
+                await trio.lowlevel.checkpoint()
+            while ends.upper.offer_event(m.NET_FRAMES, body):
+                await trio.lowlevel.checkpoint()
+        await nursery.start(ends.lower.run)
+        with trio.fail_after(10):
+            await came.wait()
+            while not ends.upper.offer_event(m.NET_FRAMES, body):
+                await trio.lowlevel.checkpoint()
+        ends.upper.peer_is("stopped")
+        assert not ends.upper.offer_event(m.NET_FRAMES, body)
+        ends.upper.peer_is("running")
+        assert ends.upper.offer_event(m.NET_FRAMES, body)
+        nursery.cancel_scope.cancel()
+
+
+async def test_frames_beyond_the_declared_number_or_length_are_refused(tmp_path: Path) -> None:
+    async with linked(tmp_path, QEMU_QEMU) as ends, trio.open_nursery() as nursery:
+        came, counts = trio.Event(), list[int]()
+
+        def take(_envelope: Envelope, body: m.NetFramesBody) -> None:
+            counts.append(len(body.frames))
+            came.set()
+
+        ends.upper.on(m.NET_FRAMES, take)
+        await nursery.start(ends.upper.run)
+        await nursery.start(ends.lower.run)
+        for frames in ([], [bytes(1)] * (m.MAX_NET_FRAMES + 1), [bytes(MAX_FRAME_BYTES + 1)], [bytes(1)]):
+            ends.lower.send_event(m.NET_FRAMES, m.NetFramesBody(frames))
+        with trio.fail_after(5):
+            await came.wait()
+        assert counts == [1]
+        assert ends.upper.refused == 3
         nursery.cancel_scope.cancel()

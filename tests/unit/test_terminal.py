@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from protocol.codes import HCode
 from protocol.errors import MalformedMessage
-from services.kvm.terminal import INPUT_BYTES, OUTPUT_BYTES, VTY_UNIT, Terminal, TerminalState
+from services.kvm.terminal import VTY_UNIT, Terminal
+from services.runtime.text_buffers import INPUT_BYTES, OUTPUT_BYTES, TextState
 
 SUCCESS = [HCode.H_SUCCESS]
 PARAMETER = [HCode.H_PARAMETER]
@@ -153,12 +154,12 @@ def test_a_loaded_terminal_goes_on() -> None:
 @pytest.mark.parametrize(
     "state",
     [
-        TerminalState(-1, b"", b""),
-        TerminalState(0, bytes(OUTPUT_BYTES + 1), b""),
-        TerminalState(0, b"", bytes(INPUT_BYTES + 1)),
+        TextState(-1, b"", b""),
+        TextState(0, bytes(OUTPUT_BYTES + 1), b""),
+        TextState(0, b"", bytes(INPUT_BYTES + 1)),
     ],
 )
-def test_a_state_larger_than_the_buffers_is_refused(state: TerminalState) -> None:
+def test_a_state_larger_than_the_buffers_is_refused(state: TextState) -> None:
     with pytest.raises(MalformedMessage):
         Terminal().load(state)
 

@@ -1,0 +1,111 @@
+"""The devices of a VM in a cluster file: `[[vms.NAME.devices]]`, and a virtio-blk for each disk that none names."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from deploy.cluster_section import Section
+from protocol.ethernet import LOCAL, MAC_BYTES, MULTICAST
+from protocol.startup import DeviceEntry, DiskEntry, GuestEntry
+
+KEYS_OF = {
+    "virtio-blk": ("disk",),
+    "virtio-net": ("network", "mac"),
+    "virtio-rng": (),
+    "virtio-console": ("name",),
+}
+"""The kinds of devices, and the keys that each has beside `kind` and `access_platform`."""
+DEVICE_KEYS = ("kind", "access_platform", *(key for keys in KEYS_OF.values() for key in keys))
+MAX_DEVICES = 31
+"""Slots of the PCI bus but the first."""
+DEFAULT_CONSOLE = "console"
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
+_CONSOLE_NAME = re.compile(r"[a-z][a-z0-9-]{0,30}", re.ASCII)
+
+
+class DeviceReader:
+    """Reads the devices of one VM. `identity` is what default addresses derive from, `mtus` the networks' MTUs."""
+
+    def __init__(
+        self, vm: Section, disks: list[DiskEntry], guest: GuestEntry, identity: str, mtus: dict[str, int]
+    ) -> None:
+        self._vm = vm
+        self._disks = [disk.name for disk in disks]
+        self._access_platform = guest.dma == "iommu"
+        self._identity = identity
+        self._mtus = mtus
+        self._used: set[str] = set()
+        """Disks that a device was made for, and names of consoles, each with its kind in front."""
+
+    def read(self) -> list[DeviceEntry]:
+        """The disks that no listed device names come first, then the devices as listed."""
+        sections = self._vm.listed_tables("devices", DEVICE_KEYS)
+        listed = [self._device(index, section) for index, section in enumerate(sections)]
+        named = {device.disk for device in listed}
+        devices = [
+            DeviceEntry(kind="virtio-blk", disk=disk, access_platform=self._access_platform)
+            for disk in self._disks
+            if disk not in named
+        ] + listed
+        if len(devices) > MAX_DEVICES:
+            self._vm.document.fail(self._vm.key, f"has {len(devices)} devices; the PCI bus has room for {MAX_DEVICES}")
+        return devices
+
+    def _device(self, index: int, section: Section) -> DeviceEntry:
+        kind = section.choice("kind", tuple(KEYS_OF))
+        for key in DEVICE_KEYS[2:]:
+            if key in section and key not in KEYS_OF[kind]:
+                allowed = ", ".join(("kind", *KEYS_OF[kind], "access_platform"))
+                section.fail(key, f"is no key of a {kind}; allowed: {allowed}")
+        flag = section.flag("access_platform", self._access_platform)
+        match kind:
+            case "virtio-blk":
+                return DeviceEntry(kind=kind, disk=self._disk(section), access_platform=flag)
+            case "virtio-net":
+                network = self._network(section)
+                mac = self._mac(index, section)
+                return DeviceEntry(kind=kind, network=network, mac=mac, mtu=self._mtus[network], access_platform=flag)
+            case "virtio-console":
+                return DeviceEntry(kind=kind, name=self._console_name(section), access_platform=flag)
+            case _:
+                return DeviceEntry(kind=kind, access_platform=flag)
+
+    def _disk(self, section: Section) -> str:
+        disk = section.choice("disk", self._disks)
+        self._once(section, "disk", disk, f'"{disk}" is on another device already')
+        return disk
+
+    def _network(self, section: Section) -> str:
+        if not self._mtus:
+            section.fail("network", "the file has no network; add [networks.NAME]")
+        return section.choice("network", tuple(self._mtus))
+
+    def _mac(self, index: int, section: Section) -> str:
+        if "mac" not in section:
+            return default_mac(f"{self._identity}:{index}")
+        mac = section.text("mac").lower()
+        if not _MAC.fullmatch(mac):
+            section.fail("mac", f'"{mac}" is no address; allowed: six bytes such as "52:54:00:12:34:56"')
+        if int(mac[:2], 16) & MULTICAST:
+            section.fail("mac", f'"{mac}" is a group address; the lowest bit of its first byte must be 0')
+        return mac
+
+    def _console_name(self, section: Section) -> str:
+        name = section.text("name", DEFAULT_CONSOLE)
+        if not _CONSOLE_NAME.fullmatch(name):
+            section.fail("name", "a name has lower-case letters, digits and -, begins with a letter, up to 31")
+        self._once(section, "name", name, f'"{name}" is another console already')
+        return name
+
+    def _once(self, section: Section, key: str, value: str, problem: str) -> None:
+        if f"{key} {value}" in self._used:
+            section.fail(key, problem)
+        self._used.add(f"{key} {value}")
+
+
+def default_mac(identity: str) -> str:
+    """A locally administered address that follows from `identity`."""
+    raw = bytearray(hashlib.sha256(identity.encode()).digest()[:MAC_BYTES])
+    raw[0] = raw[0] & ~MULTICAST | LOCAL
+    return raw.hex(":")
