@@ -9,11 +9,18 @@ import pytest
 
 from deploy.api import RunningCluster, Vm, cluster
 from tests.cluster.vm_files import console_end, console_until
-from tests.needs import need_firmware, need_linux
+from tests.disk_image import Kind, Part, write_gpt_disk, write_mbr_disk
+from tests.guest.build import build_client
+from tests.needs import need_cross_compilers, need_firmware, need_linux
 
 PROMPT = "0 > "
 BOOT_SECONDS = 120.0
 MAGIC = b"a sector that firmware reads"
+
+SECOND_DISK = """
+[vms.vm1.disks.second]
+path = "{second}"
+"""
 
 _TEXT = """
 [hosts.alpha]
@@ -46,10 +53,9 @@ async def forth(vm: Vm, line: str) -> str:
     return await console_until(vm, f"ok\r\n{PROMPT}", since=since)
 
 
-@pytest.mark.parametrize("pci_nodes", ["qemu", "firmware"])
-async def test_slof_finds_the_disk_reaches_its_prompt_and_speaks_forth(tmp_path: Path, pci_nodes: str) -> None:
+async def test_slof_finds_the_disk_reaches_its_prompt_and_speaks_forth(tmp_path: Path) -> None:
     need_firmware()
-    file = cluster_file(tmp_path, f'boot = "disk"\npci_nodes = "{pci_nodes}"')
+    file = cluster_file(tmp_path, 'boot = "disk"')
     async with cluster(file, state_dir=tmp_path / "state") as running:
         vm = running.vm("vm1")
         text = await console_until(vm, PROMPT, seconds=BOOT_SECONDS)
@@ -58,6 +64,26 @@ async def test_slof_finds_the_disk_reaches_its_prompt_and_speaks_forth(tmp_path:
         assert "Trying to load:  from: /pci@800000020000000/scsi@1" in text
         assert "Not a bootable device" in text
         assert " 5 " in await forth(vm, "2 3 + .")
+
+
+async def test_slof_probes_the_bus_and_starts_a_program_from_a_boot_partition(tmp_path: Path) -> None:
+    """An ELF of 32 bits behind an MBR goes back to firmware, which tries the next disk: an ELF of 64 bits, GPT."""
+    need_firmware()
+    need_cross_compilers()
+    file = cluster_file(tmp_path, 'boot = "disk"\npci_nodes = "firmware"')
+    first, second = tmp_path / "disk.img", tmp_path / "second.img"
+    write_mbr_disk(first, [Part(Kind.LINUX, MAGIC), Part(Kind.PREP_BOOT, build_client(32).read_bytes())])
+    write_gpt_disk(second, [Part(Kind.LINUX, MAGIC), Part(Kind.PREP_BOOT, build_client(64).read_bytes())])
+    file.write_text(file.read_text() + SECOND_DISK.format(second=second))
+    async with cluster(file, state_dir=tmp_path / "state") as running:
+        vm = running.vm("vm1")
+        text = await console_until(vm, PROMPT, seconds=BOOT_SECONDS)
+        assert "client: 32 bits, from /pci@800000020000000/scsi@1, arguments <>" in text
+        assert "client: 64 bits, from /pci@800000020000000/scsi@2, arguments <>" in text
+        since = await console_end(vm)
+        await vm.console_write(b"boot /pci@800000020000000/scsi@1 power-off now\r")
+        await console_until(vm, "scsi@1, arguments <power-off now>", since=since)
+        await vm.wait_state("off", seconds=10)
 
 
 @pytest.mark.linux
