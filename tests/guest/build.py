@@ -1,8 +1,8 @@
 """Builds the programs of this folder with Debian's cross compilers.
 
 A bare-metal program is `programs/NAME.c` with `lib/`, big or little endian; `client/` is a client of Open Firmware, of
-32 or 64 bits. What is built lies in `build/guest/` of the checkout under the digest of all that it was made from, so
-that each is compiled once.
+32 or 64 bits; `linux/NAME.c` is a program for a guest's Linux. What is built lies in `build/guest/` of the checkout
+under the digest of all that it was made from, so that each is compiled once.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ def build_client(bits: int) -> Path:
     return _build(f"client-{bits}", (compiler, order, *CLIENT_BITS[bits]), sorted((HERE / "client").iterdir()))
 
 
+def build_linux_program(name: str) -> Path:
+    """`linux/NAME.c` as a static little-endian program; as `build_program`."""
+    compiler, order = ENDIANS["le"]
+    return _build(f"linux-{name}", (compiler, order, *_BARE_METAL), [HERE / "linux" / f"{name}.c"])
+
+
 def _build(name: str, command: tuple[str, ...], files: list[Path]) -> Path:
     command = (*command, *_FLAGS)
     digest = hashlib.sha256(" ".join(command).encode())
@@ -54,8 +60,8 @@ def _build(name: str, command: tuple[str, ...], files: list[Path]) -> Path:
         return made
     OUT.mkdir(parents=True, exist_ok=True)
     sources = [str(path) for path in files if path.suffix in (".S", ".c")]
-    (layout,) = (path for path in files if path.suffix == ".lds")
+    layouts = [option for path in files if path.suffix == ".lds" for option in (f"-I{path.parent}", f"-Wl,-T,{path}")]
     making = made.with_suffix(f".{os.getpid()}")
-    subprocess.run([*command, f"-I{layout.parent}", f"-Wl,-T,{layout}", "-o", str(making), *sources], check=True)
+    subprocess.run([*command, *layouts, "-o", str(making), *sources], check=True)
     os.replace(making, made)
     return made
