@@ -182,12 +182,10 @@ class Hcalls:
         return _SUCCESS
 
     def h_signal_sys_reset(self, call: GuestCall) -> Result:
-        """H_SIGNAL_SYS_RESET: of other processors, of which a VM has none."""
+        """H_SIGNAL_SYS_RESET: kvm checks it, the processor that called takes the interrupt; a VM has no others."""
         (target,) = call.args
-        if target == SYS_RESET_ALL_OTHERS:
-            return _SUCCESS
-        others = target != SYS_RESET_ALL and target != call.vcpu
-        return [HCode.H_PARAMETER if others else HCode.H_UNSUPPORTED]
+        known = target in (SYS_RESET_ALL, SYS_RESET_ALL_OTHERS, call.vcpu)
+        return _SUCCESS if known else [HCode.H_PARAMETER]
 
     def h_register_proc_tbl(self, call: GuestCall) -> Result:
         """H_REGISTER_PROC_TBL: kvm checks it, the processor keeps it, since only that one walks the guest's trees."""
