@@ -98,7 +98,7 @@ class Hcalls:
             h.H_XIRR_X.number: lambda call: self._xics.h_xirr_x(call.vcpu, _timebase()),
             h.H_CEDE.number: self.h_cede,
             h.H_CONFER.number: self.h_confer,
-            h.H_PROD.number: lambda call: [self._vcpus.h_prod(*call.args)],
+            h.H_PROD.number: self.h_prod,
             h.H_JOIN.number: self.h_join,
             h.H_RANDOM.number: self.h_random,
             h.H_SET_MODE.number: self.h_set_mode,
@@ -134,6 +134,12 @@ class Hcalls:
         self._leave_cede(call.vcpu)
         target, dispatch = call.args
         return self._keep_open(call, self._vcpus.h_confer(call.vcpu, target, dispatch))
+
+    def h_prod(self, call: GuestCall) -> Result:
+        """H_PROD."""
+        # Of the caller itself it must count for the next wait, not for a cede that is over.
+        self._leave_cede(call.vcpu)
+        return [self._vcpus.h_prod(*call.args)]
 
     def h_join(self, call: GuestCall) -> Result | None:
         """H_JOIN."""

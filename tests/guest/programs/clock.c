@@ -124,7 +124,8 @@ int program(void)
     decrementer_counts();
     decrementer_fires();
     decrementer_waits_for_ee();
-    cede();
+    /* Before there are external interrupts: in a secure VM their line may fall later than H_EOI returns. */
     prod_and_confer();
+    cede();
     return 0;
 }
