@@ -12,7 +12,7 @@ from tests.cluster.linux_shell import power_off, shell
 from tests.cluster.vm_files import console_end, console_until
 from tests.disk_image import Kind, Part, write_gpt_disk, write_mbr_disk
 from tests.guest.build import build_client
-from tests.needs import need_cross_compilers, need_firmware, need_linux
+from tests.needs import need_cross_compilers, need_debian_kernel, need_firmware, need_linux
 
 PROMPT = "0 > "
 BOOT_SECONDS = 120.0
@@ -106,4 +106,21 @@ async def test_linux_boots_through_slof_to_a_shell_and_reads_the_disk_by_level_i
         assert "direct64-ddr-window" in nodes
         # Firmware merges the tree that it gets from ibm,client-architecture-support into its own, node by node.
         assert [name for name in nodes.split() if name.startswith("scsi@")] == ["scsi@1"]
+        await power_off(running, vm)
+
+
+@pytest.mark.linux
+async def test_debians_own_kernel_boots_to_a_shell_and_sets_the_clock(tmp_path: Path) -> None:
+    """Nobody built it for this machine. Its devices are modules, which the initial RAM disk has not."""
+    need_firmware()
+    initramfs, kernel = need_linux().initramfs, need_debian_kernel()
+    guest = f'boot = "kernel"\nimage = "{kernel}"\ninitrd = "{initramfs}"\ncommand_line = "console=hvc0 quiet"'
+    async with cluster(cluster_file(tmp_path, guest), state_dir=tmp_path / "state") as running:
+        vm = running.vm("vm1")
+        # It does four times the work of our own kernel.
+        await console_until(vm, "/ # ", seconds=4 * BOOT_SECONDS)
+        assert (await shell(vm, "uname -r")).endswith("-powerpc64le")
+        # RTAS set-time-of-day and get-time-of-day, through the kernel's clock device.
+        assert await shell(vm, "date -u -s 2031-02-03 >/dev/null; hwclock -u -w -f /dev/rtc0") == ""
+        assert "Feb  3 00:0" in await shell(vm, "date -u -s 2001-01-01 >/dev/null; hwclock -u -r -f /dev/rtc0")
         await power_off(running, vm)
