@@ -12,11 +12,13 @@ from tests.cluster.linux_shell import PROMPT, power_off, shell
 from tests.cluster.vm_files import console_end, console_until
 from tests.disk_image import Kind, Part, write_mbr_disk
 from tests.guest.build import build_linux_program
+from tests.linux_calls import UNKNOWN, calls_made
 from tests.linux_root import file_in_root, loadable_by_firmware, make_root
 from tests.needs import need_cross_compilers, need_firmware, need_linux, need_program
 
 pytestmark = [pytest.mark.linux, pytest.mark.cross]
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "linux.md"
 BOOT_SECONDS = 120.0
 COMMAND_LINE = "console=hvc0 quiet root=/dev/vda2 rw"
 _TEXT = """
@@ -46,7 +48,7 @@ async def test_linux_from_its_disk_writes_starts_another_kernel_reboots_and_powe
     file = tmp_path / "c.toml"
     file.write_text(_TEXT.format(command_line=COMMAND_LINE, disk=disk))
 
-    async with cluster(file, state_dir=tmp_path / "state") as running:
+    async with cluster(file, state_dir=tmp_path / "state", record=True) as running:
         vm = running.vm("vm1")
         await booted(vm, 0, "Trying to load:  from: /pci@800000020000000/scsi@1 ...   Successfully loaded")
         assert await shell(vm, "cat /proc/cmdline") == COMMAND_LINE
@@ -68,6 +70,10 @@ async def test_linux_from_its_disk_writes_starts_another_kernel_reboots_and_powe
         await shell(vm, "mount -o remount,ro /")
         await power_off(running, vm)
 
+    documented = DOCUMENT.read_text()
+    made = {name for name, _ in calls_made(tmp_path / "state", "vm1")}
+    assert len(made) > 20
+    assert [name for name in made if name != UNKNOWN and f"| {name} |" not in documented] == []
     assert file_in_root(take_root(disk, root, root_at), "root/told") == b"first\nsecond\n"
 
 
