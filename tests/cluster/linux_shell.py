@@ -12,7 +12,8 @@ async def shell(vm: Vm, command: str) -> str:
     """The output of one command."""
     since = await console_end(vm)
     await vm.console_write(f"{command}; echo do''ne\r".encode())
-    text = await console_until(vm, "done\r\n", since=since, seconds=30)
+    # With the prompt: whoever waits for the next one must not find this one.
+    text = await console_until(vm, f"done\r\n{PROMPT}", since=since, seconds=30)
     output = text.partition(f"{command}; echo do''ne\r\n")[2].partition("done\r\n")[0]
     return output.strip().replace("\r\n", "\n")
 

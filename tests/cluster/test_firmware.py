@@ -1,4 +1,4 @@
-"""Unmodified firmware: SLOF to its prompt and its Forth, and Linux through it to a shell that reads a real disk."""
+"""Unmodified firmware: SLOF to its prompt and its Forth, programs from boot partitions, and a kernel from memory."""
 
 from __future__ import annotations
 
@@ -88,28 +88,6 @@ async def test_slof_probes_the_bus_and_starts_a_program_from_a_boot_partition(tm
 
 
 @pytest.mark.linux
-async def test_linux_boots_through_slof_to_a_shell_and_reads_the_disk_by_level_interrupts(tmp_path: Path) -> None:
-    need_firmware()
-    image = need_linux()
-    line = "console=hvc0 quiet pci=nomsi"
-    guest = f'boot = "kernel"\nimage = "{image.kernel}"\ninitrd = "{image.initramfs}"\ncommand_line = "{line}"'
-    async with cluster(cluster_file(tmp_path, guest), state_dir=tmp_path / "state") as running:
-        vm = running.vm("vm1")
-        text = await console_until(vm, "/ # ", seconds=BOOT_SECONDS)
-        assert "Calling ibm,client-architecture-support... done" in text
-        assert await shell(vm, "uname -m") == "ppc64le"
-        assert MAGIC.decode() in await shell(vm, f"dd if=/dev/vda bs={len(MAGIC)} count=1 2>/dev/null")
-        # Without messages the disk has a level-triggered line of the bridge, which Linux ends each time.
-        assert int((await shell(vm, "grep 'Level.*virtio0' /proc/interrupts")).split()[1]) > 0
-        assert "MSI" not in await shell(vm, "cat /proc/interrupts")
-        nodes = await shell(vm, "ls /proc/device-tree/pci*")
-        assert "direct64-ddr-window" in nodes
-        # Firmware merges the tree that it gets from ibm,client-architecture-support into its own, node by node.
-        assert [name for name in nodes.split() if name.startswith("scsi@")] == ["scsi@1"]
-        await power_off(running, vm)
-
-
-@pytest.mark.linux
 async def test_debians_own_kernel_boots_to_a_shell_and_sets_the_clock(tmp_path: Path) -> None:
     """Nobody built it for this machine. Its devices are modules, which the initial RAM disk has not."""
     need_firmware()
@@ -118,7 +96,8 @@ async def test_debians_own_kernel_boots_to_a_shell_and_sets_the_clock(tmp_path: 
     async with cluster(cluster_file(tmp_path, guest), state_dir=tmp_path / "state") as running:
         vm = running.vm("vm1")
         # It does four times the work of our own kernel.
-        await console_until(vm, "/ # ", seconds=4 * BOOT_SECONDS)
+        text = await console_until(vm, "/ # ", seconds=4 * BOOT_SECONDS)
+        assert "Calling ibm,client-architecture-support... done" in text
         assert (await shell(vm, "uname -r")).endswith("-powerpc64le")
         # RTAS set-time-of-day and get-time-of-day, through the kernel's clock device.
         assert await shell(vm, "date -u -s 2031-02-03 >/dev/null; hwclock -u -w -f /dev/rtc0") == ""
