@@ -57,6 +57,27 @@ def show(cache: Path | None, as_json: bool) -> None:
     _show(image, as_json, cached=True)
 
 
+@linux.command("fetch-debian")
+@_state_option
+@click.option("--update", is_flag=True, help="Look for a newer package first.")
+@json_option
+def fetch_debian(cache: Path | None, update: bool, as_json: bool) -> None:
+    """Fetch Debian's own kernel for ppc64el, which boots as a normal VM."""
+    from deploy.linux.config import lacks_for_secure, parse_config
+    from deploy.linux.debian import fetch_debian_kernel
+    from deploy.linux.store import default_cache
+
+    kernel, was_there = fetch_debian_kernel(_absolute(cache or default_cache()), _say, update=update)
+    facts = {
+        "kernel": kernel.kernel,
+        "config": kernel.config,
+        "package": kernel.name,
+        "cached": was_there,
+        "lacks_for_secure": lacks_for_secure(parse_config(Path(kernel.config).read_text())),
+    }
+    _print(facts, as_json)
+
+
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
 
@@ -66,7 +87,10 @@ def _say(text: str) -> None:
 
 
 def _show(image: LinuxImage, as_json: bool, *, cached: bool) -> None:
-    facts = _facts(image, cached=cached)
+    _print(_facts(image, cached=cached), as_json)
+
+
+def _print(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return

@@ -208,10 +208,7 @@ H_SIGNAL_SYS_RESET = HCALLS.declare(
     "H_SIGNAL_SYS_RESET",
     args=(Reg("target", Kind.CPU),),
     callers=_GUEST,
-    errors={
-        HCode.H_PARAMETER: "no such vcpu",
-        HCode.H_UNSUPPORTED: "the caller itself: no processor here is reset from inside",
-    },
+    errors={HCode.H_PARAMETER: "no such vcpu"},
     source="PAPR 14.5.3.9",
 )
 H_REGISTER_PROC_TBL = HCALLS.declare(

@@ -279,8 +279,9 @@ class RtasReply(Body, frozen=True):
 
     @classmethod
     def refused(cls, code: int) -> Self:
-        """A hardware error: RTAS has no codes of hypercalls."""
-        return cls([RtasStatus.HARDWARE_ERROR & 0xFFFFFFFF])
+        """Busy where the next try may be answered, else a hardware error: RTAS has no codes of hypercalls."""
+        status = RtasStatus.BUSY if code == HCode.H_BUSY else RtasStatus.HARDWARE_ERROR
+        return cls([status & 0xFFFFFFFF])
 
 
 class VmEventKind(IntEnum):

@@ -12,6 +12,7 @@ import pytest
 
 from deploy.firmware import PACKAGE, find_firmware
 from deploy.linux.config import fragment_sha256
+from deploy.linux.debian import newest_debian_kernel
 from deploy.linux.store import LinuxImage, Store, default_cache
 
 CROSS_COMPILERS = {
@@ -44,6 +45,15 @@ def need_firmware() -> None:
     """SLOF as a package installs it."""
     if find_firmware() is None:
         lacking("SLOF", f"apt-get install {PACKAGE}")
+
+
+def need_debian_kernel() -> str:
+    """The kernel that `pefbox linux fetch-debian` fetched."""
+    kernel = newest_debian_kernel(default_cache())
+    if kernel is None:
+        lacking("Debian kernel", "pefbox linux fetch-debian")
+    assert kernel is not None
+    return kernel.kernel
 
 
 def need_linux() -> LinuxImage:

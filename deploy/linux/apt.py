@@ -41,6 +41,15 @@ class Apt:
             raise UserError(f"no package {package} in the sources of /etc/apt: add a Debian source that has it")
         return found
 
+    def dependency(self, package: str, prefix: str) -> str:
+        """The package (NAME:ARCH) with that prefix on which `package` depends; raises UserError when there is none."""
+        self._ensure_lists()
+        result = self._run("apt-cache", "depends", package)
+        found = re.search(rf"^\s+Depends: ({re.escape(prefix)}\S+)", result.stdout, re.MULTILINE)
+        if found is None:
+            raise UserError(f"the package {package} depends on no {prefix}*: {_last_line(result)}")
+        return found[1]
+
     def missing_of(self, packages: Sequence[str]) -> list[str]:
         """`packages` and what they need, as far as it is not installed on this machine; raises UserError."""
         self._ensure_lists()

@@ -89,7 +89,7 @@ class Hcalls:
             h.H_XIRR_X.number: lambda call: self._xics.h_xirr_x(call.vcpu, _timebase()),
             h.H_CEDE.number: self.h_cede,
             h.H_CONFER.number: self.h_confer,
-            h.H_PROD.number: lambda call: [self._vcpus.h_prod(*call.args)],
+            h.H_PROD.number: self.h_prod,
             h.H_JOIN.number: self.h_join,
             h.H_RANDOM.number: self.h_random,
             h.H_SET_MODE.number: self.h_set_mode,
@@ -125,6 +125,12 @@ class Hcalls:
         self._leave_cede(call.vcpu)
         target, dispatch = call.args
         return self._keep_open(call, self._vcpus.h_confer(call.vcpu, target, dispatch))
+
+    def h_prod(self, call: GuestCall) -> Result:
+        """H_PROD."""
+        # Of the caller itself it must count for the next wait, not for a cede that is over.
+        self._leave_cede(call.vcpu)
+        return [self._vcpus.h_prod(*call.args)]
 
     def h_join(self, call: GuestCall) -> Result | None:
         """H_JOIN."""
@@ -173,12 +179,10 @@ class Hcalls:
         return _SUCCESS
 
     def h_signal_sys_reset(self, call: GuestCall) -> Result:
-        """H_SIGNAL_SYS_RESET: of other processors, of which a VM has none."""
+        """H_SIGNAL_SYS_RESET: kvm checks it, the processor that called takes the interrupt; a VM has no others."""
         (target,) = call.args
-        if target == SYS_RESET_ALL_OTHERS:
-            return _SUCCESS
-        others = target != SYS_RESET_ALL and target != call.vcpu
-        return [HCode.H_PARAMETER if others else HCode.H_UNSUPPORTED]
+        known = target in (SYS_RESET_ALL, SYS_RESET_ALL_OTHERS, call.vcpu)
+        return _SUCCESS if known else [HCode.H_PARAMETER]
 
     def h_register_proc_tbl(self, call: GuestCall) -> Result:
         """H_REGISTER_PROC_TBL: kvm checks it, the processor keeps it, since only that one walks the guest's trees."""

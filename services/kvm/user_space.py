@@ -23,6 +23,7 @@ from protocol.messages import (
     VmEventBody,
     VmEventKind,
 )
+from protocol.refusals import Refusal
 from protocol.rtas import status_word
 from services.kvm.guest_call import GuestCall, Result, Waiting
 from services.runtime.link import Link
@@ -39,7 +40,11 @@ DEVICE_SECONDS = 5.0
 
 
 class UserSpace:
-    """The link to one VM's qemu. A lost qemu is H_HARDWARE to the guest, and so is one that does not answer an exit."""
+    """The link to one VM's qemu.
+
+    A dead one is H_HARDWARE to the guest, and so is one that answers pings and no exit. A stopped or unresponsive one
+    is H_BUSY, to RTAS busy: the next try may be answered.
+    """
 
     def __init__(self, link: Link, log: Log, *, waits_for_devices: bool) -> None:
         self._link = link
@@ -97,11 +102,14 @@ class UserSpace:
         return [status_word(RtasStatus.HARDWARE_ERROR)] if reply is None else reply.rets
 
     async def _exit(self, message: Message[BodyT, ReplyT], body: BodyT, cause: int, seconds: float) -> ReplyT | None:
-        """qemu's answer; None when it is lost, answers what is no answer, or nothing in `seconds`."""
+        """The answer, or a refusal when qemu is lost; None for what is no answer, or for nothing in `seconds`."""
         try:
             with self._patience.bound(seconds):
                 return await self._link.call(message, body, cause)
-        except (PeerGone, PeerError):
+        except PeerGone as gone:
+            hcall_code, _ = Refusal.of_peer(gone.state).value
+            return None if message.reply is None else message.reply.refused(hcall_code)
+        except PeerError:
             return None
         self._log.error("exit not answered", peer=self._link.peer, call=message.name, seconds=seconds)
         return None

@@ -13,8 +13,9 @@ import trio.testing
 from protocol import messages as m
 from protocol.codes import HCode, RtasStatus
 from protocol.declare import Call
+from protocol.errors import PeerGone
 from protocol.hcalls import H_LOGICAL_CI_LOAD, H_LOGICAL_CI_STORE, H_RTAS
-from protocol.rtas import status_word
+from protocol.rtas import GET_TIME_OF_DAY, status_word
 from services.kvm.user_space import DEVICE_SECONDS, EXIT_SECONDS
 from tests.unit.kvm_rig import KvmRig, kvm_rig
 from tests.unit.ultravisor_rig import PlayedLink
@@ -41,6 +42,18 @@ class SilentQemu(PlayedLink):
         self.exits.append(message.name)
         await self.answer.wait()
         return m.Status(HCode.H_SUCCESS)
+
+
+class LostQemu(SilentQemu):
+    """A qemu that is known to be dead, stopped or unresponsive."""
+
+    def __init__(self, state: str) -> None:
+        super().__init__()
+        self.peer_state = state
+
+    async def call(self, _message: m.Message[Any, Any], _body: m.Body, _cause: int = 0) -> m.Body:
+        """As Link.call."""
+        raise PeerGone(self.peer, self.peer_state)
 
 
 EXITS = [
@@ -74,6 +87,27 @@ async def test_s5_an_rtas_call_that_qemu_never_answers_is_a_hardware_error(autoj
 
         (status,) = struct.unpack(">I", rig.memory.ram[BLOCK + 12 : BLOCK + 16])
         assert status == status_word(RtasStatus.HARDWARE_ERROR)
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [
+        ("unresponsive", RtasStatus.BUSY),
+        ("stopped", RtasStatus.BUSY),
+        ("dead", RtasStatus.HARDWARE_ERROR),
+        ("closed", RtasStatus.HARDWARE_ERROR),
+    ],
+)
+async def test_an_rtas_call_to_a_qemu_that_may_go_on_is_busy_and_the_guest_comes_again(
+    state: str, status: RtasStatus
+) -> None:
+    """Linux would go on without the time of day after a hardware error, while busy is asked again."""
+    with kvm_rig(qemu=LostQemu(state)) as rig:
+        rig.memory.ram[BLOCK : BLOCK + 16] = struct.pack(">IIII", GET_TIME_OF_DAY, 0, 1, 0)
+
+        assert await rig.hcall(H_RTAS, BLOCK) == HCode.H_SUCCESS
+
+        assert rig.memory.ram[BLOCK + 12 : BLOCK + 16] == struct.pack(">I", status_word(status))
 
 
 async def test_nobody_loses_patience_with_a_qemu_that_a_debugger_holds(autojump_clock: object) -> None:

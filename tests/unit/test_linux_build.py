@@ -15,6 +15,7 @@ import pytest
 from deploy.linux.apt import Apt
 from deploy.linux.build import build_linux
 from deploy.linux.config import fragment_text
+from deploy.linux.debian import fetch_debian_kernel, newest_debian_kernel
 from deploy.linux.kernel import run_with_progress
 from deploy.linux.store import ImageFacts, Inputs, Store
 from deploy.linux.toolchain import COMPILER, find_toolchain
@@ -32,6 +33,8 @@ if words[0] == "update":
     (Path(options["Dir::State"]) / "lists" / "x_Packages").write_text("")
 if words[0] == "policy":
     print(f"{words[1]}:\\n  Candidate: {(state / 'version').read_text()}")
+if words[0] == "depends":
+    print(f"{words[1]}\\n  Depends: linux-image-{(state / 'version').read_text()}-powerpc64le:ppc64el")
 if words[0] == "download":
     for word in words[1:]:
         Path(word.replace(":", "_") + ".deb").write_text(word)
@@ -44,6 +47,11 @@ archive, into = Path(sys.argv[2]), Path(sys.argv[3])
 if archive.name.startswith("busybox"):
     (into / "bin").mkdir(parents=True)
     (into / "bin/busybox").write_bytes(b"\\x7fELF busybox")
+elif archive.name.startswith("linux-image"):
+    (into / "boot").mkdir(parents=True)
+    (into / "boot/vmlinux-6.1").write_bytes(b"\\x7fELF kernel of Debian")
+    (into / "boot/config-6.1").write_text("CONFIG_SMP=y\\n")
+    (into / "lib/modules").mkdir(parents=True)
 else:
     (into / "usr/src").mkdir(parents=True)
     with tarfile.open(into / "usr/src/linux-source-6.1.tar.xz", "w:xz") as tar:
@@ -272,3 +280,27 @@ def test_an_installed_program_that_is_not_found_is_told_so(machine: Machine) -> 
 
     with pytest.raises(UserError, match="installed, but not on the PATH: bison; or run: apt-get install bison"):
         find_toolchain(Apt(machine.cache / "apt", machine.said.append), machine.cache / "tools", machine.said.append)
+
+
+def test_debians_kernel_is_fetched_once_and_again_when_there_is_a_newer_one(machine: Machine) -> None:
+    assert newest_debian_kernel(machine.cache) is None
+    kernel, was_there = fetch_debian_kernel(machine.cache, machine.said.append)
+    assert (kernel.name, was_there) == ("linux-image-6.1.1-1-powerpc64le_6.1.1-1", False)
+    assert Path(kernel.kernel).read_bytes() == b"\x7fELF kernel of Debian"
+    assert sorted(path.name for path in Path(kernel.kernel).parent.iterdir()) == ["config", "vmlinux"]
+
+    assert fetch_debian_kernel(machine.cache, machine.said.append) == (kernel, True)
+    assert sum(line.startswith("download") for line in machine.log("apt")) == 1
+
+    (machine.fake / "version").write_text("6.1.2-1")
+    newer, was_there = fetch_debian_kernel(machine.cache, machine.said.append)
+    assert not was_there
+    assert newest_debian_kernel(machine.cache) == newer
+    assert newer.name != kernel.name
+
+
+def test_a_package_without_a_kernel_is_named(machine: Machine) -> None:
+    machine.install("dpkg-deb", "")
+    with pytest.raises(UserError, match="powerpc64le:ppc64el has no boot/vmlinux"):
+        fetch_debian_kernel(machine.cache, machine.said.append)
+    assert newest_debian_kernel(machine.cache) is None

@@ -1,7 +1,7 @@
 """Hypercalls and ultracalls between registers and exits, and what the processor itself takes from their success.
 
-Source: PAPR 14.5 for the registers, 14.5.4.3.6 (H_SET_MODE), Linux `arch/powerpc/mm/book3s64/radix_pgtable.c` and
-`arch/powerpc/platforms/pseries/lpar.c` for H_REGISTER_PROC_TBL.
+Source: PAPR 14.5 for the registers, 14.5.4.3.6 (H_SET_MODE), 14.5.3.9 (H_SIGNAL_SYS_RESET); Linux
+`arch/powerpc/mm/book3s64/radix_pgtable.c` and `arch/powerpc/platforms/pseries/lpar.c` for H_REGISTER_PROC_TBL.
 """
 
 from __future__ import annotations
@@ -9,10 +9,17 @@ from __future__ import annotations
 from protocol.codes import HCode
 from protocol.declare import CallTable
 from protocol.hcall_values import PROC_TABLE_MODIFY, PROC_TABLE_REGISTER, SetModeResource
-from protocol.hcalls import H_LOGICAL_CI_LOAD, H_LOGICAL_CI_STORE, H_REGISTER_PROC_TBL, H_SET_MODE, HCALLS
+from protocol.hcalls import (
+    H_LOGICAL_CI_LOAD,
+    H_LOGICAL_CI_STORE,
+    H_REGISTER_PROC_TBL,
+    H_SET_MODE,
+    H_SIGNAL_SYS_RESET,
+    HCALLS,
+)
 from protocol.ucalls import UCALLS
 from services.guest.exits import Hypercall, Ultracall
-from services.guest.machine.interrupts import Interrupts
+from services.guest.machine.interrupts import Interrupts, Vector
 from services.guest.machine.mmu import Mmu, ProcessTable
 from services.guest.machine.register_file import RegisterFile
 
@@ -21,6 +28,8 @@ _FIRST_ARGUMENT = 4
 _MIN_TABLE_SHIFT = 12
 _MAX_TABLE_SHIFT = 36
 """The table size field has 5 bits."""
+_VCPU = 0
+_SYS_RESET_ALL = _MASK64
 _CI_SIZES = frozenset({1, 2, 4, 8})
 
 
@@ -57,6 +66,9 @@ class Calls:
         gpr = self._registers.gpr
         for register, value in enumerate(result, 3):
             gpr[register] = value & _MASK64
+        if _resets_caller(call, result):
+            # The caller is reset after its call, which it finds done.
+            self._interrupts.deliver(Vector.SYSTEM_RESET, self._registers.pc)
 
     def _of_hypercall(self, call: Hypercall, result: list[int]) -> list[int]:
         if result[0] != HCode.H_SUCCESS:
@@ -83,6 +95,12 @@ class Calls:
             self._mmu.table = ProcessTable(base, 1 << shift)
         else:
             self._mmu.table = None
+
+
+def _resets_caller(call: Hypercall | Ultracall, result: list[int]) -> bool:
+    if call.number != H_SIGNAL_SYS_RESET.number or result[0] != HCode.H_SUCCESS:
+        return False
+    return isinstance(call, Hypercall) and call.args[0] in (_VCPU, _SYS_RESET_ALL)
 
 
 def _swapped(value: int, size: int) -> int:

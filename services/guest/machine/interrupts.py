@@ -14,6 +14,7 @@ from services.guest.machine.registers import SRR1_FROM_MSR, Dsisr, Msr, Spr
 class Vector(IntEnum):
     """Where an interrupt goes in real mode."""
 
+    SYSTEM_RESET = 0x100
     MACHINE_CHECK = 0x200
     DATA_STORAGE = 0x300
     DATA_SEGMENT = 0x380
@@ -31,6 +32,7 @@ class Vector(IntEnum):
     FACILITY_UNAVAILABLE = 0xF60
 
 
+_NEVER_RELOCATED = frozenset({Vector.SYSTEM_RESET, Vector.MACHINE_CHECK})
 AIL_RELOCATED = 3
 RELOCATED_BASE = 0xC000_0000_0000_4000
 SCV_BASE = 0x17000
@@ -64,7 +66,7 @@ class Interrupts:
         msr = registers.msr
         registers.spr[Spr.SRR0] = srr0
         registers.spr[Spr.SRR1] = msr & SRR1_FROM_MSR | cause | (_S if self.secure else 0)
-        relocated = self.ail == AIL_RELOCATED and msr & _RELOCATION == _RELOCATION
+        relocated = self.ail == AIL_RELOCATED and msr & _RELOCATION == _RELOCATION and vector not in _NEVER_RELOCATED
         registers.msr = self._new_msr(msr & _KEPT, relocated)
         registers.pc = RELOCATED_BASE + vector if relocated else vector
 

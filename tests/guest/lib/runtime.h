@@ -76,7 +76,7 @@ void do_ldarx(void), do_fadd(void), do_vadd(void), do_xvadd(void), do_mttar(void
 void do_scv(void), do_div(void);
 void do_hypercall(void), do_scv0(void), do_scv1(void), jump(void);
 extern char at_trap[], at_illegal[], at_sc[], at_load[], at_load_word[], at_store[], at_ldarx[], at_fadd[], at_vadd[];
-extern char at_scv[], at_div[], at_xvadd[], at_mttar[], at_mfmsr[], at_mfsrr0[], at_scv1[];
+extern char at_hypercall[], at_scv[], at_div[], at_xvadd[], at_mttar[], at_mfmsr[], at_mfsrr0[], at_scv1[];
 extern u64 scv_result[3];
 
 #define mfspr(number) ({ u64 value_; asm volatile("mfspr %0, %1" : "=r"(value_) : "i"(number)); value_; })
@@ -88,9 +88,9 @@ extern u64 scv_result[3];
 /* Numbers: Linux arch/powerpc/include/asm/hvcall.h and ultravisor-api.h. */
 enum {
     H_SUCCESS = 0, H_FUNCTION = -2, H_PRIVILEGE = -3, H_PARAMETER = -4, H_P2 = -55, H_P3 = -56, H_P4 = -57,
-    H_UNSUPPORTED = -67,
+    H_UNSUPPORTED = -67, H_SIGNAL_SYS_RESET = 0x380, SYS_RESET_ALL = -1, SYS_RESET_OTHERS = -2,
     H_PUT_TCE = 0x20, H_LOGICAL_CI_LOAD = 0x3c, H_GET_TERM_CHAR = 0x54, H_PUT_TERM_CHAR = 0x58, H_EOI = 0x64,
-    H_CPPR = 0x68, H_IPI = 0x6c, H_XIRR = 0x74, H_CEDE = 0xe0, H_RANDOM = 0x300, H_SET_MODE = 0x31c,
+    H_CPPR = 0x68, H_IPI = 0x6c, H_XIRR = 0x74, H_CEDE = 0xe0, H_CONFER = 0xe4, H_PROD = 0xe8, H_RANDOM = 0x300, H_SET_MODE = 0x31c,
     H_REGISTER_PROC_TBL = 0x37c, H_RTAS = 0xf000, H_SVM_PAGE_IN = 0xef00,
 };
 enum {

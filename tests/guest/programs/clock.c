@@ -103,12 +103,29 @@ static void cede(void)
     hcall(H_EOI, results[0], 0, 0, 0);
 }
 
+/* A prod ends the next wait before it begins, and is used up by it. */
+static void prod_and_confer(void)
+{
+    u64 start = time_base();
+    mtspr(SPR_DEC, 200000);
+    check_is("prod-of-the-caller", hcall(H_PROD, 0, 0, 0, 0), H_SUCCESS);
+    check_is("confer-to-itself-after-a-prod", hcall(H_CONFER, 0, 0, 0, 0), H_SUCCESS);
+    check_is("confer-to-all-others", hcall(H_CONFER, -1, 0, 0, 0), H_SUCCESS);
+    check_is("confer-to-nobody", hcall(H_CONFER, 7, 0, 0, 0), H_PARAMETER);
+    check_is("prod-of-nobody", hcall(H_PROD, 7, 0, 0, 0), H_PARAMETER);
+    check_is("cede-without-a-prod", hcall(H_CEDE, 0, 0, 0, 0), H_SUCCESS);
+    mtmsrd(mfmsr() & ~MSR_EE);
+    check("cede-waits-for-the-decrementer", time_base() - start >= 190000, "took", time_base() - start);
+}
+
 int program(void)
 {
     time_base_runs();
     decrementer_counts();
     decrementer_fires();
     decrementer_waits_for_ee();
+    /* Before there are external interrupts: in a secure VM their line may fall later than H_EOI returns. */
+    prod_and_confer();
     cede();
     return 0;
 }

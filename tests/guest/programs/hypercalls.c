@@ -55,6 +55,11 @@ static void rtas_calls(void)
     check("rtas-unknown-service", rtas("no-such-service", nothing, 0, 0, 0) < 0, "is", 0);
     check_is("rtas-time", rtas("get-time-of-day", nothing, 0, out, 7), 0);
     check("rtas-year", out[0] >= 2020 && out[0] < 2200, "is", out[0]);
+    u32 leap_day[7] = {2028, 2, 29, 23, 59, 58, 0}, no_day[7] = {2027, 2, 29, 0, 0, 0, 0};
+    check_is("rtas-set-time", rtas("set-time-of-day", leap_day, 7, 0, 0), 0);
+    check_is("rtas-time-that-was-set", rtas("get-time-of-day", nothing, 0, out, 7), 0);
+    check("rtas-same-minute", out[0] == 2028 && (out[1] == 2 || out[1] == 3), "month", out[1]);
+    check("rtas-day-that-does-not-exist", rtas("set-time-of-day", no_day, 7, 0, 0) < 0, "is", 0);
     u32 parameter[3] = {12345, 0x800000, 64};
     check("rtas-unknown-parameter", rtas("ibm,get-system-parameter", parameter, 3, 0, 0) != 0, "is", 0);
 }

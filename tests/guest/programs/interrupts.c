@@ -57,6 +57,24 @@ static void alignment(void)
     check_is("alignment-dar", trapped.dar, odd);
 }
 
+static void system_reset(const char *name, u64 target)
+{
+    try(do_hypercall, H_SIGNAL_SYS_RESET, target);
+    expect(name, 0x100, (u64)at_hypercall + 4);
+    check_is("system-reset-result", trapped.gpr[3], H_SUCCESS);
+    check_is("system-reset-handler-in-real-mode", trapped.msr & (MSR_IR | MSR_DR | MSR_EE), 0);
+}
+
+static void system_resets(void)
+{
+    system_reset("system-reset-of-the-caller-0x100", 0);
+    system_reset("system-reset-of-all-0x100", SYS_RESET_ALL);
+    trapped.vector = 0;
+    check_is("system-reset-of-others", hcall(H_SIGNAL_SYS_RESET, SYS_RESET_OTHERS, 0, 0, 0), H_SUCCESS);
+    check("others-are-none", !trapped.vector, "vector", trapped.vector);
+    check_is("system-reset-of-nobody", hcall(H_SIGNAL_SYS_RESET, 7, 0, 0, 0), H_PARAMETER);
+}
+
 static int wait_for(u64 vector, u64 before, u64 ticks)
 {
     u64 end = mfspr(SPR_TB) + ticks;
@@ -169,6 +187,7 @@ static void with_translation(void)
     try(do_trap, 0, 0);
     expect("trap-ail-3", 0x700, (u64)at_trap);
     check_is("handler-translated", trapped.msr & (MSR_IR | MSR_DR), MSR_IR | MSR_DR);
+    system_reset("system-reset-ail-3", 0);
     try_as_user(do_sc, 0, 0);
     expect("user-system-call-ail-3", 0xc00, (u64)at_sc + 4 + USER_OFFSET);
     vectored_calls();
@@ -185,6 +204,7 @@ int program(void)
     unavailable();
     system_call();
     alignment();
+    system_resets();
     external();
     decrementer();
     check_is("handler-endian", trapped.msr & MSR_LE, mfmsr() & MSR_LE);

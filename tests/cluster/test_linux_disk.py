@@ -1,0 +1,112 @@
+"""Linux from a disk as an installer leaves it: firmware starts it from the boot partition, its root is ext4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deploy.api import Vm, cluster
+from deploy.linux.store import LinuxImage
+from tests.cluster.linux_shell import PROMPT, power_off, shell
+from tests.cluster.vm_files import console_end, console_until
+from tests.disk_image import Kind, Part, write_mbr_disk
+from tests.guest.build import build_linux_program
+from tests.linux_calls import UNKNOWN, calls_made
+from tests.linux_root import file_in_root, loadable_by_firmware, make_root
+from tests.needs import need_cross_compilers, need_firmware, need_linux, need_program
+
+pytestmark = [pytest.mark.linux, pytest.mark.cross]
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "linux.md"
+BOOT_SECONDS = 120.0
+COMMAND_LINE = "console=hvc0 quiet root=/dev/vda2 rw"
+SECOND_LINE = f"{COMMAND_LINE} pci=nomsi"
+_TEXT = """
+[hosts.alpha]
+secure_memory = "64M"
+[vms.vm1]
+host = "alpha"
+memory = "512M"
+time = "wall"
+[vms.vm1.guest]
+kernel = "machine"
+boot = "disk"
+command_line = "{command_line}"
+[vms.vm1.disks.root]
+path = "{disk}"
+"""
+
+
+async def test_linux_from_its_disk_writes_starts_another_kernel_reboots_and_powers_off(tmp_path: Path) -> None:
+    """One VM through all that a machine does: boot, kexec, reboot through firmware, power off; each finds the file."""
+    need_firmware()
+    need_cross_compilers()
+    need_program("mke2fs", "e2fsprogs")
+    need_program("cpio", "cpio")
+    image = need_linux()
+    disk, root, root_at = make_disk(image, tmp_path)
+    file = tmp_path / "c.toml"
+    file.write_text(_TEXT.format(command_line=COMMAND_LINE, disk=disk))
+
+    async with cluster(file, state_dir=tmp_path / "state", record=True) as running:
+        vm = running.vm("vm1")
+        await booted(vm, 0, "Trying to load:  from: /pci@800000020000000/scsi@1 ...   Successfully loaded")
+        assert await shell(vm, "cat /proc/cmdline") == COMMAND_LINE
+        assert "/dev/root on / type ext4 (rw" in await shell(vm, "mount")
+        nodes = (await shell(vm, "ls /proc/device-tree/pci*")).split()
+        # Firmware merges the tree that it gets from ibm,client-architecture-support into its own, node by node.
+        assert [name for name in nodes if name.startswith("scsi@")] == ["scsi@1"]
+        assert "linux,direct64-ddr-window-info" in nodes
+        await shell(vm, "echo first > /root/told; sync")
+
+        since = await console_end(vm)
+        await vm.console_write(f"kexec /boot/vmlinux '{SECOND_LINE}'\r".encode())
+        text = await booted(vm, since, "pefbox: linux")
+        assert "SLOF" not in text
+        assert await shell(vm, "cat /proc/cmdline") == SECOND_LINE
+        # Without messages the disk has a level-triggered line of the bridge, which Linux ends each time.
+        interrupts = await shell(vm, "cat /proc/interrupts")
+        (line,) = (line for line in interrupts.splitlines() if "Level" in line and "virtio0" in line)
+        assert int(line.split()[1]) > 0
+        assert "MSI" not in interrupts
+        await shell(vm, "echo second >> /root/told; sync")
+
+        since = await console_end(vm)
+        await vm.console_write(b"reboot -f\r")
+        await booted(vm, since, "Successfully loaded")
+        assert await shell(vm, "cat /proc/cmdline") == COMMAND_LINE
+        assert await shell(vm, "cat /root/told") == "first\nsecond"
+        await shell(vm, "mount -o remount,ro /")
+        await power_off(running, vm)
+
+    documented = DOCUMENT.read_text()
+    made = {name for name, _ in calls_made(tmp_path / "state", "vm1")}
+    assert len(made) > 20
+    assert [name for name in made if name != UNKNOWN and f"| {name} |" not in documented] == []
+    assert file_in_root(take_root(disk, root, root_at), "root/told") == b"first\nsecond\n"
+
+
+def make_disk(image: LinuxImage, directory: Path) -> tuple[Path, Path, int]:
+    """The disk, the root file system that it was made with, and where on the disk that lies."""
+    kernel, disk = Path(image.kernel), directory / "disk.img"
+    more = {"boot/vmlinux": kernel, "sbin/kexec": build_linux_program("kexec")}
+    root = make_root(Path(image.initramfs), more, directory)
+    boot = loadable_by_firmware(kernel.read_bytes())
+    _, root_at = write_mbr_disk(disk, [Part(Kind.PREP_BOOT, boot), Part(Kind.LINUX, root.read_bytes())])
+    return disk, root, root_at
+
+
+def take_root(disk: Path, root: Path, root_at: int) -> Path:
+    """Copy the root file system of the disk to `root`."""
+    with disk.open("rb") as whole:
+        whole.seek(root_at)
+        root.write_bytes(whole.read(root.stat().st_size))
+    return root
+
+
+async def booted(vm: Vm, since: int, mark: str) -> str:
+    """The console from `since` to the next shell; it shows `mark`."""
+    text = await console_until(vm, PROMPT, seconds=BOOT_SECONDS, since=since)
+    assert mark in text
+    return text
