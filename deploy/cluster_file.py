@@ -49,7 +49,7 @@ FIRMWARE_BOOTS = ("disk", "kernel")
 DMA_DESIGNS = ("quirk", "iommu", "plain")
 DISK_FORMATS = ("raw",)
 DEVICE_KINDS = ("virtio-blk",)
-MAKES = ("demo",)
+MAKES = ("demo", "linux")
 
 MIN_VM_BYTES = 16 << 20
 MAX_SECURE_BYTES = 1 << 40
