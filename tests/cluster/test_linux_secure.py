@@ -39,7 +39,7 @@ PLANT = (
     "echo $M > /tmp/file; hostname $M; KEPT=$M /bin/busybox sleep 10000 & echo $! > /tmp/pid"
 )
 """The page cache, the kernel's own name, a process's memory; the command line holds the seed alone."""
-REGION_OFFSET, REGION_BYTES = 4 << 20, 1 << 20
+REGION_OFFSET, REGION_BYTES = 4 << 20, 256 << 10
 
 
 @asynccontextmanager
@@ -123,7 +123,7 @@ async def check_the_hosts_view(running: RunningCluster, shell: LinuxShell) -> No
 
 async def check_memory_pressure(running: RunningCluster, shell: LinuxShell) -> None:
     """kvm pages out 30 % of all pages at random while the guest checksums: nothing changes for it (S3)."""
-    await shell.run("head -c 16000000 /dev/urandom > /tmp/ballast")
+    await shell.run("dd if=/dev/vda of=/tmp/ballast bs=1M")
     before = await shell.run("sha256sum /tmp/ballast /bin/busybox")
     digests = []
 
