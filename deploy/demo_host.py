@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 from deploy.api import RunningCluster
@@ -10,10 +11,11 @@ from deploy.demo_evidence import SEGMENT_DIR, frame_is_hole, read_frame
 from deploy.demo_report import VmReport
 from deploy.manifest import read_manifest
 from protocol.errors import UserError
-from protocol.geometry import PAGE_BYTES, gpa_of
+from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
 from protocol.roles import Role
 
 _ANSWER_SECONDS = 5.0
+_RUN_PAGES = 4
 
 
 async def read_as_host(running: RunningCluster, spec: VmSpec, gfns: list[int], report: VmReport) -> list[bytes]:
@@ -40,12 +42,13 @@ def are_ciphertext(images: list[bytes], report: VmReport, *, show_content: bool)
     return True
 
 
-async def page_out(running: RunningCluster, spec: VmSpec, gfns: list[int]) -> int:
-    """Have kvm page these out, one by one; how many went or were gone already."""
+async def press(running: RunningCluster, spec: VmSpec, share: float) -> int:
+    """Have kvm page out this share of all pages, chosen at random; how many went."""
     kvm, gone = running.process(f"{spec.host}/{Role.KVM.value}"), 0
-    for gfn in gfns:
-        answer = await kvm.query("page.out", {"vm": spec.name, "gpa": gpa_of(gfn), "n": 1}, _ANSWER_SECONDS)
-        gone += answer["codes"].get("H_SUCCESS", 0)
+    n_runs = (spec.memory_bytes >> PAGE_SHIFT) // _RUN_PAGES
+    for run in random.Random(spec.name).sample(range(n_runs), int(share * n_runs)):
+        arguments = {"vm": spec.name, "gpa": gpa_of(run * _RUN_PAGES), "n": _RUN_PAGES}
+        gone += (await kvm.query("page.out", arguments, _ANSWER_SECONDS))["codes"].get("H_SUCCESS", 0)
     return gone
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ import trio
 
 from deploy.api import RunningCluster, Vm
 from deploy.cluster_file import VmSpec
-from deploy.demo_host import are_ciphertext, page_out, read_as_host, secure_state
+from deploy.demo_host import are_ciphertext, press, read_as_host, secure_state
 from deploy.demo_report import SHARED_ON_PURPOSE, VmReport, Written
 from deploy.linux_shell import LinuxShell
 from protocol.errors import UserError
@@ -89,8 +88,6 @@ class LinuxGuest:
         """The guest checks what it holds while the host pages out a part of its memory."""
         await shell.run("dd if=/dev/vda of=/tmp/ballast bs=1M")
         before = await shell.run("sha256sum /tmp/ballast /bin/busybox")
-        n_pages = spec.memory_bytes >> PAGE_SHIFT
-        chosen = random.Random(spec.name).sample(range(n_pages), int(PRESSURE_SHARE * n_pages))
         digests: list[str] = []
 
         async def checksum() -> None:
@@ -98,7 +95,7 @@ class LinuxGuest:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(checksum)
-            report.pages_under_pressure = await page_out(running, spec, chosen)
+            report.pages_under_pressure = await press(running, spec, PRESSURE_SHARE)
         digests.append(await shell.run("sha256sum /tmp/ballast /bin/busybox"))
         if digests != [before, before]:
             report.problems.append("paging changed what the guest reads")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,13 +12,14 @@ import pytest
 import trio
 
 from deploy.api import RunningCluster, Vm, cluster
+from deploy.cluster_file import read_cluster_file
+from deploy.demo_host import press
 from deploy.linux_shell import LinuxShell
 from deploy.memory_segments import SHM_DIR
 from deploy.run_program import RunOrder, cluster_text
 from protocol.geometry import PAGE_BYTES
 from tests.cluster.linux_vms import (
     COMMAND_LINE,
-    HOST,
     MEMORY_BYTES,
     audit_events,
     make_files,
@@ -126,13 +126,14 @@ async def check_memory_pressure(running: RunningCluster, shell: LinuxShell) -> N
     await shell.run("dd if=/dev/vda of=/tmp/ballast bs=1M")
     before = await shell.run("sha256sum /tmp/ballast /bin/busybox")
     digests = []
+    spec = read_cluster_file(running.paths.state_dir / "linux.toml").vms[0]
 
     async def checksum() -> None:
         digests.append(await shell.run("sha256sum /tmp/ballast /bin/busybox"))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(checksum)
-        assert await press(running, 0.3) > 0.2 * N_PAGES
+        assert await press(running, spec, 0.3) > 0.2 * N_PAGES
     assert found(normal_ram(running)) == 0
     digests.append(await shell.run("sha256sum /tmp/ballast /bin/busybox"))
 
@@ -140,15 +141,6 @@ async def check_memory_pressure(running: RunningCluster, shell: LinuxShell) -> N
     assert await shell.run("cat /tmp/file") == MARKER
     assert await shell.run("hostname") == MARKER
     assert await shell.run("tr '\\0' '\\n' < /proc/$(cat /tmp/pid)/environ | grep KEPT") == f"KEPT={MARKER}"
-
-
-async def press(running: RunningCluster, share: float) -> int:
-    """Have kvm page out this share of all pages, at random; how many went."""
-    kvm, gone = running.process(f"{HOST}/kvm"), 0
-    for gfn in random.Random(1).sample(range(N_PAGES), int(share * N_PAGES)):
-        answer = await kvm.query("page.out", {"vm": "vm1", "gpa": gfn * PAGE_BYTES, "n": 1}, 5.0)
-        gone += answer["codes"].get("H_SUCCESS", 0)
-    return gone
 
 
 async def check_a_reboot(vm: Vm, shell: LinuxShell) -> None:
