@@ -13,10 +13,10 @@ READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 QUICK_TESTS := tests/unit tests/cluster/test_page_life.py tests/cluster/test_reset.py tests/cluster/test_disk.py
 
-.PHONY: help setup demo test test-other-python soak lint bench docs clean
+.PHONY: help setup demo linux-demo test test-other-python soak lint bench docs clean
 
 help: ## what can be made
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
@@ -29,6 +29,14 @@ setup: $(READY) ## the virtual environment
 
 demo: $(READY) ## set up, then run the main job: two hosts, two secure VMs, every check
 	$(RUN)/pefbox demo
+
+NEED_FIRMWARE := import sys; from deploy.firmware import PACKAGE, find_firmware; \
+	sys.exit(None if find_firmware() else f"pefbox: no SLOF on this machine: apt-get install {PACKAGE}")
+
+linux-demo: $(READY) ## the same with Linux: set up, build its kernel where it lacks, two hosts, two secure VMs
+	@$(RUN)/python -c '$(NEED_FIRMWARE)'
+	$(RUN)/pefbox linux build
+	$(RUN)/pefbox demo --guest linux
 
 test: $(READY) ## set up, then run all tests
 	$(RUN)/ruff check .

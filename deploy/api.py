@@ -86,6 +86,7 @@ class Vm:
 
     def __init__(self, cluster: RunningCluster, name: str) -> None:
         self._cluster, self.name = cluster, name
+        self._kvm_process: Process | None = None
 
     @property
     def guest(self) -> Process:
@@ -166,9 +167,12 @@ class Vm:
         raise UserError(f"{self.name}: no prompt within {seconds:g} s after {line!r}: {output[-200:]!r}")
 
     async def _kvm(self) -> Process:
+        if self._kvm_process is not None:
+            return self._kvm_process
         for host in (await self._cluster.status()).hosts:
             if any(row.name == self.name for row in host.vms):
-                return self._cluster.process(f"{host.name}/kvm")
+                self._kvm_process = self._cluster.process(f"{host.name}/kvm")
+                return self._kvm_process
         raise UserError(f'no VM "{self.name}"')
 
 

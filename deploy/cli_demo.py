@@ -6,14 +6,19 @@ from pathlib import Path
 
 import click
 
+_GUESTS = ("model", "linux")
+
 
 @click.command("demo")
+@click.option("--guest", type=click.Choice(_GUESTS), default=_GUESTS[0], show_default=True, help="What the VMs run.")
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the report here, too."
 )
 @click.option("--state", "state_dir", type=click.Path(path_type=Path), help="Directory of disks, keys and logs.")
-def demo(json_file: Path | None, state_dir: Path | None) -> None:
+def demo(guest: str, json_file: Path | None, state_dir: Path | None) -> None:
     """Start two hosts whose VMs turn themselves secure and work on real disks; check every claim.
+
+    With `--guest linux` the VMs run firmware and the kernel of `pefbox linux build`.
 
     The exit status is 0 only if every check held.
     """
@@ -24,6 +29,9 @@ def demo(json_file: Path | None, state_dir: Path | None) -> None:
     import trio
 
     from deploy.demo import run_demo
+    from deploy.demo_linux import LinuxGuest
+    from deploy.demo_model import ModelGuest
+    from deploy.demo_report import DemoGuest
     from deploy.tables import console
 
     started = time.monotonic()
@@ -31,7 +39,8 @@ def demo(json_file: Path | None, state_dir: Path | None) -> None:
     def say(text: str) -> None:
         click.echo(f"{time.monotonic() - started:6.1f} s  {text}", err=True)
 
-    report = trio.run(run_demo, state_dir, say)
+    kind: DemoGuest = LinuxGuest() if guest == "linux" else ModelGuest()
+    report = trio.run(run_demo, kind, state_dir, say)
     if json_file is not None:
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     console().print(_table(report))
@@ -47,7 +56,7 @@ def demo(json_file: Path | None, state_dir: Path | None) -> None:
 def _table(report: object) -> object:
     from rich.table import Table
 
-    from deploy.demo import DemoReport
+    from deploy.demo_report import DemoReport
 
     assert isinstance(report, DemoReport)
     table = Table(title="pefbox demo", show_lines=False)
@@ -63,6 +72,7 @@ def _table(report: object) -> object:
         "SHA-256 of the disk, host": [vm.disk_sha256_host[:16] for vm in vms],
         "written region in the file": ["yes" if vm.written_region_on_disk else "NO" for vm in vms],
         "host's read of a secure page": [vm.host_read_of_secure_page for vm in vms],
+        "paged out at random": [f"{vm.pages_under_pressure} pages" for vm in vms],
         "secrets found outside": [", ".join(vm.secrets_found) or "none" for vm in vms],
         "marker shared on purpose": ["found" if vm.shared_marker_found else "NOT found" for vm in vms],
         "hypercalls": [str(sum(vm.hypercalls.values())) for vm in vms],

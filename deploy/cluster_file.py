@@ -52,7 +52,7 @@ FIRMWARE_BOOTS = ("disk", "kernel")
 """Ways in which a machine starts in its firmware."""
 DMA_DESIGNS = ("quirk", "iommu", "plain")
 DISK_FORMATS = ("raw",)
-MAKES = ("demo",)
+MAKES = ("demo", "linux")
 
 MAX_NETWORK_VMS = 16
 """All VMs of a network are linked in pairs."""

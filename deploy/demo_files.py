@@ -21,16 +21,15 @@ import tempfile
 from pathlib import Path
 
 import msgspec
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 
+from deploy.boot_parts import host_blob
 from deploy.cluster_file import Cluster, VmSpec
 from protocol.errors import ImageRefused, UserError
 from services.guest.model.image import build_image, sources_digest
 from services.ultravisor.identity import ensure_keys, public_key_of
 from shared.boot_partition import build_boot_partition, write_disk
-from shared.esm_digest import RTAS_TEXT, SecureImage, digests_of
-from shared.esm_make import Attachment, BlobContents, Holder, make_blob
+from shared.esm_digest import RTAS_TEXT, SecureImage
+from shared.esm_make import Attachment
 from shared.newc import prepend_blob
 
 COMMAND_LINE = "svm=on"
@@ -76,13 +75,9 @@ def secure_files(vm: VmSpec, state_dir: Path) -> SecureFiles:
     except ImageRefused as refused:
         raise UserError(f"vm {vm.name}: {refused.reason}") from None
     initrd = random.Random(vm.name).randbytes(_INITRD_BYTES)
-    contents = BlobContents(
-        origin=Holder(_origin_key(state_dir)),
-        recipients=[Holder(public_key_of(state_dir, vm.host))],
-        digests=digests_of(SecureImage(RTAS_TEXT, image, initrd, command_line.encode())),
-        files=[Attachment(SECRET_FILE, f"root /dev/vda3 {vm.name}\n".encode())],
-    )
-    return SecureFiles(image, initrd, make_blob(contents), command_line)
+    measured = SecureImage(RTAS_TEXT, image, initrd, command_line.encode())
+    secret = Attachment(SECRET_FILE, f"root /dev/vda3 {vm.name}\n".encode())
+    return SecureFiles(image, initrd, host_blob(measured, state_dir, vm.host, [secret]), command_line)
 
 
 def _stamp(vm: VmSpec, state_dir: Path) -> str:
@@ -95,17 +90,6 @@ def _is_current(vm: VmSpec, stamp_file: Path, stamp: str) -> bool:
     if not stamp_file.is_file() or stamp_file.read_text() != stamp:
         return False
     return all(Path(path).is_file() for path in made)
-
-
-def _origin_key(state_dir: Path) -> bytes:
-    """The public key of the blobs' owner, made at the first use."""
-    path = state_dir / "demo-origin.pem"
-    if path.is_file():
-        return path.read_bytes()
-    key = rsa.generate_private_key(65537, 2048).public_key()
-    pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    path.write_bytes(pem)
-    return pem
 
 
 # -- boot = "kernel" ------------------------------------------------------------------------------------------------

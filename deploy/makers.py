@@ -7,12 +7,13 @@ from pathlib import Path
 
 from deploy.cluster_file import Cluster
 from deploy.demo_files import make_demo_files
+from deploy.linux_files import make_linux_files
 from protocol.errors import UserError
 
 Maker = Callable[[Cluster, Path], None]
 """Makes the files that a cluster names, below its state directory, where they are missing or out of date."""
 
-MAKERS: dict[str, Maker] = {"demo": make_demo_files}
+MAKERS: dict[str, Maker] = {"demo": make_demo_files, "linux": make_linux_files}
 
 
 def make(cluster: Cluster, state_dir: Path) -> None:

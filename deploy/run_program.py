@@ -10,18 +10,13 @@ from pathlib import Path
 
 import msgspec
 import trio
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 
 from deploy.api import RunningCluster, cluster
+from deploy.boot_parts import BootParts, parts_blob, read_program_file
 from deploy.calls_view import count_calls
-from deploy.linux.config import findings_for_secure
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES
-from services.ultravisor.identity import ensure_keys, public_key_of
-from shared.elf_program import Program, read_program
-from shared.esm_digest import RTAS_TEXT, SecureImage, digests_of
-from shared.esm_make import BlobContents, Holder, make_blob
+from shared.elf_program import Program
 
 STATUS_TIMEOUT = 124
 STATUS_FAILED = 125
@@ -39,13 +34,10 @@ Out = Callable[[bytes], None]
 """Takes what the program writes to its terminal, as it comes."""
 
 
-class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
+class RunOrder(BootParts, frozen=True, kw_only=True):
     """What to run. `time` is the VM's clock; `timeout_seconds` None lets it run for ever."""
 
-    program: Path
-    initrd: Path | None = None
     secure: bool = False
-    command_line: str = ""
     memory_bytes: int = 64 << 20
     time: str = "instructions"
     timeout_seconds: float | None = None
@@ -81,22 +73,11 @@ class _QemuStatus(msgspec.Struct):
 
 def check_program(path: Path, memory_bytes: int) -> Program:
     """The program in the file; raises UserError with the one line that says what is wrong with it."""
-    try:
-        program = read_program(read_file(path))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+    program = read_program_file(path)
     if program.end > memory_bytes:
         room = f"the VM has {memory_bytes >> 20} MiB of memory"
         raise UserError(f"{path}: ends at {program.end:#x}, but {room}; give it more with --memory")
     return program
-
-
-def read_file(path: Path) -> bytes:
-    """A user's file; raises UserError."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def run_program(order: RunOrder, out: Out) -> RunReport:
@@ -139,21 +120,9 @@ def _quoted(text: str) -> str:
 
 
 def program_blob(program: Program, order: RunOrder, state_dir: Path) -> Path:
-    """The ESM blob for the program, for this host's machine key, owned by nobody who could open it."""
-    if program.entry != program.base:
-        raise UserError(f"{order.program}: a secure program starts at its first byte; its entry is elsewhere")
-    for finding in findings_for_secure(order.program.read_bytes()):
-        raise UserError(f"{order.program}: {finding}")
-    ensure_keys(state_dir, _HOST)
-    initrd = b"" if order.initrd is None else read_file(order.initrd)
-    image = SecureImage(RTAS_TEXT, program.image, initrd, order.command_line.encode())
-    owner = rsa.generate_private_key(65537, 2048).public_key()
-    pem = owner.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    contents = BlobContents(
-        origin=Holder(pem), recipients=[Holder(public_key_of(state_dir, _HOST))], digests=digests_of(image), files=[]
-    )
+    """The file with the ESM blob for the program, made for this run's host."""
     blob = state_dir / "program.esm"
-    blob.write_bytes(make_blob(contents))
+    blob.write_bytes(parts_blob(order, program, state_dir, _HOST))
     return blob
 
 

@@ -139,7 +139,7 @@ class Machine:
 
     def power_off(self) -> None:
         """The guest switched itself off."""
-        self._nursery.start_soon(self._power_off)
+        self._nursery.start_soon(self._end, ShutdownCause.GUEST_SHUTDOWN, RunState.SHUTDOWN)
 
     def exit(self, status: int) -> None:
         """The guest's program is done."""
@@ -151,10 +151,10 @@ class Machine:
         self._nursery.start_soon(self._reset, ShutdownCause.GUEST_RESET)
 
     def os_term(self, text: str) -> None:
-        """The guest's kernel gave up."""
+        """The guest's kernel gave up; as with QEMU's default, that switches the machine off."""
         self._log.error("guest: ibm,os-term", text=text)
         self.panic = text
-        self._nursery.start_soon(self._panic)
+        self._nursery.start_soon(self._end, ShutdownCause.GUEST_PANIC, RunState.GUEST_PANICKED)
 
     def wall_ns(self) -> int:
         """Nanoseconds since 1970-01-01 UTC."""
@@ -235,20 +235,13 @@ class Machine:
                 self._log.error("reset failed", reason=str(error))
                 raise CommandFailed(str(error)) from None
 
-    async def _power_off(self) -> None:
+    async def _end(self, cause: ShutdownCause, state: RunState) -> None:
         async with self._orders:
-            self._events.emit(Shutdown.by(ShutdownCause.GUEST_SHUTDOWN))
-            self.state = RunState.SHUTDOWN
+            self._events.emit(Shutdown.by(cause))
+            self.state = state
             self._ended_s = time.monotonic()
             await self._order(m.VM_POWEROFF, m.Empty())
             await self._board().reset()
-
-    async def _panic(self) -> None:
-        async with self._orders:
-            self._events.emit(Shutdown.by(ShutdownCause.GUEST_PANIC))
-            self.state = RunState.GUEST_PANICKED
-            self._ended_s = time.monotonic()
-            await self._order(m.VM_STOP, m.Empty())
 
     async def _order(self, message: m.Message[m.BodyT, m.Status], body: m.BodyT) -> None:
         with trio.move_on_after(_ORDER_SECONDS):

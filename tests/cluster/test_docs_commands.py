@@ -14,7 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
-RUN_ELSEWHERE = {"make demo": "tests/cluster/test_demo.py", "make test": "this run", "make bench": "tests.bench"}
+RUN_ELSEWHERE = {
+    "make demo": "tests/cluster/test_demo.py",
+    "make linux-demo": "tests/cluster/test_linux_demo.py",
+    "make test": "this run",
+    "make bench": "tests.bench",
+}
 
 
 def commands_of(document: Path) -> list[list[str]]:
