@@ -24,10 +24,10 @@ from services.guest.machine.code_pages import CodePages, ShadowsFull
 from services.guest.machine.crash_report import CrashReport
 from services.guest.machine.devices import DeviceAccesses
 from services.guest.machine.engine_memory import EngineMemory
-from services.guest.machine.hooks import EXCEPTION_CALLBACK, FILL_CALLBACK, add_hook, address_of
+from services.guest.machine.hooks import EXCEPTION_CALLBACK, FILL_CALLBACK, TLB_FLUSH, add_hook, address_of
 from services.guest.machine.instructions import WORD_BYTES, EngineException, Instructions
 from services.guest.machine.interrupts import Interrupts, Vector
-from services.guest.machine.layout import probe
+from services.guest.machine.layout import TLB_FLUSH, probe, stop_between_blocks_only
 from services.guest.machine.mmu import Mmu, ProcessTable, SegmentFault, StorageFault, Use
 from services.guest.machine.partition import Absent, OutsideRam, Partition
 from services.guest.machine.register_file import RegisterFile
@@ -49,8 +49,6 @@ NS_PER_INSTRUCTION = 2
 MAX_LACKING_LINES = 100
 _HYPERCALL_LEVEL = 1
 _ULTRACALL_LEVEL = 2
-_TLB_FLUSH = 11 | 1 << 30
-"""UC_CTL_TLB_FLUSH as a write without arguments; the Python class has no method for it."""
 _EE = int(Msr.EE)
 _LPCR = Lpcr.UPRT | Lpcr.HR | Lpcr.GTSE
 
@@ -69,7 +67,10 @@ class MachineEngine:
         self._clock = clock
         self._uc = uc.Uc(uc.UC_ARCH_PPC, uc.UC_MODE_PPC64 | uc.UC_MODE_BIG_ENDIAN)
         self._memory = EngineMemory(self._uc, memory)
-        self._registers = RegisterFile(self._uc, probe())
+        layout = probe()
+        self._registers = RegisterFile(self._uc, layout)
+        if layout.no_exit_request is not None:
+            stop_between_blocks_only(self._uc, layout.no_exit_request)
         self._partition = Partition(memory)
         self._mmu = Mmu(self._partition.load_u64, self._partition.store_u64)
         self._code = CodePages(self._memory, self._flush_tlb)
@@ -109,7 +110,7 @@ class MachineEngine:
         uclib.uc_emu_stop(self._uc._uch)
 
     def _flush_tlb(self) -> None:
-        uclib.uc_ctl(self._uc._uch, _TLB_FLUSH)
+        uclib.uc_ctl(self._uc._uch, TLB_FLUSH)
         self._code.tlb_flushed()
 
     def _follow_space(self) -> None:
