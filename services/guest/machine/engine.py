@@ -27,7 +27,7 @@ from services.guest.machine.engine_memory import EngineMemory
 from services.guest.machine.hooks import EXCEPTION_CALLBACK, FILL_CALLBACK, TLB_FLUSH, add_hook, address_of
 from services.guest.machine.instructions import WORD_BYTES, EngineException, Instructions
 from services.guest.machine.interrupts import Interrupts, Vector
-from services.guest.machine.layout import TLB_FLUSH, probe, stop_between_blocks_only
+from services.guest.machine.layout import probe, stop_between_blocks_only
 from services.guest.machine.mmu import Mmu, ProcessTable, SegmentFault, StorageFault, Use
 from services.guest.machine.partition import Absent, OutsideRam, Partition
 from services.guest.machine.register_file import RegisterFile

@@ -9,7 +9,6 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from protocol.errors import HostFault
 
-
 TLB_FLUSH = 11 | 1 << 30
 """UC_CTL_TLB_FLUSH as a write without arguments; the Python class has no method for it."""
 
