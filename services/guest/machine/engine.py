@@ -32,14 +32,13 @@ from services.guest.machine.mmu import Mmu, ProcessTable, SegmentFault, StorageF
 from services.guest.machine.partition import Absent, OutsideRam, Partition
 from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import EVERY_FACILITY, Dsisr, Lpcr, Msr, Spr, Srr1
+from services.guest.machine.slices import FixedSlices, TimedSlices
 from services.guest.machine.state import VERSION, MachineState, TableState, decode_state, encode_state
 from services.guest.machine.time_base import NS_PER_US, TICKS_PER_US, TimeBase
 from services.guest.machine.trail import Trail
 from services.guest.machine.translator import Stop, Translator
 from services.runtime.log import Log
 
-SLICE_INSTRUCTIONS = 100_000
-"""About a millisecond of the host's time, which is what an invalidation may have to wait for."""
 MAX_FILLS = 500
 """TLB misses of a slice: code that meets a new page with every instruction would else run for half a second. Only with
 a clock that does not repeat, since the engine sizes its TLB by real time and misses differ from run to run."""
@@ -76,7 +75,9 @@ class MachineEngine:
         self._code = CodePages(self._memory, self._flush_tlb)
         self._counter = BlockCounter(self._uc)
         self._translator = Translator(self._registers, self._mmu, self._partition, self._code, self._counter.stop_soon)
-        self._max_fills = NO_LIMIT if isinstance(clock, InstructionClock) else MAX_FILLS
+        repeats = isinstance(clock, InstructionClock)
+        self._max_fills = NO_LIMIT if repeats else MAX_FILLS
+        self._slices = FixedSlices() if repeats else TimedSlices()
         self._time = TimeBase(clock, self._registers)
         self._interrupts = Interrupts(self._registers)
         self._instructions = Instructions(
@@ -147,7 +148,7 @@ class MachineEngine:
         self._flush_all()
 
     def run(self, slice_ns: int) -> Exit:
-        """Execute for at most a slice of SLICE_INSTRUCTIONS."""
+        """Execute for at most a slice (services.guest.machine.slices)."""
         if self._awaited is not None:
             raise RuntimeError("the last exit has no outcome yet: resume comes before run")
         self._code.look_at_writes()
@@ -263,7 +264,7 @@ class MachineEngine:
     def _budget(self, slice_ns: int, left_ticks: int, *, waits: bool) -> int:
         """Instructions of this slice. The decrementer ends it when it is going to expire; while an interrupt waits for
         MSR.EE slices are short at first, and longer each time, since firmware may never enable it."""
-        limit = max(MAX_BLOCK_INSTRUCTIONS, min(SLICE_INSTRUCTIONS, slice_ns // NS_PER_INSTRUCTION))
+        limit = max(MAX_BLOCK_INSTRUCTIONS, min(self._slices.n_instructions, slice_ns // NS_PER_INSTRUCTION))
         if waits:
             self._masked_budget = min(limit, self._masked_budget * 2)
             return self._masked_budget
@@ -279,9 +280,11 @@ class MachineEngine:
         registers = self._registers
         self._counter.begin(n)
         self._translator.fills_left = self._max_fills
+        self._slices.begin()
         status: int = uclib.uc_emu_start(self._uc._uch, registers.pc, 0, 0, 0)
         stop = self._translator.stop
         retired = self._counter.retired(registers.pc, fetch=stop is not None and stop.use is Use.FETCH)
+        self._slices.end(retired)
         self._time.end()
         self._clock.charge(retired * NS_PER_INSTRUCTION)
         self.n_instructions += retired
