@@ -22,7 +22,7 @@ class Host:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_ns = 0
         self.mips = 1000
-        monkeypatch.setattr(time, "monotonic_ns", lambda: self.now_ns)
+        monkeypatch.setattr(time, "thread_time_ns", lambda: self.now_ns)
 
     def use_up(self, of: TimedSlices) -> int:
         """Run a whole slice; how long it took."""
