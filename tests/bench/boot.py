@@ -145,20 +145,21 @@ def qemu_times(command: list[str]) -> Times:
     started = time.perf_counter()
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
-        _read_until(process, PROMPT)
+        read_until(process, PROMPT)
         booted = time.perf_counter() - started
         started = time.perf_counter()
         assert process.stdin is not None
         process.stdin.write(_SHA256.encode())
         process.stdin.flush()
-        _read_until(process, _DONE)
+        read_until(process, _DONE)
         return booted, time.perf_counter() - started
     finally:
         process.kill()
         process.communicate()
 
 
-def _read_until(process: subprocess.Popen[bytes], mark: str) -> None:
+def read_until(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Raises RuntimeError when the program's output ends before it has `mark`."""
     assert process.stdout is not None
     text = b""
     while mark.encode() not in text:
