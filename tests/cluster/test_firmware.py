@@ -82,7 +82,8 @@ async def shell(vm: Vm, command: str) -> str:
     since = await console_end(vm)
     await vm.console_write(f"{command}; echo do''ne\r".encode())
     text = await console_until(vm, "done\r\n", since=since, seconds=30)
-    return text.partition("\r\n")[2].removesuffix("done\r\n").strip()
+    # The next prompt may have come with the end of the command.
+    return text.partition("\r\n")[2].partition("done\r\n")[0].strip()
 
 
 async def power_off(running: RunningCluster, vm: Vm) -> None:
