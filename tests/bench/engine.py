@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import shutil
 import time
 from typing import Any
 
@@ -17,6 +18,8 @@ from unicorn import ppc_const
 
 from services.guest.machine.mmu import CHANGED, EXECUTE, READ, REFERENCED, WRITE, ProcessTable
 from services.guest.machine.registers import Msr, Spr
+from tests.bench import qemu_loop
+from tests.bench.boot import QEMU
 from tests.bench.figure import Budget, Figure, Kind, Round
 from tests.unit import power_asm as asm
 from tests.unit.machine_rig import ENTRY, SLICE_NS, MachineRig
@@ -34,8 +37,13 @@ _US = 1e6
 async def measure(rounds: int) -> list[Figure]:
     """All figures of this group."""
     loops = [Round(_mips(_machine_seconds()), _mips(_bare_seconds())) for _ in range(rounds)]
+    beside = []
+    if shutil.which(QEMU) is not None:
+        runs = [Round(_mips(_machine_seconds()), qemu_loop.mips(LOOP, DATA)) for _ in range(rounds)]
+        beside = [Figure("mips_loop_qemu", "MIPS", runs)]
     return [
         Figure("mips_loop", "MIPS", loops, Budget(Kind.RATIO_AT_LEAST, 0.5)),
+        *beside,
         Figure("engine_hypercall", "us", [Round(_hypercall_us()) for _ in range(rounds)]),
         Figure("engine_syscall", "us", [Round(_syscall_us()) for _ in range(rounds)]),
         Figure("engine_tlb_miss", "us", [Round(_miss_us()) for _ in range(rounds)]),

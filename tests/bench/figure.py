@@ -37,12 +37,13 @@ class Round(msgspec.Struct, frozen=True):
 
 
 class Figure(msgspec.Struct, frozen=True):
-    """All rounds of one figure. `unit` is that of value and floor."""
+    """All rounds of one figure. `unit` is that of value and floor, `beside` the command that the floor is of."""
 
     name: str
     unit: str
     runs: list[Round]
     budget: Budget | None = None
+    beside: str = ""
 
     @property
     def value(self) -> float:
@@ -80,6 +81,7 @@ class Figure(msgspec.Struct, frozen=True):
             "floor": self.floor,
             "ratio": self.ratio,
             "budget": None if self.budget is None else self.budget.limit,
+            "beside": self.beside,
             "runs": [{"value": run.value, "floor": run.floor} for run in self.runs],
         }
 

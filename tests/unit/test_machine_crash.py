@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 
-from services.guest.machine.engine import SLICE_INSTRUCTIONS
+from services.guest.machine.slices import FIXED_INSTRUCTIONS
 from tests.unit import power_asm as asm
 from tests.unit.machine_rig import ENTRY, SLICE_NS, MachineRig
 
@@ -47,5 +47,5 @@ def test_between_two_slices_the_last_block_is_still_known() -> None:
     rig.begin(asm.b(0))
     rig.engine.run(SLICE_NS)
     assert rig.engine.last_block == ENTRY
-    rig.engine._counter.begin(SLICE_INSTRUCTIONS)
+    rig.engine._counter.begin(FIXED_INSTRUCTIONS)
     assert rig.engine.last_block == ENTRY

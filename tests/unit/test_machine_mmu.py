@@ -73,6 +73,14 @@ def test_an_access_is_permitted_exactly_when_the_leaf_says_so(use: Use, problem:
         assert world.memory[world.user.leaves[USER]] & SEEN == 0
 
 
+@pytest.mark.parametrize(("rights", "readable"), [(mmu.EXECUTE, False), (mmu.EXECUTE | mmu.READ, True)])
+def test_a_fetch_tells_whether_loads_may_follow(rights: int, readable: bool) -> None:
+    world = World()
+    world.user.map(USER, 0x5000, rights)
+
+    assert world.mmu.translate(USER, Use.FETCH, World.PID, problem=False)[1] == readable
+
+
 @given(st.lists(st.sampled_from([Use.LOAD, Use.STORE, Use.FETCH]), max_size=6))
 def test_r_is_set_by_any_use_and_c_by_stores_alone(uses: list[Use]) -> None:
     world = World()
@@ -80,9 +88,9 @@ def test_r_is_set_by_any_use_and_c_by_stores_alone(uses: list[Use]) -> None:
     stored = False
 
     for use in uses:
-        _, writable = world.mmu.translate(USER, use, World.PID, problem=False)
+        _, more = world.mmu.translate(USER, use, World.PID, problem=False)
         stored = stored or use is Use.STORE
-        assert writable == stored
+        assert more == (stored or use is Use.FETCH)
 
     bits = world.memory[world.user.leaves[USER]] & SEEN
     assert bits == (mmu.REFERENCED if uses else 0) | (mmu.CHANGED if stored else 0)

@@ -210,3 +210,24 @@ def test_another_pid_sees_another_page_at_once(world: Translated) -> None:
     )  # fmt: skip
 
     assert (world.rig.gpr[R5], world.rig.gpr[R7]) == (1, 2)
+
+
+def test_code_that_reads_constants_of_its_own_page_does_not_miss_again_and_again(world: Translated) -> None:
+    translator = world.rig.engine._translator
+    before = translator.n_fills
+
+    world.run(
+        *asm.load64(R3, 1000), asm.mtspr(Spr.CTR, R3), *asm.load64(R4, CODE), asm.ld(R5, 0, R4), asm.bdnz(-1), asm.SC1
+    )
+
+    assert world.rig.gpr[R5]
+    assert translator.n_fills - before < 20
+
+
+def test_code_that_may_only_be_executed_is_not_read(world: Translated) -> None:
+    world.user.map(CODE, CODE_AT, mmu.EXECUTE)
+
+    world.run(*asm.load64(R4, CODE), asm.ld(R5, 0, R4), asm.SC1)
+
+    assert world.rig.spr(Spr.DSISR) == Dsisr.PROTECTION
+    assert world.rig.spr(Spr.DAR) == CODE

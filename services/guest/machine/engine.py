@@ -24,22 +24,21 @@ from services.guest.machine.code_pages import CodePages, ShadowsFull
 from services.guest.machine.crash_report import CrashReport
 from services.guest.machine.devices import DeviceAccesses
 from services.guest.machine.engine_memory import EngineMemory
-from services.guest.machine.hooks import EXCEPTION_CALLBACK, FILL_CALLBACK, add_hook, address_of
+from services.guest.machine.hooks import EXCEPTION_CALLBACK, FILL_CALLBACK, TLB_FLUSH, add_hook, address_of
 from services.guest.machine.instructions import WORD_BYTES, EngineException, Instructions
 from services.guest.machine.interrupts import Interrupts, Vector
-from services.guest.machine.layout import probe
+from services.guest.machine.layout import probe, stop_between_blocks_only
 from services.guest.machine.mmu import Mmu, ProcessTable, SegmentFault, StorageFault, Use
 from services.guest.machine.partition import Absent, OutsideRam, Partition
 from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import EVERY_FACILITY, Dsisr, Lpcr, Msr, Spr, Srr1
+from services.guest.machine.slices import FixedSlices, TimedSlices
 from services.guest.machine.state import VERSION, MachineState, TableState, decode_state, encode_state
 from services.guest.machine.time_base import NS_PER_US, TICKS_PER_US, TimeBase
 from services.guest.machine.trail import Trail
 from services.guest.machine.translator import Stop, Translator
 from services.runtime.log import Log
 
-SLICE_INSTRUCTIONS = 100_000
-"""About a millisecond of the host's time, which is what an invalidation may have to wait for."""
 MAX_FILLS = 500
 """TLB misses of a slice: code that meets a new page with every instruction would else run for half a second. Only with
 a clock that does not repeat, since the engine sizes its TLB by real time and misses differ from run to run."""
@@ -49,8 +48,6 @@ NS_PER_INSTRUCTION = 2
 MAX_LACKING_LINES = 100
 _HYPERCALL_LEVEL = 1
 _ULTRACALL_LEVEL = 2
-_TLB_FLUSH = 11 | 1 << 30
-"""UC_CTL_TLB_FLUSH as a write without arguments; the Python class has no method for it."""
 _EE = int(Msr.EE)
 _LPCR = Lpcr.UPRT | Lpcr.HR | Lpcr.GTSE
 
@@ -69,13 +66,18 @@ class MachineEngine:
         self._clock = clock
         self._uc = uc.Uc(uc.UC_ARCH_PPC, uc.UC_MODE_PPC64 | uc.UC_MODE_BIG_ENDIAN)
         self._memory = EngineMemory(self._uc, memory)
-        self._registers = RegisterFile(self._uc, probe())
+        layout = probe()
+        self._registers = RegisterFile(self._uc, layout)
+        if layout.no_exit_request is not None:
+            stop_between_blocks_only(self._uc, layout.no_exit_request)
         self._partition = Partition(memory)
         self._mmu = Mmu(self._partition.load_u64, self._partition.store_u64)
         self._code = CodePages(self._memory, self._flush_tlb)
         self._counter = BlockCounter(self._uc)
         self._translator = Translator(self._registers, self._mmu, self._partition, self._code, self._counter.stop_soon)
-        self._max_fills = NO_LIMIT if isinstance(clock, InstructionClock) else MAX_FILLS
+        repeats = isinstance(clock, InstructionClock)
+        self._max_fills = NO_LIMIT if repeats else MAX_FILLS
+        self._slices = FixedSlices() if repeats else TimedSlices()
         self._time = TimeBase(clock, self._registers)
         self._interrupts = Interrupts(self._registers)
         self._instructions = Instructions(
@@ -109,7 +111,7 @@ class MachineEngine:
         uclib.uc_emu_stop(self._uc._uch)
 
     def _flush_tlb(self) -> None:
-        uclib.uc_ctl(self._uc._uch, _TLB_FLUSH)
+        uclib.uc_ctl(self._uc._uch, TLB_FLUSH)
         self._code.tlb_flushed()
 
     def _follow_space(self) -> None:
@@ -146,7 +148,7 @@ class MachineEngine:
         self._flush_all()
 
     def run(self, slice_ns: int) -> Exit:
-        """Execute for at most a slice of SLICE_INSTRUCTIONS."""
+        """Execute for at most a slice (services.guest.machine.slices)."""
         if self._awaited is not None:
             raise RuntimeError("the last exit has no outcome yet: resume comes before run")
         self._code.look_at_writes()
@@ -262,7 +264,7 @@ class MachineEngine:
     def _budget(self, slice_ns: int, left_ticks: int, *, waits: bool) -> int:
         """Instructions of this slice. The decrementer ends it when it is going to expire; while an interrupt waits for
         MSR.EE slices are short at first, and longer each time, since firmware may never enable it."""
-        limit = max(MAX_BLOCK_INSTRUCTIONS, min(SLICE_INSTRUCTIONS, slice_ns // NS_PER_INSTRUCTION))
+        limit = max(MAX_BLOCK_INSTRUCTIONS, min(self._slices.n_instructions, slice_ns // NS_PER_INSTRUCTION))
         if waits:
             self._masked_budget = min(limit, self._masked_budget * 2)
             return self._masked_budget
@@ -278,9 +280,11 @@ class MachineEngine:
         registers = self._registers
         self._counter.begin(n)
         self._translator.fills_left = self._max_fills
+        self._slices.begin()
         status: int = uclib.uc_emu_start(self._uc._uch, registers.pc, 0, 0, 0)
         stop = self._translator.stop
         retired = self._counter.retired(registers.pc, fetch=stop is not None and stop.use is Use.FETCH)
+        self._slices.end(retired)
         self._time.end()
         self._clock.charge(retired * NS_PER_INSTRUCTION)
         self.n_instructions += retired

@@ -9,6 +9,9 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from protocol.errors import HostFault
 
+TLB_FLUSH = 11 | 1 << 30
+"""UC_CTL_TLB_FLUSH as a write without arguments; the Python class has no method for it."""
+
 
 class TlbEntry(ctypes.Structure):
     """`uc_tlb_entry`: what a miss is answered with."""

@@ -21,13 +21,18 @@ from typing import Any
 
 import unicorn as uc
 from unicorn import ppc_const
+from unicorn.unicorn_py3.unicorn import uclib
 
 from protocol.errors import HostFault
 from services.guest.machine.registers import Msr, Spr
 
 _STUB_BYTES = 0x10000
 _STUB_AT = 0x200
+_DATA_AT = 0x8000
+"""Of another page than the stubs, or the load would not miss."""
 _CODE_LIMIT = 1000
+_UNCOUNTED = 0
+"""A count has the engine look for a stop at each instruction."""
 _GPR_MAGIC = 0x5A5A_1234_0000_0000
 _FPR_MAGIC = 0xA5A5_4321_0000_0000
 _PC_MAGIC = 0x0000_0123_4567_89A8
@@ -36,6 +41,10 @@ _SPR_BYTES = 1024 * 8
 _CACHE_LINES = struct.pack("<II", 128, 128)
 _TIME_BASE_BEFORE_BYTES = 16
 _SYSCALL = 0x44000002
+_LOAD = 0xE8640000
+"""ld r3, 0(r4)"""
+_ADD = 0x38A50001
+"""addi r5, r5, 1"""
 _MTSPR = 0x7C0003A6
 _NOP = 0x60000000
 _LEVELS = (0, 1, 2, 3)
@@ -44,6 +53,10 @@ _SIZE_WORD_BYTES = 8
 _CHUNK_FLAGS = 7
 _CHUNK_ALIGN = 16
 _MAX_ALLOCATION_BYTES = 16 << 20
+TLB_FLUSH = 11 | 1 << 30
+"""UC_CTL_TLB_FLUSH as a write without arguments; the Python class has no method for it."""
+_READY_FLAGS = bytes([0, 1, 0, 1])
+_NO_EXIT_REQUEST_AT = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -63,6 +76,9 @@ class Layout:
     """Of the last exception, u32: the level of a system call, the kind of a program interrupt."""
     time_base: int
     """Pointer to a time base of the emulator's, which is not there; reading PURR goes through it."""
+    no_exit_request: int | None
+    """A byte of the engine's own structure: when it is set, code is translated without a look for a request to stop
+    behind each load and store. None when this release has none, which only makes it slower."""
 
 
 class _Range(ctypes.Structure):
@@ -73,6 +89,15 @@ def engine_address(engine: Any) -> int:  # noqa: ANN401
     """Where the structure of a `unicorn.Uc` lies."""
     handle = engine._uch
     return int(handle.value if hasattr(handle, "value") else handle)
+
+
+def stop_between_blocks_only(engine: Any, no_exit_request: int) -> None:  # noqa: ANN401
+    """Have translated code look for a request to stop at the begin of each block alone, as from now on.
+
+    Behind a load or store the look costs more than the access, and an engine that stops there does the instruction
+    once more when it goes on, which update forms cannot bear.
+    """
+    _byte(engine, no_exit_request).value = 1
 
 
 def mtspr(spr: int, gpr: int) -> int:
@@ -96,8 +121,9 @@ class _Probe:
         self._uc.mem_map_ptr(0, _STUB_BYTES, uc.UC_PROT_ALL, ctypes.addressof(self._pin))
         self._uc.ctl_set_tlb_mode(uc.UC_TLB_VIRTUAL)
         self._uc.ctl_exits_enabled(True)
-        self._uc.hook_add(uc.UC_HOOK_TLB_FILL, _identity)
+        self._uc.hook_add(uc.UC_HOOK_TLB_FILL, self._fill)
         self._uc.hook_add(uc.UC_HOOK_INTR, _stop)
+        self._stop_at_load = False
         self._base = engine_address(self._uc)
         self._n_bytes = _allocation_bytes(self._base)
 
@@ -126,14 +152,15 @@ class _Probe:
             self._find_register(snapshot, ppc_const.UC_PPC_REG_PC, _PC_MAGIC, "program counter"),
             self._find_error_code(snapshot),
             time_base,
+            self._find_no_exit_request(),
         )
 
-    def _run(self, words: list[int], level: int = 0) -> None:
+    def _run(self, words: list[int], level: int = 0, limit: int = _CODE_LIMIT) -> None:
         code = struct.pack(f">{len(words) + 1}I", *words, _SYSCALL | level << 5)
         self._ram[_STUB_AT : _STUB_AT + len(code)] = code
         self._uc.ctl_flush_tb()
         self._uc.reg_write(ppc_const.UC_PPC_REG_MSR, Msr.SF | Msr.ME)
-        self._uc.emu_start(_STUB_AT, 0, count=_CODE_LIMIT)
+        self._uc.emu_start(_STUB_AT, 0, count=limit)
 
     def _find_processor(self) -> tuple[int, int]:
         pattern = b"".join(struct.pack("<Q", _GPR_MAGIC + n) for n in range(32))
@@ -186,15 +213,49 @@ class _Probe:
             raise _unknown("error code")
         return found[0] * 4
 
+    def _find_no_exit_request(self) -> int | None:
+        """The byte that decides whether a block is left behind a load whose TLB miss asked for a stop.
 
-def _identity(_uc: object, address: int, _access: int, entry: Any, _data: object) -> bool:  # noqa: ANN401
-    entry.paddr = address & (_STUB_BYTES - 1) & ~0xFFF
-    entry.perms = uc.UC_PROT_ALL
-    return True
+        It lies between two that say that the engine was started and is ready.
+        """
+        self._stop_at_load = True
+        if self._loads_on():
+            return None
+        memory = _read(self._base, self._n_bytes)
+        at = memory.find(_READY_FLAGS)
+        while at >= 0:
+            flag = _byte(self._uc, at + _NO_EXIT_REQUEST_AT)
+            flag.value = 1
+            found = self._loads_on()
+            flag.value = 0
+            if found:
+                return at + _NO_EXIT_REQUEST_AT
+            at = memory.find(_READY_FLAGS, at + 1)
+        return None
+
+    def _loads_on(self) -> bool:
+        """Whether a block goes on behind a load during which a stop was asked for."""
+        uclib.uc_ctl(self._uc._uch, TLB_FLUSH)
+        self._uc.reg_write(ppc_const.UC_PPC_REG_4, _DATA_AT)
+        self._uc.reg_write(ppc_const.UC_PPC_REG_5, 0)
+        self._run([_LOAD, _ADD], limit=_UNCOUNTED)
+        return bool(self._uc.reg_read(ppc_const.UC_PPC_REG_5))
+
+    def _fill(self, engine: Any, address: int, access: int, entry: Any, _data: object) -> bool:  # noqa: ANN401
+        entry.paddr = address & (_STUB_BYTES - 1) & ~0xFFF
+        entry.perms = uc.UC_PROT_ALL
+        if access == uc.UC_MEM_READ and self._stop_at_load:
+            engine.emu_stop()
+        return True
 
 
 def _stop(engine: Any, _number: int, _data: object) -> None:  # noqa: ANN401
     engine.emu_stop()
+
+
+def _byte(engine: Any, offset: int) -> ctypes.c_uint8:  # noqa: ANN401
+    """A byte of the engine's own structure."""
+    return ctypes.c_uint8.from_address(engine_address(engine) + offset)
 
 
 def _word(address: int) -> int:

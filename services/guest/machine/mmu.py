@@ -84,7 +84,8 @@ class Mmu:
         self.table: ProcessTable | None = None
 
     def translate(self, ea: int, use: Use, pid: int, *, problem: bool) -> tuple[int, bool]:
-        """Where `ea` leads: the guest real address, and whether whoever asked may store there from now on.
+        """Where `ea` leads: the guest real address, and whether whoever asked may do more there from now on: store, or
+        load where a fetch asked.
 
         Walks the tree of `ea`'s quadrant and sets R, and C for a store. What may be stored to has its C bit set: the
         first store has to come here. Raises StorageFault, SegmentFault.
@@ -139,4 +140,5 @@ class Mmu:
         wanted = pte | (REFERENCED | CHANGED if use is Use.STORE else REFERENCED)
         if wanted != pte:
             self._store(at, wanted)
-        return pte & RPN_MASK & -(1 << shift) | within, wanted & (WRITE | CHANGED) == WRITE | CHANGED
+        more = READ if use is Use.FETCH else WRITE | CHANGED
+        return pte & RPN_MASK & -(1 << shift) | within, wanted & more == more

@@ -60,7 +60,8 @@ class Partition:
         self._dirty = self._space.dirty
 
     def place(self, gpa: int, access: Access) -> tuple[int, bool]:
-        """Engine-physical address of `gpa`, and whether its page may be written. Raises Absent, OutsideRam.
+        """Engine-physical address of `gpa`, and whether its page may be written, or read where `access` is a fetch.
+        Raises Absent, OutsideRam.
 
         For a store the page is marked in the guest dirty map; one that is not marked is not written through.
         """
@@ -70,6 +71,8 @@ class Partition:
             self._dirty[gfn] = 1
         base = SECURE_BASE if word & KIND_MASK == _SECURE else NORMAL_BASE
         place = base + (word >> FRAME_SHIFT << PAGE_SHIFT) + (gpa & _OFFSET_MASK)
+        if access is Access.EXECUTE:
+            return place, word & _READ != 0
         return place, word & _WRITE != 0 and self._dirty[gfn] != 0
 
     def load_u64(self, gpa: int) -> int:

@@ -76,18 +76,21 @@ class Translator:
         return True
 
     def _page(self, address: int, use: Use, access: Access) -> tuple[int, int]:
-        gpa, writable = self._guest_real(address, use)
-        place, partition_writable = self._partition.place(gpa, access)
+        gpa, more = self._guest_real(address, use)
+        place, partition_more = self._partition.place(gpa, access)
         page = place & ~_PAGE_MASK
         if use is Use.FETCH:
-            little_endian = bool(self._registers.msr & _LE)
-            return self._code.fetch(page, little_endian=little_endian), uc.UC_PROT_EXEC
-        if writable and partition_writable and self._code.may_write(page, storing=use is Use.STORE):
+            fetched = self._code.fetch(page, little_endian=bool(self._registers.msr & _LE))
+            # Code has constants and tables beside it: were fetches and loads to take the entry from each other, each
+            # change between them would be a miss. A shadow is for fetches alone.
+            readable = more and partition_more and fetched == page
+            return fetched, uc.UC_PROT_EXEC | uc.UC_PROT_READ if readable else uc.UC_PROT_EXEC
+        if more and partition_more and self._code.may_write(page, storing=use is Use.STORE):
             return page, uc.UC_PROT_READ | uc.UC_PROT_WRITE
         return page, uc.UC_PROT_READ
 
     def _guest_real(self, address: int, use: Use) -> tuple[int, bool]:
-        """The guest real address, and whether the guest's own translation lets it be written."""
+        """The guest real address, and whether the guest's own translation lets it be written, or read by a fetch."""
         msr = self._registers.msr
         if not msr & (_IR if use is Use.FETCH else _DR):
             return address & REAL_MASK, True
