@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deploy.api import RunningCluster, Vm
 from deploy.cluster_file import read_cluster_file, resolve_state
 from deploy.linux_files import make_linux_files
 from services.ultravisor.audit import audit_path, read_lines
@@ -55,3 +56,11 @@ def audit_events(state_dir: Path, vm: str) -> list[str]:
     """The events of a VM in its host's audit log, in order."""
     with audit_path(state_dir, HOST).open("rb") as log:
         return [line.event for line in read_lines(log) if line.vm == vm]
+
+
+async def power_off(running: RunningCluster, vm: Vm) -> None:
+    """`poweroff` in a normal VM's shell ends it cleanly."""
+    await vm.console_write(b"poweroff -f\r")
+    row = await vm.wait_state("off", seconds=30)
+    assert not row.secure
+    assert (await running.process(f"{vm.name}/qemu").row()).state == "running"

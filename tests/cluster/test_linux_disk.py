@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from deploy.api import Vm, cluster
+from deploy.api import cluster
 from deploy.linux.store import LinuxImage
-from tests.cluster.linux_shell import PROMPT, power_off, shell
-from tests.cluster.vm_files import console_end, console_until
+from deploy.linux_shell import LinuxShell
+from tests.cluster.linux_vms import power_off
+from tests.cluster.vm_files import console_end
 from tests.disk_image import Kind, Part, write_mbr_disk
 from tests.guest.build import build_linux_program
 from tests.linux_calls import UNKNOWN, calls_made
@@ -19,7 +20,6 @@ from tests.needs import need_cross_compilers, need_firmware, need_linux, need_pr
 pytestmark = [pytest.mark.linux, pytest.mark.cross]
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "linux.md"
-BOOT_SECONDS = 120.0
 COMMAND_LINE = "console=hvc0 quiet root=/dev/vda2 rw"
 SECOND_LINE = f"{COMMAND_LINE} pci=nomsi"
 _TEXT = """
@@ -51,33 +51,34 @@ async def test_linux_from_its_disk_writes_starts_another_kernel_reboots_and_powe
 
     async with cluster(file, state_dir=tmp_path / "state", record=True) as running:
         vm = running.vm("vm1")
-        await booted(vm, 0, "Trying to load:  from: /pci@800000020000000/scsi@1 ...   Successfully loaded")
-        assert await shell(vm, "cat /proc/cmdline") == COMMAND_LINE
-        assert "/dev/root on / type ext4 (rw" in await shell(vm, "mount")
-        nodes = (await shell(vm, "ls /proc/device-tree/pci*")).split()
+        shell = LinuxShell(vm)
+        await booted(shell, 0, "Trying to load:  from: /pci@800000020000000/scsi@1 ...   Successfully loaded")
+        assert await shell.run("cat /proc/cmdline") == COMMAND_LINE
+        assert "/dev/root on / type ext4 (rw" in await shell.run("mount")
+        nodes = (await shell.run("ls /proc/device-tree/pci*")).split()
         # Firmware merges the tree that it gets from ibm,client-architecture-support into its own, node by node.
         assert [name for name in nodes if name.startswith("scsi@")] == ["scsi@1"]
         assert "linux,direct64-ddr-window-info" in nodes
-        await shell(vm, "echo first > /root/told; sync")
+        await shell.run("echo first > /root/told; sync")
 
         since = await console_end(vm)
         await vm.console_write(f"kexec /boot/vmlinux '{SECOND_LINE}'\r".encode())
-        text = await booted(vm, since, "pefbox: linux")
+        text = await booted(shell, since, "pefbox: linux")
         assert "SLOF" not in text
-        assert await shell(vm, "cat /proc/cmdline") == SECOND_LINE
+        assert await shell.run("cat /proc/cmdline") == SECOND_LINE
         # Without messages the disk has a level-triggered line of the bridge, which Linux ends each time.
-        interrupts = await shell(vm, "cat /proc/interrupts")
+        interrupts = await shell.run("cat /proc/interrupts")
         (line,) = (line for line in interrupts.splitlines() if "Level" in line and "virtio0" in line)
         assert int(line.split()[1]) > 0
         assert "MSI" not in interrupts
-        await shell(vm, "echo second >> /root/told; sync")
+        await shell.run("echo second >> /root/told; sync")
 
         since = await console_end(vm)
         await vm.console_write(b"reboot -f\r")
-        await booted(vm, since, "Successfully loaded")
-        assert await shell(vm, "cat /proc/cmdline") == COMMAND_LINE
-        assert await shell(vm, "cat /root/told") == "first\nsecond"
-        await shell(vm, "mount -o remount,ro /")
+        await booted(shell, since, "Successfully loaded")
+        assert await shell.run("cat /proc/cmdline") == COMMAND_LINE
+        assert await shell.run("cat /root/told") == "first\nsecond"
+        await shell.run("mount -o remount,ro /")
         await power_off(running, vm)
 
     documented = DOCUMENT.read_text()
@@ -105,8 +106,8 @@ def take_root(disk: Path, root: Path, root_at: int) -> Path:
     return root
 
 
-async def booted(vm: Vm, since: int, mark: str) -> str:
+async def booted(shell: LinuxShell, since: int, mark: str) -> str:
     """The console from `since` to the next shell; it shows `mark`."""
-    text = await console_until(vm, PROMPT, seconds=BOOT_SECONDS, since=since)
+    text = await shell.until_prompt(since)
     assert mark in text
     return text
