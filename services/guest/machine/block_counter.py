@@ -75,10 +75,6 @@ class BlockCounter:
         """Effective address of the block that was begun last."""
         return int(self._counts.address)
 
-    def stop_soon(self) -> None:
-        """From a callback of the engine: let the run end before its next block."""
-        self._counts.limit = 0
-
     def retired(self, pc: int, *, fetch: bool) -> int:
         """Instructions that ran since `begin`; the engine stopped at `pc`, with `fetch` since it could not go there."""
         counts = self._counts

@@ -1,10 +1,10 @@
 """Real POWER machine code as an engine of the processor loop: `services.guest.engine.Engine` over `unicorn`.
 
-    run: show the time -> deliver a due interrupt -> execute a number of instructions -> serve why it ended
+    run: show the time -> deliver a due interrupt -> execute for a slice -> serve why it ended
 
 What ended an execution is served outside the engine: a miss that the map does not give, an interrupt of the guest's
-own, an emulated instruction go on in the same `run`; calls, device accesses and idling leave it. The engine is stopped
-by an instruction count alone, never by another thread, so that every exit comes at an exact instruction.
+own, an emulated instruction go on in the same `run`; calls, device accesses and idling leave it. With a clock that
+counts instructions the engine is stopped by its count alone, so that every exit comes at an exact instruction.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from protocol.hcalls import H_CEDE
 from services.guest.address_space import AddressSpace
-from services.guest.clock import GuestClock, InstructionClock
+from services.guest.clock import GuestClock
 from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
-from services.guest.machine.block_counter import MAX_BLOCK_INSTRUCTIONS, BlockCounter
 from services.guest.machine.calls import Calls
 from services.guest.machine.code_pages import CodePages, ShadowsFull
 from services.guest.machine.crash_report import CrashReport
@@ -32,19 +31,13 @@ from services.guest.machine.mmu import Mmu, ProcessTable, SegmentFault, StorageF
 from services.guest.machine.partition import Absent, OutsideRam, Partition
 from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import EVERY_FACILITY, Dsisr, Lpcr, Msr, Spr, Srr1
-from services.guest.machine.slices import FixedSlices, TimedSlices
+from services.guest.machine.slices import make_slices
 from services.guest.machine.state import VERSION, MachineState, TableState, decode_state, encode_state
 from services.guest.machine.time_base import NS_PER_US, TICKS_PER_US, TimeBase
 from services.guest.machine.trail import Trail
 from services.guest.machine.translator import Stop, Translator
 from services.runtime.log import Log
 
-MAX_FILLS = 500
-"""TLB misses of a slice: code that meets a new page with every instruction would else run for half a second. Only with
-a clock that does not repeat, since the engine sizes its TLB by real time and misses differ from run to run."""
-NO_LIMIT = 1 << 62
-NS_PER_INSTRUCTION = 2
-"""Of the clock `instructions`: about what an instruction takes, so that firmware's delays last as long as they say."""
 MAX_LACKING_LINES = 100
 _HYPERCALL_LEVEL = 1
 _ULTRACALL_LEVEL = 2
@@ -63,7 +56,6 @@ class MachineEngine:
     """
 
     def __init__(self, memory: AddressSpace, clock: GuestClock, lacking: Lacking) -> None:
-        self._clock = clock
         self._uc = uc.Uc(uc.UC_ARCH_PPC, uc.UC_MODE_PPC64 | uc.UC_MODE_BIG_ENDIAN)
         self._memory = EngineMemory(self._uc, memory)
         layout = probe()
@@ -73,11 +65,8 @@ class MachineEngine:
         self._partition = Partition(memory)
         self._mmu = Mmu(self._partition.load_u64, self._partition.store_u64)
         self._code = CodePages(self._memory, self._flush_tlb)
-        self._counter = BlockCounter(self._uc)
-        self._translator = Translator(self._registers, self._mmu, self._partition, self._code, self._counter.stop_soon)
-        repeats = isinstance(clock, InstructionClock)
-        self._max_fills = NO_LIMIT if repeats else MAX_FILLS
-        self._slices = FixedSlices() if repeats else TimedSlices()
+        self._slices = make_slices(self._uc, clock)
+        self._translator = Translator(self._registers, self._mmu, self._partition, self._code)
         self._time = TimeBase(clock, self._registers)
         self._interrupts = Interrupts(self._registers)
         self._instructions = Instructions(
@@ -88,10 +77,7 @@ class MachineEngine:
         self._line = False
         self._awaited: Awaited | None = None
         self._exception: int | None = None
-        self._masked_budget = MAX_BLOCK_INSTRUCTIONS
         self._trail = Trail()
-        self.n_instructions = 0
-        """Retired since the start."""
         memory.on_map = self._follow_space
         self._install_hooks()
 
@@ -131,7 +117,6 @@ class MachineEngine:
         """Forget everything and begin at `pc` in real mode, big-endian, 64 bits."""
         registers = self._registers
         self._awaited = None
-        self._masked_budget = MAX_BLOCK_INSTRUCTIONS
         registers.clear()
         registers.msr = Msr.SF | Msr.ME
         registers.spr[Spr.LPCR] |= _LPCR
@@ -144,7 +129,7 @@ class MachineEngine:
         self._time.reset()
         self._code.hide_msr = secure
         self._trail = Trail()
-        self.n_instructions = 0
+        self._slices.reset()
         self._flush_all()
 
     def run(self, slice_ns: int) -> Exit:
@@ -152,17 +137,21 @@ class MachineEngine:
         if self._awaited is not None:
             raise RuntimeError("the last exit has no outcome yet: resume comes before run")
         self._code.look_at_writes()
-        left_ticks = self._time.begin()
-        budget = self._budget(slice_ns, left_ticks, waits=self._take_interrupt())
-        while budget >= MAX_BLOCK_INSTRUCTIONS:
-            retired, status = self._execute(budget)
-            # A handler that cannot even be fetched retires nothing, and must not hold the slice for ever.
-            budget -= max(retired, 1)
-            exit_ = self._serve(status)
+        left_ns = self._time.begin() * NS_PER_US // TICKS_PER_US
+        if self._take_interrupt():
+            self._slices.begin_masked(slice_ns)
+        else:
+            self._slices.begin(slice_ns, left_ns)
+        try:
+            return self._run_slice()
+        finally:
+            self._slices.end()
+
+    def _run_slice(self) -> Exit:
+        while not self._slices.used_up:
+            exit_ = self._serve(self._execute())
             if exit_ is not None:
                 return exit_
-            if self._counter.stopped:
-                break
         return Pause.SLICE_END
 
     def resume(self, result: list[int]) -> None:
@@ -235,14 +224,19 @@ class MachineEngine:
         return self._interrupts.secure
 
     @property
-    def trail(self) -> str:
-        """What two equal runs have in common: at which instructions their calls and device accesses came."""
-        return str(self._trail)
+    def n_instructions(self) -> int | None:
+        """As Engine: counted by the clock `instructions`."""
+        return self._slices.n_instructions
 
     @property
-    def last_block(self) -> int:
-        """Effective address of the straight piece of code that was begun last."""
-        return self._counter.address
+    def trail(self) -> str | None:
+        """What two equal runs have in common: at which instructions their calls and device accesses came."""
+        return None if self.n_instructions is None else str(self._trail)
+
+    @property
+    def last_block(self) -> int | None:
+        """Effective address of the straight piece of code that was begun last; None with a clock that shows time."""
+        return self._slices.last_block
 
     @property
     def last_pc(self) -> int:
@@ -252,7 +246,7 @@ class MachineEngine:
     # -- execution ------------------------------------------------------------------------------------------------
 
     def _take_interrupt(self) -> bool:
-        """Deliver what is due; True when something is and MSR.EE does not let it."""
+        """Deliver what is due; True when something waits, since MSR.EE does not let it."""
         due = Vector.EXTERNAL if self._line else Vector.DECREMENTER if self._time.expired else None
         if due is None:
             return False
@@ -261,34 +255,16 @@ class MachineEngine:
         self._interrupts.deliver(due, self._registers.pc)
         return False
 
-    def _budget(self, slice_ns: int, left_ticks: int, *, waits: bool) -> int:
-        """Instructions of this slice. The decrementer ends it when it is going to expire; while an interrupt waits for
-        MSR.EE slices are short at first, and longer each time, since firmware may never enable it."""
-        limit = max(MAX_BLOCK_INSTRUCTIONS, min(self._slices.n_instructions, slice_ns // NS_PER_INSTRUCTION))
-        if waits:
-            self._masked_budget = min(limit, self._masked_budget * 2)
-            return self._masked_budget
-        self._masked_budget = MAX_BLOCK_INSTRUCTIONS
-        if left_ticks <= 0:
-            return limit
-        left = left_ticks * NS_PER_US // TICKS_PER_US // NS_PER_INSTRUCTION + 1
-        return max(MAX_BLOCK_INSTRUCTIONS, min(limit, left))
-
-    def _execute(self, n: int) -> tuple[int, int]:
-        """Run up to `n` instructions; how many retired, and the engine's own status."""
+    def _execute(self) -> int:
+        """Run until something stops the engine; its own status."""
         self._exception = None
         registers = self._registers
-        self._counter.begin(n)
-        self._translator.fills_left = self._max_fills
-        self._slices.begin()
+        self._slices.begin_run()
         status: int = uclib.uc_emu_start(self._uc._uch, registers.pc, 0, 0, 0)
         stop = self._translator.stop
-        retired = self._counter.retired(registers.pc, fetch=stop is not None and stop.use is Use.FETCH)
-        self._slices.end(retired)
+        self._slices.end_run(registers.pc, fetch=stop is not None and stop.use is Use.FETCH)
         self._time.end()
-        self._clock.charge(retired * NS_PER_INSTRUCTION)
-        self.n_instructions += retired
-        return retired, status
+        return status
 
     def _serve(self, status: int) -> Exit | None:
         """Why the execution ended; None to go on."""
@@ -366,7 +342,9 @@ class MachineEngine:
 
     def _await(self, exit_: Awaited) -> Exit:
         self._awaited = exit_
-        self._trail.add(self.n_instructions, exit_)
+        n_instructions = self._slices.n_instructions
+        if n_instructions is not None:
+            self._trail.add(n_instructions, exit_)
         return exit_
 
 
@@ -390,7 +368,7 @@ def report_crash(engine: MachineEngine, log: Log) -> CrashReport:
     """Have `log` told where the guest was when `engine` ends this process by a fault; to be kept as long as it."""
 
     def crashed(name: str) -> None:
-        block, pc = engine.last_block, engine.last_pc
-        log.error("the engine crashed", signal=name, block=f"{block:#x}", pc=f"{pc:#x}")
+        block = {} if engine.last_block is None else {"block": f"{engine.last_block:#x}"}
+        log.error("the engine crashed", signal=name, pc=f"{engine.last_pc:#x}", **block)
 
     return CrashReport(crashed)

@@ -1,50 +1,171 @@
-"""How many instructions the processor runs before it looks at its messages.
+"""How far the engine runs before the processor looks at its messages: a slice, which may be several runs of the engine.
 
 An invalidation waits for the end of a slice, and a busy loop on the time base sees it move once a slice, so slices are
 short; each costs some 20 us of our own, so they are not shorter than they must be.
+
+The engine is stopped either at a count of instructions, so that the same start always stops at the same instruction,
+or by time, which costs the guest nothing: a count costs each block of code more than many blocks take.
 """
 
 from __future__ import annotations
 
-import time
+from typing import Any, Protocol
 
-FIXED_INSTRUCTIONS = 100_000
+from services.guest.clock import GuestClock, InstructionClock
+from services.guest.machine.alarm import Alarm
+from services.guest.machine.block_counter import MAX_BLOCK_INSTRUCTIONS, BlockCounter
+
+SLICE_INSTRUCTIONS = 100_000
 """0.2 ms of the clock `instructions`: so late the processor may see that its guest set the decrementer."""
-MIN_INSTRUCTIONS = 10_000
-MAX_INSTRUCTIONS = 1_000_000
-TARGET_NS = 400_000
+NS_PER_INSTRUCTION = 2
+"""Of the clock `instructions`: about what an instruction takes, so that firmware's delays last as long as they say."""
+SLICE_NS = 400_000
+MIN_NS = 10_000
+"""So that each slice comes to run the engine, which takes some microseconds to start."""
 
 
-class FixedSlices:
-    """Of a clock that counts instructions: every run has the same."""
+class Slices(Protocol):
+    """The slices of one engine."""
 
-    n_instructions = FIXED_INSTRUCTIONS
+    def begin(self, limit_ns: int, left_ns: int) -> None:
+        """A slice begins, of at most `limit_ns`; the decrementer expires in `left_ns`, when that is above 0."""
 
-    def begin(self) -> None:
-        """A run of the engine begins."""
+    def begin_masked(self, limit_ns: int) -> None:
+        """As `begin`, while an interrupt waits for MSR.EE: short at first, and longer each time in a row, since
+        firmware may never enable it."""
 
-    def end(self, n_retired: int) -> None:
-        """It ended."""
+    def begin_run(self) -> None:
+        """The engine is about to run."""
+
+    def end_run(self, pc: int, *, fetch: bool) -> None:
+        """It stopped at `pc`, with `fetch` since it could not go there."""
+
+    def end(self) -> None:
+        """The slice ends, used up or not."""
+
+    @property
+    def used_up(self) -> bool:
+        """Whether this slice leaves no room for another run."""
+
+    @property
+    def n_instructions(self) -> int | None:
+        """Retired since `reset`; None where nobody counts."""
+
+    def reset(self) -> None:
+        """Count from 0."""
+
+    @property
+    def last_block(self) -> int | None:
+        """Effective address of the straight piece of code that was begun last; None where nobody counts."""
+
+
+class CountedSlices:
+    """Of a clock that counts instructions: every slice has the same number of them."""
+
+    def __init__(self, engine: Any, clock: InstructionClock) -> None:  # noqa: ANN401
+        self._clock = clock
+        self._counter = BlockCounter(engine)
+        self.n_instructions = 0
+        self._left = 0
+        self._stopped = False
+        self._masked = MAX_BLOCK_INSTRUCTIONS
+
+    def begin(self, limit_ns: int, left_ns: int) -> None:
+        """As Slices."""
+        self._masked = MAX_BLOCK_INSTRUCTIONS
+        limit = _instructions(limit_ns)
+        self._open(limit if left_ns <= 0 else min(limit, left_ns // NS_PER_INSTRUCTION + 1))
+
+    def begin_masked(self, limit_ns: int) -> None:
+        """As Slices."""
+        self._masked = min(_instructions(limit_ns), self._masked * 2)
+        self._open(self._masked)
+
+    def _open(self, n: int) -> None:
+        self._left = max(MAX_BLOCK_INSTRUCTIONS, n)
+        self._stopped = False
+
+    def begin_run(self) -> None:
+        """As Slices."""
+        self._counter.begin(self._left)
+
+    def end_run(self, pc: int, *, fetch: bool) -> None:
+        """As Slices."""
+        retired = self._counter.retired(pc, fetch=fetch)
+        self.n_instructions += retired
+        self._clock.charge(retired * NS_PER_INSTRUCTION)
+        # A handler that cannot even be fetched retires nothing, and must not hold the slice for ever.
+        self._left -= max(retired, 1)
+        self._stopped = self._counter.stopped
+
+    def end(self) -> None:
+        """As Slices."""
+
+    @property
+    def used_up(self) -> bool:
+        """As Slices."""
+        return self._stopped or self._left < MAX_BLOCK_INSTRUCTIONS
+
+    def reset(self) -> None:
+        """As Slices."""
+        self.n_instructions = 0
+        self._masked = MAX_BLOCK_INSTRUCTIONS
+
+    @property
+    def last_block(self) -> int:
+        """As Slices."""
+        return self._counter.address
 
 
 class TimedSlices:
-    """Of a clock that shows real time: code that the host runs slowly, or meets for the first time, gets fewer."""
+    """Of a clock that shows real time."""
 
-    def __init__(self) -> None:
-        self.n_instructions = FIXED_INSTRUCTIONS
-        self._began_ns = 0
+    n_instructions = None
 
-    def begin(self) -> None:
-        """As FixedSlices."""
-        self._began_ns = time.thread_time_ns()
+    def __init__(self, engine: Any) -> None:  # noqa: ANN401
+        self._alarm = Alarm(engine)
+        self._masked_ns = MIN_NS
 
-    def end(self, n_retired: int) -> None:
-        """As FixedSlices. Longer slices come by and by, shorter ones at once; a run that a call cut short says nothing.
+    def begin(self, limit_ns: int, left_ns: int) -> None:
+        """As Slices."""
+        self._masked_ns = MIN_NS
+        ns = min(limit_ns, SLICE_NS)
+        self._alarm.set(ns if left_ns <= 0 else max(MIN_NS, min(ns, left_ns)), SLICE_NS)
 
-        The time is the thread's own: that the host did something else meanwhile makes the code no slower.
-        """
-        if 2 * n_retired < self.n_instructions:
-            return
-        took_ns = max(1, time.thread_time_ns() - self._began_ns)
-        fitting = min(n_retired * TARGET_NS // took_ns, 2 * self.n_instructions)
-        self.n_instructions = max(MIN_INSTRUCTIONS, min(fitting, MAX_INSTRUCTIONS))
+    def begin_masked(self, limit_ns: int) -> None:
+        """As Slices."""
+        self._masked_ns = min(limit_ns, SLICE_NS, self._masked_ns * 2)
+        self._alarm.set(self._masked_ns, SLICE_NS)
+
+    def begin_run(self) -> None:
+        """As Slices."""
+
+    def end_run(self, pc: int, *, fetch: bool) -> None:
+        """As Slices."""
+
+    def end(self) -> None:
+        """As Slices."""
+        self._alarm.clear()
+
+    @property
+    def used_up(self) -> bool:
+        """As Slices."""
+        return self._alarm.fired
+
+    def reset(self) -> None:
+        """As Slices."""
+        self._masked_ns = MIN_NS
+
+    @property
+    def last_block(self) -> None:
+        """As Slices."""
+        return None
+
+
+def _instructions(ns: int) -> int:
+    return min(SLICE_INSTRUCTIONS, ns // NS_PER_INSTRUCTION)
+
+
+def make_slices(engine: Any, clock: GuestClock) -> Slices:  # noqa: ANN401
+    """For the clock of the VM."""
+    return CountedSlices(engine, clock) if isinstance(clock, InstructionClock) else TimedSlices(engine)

@@ -6,7 +6,6 @@ the engine's owner serves it outside.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,32 +40,20 @@ class Stop:
 
 
 class Translator:
-    """Of one engine. `on_many` is called when `fills_left`, which a run of the engine begins with, are used up."""
+    """Of one engine."""
 
-    def __init__(
-        self,
-        registers: RegisterFile,
-        mmu: Mmu,
-        partition: Partition,
-        code: CodePages,
-        on_many: Callable[[], None],
-    ) -> None:
+    def __init__(self, registers: RegisterFile, mmu: Mmu, partition: Partition, code: CodePages) -> None:
         self._registers = registers
         self._mmu = mmu
         self._partition = partition
         self._code = code
-        self._on_many = on_many
         self.stop: Stop | None = None
         self.n_fills = 0
-        self.fills_left = 0
 
     def fill(self, _engine: int, address: int, kind: int, entry: Any, _data: int) -> bool:  # noqa: ANN401
         """The engine's callback for a page that its TLB does not hold. Nothing may be raised into the engine."""
         use, access = _USES[kind]
         self.n_fills += 1
-        self.fills_left -= 1
-        if not self.fills_left:
-            self._on_many()
         try:
             page = entry[0]
             page.paddr, page.perms = self._page(address, use, access)

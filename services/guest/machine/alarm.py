@@ -1,0 +1,126 @@
+"""Stops a running engine after a time, by a signal to the thread that it runs in.
+
+The signal's handler is machine code and asks the engine to stop as `uc_emu_stop` does: the engine runs without the
+interpreter's lock and would have to wait for it, and Python's own handlers come only once the engine has returned.
+Written for x86-64, which `doctor` asks for anyway.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import threading
+import time
+import weakref
+from functools import cache
+from typing import Any
+
+from unicorn.unicorn_py3.unicorn import uclib
+
+from protocol.errors import HostFault
+
+_SIGNAL = signal.SIGVTALRM
+_HANDLER = bytes.fromhex(
+    "488b4618"  #     mov rax, [rsi+24]       si_value: the alarm's state
+    "c70001000000"  # mov dword [rax], 1      fired
+    "488b7808"  #     mov rdi, [rax+8]        the engine
+    "ff6010"  #       jmp [rax+16]            uc_emu_stop
+)
+_SA_SIGINFO, _SA_RESTART = 4, 0x10000000
+_SIGEV_THREAD_ID = 4
+_SIGNAL_SET_BYTES = 128
+_SIGEVENT_BYTES = 64
+_NS_PER_S = 1_000_000_000
+
+_libc = ctypes.PyDLL(None, use_errno=True)
+"""Its functions are called with the interpreter's lock: they return at once."""
+
+
+class _State(ctypes.Structure):
+    """What the handler works on, in its order."""
+
+    _fields_ = (("fired", ctypes.c_uint64), ("engine", ctypes.c_void_p), ("stop", ctypes.c_void_p))
+
+
+class _SignalAction(ctypes.Structure):
+    """`struct sigaction` of glibc."""
+
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_char * _SIGNAL_SET_BYTES),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+class _SignalEvent(ctypes.Structure):
+    """`struct sigevent` of glibc."""
+
+    _fields_ = (
+        ("value", ctypes.c_void_p),
+        ("signal", ctypes.c_int),
+        ("notify", ctypes.c_int),
+        ("thread", ctypes.c_int),
+        ("rest", ctypes.c_char * (_SIGEVENT_BYTES - 20)),
+    )
+
+
+class _Interval(ctypes.Structure):
+    """`struct itimerspec`."""
+
+    _fields_ = tuple((name, ctypes.c_long) for name in ("every_s", "every_ns", "first_s", "first_ns"))
+
+
+class Alarm:
+    """Of one engine. `set` and `clear` belong to the thread that runs it, which is the first one that sets it."""
+
+    def __init__(self, engine: Any) -> None:  # noqa: ANN401
+        stop = ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p).value
+        self._state = _State(engine=ctypes.cast(engine._uch, ctypes.c_void_p).value, stop=stop)
+        self._timer: ctypes.c_void_p | None = None
+        self._spec = _Interval()
+        self._never = _Interval()
+
+    def set(self, first_ns: int, every_ns: int) -> None:
+        """Stop the engine in `first_ns` and, until it is cleared, every `every_ns` from then on: a stop that comes
+        before the engine runs is lost to it."""
+        if self._timer is None:
+            self._timer = self._make_timer()
+        self._state.fired = 0
+        spec = self._spec
+        spec.every_s, spec.every_ns = divmod(every_ns, _NS_PER_S)
+        spec.first_s, spec.first_ns = divmod(first_ns, _NS_PER_S)
+        _libc.timer_settime(self._timer, 0, ctypes.byref(spec), None)
+
+    def clear(self) -> None:
+        """No stop comes any more."""
+        _libc.timer_settime(self._timer, 0, ctypes.byref(self._never), None)
+
+    @property
+    def fired(self) -> bool:
+        """Whether the time that was set last is over."""
+        return bool(self._state.fired)
+
+    def _make_timer(self) -> ctypes.c_void_p:
+        """Raises HostFault."""
+        _install_handler()
+        event = _SignalEvent(ctypes.addressof(self._state), _SIGNAL, _SIGEV_THREAD_ID, threading.get_native_id())
+        timer = ctypes.c_void_p()
+        if _libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)):
+            raise HostFault(f"no timer for the processor: {os.strerror(ctypes.get_errno())}")
+        weakref.finalize(self, _libc.timer_delete, timer)
+        return timer
+
+
+@cache
+def _install_handler() -> mmap.mmap:
+    """The handler's code, which stays for as long as the process. Raises HostFault."""
+    code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    code[: len(_HANDLER)] = _HANDLER
+    address = ctypes.addressof(ctypes.c_char.from_buffer(code))
+    action = _SignalAction(handler=address, flags=_SA_SIGINFO | _SA_RESTART)
+    if _libc.sigaction(_SIGNAL, ctypes.byref(action), None):
+        raise HostFault(f"no handler for {_SIGNAL.name}: {os.strerror(ctypes.get_errno())}")
+    return code
