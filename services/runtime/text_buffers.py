@@ -18,6 +18,9 @@ from protocol.errors import MalformedMessage, UserError
 OUTPUT_BYTES = 64 * 1024
 INPUT_BYTES = 4 * 1024
 _MAX_READ_WAIT_SECONDS = 0.4
+_GATHER_SECONDS = 0.01
+"""Guests print character by character: were each one an answer of its own, its reader would take the processor's
+time from the guest. Nobody sees the delay."""
 
 
 class Text(NamedTuple):
@@ -115,7 +118,8 @@ class TextBuffers:
     # -- queries of the operator --------------------------------------------------------------------------------
 
     async def answer_read(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The query `console.read`: printed text from byte `since`; waits up to `wait_s` for some."""
+        """The query `console.read`: printed text from byte `since`; waits up to `wait_s` for some, and for what else
+        comes at once."""
         since = int(arguments["since"])
         wait_s = min(float(arguments.get("wait_s", 0)), _MAX_READ_WAIT_SECONDS)
         with trio.move_on_after(wait_s):
@@ -123,6 +127,7 @@ class TextBuffers:
                 if self._printed.is_set():
                     self._printed = trio.Event()
                 await self._printed.wait()
+            await trio.sleep(_GATHER_SECONDS)
         text = self.read(since)
         return {"data": text.data, "next": text.next_sequence}
 

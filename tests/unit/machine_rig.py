@@ -92,6 +92,13 @@ class MachineRig:
         """The general registers."""
         return list(self.engine._registers.gpr)
 
+    @property
+    def n_instructions(self) -> int:
+        """Retired since the start, which the clock `instructions` counts."""
+        counted = self.engine.n_instructions
+        assert counted is not None
+        return counted
+
     def spr(self, number: int) -> int:
         """A special purpose register."""
         return int(self.engine._registers.spr[number])

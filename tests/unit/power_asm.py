@@ -13,6 +13,7 @@ RFID = 0x4C000024
 BLR = 0x4E800020
 TRAP = 0x7FE00008
 ISYNC = 0x4C00012C
+PTESYNC = 0x7C4004AC
 R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10, R11, R12 = range(13)
 
 
@@ -138,6 +139,11 @@ def b(n_words: int) -> int:
 def bdnz(n_words: int) -> int:
     """Decrement CTR, branch when it is not 0."""
     return 16 << 26 | 16 << 21 | n_words * 4 & 0xFFFC
+
+
+def tlbie(rb: int, rs: int) -> int:
+    """Invalidate the translation of a page of a process, radix (RIC 0, PRS 1, R 1)."""
+    return _x(306, rs, 3, rb)
 
 
 def scv(level: int) -> int:

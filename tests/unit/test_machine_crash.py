@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 
-from services.guest.machine.slices import FIXED_INSTRUCTIONS
 from tests.unit import power_asm as asm
 from tests.unit.machine_rig import ENTRY, SLICE_NS, MachineRig
 
@@ -47,5 +46,6 @@ def test_between_two_slices_the_last_block_is_still_known() -> None:
     rig.begin(asm.b(0))
     rig.engine.run(SLICE_NS)
     assert rig.engine.last_block == ENTRY
-    rig.engine._counter.begin(FIXED_INSTRUCTIONS)
+    rig.engine._slices.begin(SLICE_NS, 0)
+    rig.engine._slices.begin_run()
     assert rig.engine.last_block == ENTRY

@@ -11,10 +11,9 @@ from protocol.messages import Access
 from protocol.ucalls import UV_SHARE_PAGE
 from services.guest.clock import WallClock
 from services.guest.exits import Crash, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
-from services.guest.machine.engine import NS_PER_INSTRUCTION
 from services.guest.machine.interrupts import RELOCATED_BASE, Vector
 from services.guest.machine.registers import Fscr, Msr, Spr, Srr1
-from services.guest.machine.slices import FIXED_INSTRUCTIONS
+from services.guest.machine.slices import NS_PER_INSTRUCTION, SLICE_INSTRUCTIONS
 from services.guest.machine.time_base import TICKS_PER_US
 from tests.unit import power_asm as asm
 from tests.unit.machine_rig import ENTRY, SLICE_NS, MachineRig
@@ -77,9 +76,9 @@ def test_a_loop_ends_its_slice_at_the_same_instruction_every_time() -> None:
 
     for slices in range(1, 4):
         assert rig.engine.run(SLICE_NS) is Pause.SLICE_END
-        assert rig.engine.n_instructions == slices * FIXED_INSTRUCTIONS
-        assert rig.gpr[R3] == slices * FIXED_INSTRUCTIONS // 2
-        assert rig.clock.now_ns() == slices * FIXED_INSTRUCTIONS * NS_PER_INSTRUCTION
+        assert rig.engine.n_instructions == slices * SLICE_INSTRUCTIONS
+        assert rig.gpr[R3] == slices * SLICE_INSTRUCTIONS // 2
+        assert rig.clock.now_ns() == slices * SLICE_INSTRUCTIONS * NS_PER_INSTRUCTION
 
 
 @pytest.mark.parametrize(
@@ -321,11 +320,11 @@ def test_slices_of_blocks_of_any_size_end_before_the_block_that_would_pass_the_l
     rig.begin(*[asm.addi(R3, R3, 1)] * n_words, asm.b(-n_words))
 
     for _ in range(3):
-        before = rig.engine.n_instructions
+        before = rig.n_instructions
         assert rig.engine.run(SLICE_NS) is Pause.SLICE_END
-        assert FIXED_INSTRUCTIONS - n_words - 1 <= rig.engine.n_instructions - before <= FIXED_INSTRUCTIONS
-        assert rig.engine.n_instructions % (n_words + 1) == 0
-        assert rig.gpr[R3] == rig.engine.n_instructions // (n_words + 1) * n_words
+        assert SLICE_INSTRUCTIONS - n_words - 1 <= rig.n_instructions - before <= SLICE_INSTRUCTIONS
+        assert rig.n_instructions % (n_words + 1) == 0
+        assert rig.gpr[R3] == rig.n_instructions // (n_words + 1) * n_words
 
 
 def test_an_interrupt_that_is_masked_for_long_does_not_cut_slices_short_for_ever() -> None:
@@ -334,10 +333,10 @@ def test_an_interrupt_that_is_masked_for_long_does_not_cut_slices_short_for_ever
     rig.engine.set_line(True)
     for _ in range(10):
         rig.engine.run(SLICE_NS)
-    before = rig.engine.n_instructions
+    before = rig.n_instructions
     rig.engine.run(SLICE_NS)
 
-    assert rig.engine.n_instructions - before > FIXED_INSTRUCTIONS // 2
+    assert rig.n_instructions - before > SLICE_INSTRUCTIONS // 2
 
 
 def test_the_decrementer_interrupts_when_its_time_has_come() -> None:
@@ -404,7 +403,7 @@ def test_the_time_base_follows_the_wall_clock() -> None:
 
 
 def test_the_same_start_gives_the_same_instruction_count_at_every_exit() -> None:
-    def run() -> tuple[list[int], str]:
+    def run() -> tuple[list[int], str | None]:
         rig = MachineRig(absent=True)
         handler(rig, Vector.DECREMENTER, asm.mtspr(Spr.DEC, R5), asm.SC1, asm.RFID)
         rig.begin(
@@ -421,7 +420,7 @@ def test_the_same_start_gives_the_same_instruction_count_at_every_exit() -> None
         for _ in range(300):
             if isinstance(rig.engine.run(SLICE_NS), Hypercall):
                 rig.engine.resume([0])
-            found.append(rig.engine.n_instructions)
+            found.append(rig.n_instructions)
         return found, rig.engine.trail
 
     assert run() == run()

@@ -1,81 +1,113 @@
-"""How many instructions a slice of the machine engine has, over either clock."""
+"""How far the machine engine runs in a slice, over either clock."""
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
 
-from services.guest.machine.slices import (
-    FIXED_INSTRUCTIONS,
-    MAX_INSTRUCTIONS,
-    MIN_INSTRUCTIONS,
-    TARGET_NS,
-    FixedSlices,
-    TimedSlices,
-)
+from services.guest.clock import WallClock
+from services.guest.exits import Hypercall, Pause
+from services.guest.machine.registers import Spr
+from services.guest.machine.slices import SLICE_INSTRUCTIONS, SLICE_NS
+from services.guest.machine.time_base import TICKS_PER_US
+from tests.unit import machine_rig
+from tests.unit import power_asm as asm
+from tests.unit.machine_rig import MachineRig
+from tests.unit.power_asm import R3, R4, R5, R6
+
+LATE_NS = 100_000_000
+"""How much later than it should a slice may end on a machine that does something else meanwhile."""
 
 
-class Host:
-    """Time that passes with instructions; `mips` can change."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now_ns = 0
-        self.mips = 1000
-        monkeypatch.setattr(time, "thread_time_ns", lambda: self.now_ns)
-
-    def use_up(self, of: TimedSlices) -> int:
-        """Run a whole slice; how long it took."""
-        took_ns = of.n_instructions * 1000 // self.mips
-        of.begin()
-        self.now_ns += took_ns
-        of.end(of.n_instructions)
-        return took_ns
+def timed_ns(rig: MachineRig, limit_ns: int = machine_rig.SLICE_NS) -> int:
+    """How long a slice of an endless loop takes."""
+    before = time.perf_counter_ns()
+    assert rig.engine.run(limit_ns) is Pause.SLICE_END
+    return time.perf_counter_ns() - before
 
 
-def test_slices_of_the_instruction_clock_are_all_alike() -> None:
-    fixed = FixedSlices()
-    fixed.begin()
-    fixed.end(7)
-    assert fixed.n_instructions == FIXED_INSTRUCTIONS
+def test_the_instruction_clock_counts_and_the_wall_clock_does_not() -> None:
+    counted, timed = MachineRig(), MachineRig(WallClock())
+    for rig in (counted, timed):
+        rig.begin(asm.b(0))
+        rig.engine.run(machine_rig.SLICE_NS)
+
+    assert counted.engine.n_instructions == SLICE_INSTRUCTIONS
+    assert (timed.engine.n_instructions, timed.engine.trail) == (None, None)
 
 
-@pytest.mark.parametrize("mips", [40, 100, 1000, 1800])
-def test_slices_come_to_take_about_the_target_at_any_speed(monkeypatch: pytest.MonkeyPatch, mips: int) -> None:
-    host, timed = Host(monkeypatch), TimedSlices()
-    host.mips = mips
+def test_with_the_wall_clock_a_slice_takes_its_time_whatever_the_code_costs() -> None:
+    loop, misses = MachineRig(WallClock()), MachineRig(WallClock())
+    loop.begin(asm.b(0))
+    # A store to PIDR empties the TLB: everything misses.
+    misses.begin(asm.mtspr(Spr.PIDR, R4), asm.b(-1))
 
-    for _ in range(10):
-        host.use_up(timed)
-
-    assert TARGET_NS // 2 <= host.use_up(timed) <= 2 * TARGET_NS
-
-
-def test_slower_code_has_a_shorter_slice_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    host, timed = Host(monkeypatch), TimedSlices()
-    for _ in range(10):
-        host.use_up(timed)
-    host.mips = 50
-    host.use_up(timed)
-
-    assert host.use_up(timed) <= 2 * TARGET_NS
+    for rig in (loop, misses):
+        took = sorted(timed_ns(rig) for _ in range(9))
+        assert took[0] >= SLICE_NS
+        assert took[4] < SLICE_NS + LATE_NS
 
 
-def test_calls_after_a_few_instructions_make_no_longer_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    Host(monkeypatch)
-    timed = TimedSlices()
-    for _ in range(10):
-        timed.begin()
-        timed.end(50)
-    assert timed.n_instructions == FIXED_INSTRUCTIONS
+def test_a_shorter_limit_and_the_decrementer_end_a_slice_earlier() -> None:
+    rig = MachineRig(WallClock())
+    rig.begin(*asm.load64(R5, 50 * TICKS_PER_US), asm.mtspr(Spr.DEC, R5), asm.SC1, asm.b(0))
+    assert isinstance(rig.engine.run(machine_rig.SLICE_NS), Hypercall)
+    rig.engine.resume([0])
+
+    assert min(timed_ns(rig) for _ in range(9)) < SLICE_NS
+    rig.begin(asm.b(0))
+    assert min(timed_ns(rig, SLICE_NS // 8) for _ in range(9)) < SLICE_NS
 
 
-def test_a_slice_stays_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    host, timed = Host(monkeypatch), TimedSlices()
-    host.mips = 1
-    host.use_up(timed)
-    assert timed.n_instructions == MIN_INSTRUCTIONS
-    host.mips = 1_000_000
-    for _ in range(10):
-        host.use_up(timed)
-    assert timed.n_instructions == MAX_INSTRUCTIONS
+def test_while_an_interrupt_is_masked_slices_are_short_and_then_longer() -> None:
+    rig = MachineRig(WallClock())
+    rig.begin(asm.b(0))
+    rig.engine.set_line(True)
+
+    took = [timed_ns(rig) for _ in range(12)]
+    assert took[0] < SLICE_NS // 2 or min(took[:3]) < SLICE_NS // 2
+    assert min(took[-4:]) >= SLICE_NS
+    rig.engine.set_line(False)
+    rig.engine.run(machine_rig.SLICE_NS)
+    rig.engine.set_line(True)
+    assert min(timed_ns(rig) for _ in range(3)) < SLICE_NS
+
+
+@pytest.mark.parametrize("limit_ns", [12_000, 31_000, 100_000])
+def test_a_program_that_is_stopped_anywhere_goes_on_where_it_was(limit_ns: int) -> None:
+    """Its stores move their own address: one that was done twice, or not at all, would show."""
+    n_times = 200_000
+    rig = MachineRig(WallClock())
+    loop = (asm.addi(R3, R3, 1), asm.stwu(R3, 4, R4), asm.addi(R5, R5, 2), asm.bdnz(-3))
+    rig.begin(*asm.load64(R6, n_times), asm.mtspr(Spr.CTR, R6), *asm.load64(R4, 0x20_0000), *loop, asm.SC1)
+
+    n_slices = 0
+    while rig.engine.run(limit_ns) is Pause.SLICE_END:
+        n_slices += 1
+
+    assert n_slices > 3
+    assert (rig.gpr[R3], rig.gpr[R4], rig.gpr[R5]) == (n_times, 0x20_0000 + 4 * n_times, 2 * n_times)
+    words = memoryview(rig.ram)[0x20_0004 : 0x20_0004 + 4 * n_times]
+    assert [int.from_bytes(words[at : at + 4], "big") for at in range(0, len(words), 4)] == list(range(1, n_times + 1))
+
+
+def test_two_engines_in_two_threads_stop_each_by_their_own_time() -> None:
+    ended: list[Pause] = []
+
+    def run() -> None:
+        rig = MachineRig(WallClock())
+        rig.begin(asm.b(0))
+        for _ in range(20):
+            exit_ = rig.engine.run(machine_rig.SLICE_NS)
+            assert isinstance(exit_, Pause)
+            ended.append(exit_)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+
+    assert ended == [Pause.SLICE_END] * 40

@@ -3,8 +3,8 @@
 A shadow stands in for a code page that the engine would run wrongly:
 
 - it reads a register that the engine gets wrong (MSR in a secure VM, since the engine cannot hold MSR.S; PURR and
-  SPURR): in the copy each such instruction is a trap, `sc` with a level that nothing else uses, and the handler looks
-  up the true instruction in the true page;
+  SPURR), or writes PIDR, of which we have to hear: in the copy each such instruction is a trap, `sc` with a level that
+  nothing else uses, and the handler looks up the true instruction in the true page;
 - it changed since the engine translated it. A store of the guest's own drops the translations, but one by a device or
   the hypervisor does not: the copy has a fresh engine-physical address, so they are never met again.
 
@@ -30,6 +30,7 @@ _REGISTER_MASK = 0xFC1FFFFF
 _MFMSR = 0x7C0000A6
 _MFSPURR = 0x7C144AA6
 _MFPURR = 0x7C154AA6
+_MTPIDR = 0x7C100BA6
 
 
 class ShadowsFull(Exception):
@@ -46,9 +47,15 @@ def is_mfpurr(word: int) -> bool:
     return word & _REGISTER_MASK in (_MFPURR, _MFSPURR)
 
 
+def is_mtpidr(word: int) -> bool:
+    """Whether an instruction word writes PIDR."""
+    return word & _REGISTER_MASK == _MTPIDR
+
+
 def trap_places(page: bytes, *, little_endian: bool, hide_msr: bool) -> list[int]:
     """Offsets of the instructions of a code page that must be traps; `mfmsr` is one when `hide_msr` is set."""
     places = _places(page, _MFPURR, is_mfpurr, little_endian)
+    places += _places(page, _MTPIDR, is_mtpidr, little_endian)
     return places + _places(page, _MFMSR, is_mfmsr, little_endian) if hide_msr else places
 
 
@@ -84,6 +91,8 @@ class CodePages:
         """The pages of `_content` in normal RAM by their frame of 64 KiB."""
         self._stale: set[int] = set()
         """Pages whose translations at their true address may be of older content."""
+        self._plain: set[tuple[int, bool]] = set()
+        """Pages of `_content` that need no shadow, by byte order."""
         self._writable: set[int] = set()
         self._marks: memoryview | None = None
         self._written: set[int] = set()
@@ -97,6 +106,7 @@ class CodePages:
         self._written.clear()
         self._shadows.clear()
         self._stale.clear()
+        self._plain.clear()
         self._writable.clear()
         self.n_shadows = 0
 
@@ -107,25 +117,32 @@ class CodePages:
     def fetch(self, page: int, *, little_endian: bool) -> int:
         """The engine-physical page to fetch from, for the true `page`. Raises ShadowsFull."""
         content = self._memory.read(page, CODE_PAGE_BYTES)
-        known = self._content.get(page)
-        if content != known:
-            self._content[page] = content
-            if known is None:
-                self._by_frame.setdefault(page >> PAGE_SHIFT, set()).add(page)
-            else:
-                self._stale.add(page)
-                self._shadows.pop(page, None)
+        if content != self._content.get(page):
+            self._note(page, content)
+        elif (page, little_endian) in self._plain:
+            return page
         slot = self._shadows.get(page, {}).get(little_endian)
         if slot is not None:
             return slot
         places = trap_places(content, little_endian=little_endian, hide_msr=self.hide_msr)
         if not places and page not in self._stale:
+            self._plain.add((page, little_endian))
             return page
         slot = self._shadow(content, places, little_endian)
         self._shadows.setdefault(page, {})[little_endian] = slot
         if page in self._writable:
             self._flush_tlb()
         return slot
+
+    def _note(self, page: int, content: bytes) -> None:
+        """`page` is new here, or holds something else than it did."""
+        if page in self._content:
+            self._stale.add(page)
+            self._shadows.pop(page, None)
+            self._plain -= {(page, False), (page, True)}
+        else:
+            self._by_frame.setdefault(page >> PAGE_SHIFT, set()).add(page)
+        self._content[page] = content
 
     def watch(self, marks: memoryview) -> None:
         """Devices set a byte of `marks`, one a frame, before they write it and again with each later write."""

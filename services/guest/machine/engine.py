@@ -31,6 +31,7 @@ from services.guest.machine.mmu import Mmu, ProcessTable, SegmentFault, StorageF
 from services.guest.machine.partition import Absent, OutsideRam, Partition
 from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import EVERY_FACILITY, Dsisr, Lpcr, Msr, Spr, Srr1
+from services.guest.machine.second_level_tlb import SecondLevelTlb
 from services.guest.machine.slices import make_slices
 from services.guest.machine.state import VERSION, MachineState, TableState, decode_state, encode_state
 from services.guest.machine.time_base import NS_PER_US, TICKS_PER_US, TimeBase
@@ -70,7 +71,7 @@ class MachineEngine:
         self._time = TimeBase(clock, self._registers)
         self._interrupts = Interrupts(self._registers)
         self._instructions = Instructions(
-            self._registers, self._interrupts, self._time, self._translator.instruction, lacking
+            self._registers, self._interrupts, self._time, self._translator.instruction, lacking, self._switch_process
         )
         self._calls = Calls(self._registers, self._interrupts, self._mmu)
         self._devices = DeviceAccesses(self._registers, self._interrupts, self._translator)
@@ -79,14 +80,16 @@ class MachineEngine:
         self._exception: int | None = None
         self._trail = Trail()
         memory.on_map = self._follow_space
+        self._callbacks = FILL_CALLBACK(self._translator.fill), EXCEPTION_CALLBACK(self._on_exception)
+        self._second_level = SecondLevelTlb(self._registers.watched(layout), self._callbacks[0])
+        self._translator.second_level = self._second_level
         self._install_hooks()
 
     def _install_hooks(self) -> None:
         self._uc.ctl_set_tlb_mode(uc.UC_TLB_VIRTUAL)
         self._uc.ctl_exits_enabled(True)
-        self._callbacks = FILL_CALLBACK(self._translator.fill), EXCEPTION_CALLBACK(self._on_exception)
-        for kind, callback in zip((uc.UC_HOOK_TLB_FILL, uc.UC_HOOK_INTR), self._callbacks, strict=True):
-            add_hook(self._uc, kind, address_of(callback))
+        add_hook(self._uc, uc.UC_HOOK_TLB_FILL, self._second_level.callback, self._second_level.data)
+        add_hook(self._uc, uc.UC_HOOK_INTR, address_of(self._callbacks[1]))
 
     def _on_exception(self, _engine: int, number: int, _data: int) -> None:
         if number == EngineException.SYSTEM_CALL and self._registers.error_code == 0:
@@ -99,6 +102,14 @@ class MachineEngine:
     def _flush_tlb(self) -> None:
         uclib.uc_ctl(self._uc._uch, TLB_FLUSH)
         self._code.tlb_flushed()
+        self._second_level.forget()
+
+    def _switch_process(self, pid: int) -> None:
+        """A store to PIDR; what the second-level TLB holds names its process."""
+        self._registers.spr[Spr.PIDR] = pid
+        self._second_level.notice_flushes()
+        uclib.uc_ctl(self._uc._uch, TLB_FLUSH)
+        self._second_level.expect_flush()
 
     def _follow_space(self) -> None:
         """Another map or secure memory is in use: nothing that was translated holds any more."""

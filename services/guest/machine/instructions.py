@@ -9,7 +9,7 @@ from collections.abc import Callable
 from enum import IntEnum
 
 from services.guest.machine.accesses import effective_address
-from services.guest.machine.code_pages import TRAP_LEVEL, is_mfmsr, is_mfpurr
+from services.guest.machine.code_pages import TRAP_LEVEL, is_mfmsr, is_mfpurr, is_mtpidr
 from services.guest.machine.interrupts import Interrupts, Vector
 from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import Fscr, Msr, Spr, Srr1
@@ -69,7 +69,7 @@ _UNAVAILABLE = {
 
 class Instructions:
     """Serves exceptions. `word_at(address)` reads the true instruction; `lacking(what, address)` tells the operator of
-    one that the engine does not have."""
+    one that the engine does not have; `switch_process(pid)` is what a store to PIDR does."""
 
     def __init__(
         self,
@@ -78,12 +78,14 @@ class Instructions:
         time_base: TimeBase,
         word_at: Callable[[int], int],
         lacking: Callable[[int, int], None],
+        switch_process: Callable[[int], None],
     ) -> None:
         self._registers = registers
         self._interrupts = interrupts
         self._time = time_base
         self._word_at = word_at
         self._lacking = lacking
+        self._switch_process = switch_process
 
     def serve(self, number: int) -> bool:
         """Serve any exception but `sc` with levels 1 and 2; False when `number` is unknown."""
@@ -105,18 +107,20 @@ class Instructions:
         return True
 
     def _system_call(self, at: int) -> None:
-        if self._registers.error_code == TRAP_LEVEL and self._emulate_read(self._word_at(at), at):
+        if self._registers.error_code == TRAP_LEVEL and self._emulate_trapped(self._word_at(at), at):
             return
         self._interrupts.deliver(Vector.SYSTEM_CALL, at + WORD_BYTES)
 
-    def _emulate_read(self, word: int, at: int) -> bool:
+    def _emulate_trapped(self, word: int, at: int) -> bool:
         """What a shadow page has a trap for."""
-        if not is_mfmsr(word) and not is_mfpurr(word):
+        if not (is_mfmsr(word) or is_mfpurr(word) or is_mtpidr(word)):
             return False
         registers = self._registers
         msr = registers.msr
         if msr & Msr.PR:
             self._interrupts.deliver(Vector.PROGRAM, at, Srr1.PRIVILEGED)
+        elif is_mtpidr(word):
+            self._switch_process(registers.gpr[word >> 21 & 31])
         elif is_mfmsr(word):
             registers.gpr[word >> 21 & 31] = msr | (Msr.S if self._interrupts.secure else 0)
         else:

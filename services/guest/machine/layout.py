@@ -17,6 +17,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import unicorn as uc
@@ -24,6 +25,7 @@ from unicorn import ppc_const
 from unicorn.unicorn_py3.unicorn import uclib
 
 from protocol.errors import HostFault
+from services.guest.machine.hooks import TLB_FLUSH
 from services.guest.machine.registers import Msr, Spr
 
 _STUB_BYTES = 0x10000
@@ -53,8 +55,7 @@ _SIZE_WORD_BYTES = 8
 _CHUNK_FLAGS = 7
 _CHUNK_ALIGN = 16
 _MAX_ALLOCATION_BYTES = 16 << 20
-TLB_FLUSH = 11 | 1 << 30
-"""UC_CTL_TLB_FLUSH as a write without arguments; the Python class has no method for it."""
+
 _READY_FLAGS = bytes([0, 1, 0, 1])
 _NO_EXIT_REQUEST_AT = 2
 
@@ -76,6 +77,9 @@ class Layout:
     """Of the last exception, u32: the level of a system call, the kind of a program interrupt."""
     time_base: int
     """Pointer to a time base of the emulator's, which is not there; reading PURR goes through it."""
+    flushes: int
+    """Three counts, u64 each, whose sum changes with each flush of the engine's TLB: of all modes of addressing at
+    once, of a mode, and of a mode that was empty anyway."""
     no_exit_request: int | None
     """A byte of the engine's own structure: when it is set, code is translated without a look for a request to stop
     behind each load and store. None when this release has none, which only makes it slower."""
@@ -152,6 +156,7 @@ class _Probe:
             self._find_register(snapshot, ppc_const.UC_PPC_REG_PC, _PC_MAGIC, "program counter"),
             self._find_error_code(snapshot),
             time_base,
+            self._find_flushes(snapshot),
             self._find_no_exit_request(),
         )
 
@@ -212,6 +217,27 @@ class _Probe:
         if len(found) != 1:
             raise _unknown("error code")
         return found[0] * 4
+
+    def _find_flushes(self, snapshot: Callable[[], bytes]) -> int:
+        """A flush with one mode in use counts that one, and the others as empty; a second one finds all of them so."""
+        found = self._counts_flushes(snapshot) & self._counts_flushes(snapshot)
+        if len(found) != 1:
+            raise _unknown("counts of flushes")
+        return found.pop() * 8 - 8
+
+    def _counts_flushes(self, snapshot: Callable[[], bytes]) -> set[int]:
+        """Which words may be the count of modes, with that of empty modes behind it."""
+        self._run([_NOP])
+        memories = [snapshot()]
+        for _ in range(2):
+            uclib.uc_ctl(self._uc._uch, TLB_FLUSH)
+            memories.append(snapshot())
+        words = [memoryview(memory).cast("Q") for memory in memories]
+        steps = [[after - before for before, after in zip(*two, strict=True)] for two in pairwise(words)]
+        first, second = ([(steps_of[n], steps_of[n + 1]) for n in range(len(steps_of) - 1)] for steps_of in steps)
+        return {
+            n for n, (one, two) in enumerate(zip(first, second, strict=True)) if one == (1, two[1] - 1) and not two[0]
+        }
 
     def _find_no_exit_request(self) -> int | None:
         """The byte that decides whether a block is left behind a load whose TLB miss asked for a stop.

@@ -15,6 +15,7 @@ from unicorn.unicorn_py3.unicorn import uclib
 from protocol.errors import HostFault
 from services.guest.machine.layout import Layout, engine_address
 from services.guest.machine.registers import Spr
+from services.guest.machine.second_level_tlb import Watched
 from services.guest.machine.state import N_GPRS, N_SPRS, VSRS_BYTES, RegisterState
 
 _PROBE_VALUE = 0x1122_3344_5566_7788
@@ -28,6 +29,7 @@ class RegisterFile:
         self._handle = engine._uch
         base = engine_address(engine)
         processor = ctypes.c_uint64.from_address(base + layout.processor).value
+        self._processor = processor
         self.gpr = (ctypes.c_uint64 * N_GPRS).from_address(processor + layout.gprs)
         self.spr = (ctypes.c_uint64 * N_SPRS).from_address(processor + layout.sprs)
         self._vsrs = (ctypes.c_char * VSRS_BYTES).from_address(processor + layout.vsrs)
@@ -122,6 +124,11 @@ class RegisterFile:
         ctypes.memmove(self.spr, self._sprs_at_power_on, ctypes.sizeof(self.spr))
         ctypes.memset(self._vsrs, 0, VSRS_BYTES)
         self.lr = self.ctr = self.cr = self.xer = self.fpscr = 0
+
+    def watched(self, layout: Layout) -> Watched:
+        """What the second-level TLB has to look at."""
+        pidr = ctypes.addressof(self.spr) + int(Spr.PIDR) * ctypes.sizeof(ctypes.c_uint64)
+        return Watched(self._processor + layout.flushes, ctypes.addressof(self._msr), pidr)
 
     def save(self) -> RegisterState:
         """A copy of everything."""

@@ -1,0 +1,163 @@
+"""Answers TLB misses of the engine that were answered before, without Python.
+
+The engine's own TLB is small and forgets everything at each change of the process, the kernel's pages too: with this
+one behind it such a miss takes nanoseconds instead of microseconds. It is machine code, which the engine calls in the
+place of the Python callback (x86-64, which `doctor` asks for); what it does not hold goes on to that callback.
+
+When it has to forget:
+
+- the guest invalidates translations (tlbie): the engine counts its flushes, and a count that nobody here knows of means
+  that all entries are of an older generation;
+- the partition-scoped map or a shadow page changes: `forget`;
+- another process (mtspr PIDR) is no reason: entries of the lower quadrant name their process. The engine flushes all
+  the same, so that instruction is a trap (`code_pages.py`), whose flush is `expected`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from dataclasses import dataclass
+from struct import Struct
+from typing import Any
+
+import unicorn as uc
+
+from services.guest.machine.code_pages import CODE_PAGE_BYTES
+from services.guest.machine.hooks import address_of
+from services.guest.machine.registers import Msr
+
+N_SETS = 4096
+_N_WAYS = 4
+"""One for loads, one for stores, one for fetches, and one that makes an index a shift."""
+_ENTRY = Struct("=4Q")
+"""Page and use, context, engine-physical page, permissions."""
+_GENERATION_STEP = 1 << 48
+_LOAD = int(uc.UC_MEM_READ)
+_PID_SHIFT = 16
+_MSR_MASK = int(Msr.IR | Msr.DR | Msr.PR | Msr.LE)
+_PID_MASK = (1 << 32) - 1
+_KERNEL_BIT = 1 << 63
+_PAGE_SHIFT = CODE_PAGE_BYTES.bit_length() - 1
+_CODE = bytes.fromhex(
+    "498b00"  #           mov rax, [r8]          the engine's three counts of flushes
+    "4c8b08"  #           mov r9, [rax]
+    "4c034808"  #         add r9, [rax+8]
+    "4c034810"  #         add r9, [rax+16]
+    "4d3b4808"  #         cmp r9, [r8+8]         others than expected?
+    "7579"  #             jne miss
+    "498b4018"  #         mov rax, [r8+24]       PIDR
+    "448b10"  #           mov r10d, [rax]
+    "4885f6"  #           test rsi, rsi          an address of the kernel?
+    "7903"  #             jns .+3
+    "4531d2"  #           xor r10d, r10d         is of process 0
+    "4989f1"  #           mov r9, rsi
+    "49c1e90c"  #         shr r9, 12
+    "428d04d500000000"  # lea eax, [r10*8]
+    "4131c1"  #           xor r9d, eax
+    "4181e1ff0f0000"  #   and r9d, N_SETS - 1
+    "8d42f0"  #           lea eax, [rdx-16]      the use: UC_MEM_READ is 16
+    "4e8d0c88"  #         lea r9, [rax+r9*4]
+    "49c1e105"  #         shl r9, 5
+    "4d034828"  #         add r9, [r8+40]        the entry
+    "4989f3"  #           mov r11, rsi
+    "4981e300f0ffff"  #   and r11, -4096
+    "4909c3"  #           or r11, rax
+    "4d3b19"  #           cmp r11, [r9]          page and use
+    "7530"  #             jne miss
+    "498b4010"  #         mov rax, [r8+16]       MSR
+    "8b00"  #             mov eax, [rax]
+    "2531400000"  #       and eax, IR|DR|PR|LE
+    "49c1e210"  #         shl r10, 16
+    "4c09d0"  #           or rax, r10
+    "49034020"  #         add rax, [r8+32]       generation
+    "493b4108"  #         cmp rax, [r9+8]        context
+    "7514"  #             jne miss
+    "498b4110"  #         mov rax, [r9+16]
+    "488901"  #           mov [rcx], rax
+    "418b4118"  #         mov eax, [r9+24]
+    "894108"  #           mov [rcx+8], eax
+    "b801000000"  #       mov eax, 1
+    "c3"  #               ret
+    "41ff6030"  # miss:   jmp [r8+48]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """Addresses of what an engine has that decides whether an entry holds."""
+
+    flushes: int
+    """Three counts, whose sum changes with each flush."""
+    msr: int
+    pidr: int
+
+
+class _State(ctypes.Structure):
+    """What the machine code works on (System V: rdi engine, rsi address, edx kind, rcx answer, r8 this)."""
+
+    _fields_ = (
+        ("flushes", ctypes.c_void_p),
+        ("expected", ctypes.c_uint64),
+        ("msr", ctypes.c_void_p),
+        ("pidr", ctypes.c_void_p),
+        ("generation", ctypes.c_uint64),
+        ("entries", ctypes.c_void_p),
+        ("miss", ctypes.c_void_p),
+    )
+
+
+class SecondLevelTlb:
+    """Of one engine; `miss` is the callback for what is not here. The caller keeps both for as long as the engine."""
+
+    def __init__(self, watched: Watched, miss: Any) -> None:  # noqa: ANN401
+        self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        self._code[: len(_CODE)] = _CODE
+        self._pin = ctypes.c_char.from_buffer(self._code)
+        self._entries = bytearray(N_SETS * _N_WAYS * _ENTRY.size)
+        self._pin_entries = ctypes.c_char.from_buffer(self._entries)
+        self._counts = memoryview((ctypes.c_uint64 * 3).from_address(watched.flushes)).cast("B").cast("Q")
+        self._state = _State(watched.flushes, msr=watched.msr, pidr=watched.pidr, miss=address_of(miss))
+        self._state.entries = ctypes.addressof(self._pin_entries)
+        self._expected = 0
+        self._generation = 0
+        self.forget()
+
+    @property
+    def callback(self) -> int:
+        """What the engine has to call for a miss, with `data` as the callback's last argument."""
+        return ctypes.addressof(self._pin)
+
+    @property
+    def data(self) -> int:
+        """See `callback`."""
+        return ctypes.addressof(self._state)
+
+    def forget(self) -> None:
+        """No entry holds any more."""
+        self._generation += _GENERATION_STEP
+        if self._generation >> 64:
+            # Generations begin anew: an entry must not come to life again.
+            self._entries[:] = bytes(len(self._entries))
+            self._generation = _GENERATION_STEP
+        self._state.generation = self._generation
+        self.expect_flush()
+
+    def expect_flush(self) -> None:
+        """The engine has flushed its TLB for a reason that is none here."""
+        self._state.expected = self._expected = sum(self._counts)
+
+    def notice_flushes(self) -> None:
+        """Forget what is here if the engine flushed its TLB: the guest invalidated something. To be called before an
+        answer is added and before a flush that is expected."""
+        if sum(self._counts) != self._expected:
+            self.forget()
+
+    def add(self, address: int, kind: int, answer: tuple[int, int], msr: int, pid: int) -> None:
+        """Remember what the callback answered: engine-physical page and permissions."""
+        page = address >> _PAGE_SHIFT
+        pid = 0 if address & _KERNEL_BIT else pid & _PID_MASK
+        use = kind - _LOAD
+        offset = (((page ^ pid << 3) & N_SETS - 1) * _N_WAYS + use) * _ENTRY.size
+        context = (msr & _MSR_MASK | pid << _PID_SHIFT) + self._generation
+        _ENTRY.pack_into(self._entries, offset, page << _PAGE_SHIFT | use, context, *answer)

@@ -1,0 +1,113 @@
+"""The second-level TLB against a model of it: what it answers by itself is what was answered before and still holds."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import unicorn as uc
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from services.guest.machine.hooks import FILL_CALLBACK, TlbEntry
+from services.guest.machine.registers import Msr
+from services.guest.machine.second_level_tlb import N_SETS, SecondLevelTlb, Watched
+
+KERNEL = 0xC000_0000_0000_0000
+# Pages that share a set, of both quadrants, and a few that do not.
+PAGES = [base + page * 4096 for base in (0, KERNEL) for page in (0, 1, N_SETS, N_SETS + 1, 8, 16)]
+KINDS = [uc.UC_MEM_READ, uc.UC_MEM_WRITE, uc.UC_MEM_FETCH]
+MSRS = [0, *(int(bit) for bit in (Msr.IR | Msr.DR, Msr.IR | Msr.DR | Msr.PR, Msr.LE, Msr.EE | Msr.FP))]
+PIDS = [0, 1, 2, 1 << 20, 1 << 32]
+ANY_MSR = int(Msr.IR | Msr.DR | Msr.PR | Msr.LE)
+
+
+class Misses(RuleBasedStateMachine):
+    """An engine that misses, flushes and changes its registers."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.flushes = (ctypes.c_uint64 * 3)()
+        self.msr, self.pidr = ctypes.c_uint64(0), ctypes.c_uint64(0)
+        self.answer: tuple[int, int] | None = (0, 0)
+        self.asked = 0
+        self.miss = FILL_CALLBACK(self.on_miss)
+        watched = Watched(*(ctypes.addressof(each) for each in (self.flushes, self.msr, self.pidr)))
+        self.tlb = SecondLevelTlb(watched, self.miss)
+        self.fill = FILL_CALLBACK(self.tlb.callback)
+        self.known: dict[tuple[int, int, int, int], tuple[int, int]] = {}
+        self.n_answers = 0
+
+    def on_miss(self, _engine: int, address: int, kind: int, entry: Any, _data: int) -> bool:  # noqa: ANN401
+        self.asked += 1
+        self.tlb.notice_flushes()
+        if self.answer is None:
+            return False
+        entry[0].paddr, entry[0].perms = self.answer
+        self.tlb.add(address, kind, self.answer, self.msr.value, self.pidr.value)
+        return True
+
+    def key(self, address: int, kind: int) -> tuple[int, int, int, int]:
+        pid = 0 if address >> 63 else self.pidr.value & 0xFFFF_FFFF
+        return address >> 12, kind, self.msr.value & ANY_MSR, pid
+
+    @rule(page=st.sampled_from(PAGES), offset=st.integers(0, 4095), kind=st.sampled_from(KINDS), refused=st.booleans())
+    def miss_of_the_engine(self, page: int, offset: int, kind: int, *, refused: bool) -> None:
+        self.n_answers += 1
+        self.answer = None if refused else (self.n_answers << 12, uc.UC_PROT_READ)
+        self.asked = 0
+        entry = TlbEntry()
+        given = self.fill(None, page + offset, kind, ctypes.pointer(entry), self.tlb.data)
+        key = self.key(page, kind)
+        if not self.asked:
+            assert given
+            assert (entry.paddr, entry.perms) == self.known[key]
+        elif self.answer is None:
+            assert not given
+        else:
+            assert (entry.paddr, entry.perms) == self.answer
+            self.known[key] = self.answer
+
+    @rule(page=st.sampled_from(PAGES), kind=st.sampled_from(KINDS))
+    def the_same_miss_twice_asks_once(self, page: int, kind: int) -> None:
+        self.miss_of_the_engine(page, 0, kind, refused=False)
+        self.asked = 0
+        entry = TlbEntry()
+        assert self.fill(None, page, kind, ctypes.pointer(entry), self.tlb.data)
+        assert not self.asked
+        assert (entry.paddr, entry.perms) == self.known[self.key(page, kind)]
+
+    @rule(which=st.integers(0, 2), by=st.integers(1, 10))
+    def the_guest_invalidates(self, which: int, by: int) -> None:
+        self.flushes[which] += by
+        self.known.clear()
+
+    @rule()
+    def the_map_changes(self) -> None:
+        self.flushes[2] += 10
+        self.tlb.forget()
+        self.known.clear()
+
+    @rule(pid=st.sampled_from(PIDS))
+    def another_process(self, pid: int) -> None:
+        self.tlb.notice_flushes()
+        self.pidr.value = pid
+        self.flushes[1] += 1
+        self.tlb.expect_flush()
+
+    @rule(msr=st.sampled_from(MSRS))
+    def another_msr(self, msr: int) -> None:
+        self.msr.value = msr
+
+    @rule()
+    def generations_begin_anew(self) -> None:
+        self.tlb._generation = ((1 << 16) - 1) << 48
+        self.tlb.forget()
+        self.known.clear()
+
+    @invariant()
+    def expects_no_flush_that_it_does_not_know(self) -> None:
+        assert self.tlb._state.expected == self.tlb._expected
+
+
+TestMisses = Misses.TestCase
