@@ -44,7 +44,6 @@ class Misses(RuleBasedStateMachine):
         if self.answer is None:
             return False
         entry[0].paddr, entry[0].perms = self.answer
-        self.tlb.add(address, kind, self.answer, self.msr.value, self.pidr.value)
         return True
 
     def key(self, address: int, kind: int) -> tuple[int, int, int, int]:

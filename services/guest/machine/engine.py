@@ -10,6 +10,7 @@ counts instructions the engine is stopped by its count alone, so that every exit
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import unicorn as uc
 from unicorn.unicorn_py3.unicorn import uclib
@@ -80,9 +81,8 @@ class MachineEngine:
         self._exception: int | None = None
         self._trail = Trail()
         memory.on_map = self._follow_space
-        self._callbacks = FILL_CALLBACK(self._translator.fill), EXCEPTION_CALLBACK(self._on_exception)
+        self._callbacks = FILL_CALLBACK(self._on_miss), EXCEPTION_CALLBACK(self._on_exception)
         self._second_level = SecondLevelTlb(self._registers.watched(layout), self._callbacks[0])
-        self._translator.second_level = self._second_level
         self._install_hooks()
 
     def _install_hooks(self) -> None:
@@ -90,6 +90,10 @@ class MachineEngine:
         self._uc.ctl_exits_enabled(True)
         add_hook(self._uc, uc.UC_HOOK_TLB_FILL, self._second_level.callback, self._second_level.data)
         add_hook(self._uc, uc.UC_HOOK_INTR, address_of(self._callbacks[1]))
+
+    def _on_miss(self, engine: int, address: int, kind: int, entry: Any, data: int) -> bool:  # noqa: ANN401
+        self._second_level.notice_flushes()
+        return self._translator.fill(engine, address, kind, entry, data)
 
     def _on_exception(self, _engine: int, number: int, _data: int) -> None:
         if number == EngineException.SYSTEM_CALL and self._registers.error_code == 0:

@@ -18,35 +18,60 @@ from __future__ import annotations
 import ctypes
 import mmap
 from dataclasses import dataclass
-from struct import Struct
 from typing import Any
 
-import unicorn as uc
-
-from services.guest.machine.code_pages import CODE_PAGE_BYTES
 from services.guest.machine.hooks import address_of
-from services.guest.machine.registers import Msr
 
 N_SETS = 4096
 _N_WAYS = 4
 """One for loads, one for stores, one for fetches, and one that makes an index a shift."""
-_ENTRY = Struct("=4Q")
+_ENTRY_BYTES = 32
 """Page and use, context, engine-physical page, permissions."""
 _GENERATION_STEP = 1 << 48
-_LOAD = int(uc.UC_MEM_READ)
-_PID_SHIFT = 16
-_MSR_MASK = int(Msr.IR | Msr.DR | Msr.PR | Msr.LE)
-_PID_MASK = (1 << 32) - 1
-_KERNEL_BIT = 1 << 63
-_PAGE_SHIFT = CODE_PAGE_BYTES.bit_length() - 1
 _CODE = bytes.fromhex(
+    # An answer that is here and holds is given at once.
     "498b00"  #           mov rax, [r8]          the engine's three counts of flushes
     "4c8b08"  #           mov r9, [rax]
     "4c034808"  #         add r9, [rax+8]
     "4c034810"  #         add r9, [rax+16]
     "4d3b4808"  #         cmp r9, [r8+8]         others than expected?
-    "7579"  #             jne miss
-    "498b4018"  #         mov rax, [r8+24]       PIDR
+    "7524"  #             jne miss
+    "e859000000"  #       call place
+    "4d3b19"  #           cmp r11, [r9]
+    "751a"  #             jne miss
+    "493b4108"  #         cmp rax, [r9+8]
+    "7514"  #             jne miss
+    "498b4110"  #         mov rax, [r9+16]
+    "488901"  #           mov [rcx], rax
+    "418b4118"  #         mov eax, [r9+24]
+    "894108"  #           mov [rcx+8], eax
+    "b801000000"  #       mov eax, 1
+    "c3"  #               ret
+    # What the callback answers is kept.
+    "56"  # miss:         push rsi
+    "52"  #               push rdx
+    "51"  #               push rcx
+    "4150"  #             push r8
+    "4883ec08"  #         sub rsp, 8
+    "41ff5030"  #         call [r8+48]
+    "4883c408"  #         add rsp, 8
+    "4158"  #             pop r8
+    "59"  #               pop rcx
+    "5a"  #               pop rdx
+    "5e"  #               pop rsi
+    "84c0"  #             test al, al
+    "741f"  #             jz out
+    "e81b000000"  #       call place
+    "4d8919"  #           mov [r9], r11
+    "49894108"  #         mov [r9+8], rax
+    "488b01"  #           mov rax, [rcx]
+    "49894110"  #         mov [r9+16], rax
+    "8b4108"  #           mov eax, [rcx+8]
+    "49894118"  #         mov [r9+24], rax
+    "b801000000"  #       mov eax, 1
+    "c3"  # out:          ret
+    # r9: the entry of this miss, r11: its page and use, rax: its context.
+    "498b4018"  # place:  mov rax, [r8+24]       PIDR
     "448b10"  #           mov r10d, [rax]
     "4885f6"  #           test rsi, rsi          an address of the kernel?
     "7903"  #             jns .+3
@@ -59,27 +84,17 @@ _CODE = bytes.fromhex(
     "8d42f0"  #           lea eax, [rdx-16]      the use: UC_MEM_READ is 16
     "4e8d0c88"  #         lea r9, [rax+r9*4]
     "49c1e105"  #         shl r9, 5
-    "4d034828"  #         add r9, [r8+40]        the entry
+    "4d034828"  #         add r9, [r8+40]        the entries
     "4989f3"  #           mov r11, rsi
     "4981e300f0ffff"  #   and r11, -4096
     "4909c3"  #           or r11, rax
-    "4d3b19"  #           cmp r11, [r9]          page and use
-    "7530"  #             jne miss
     "498b4010"  #         mov rax, [r8+16]       MSR
     "8b00"  #             mov eax, [rax]
     "2531400000"  #       and eax, IR|DR|PR|LE
     "49c1e210"  #         shl r10, 16
     "4c09d0"  #           or rax, r10
     "49034020"  #         add rax, [r8+32]       generation
-    "493b4108"  #         cmp rax, [r9+8]        context
-    "7514"  #             jne miss
-    "498b4110"  #         mov rax, [r9+16]
-    "488901"  #           mov [rcx], rax
-    "418b4118"  #         mov eax, [r9+24]
-    "894108"  #           mov [rcx+8], eax
-    "b801000000"  #       mov eax, 1
     "c3"  #               ret
-    "41ff6030"  # miss:   jmp [r8+48]
 )
 
 
@@ -114,7 +129,7 @@ class SecondLevelTlb:
         self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         self._code[: len(_CODE)] = _CODE
         self._pin = ctypes.c_char.from_buffer(self._code)
-        self._entries = bytearray(N_SETS * _N_WAYS * _ENTRY.size)
+        self._entries = bytearray(N_SETS * _N_WAYS * _ENTRY_BYTES)
         self._pin_entries = ctypes.c_char.from_buffer(self._entries)
         self._counts = memoryview((ctypes.c_uint64 * 3).from_address(watched.flushes)).cast("B").cast("Q")
         self._state = _State(watched.flushes, msr=watched.msr, pidr=watched.pidr, miss=address_of(miss))
@@ -148,16 +163,7 @@ class SecondLevelTlb:
         self._state.expected = self._expected = sum(self._counts)
 
     def notice_flushes(self) -> None:
-        """Forget what is here if the engine flushed its TLB: the guest invalidated something. To be called before an
-        answer is added and before a flush that is expected."""
+        """Forget what is here if the engine flushed its TLB: the guest invalidated something. To be called before each
+        answer to a miss, and before a flush that is expected."""
         if sum(self._counts) != self._expected:
             self.forget()
-
-    def add(self, address: int, kind: int, answer: tuple[int, int], msr: int, pid: int) -> None:
-        """Remember what the callback answered: engine-physical page and permissions."""
-        page = address >> _PAGE_SHIFT
-        pid = 0 if address & _KERNEL_BIT else pid & _PID_MASK
-        use = kind - _LOAD
-        offset = (((page ^ pid << 3) & N_SETS - 1) * _N_WAYS + use) * _ENTRY.size
-        context = (msr & _MSR_MASK | pid << _PID_SHIFT) + self._generation
-        _ENTRY.pack_into(self._entries, offset, page << _PAGE_SHIFT | use, context, *answer)

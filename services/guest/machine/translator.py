@@ -18,7 +18,6 @@ from services.guest.machine.mmu import REAL_MASK, Mmu, StorageFault, Use
 from services.guest.machine.partition import OutsideRam, Partition
 from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import Dsisr, Msr, Spr
-from services.guest.machine.second_level_tlb import SecondLevelTlb
 
 _PAGE_MASK = CODE_PAGE_BYTES - 1
 _MASK64, _MASK32 = (1 << 64) - 1, (1 << 32) - 1
@@ -41,9 +40,7 @@ class Stop:
 
 
 class Translator:
-    """Of one engine. `second_level`, where there is one, is told of what it can answer by itself the next time."""
-
-    second_level: SecondLevelTlb | None = None
+    """Of one engine."""
 
     def __init__(self, registers: RegisterFile, mmu: Mmu, partition: Partition, code: CodePages) -> None:
         self._registers = registers
@@ -57,15 +54,9 @@ class Translator:
         """The engine's callback for a page that its TLB does not hold. Nothing may be raised into the engine."""
         use, access = _USES[kind]
         self.n_fills += 1
-        second_level = self.second_level
         try:
-            if second_level is not None:
-                second_level.notice_flushes()
-            answer = self._page(address, use, access)
             page = entry[0]
-            page.paddr, page.perms = answer
-            if second_level is not None:
-                second_level.add(address, kind, answer, self._registers.msr, self._registers.spr[_PIDR])
+            page.paddr, page.perms = self._page(address, use, access)
         except BaseException as reason:
             self.stop = Stop(reason, address, use)
             return False
