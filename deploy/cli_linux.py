@@ -1,14 +1,16 @@
-"""`pefbox linux`: build and show the Linux kernel and initial RAM disk for guests that run real POWER code."""
+"""`pefbox linux`: the Linux kernel and initial RAM disk for guests that run real POWER code, and disks with them."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
-from deploy.cli_support import json_option
+from deploy.cli_support import json_option, parse_size
 from protocol.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,14 +49,7 @@ def build(cache: Path | None, update: bool, as_json: bool) -> None:
 @json_option
 def show(cache: Path | None, as_json: bool) -> None:
     """Show the newest image in the cache for the present configuration: files, versions, what it can do."""
-    from deploy.linux.config import fragment_sha256
-    from deploy.linux.store import Store, default_cache
-
-    directory = _absolute(cache or default_cache())
-    image = Store(directory).newest(fragment_sha256())
-    if image is None:
-        raise UserError(f"no kernel for the present configuration in {directory}; run: pefbox linux build")
-    _show(image, as_json, cached=True)
+    _show(_built(cache), as_json, cached=True)
 
 
 @linux.command("fetch-debian")
@@ -76,6 +71,45 @@ def fetch_debian(cache: Path | None, update: bool, as_json: bool) -> None:
         "lacks_for_secure": lacks_for_secure(parse_config(Path(kernel.config).read_text())),
     }
     _print(facts, as_json)
+
+
+@linux.command("boot-disk")
+@click.argument("disk", type=click.Path(path_type=Path))
+@click.option("--kernel", type=click.Path(path_type=Path), help="A ppc64le vmlinux; default: the built one.")
+@click.option(
+    "--root", type=click.Path(path_type=Path), help="A directory, or the image of a file system; default: busybox."
+)
+@click.option("--root-size", help="Size of the file system that is made of a directory.")
+@_state_option
+@json_option
+def boot_disk(
+    disk: Path, kernel: Path | None, root: Path | None, root_size: str | None, cache: Path | None, as_json: bool
+) -> None:
+    """Write an image DISK from which firmware starts Linux: a PReP boot partition with the kernel, and its root.
+
+    The root file system is the second partition, /dev/vda2 in the guest.
+    """
+    from deploy.linux.boot_disk import make_busybox_tree, write_boot_disk
+
+    root_bytes = None if root_size is None else parse_size(root_size, "--root-size")
+    with tempfile.TemporaryDirectory(prefix="pefbox-root-") as tree:
+        if root is None:
+            root = Path(tree)
+            make_busybox_tree(Path(_built(cache).initramfs), root)
+        written = write_boot_disk(disk, kernel or Path(_built(cache).kernel), root, root_bytes)
+    _print(msgspec.to_builtins(written), as_json)
+
+
+def _built(cache: Path | None) -> LinuxImage:
+    """The newest image in the cache; raises UserError with the command that makes one."""
+    from deploy.linux.config import fragment_sha256
+    from deploy.linux.store import Store, default_cache
+
+    directory = _absolute(cache or default_cache())
+    image = Store(directory).newest(fragment_sha256())
+    if image is None:
+        raise UserError(f"no kernel for the present configuration in {directory}; run: pefbox linux build")
+    return image
 
 
 def _absolute(path: Path) -> Path:

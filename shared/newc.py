@@ -112,6 +112,16 @@ def find_blob(initrd: bytes | bytearray | memoryview) -> FoundBlob:
     raise ImageRefused(f"the archive in front of the initrd has more than {_MAX_ENTRIES} entries")
 
 
+def file_in_archive(archive: bytes, name: str) -> bytes:
+    """What the file of that name holds; raises ImageRefused when there is none, or the archive is broken."""
+    at = 0
+    while (entry := _read_entry(archive, at)).name != _TRAILER:
+        if _plain(entry.name) == name:
+            return archive[entry.data_start : entry.data_end]
+        at = entry.next_at
+    raise ImageRefused(f"the archive has no {name}")
+
+
 def prepend_blob(initrd: bytes, blob: bytes, file_name: str = "esm_blob") -> bytes:
     """`initrd` with the blob's archive in front; raises ValueError for a name that is no plain file name."""
     if not file_name.isascii() or not file_name.isprintable() or "/" in file_name or not 0 < len(file_name) < 128:

@@ -10,7 +10,7 @@ Source: IEEE 802.1D, clause 7 (learning, ageing, flooding).
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
@@ -78,11 +78,51 @@ Offer = Callable[[list[bytes]], Drop | None]
 class Port(Protocol):
     """Where a switch sends frames."""
 
-    def put(self, frame: bytes) -> None:
-        """Take `frame`, or drop and count it; never waits."""
+    def put(self, frame: bytes, origin: Port) -> None:
+        """Take `frame`, which came in at `origin`, or drop and count it; never waits."""
 
     def flush(self) -> None:
         """What was put so far goes out now."""
+
+
+class FairQueue:
+    """At most `max_frames` frames that wait, taken from their origins in turn.
+
+    So a VM that sends without end takes its share of what the receiver can, and no other's.
+    """
+
+    def __init__(self, max_frames: int) -> None:
+        self._max_frames = max_frames
+        self._waiting: dict[Port, deque[bytes]] = {}
+        """Of every origin that has some; the first one's turn is next."""
+        self._n_frames = 0
+
+    def __len__(self) -> int:
+        return self._n_frames
+
+    def put(self, frame: bytes, origin: Port) -> bool:
+        """Keep `frame`; False when a frame was dropped for it or it was itself: the last of whoever has most."""
+        frames = self._waiting.get(origin, ())
+        is_full = self._n_frames >= self._max_frames
+        if is_full:
+            longest = max(self._waiting.values(), key=len)
+            if len(frames) >= len(longest):
+                return False
+            longest.pop()
+            self._n_frames -= 1
+        self._waiting.setdefault(origin, deque()).append(frame)
+        self._n_frames += 1
+        return not is_full
+
+    def take(self) -> bytes:
+        """The next frame; there is one."""
+        origin = next(iter(self._waiting))
+        frames = self._waiting.pop(origin)
+        frame = frames.popleft()
+        self._n_frames -= 1
+        if frames:
+            self._waiting[origin] = frames
+        return frame
 
 
 class MacTable:
@@ -157,11 +197,11 @@ class Switch:
         known = self._port_of(frame)
         if known is not None:
             if known is not port:
-                known.put(frame)
+                known.put(frame, port)
             return
         for other in (*self.own, *self.peers.values()):
             if other is not port:
-                other.put(frame)
+                other.put(frame, port)
 
     def from_peer(self, frames: list[bytes], port: PeerPort) -> None:
         """Frames that came over a link."""
@@ -174,7 +214,7 @@ class Switch:
             known = self._port_of(frame)
             for own in self.own:
                 if known is None or known is own:
-                    own.put(frame)
+                    own.put(frame, port)
 
     def flush(self) -> None:
         """All that was put goes out."""
@@ -194,7 +234,7 @@ class PeerPort:
         self._gathered: list[bytes] = []
         self._gathered_bytes = 0
 
-    def put(self, frame: bytes) -> None:
+    def put(self, frame: bytes, _origin: Port) -> None:
         """Gather `frame`; a full batch goes out."""
         if len(self._gathered) == MAX_NET_FRAMES or self._gathered_bytes + len(frame) > MAX_BATCH_BYTES:
             self.flush()

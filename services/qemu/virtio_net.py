@@ -8,10 +8,8 @@ Source: VIRTIO 1.4, section 5.1.
 
 from __future__ import annotations
 
-from collections import deque
-
 from protocol.errors import GuestFault
-from services.qemu.network import Drop, Switch, Traffic
+from services.qemu.network import Drop, FairQueue, Port, Switch, Traffic
 from services.qemu.segments import gather, scatter, split
 from services.qemu.virtio_device import DeviceMemory, VirtioDevice
 from services.qemu.virtqueue import Chain, Virtqueue
@@ -52,7 +50,7 @@ class VirtioNet(VirtioDevice):
         self.traffic = Traffic()
         self._switch = switch
         self._config = NET_CONFIG.pack(mac, STATUS_LINK_UP, 1, switch.mtu)
-        self._waiting: deque[bytes] = deque()
+        self._waiting = FairQueue(WAITING_FRAMES)
         switch.plug(self)
 
     def read_config(self, offset: int, n_bytes: int) -> bytes:
@@ -61,12 +59,10 @@ class VirtioNet(VirtioDevice):
 
     # Port of the switch.
 
-    def put(self, frame: bytes) -> None:
+    def put(self, frame: bytes, origin: Port) -> None:
         """A frame for the guest."""
-        if not self._receives or len(self._waiting) >= WAITING_FRAMES:
+        if not self._receives or not self._waiting.put(frame, origin):
             self.traffic.dropped[Drop.NO_BUFFER] += 1
-            return
-        self._waiting.append(frame)
         self.wake(self.queues[RECEIVE_QUEUE])
 
     def flush(self) -> None:
@@ -94,7 +90,7 @@ class VirtioNet(VirtioDevice):
     def was_reset(self) -> None:
         """What waited for the former driver is dropped."""
         while self._waiting:
-            self._waiting.popleft()
+            self._waiting.take()
             self.traffic.dropped[Drop.NO_BUFFER] += 1
 
     # Inside.
@@ -123,7 +119,7 @@ class VirtioNet(VirtioDevice):
 
     async def _receive(self, queue: Virtqueue, first: Chain) -> None:
         """Put the frame that waits longest into `first` and, with MRG_RXBUF, as many further buffers as it takes."""
-        frame = self._waiting.popleft()
+        frame = self._waiting.take()
         wanted = NET_HEADER_BYTES + len(frame)
         chains, room = [first], first.writable_bytes
         if room < NET_HEADER_BYTES:

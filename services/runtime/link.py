@@ -64,6 +64,7 @@ class _Group:
 @dataclass(frozen=True, slots=True)
 class _Handler:
     decode: Callable[[msgspec.Raw], Any]
+    kind: MessageKind
     at_once: AtOnce | None = None
     waiting: Waiting | None = None
     together: TogetherHandler | None = None
@@ -94,18 +95,18 @@ class Link:
 
     def on(self, call: Call | Message[Any, Any], handler: AtOnce) -> None:
         """Serve `call` in the reader: `handler(envelope, body)` returns the reply, or DEFERRED."""
-        self._register(call, _Handler(_decoder_for(call), at_once=handler))
+        self._register(call, _Handler(_decoder_for(call), _kind_of(call), at_once=handler))
 
     def on_waiting(self, call: Call | Message[Any, Any], handler: Waiting) -> None:
         """Serve `call` in a task of its own."""
-        self._register(call, _Handler(_decoder_for(call), waiting=handler))
+        self._register(call, _Handler(_decoder_for(call), _kind_of(call), waiting=handler))
 
     def on_together(self, call: Call, handler: TogetherHandler) -> None:
         """Serve `call` in a task, with up to MAX_TOGETHER that came with it and have the same first register.
 
         `handler` returns a reply for each.
         """
-        self._register(call, _Handler(_decoder_for(call), together=handler))
+        self._register(call, _Handler(_decoder_for(call), _kind_of(call), together=handler))
 
     def _register(self, call: Call | Message[Any, Any], handler: _Handler) -> None:
         if call.number not in self._inbound:
@@ -314,12 +315,18 @@ class Link:
             waiter.take(envelope)
         elif waiter is not None:
             trio.lowlevel.reschedule(waiter, outcome.Value(envelope.body))
+        elif not 0 <= envelope.correlation < self._next_correlation:
+            # Of an earlier one the caller may have given up.
+            raise UnexpectedMessage(f"a reply to call {envelope.correlation}, which was never made")
 
     def _take_call(self, envelope: Envelope) -> None:
         handler = self._handlers.get(envelope.number)
         if handler is None:
             self._answer_unknown(envelope)
             return
+        if envelope.kind is not handler.kind:
+            self._answer(envelope, refusal(envelope.number, Refusal.UNKNOWN))
+            raise UnexpectedMessage(f"{name_of(envelope.number)} is no {envelope.kind.name.lower()}")
         try:
             body = handler.decode(envelope.body)
         except MalformedMessage as error:
@@ -411,3 +418,8 @@ class Link:
 
 def _decoder_for(call: Call | Message[Any, Any]) -> Callable[[msgspec.Raw], Any]:
     return decode_registers if isinstance(call, Call) else call.decode_body
+
+
+def _kind_of(call: Call | Message[Any, Any]) -> MessageKind:
+    """How its sender sends it."""
+    return MessageKind.EVENT if isinstance(call, Message) and call.reply is None else MessageKind.CALL

@@ -19,6 +19,7 @@ RUN_ELSEWHERE = {
     "make linux-demo": "tests/cluster/test_linux_demo.py",
     "make test": "this run",
     "make bench": "tests.bench",
+    "pefbox linux boot-disk disk.img": "tests/unit/test_boot_disk.py",
 }
 
 

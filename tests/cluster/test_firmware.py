@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from deploy.api import Vm, cluster
+from deploy.linux.partitions import PartitionType
 from deploy.linux_shell import LinuxShell
 from tests.cluster.linux_vms import power_off
 from tests.cluster.vm_files import console_end, console_until
-from tests.disk_image import Kind, Part, write_gpt_disk, write_mbr_disk
+from tests.disk_image import Part, write_gpt_disk, write_mbr_disk
 from tests.guest.build import build_client
 from tests.needs import need_cross_compilers, need_debian_kernel, need_firmware, need_linux
 
@@ -74,8 +75,12 @@ async def test_slof_probes_the_bus_and_starts_a_program_from_a_boot_partition(tm
     need_cross_compilers()
     file = cluster_file(tmp_path, 'boot = "disk"\npci_nodes = "firmware"')
     first, second = tmp_path / "disk.img", tmp_path / "second.img"
-    write_mbr_disk(first, [Part(Kind.LINUX, MAGIC), Part(Kind.PREP_BOOT, build_client(32).read_bytes())])
-    write_gpt_disk(second, [Part(Kind.LINUX, MAGIC), Part(Kind.PREP_BOOT, build_client(64).read_bytes())])
+    write_mbr_disk(
+        first, [Part(PartitionType.LINUX, MAGIC), Part(PartitionType.PREP_BOOT, build_client(32).read_bytes())]
+    )
+    write_gpt_disk(
+        second, [Part(PartitionType.LINUX, MAGIC), Part(PartitionType.PREP_BOOT, build_client(64).read_bytes())]
+    )
     file.write_text(file.read_text() + SECOND_DISK.format(second=second))
     async with cluster(file, state_dir=tmp_path / "state") as running:
         vm = running.vm("vm1")

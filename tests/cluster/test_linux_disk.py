@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from deploy.api import cluster
+from deploy.linux.boot_disk import make_busybox_tree
 from deploy.linux.store import LinuxImage
 from deploy.linux_shell import LinuxShell
 from tests.cluster.linux_vms import power_off
 from tests.cluster.vm_files import console_end
-from tests.disk_image import Kind, Part, write_mbr_disk
 from tests.guest.build import build_linux_program
 from tests.linux_calls import UNKNOWN, calls_made
-from tests.linux_root import file_in_root, loadable_by_firmware, make_root
 from tests.needs import need_cross_compilers, need_firmware, need_linux, need_program
 
 pytestmark = [pytest.mark.linux, pytest.mark.cross]
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "linux.md"
 COMMAND_LINE = "console=hvc0 quiet root=/dev/vda2 rw"
+SECOND_ENTRY_AT = 446 + 16
+"""Of the partitions in an MBR."""
 SECOND_LINE = f"{COMMAND_LINE} pci=nomsi"
 _TEXT = """
 [hosts.alpha]
@@ -43,9 +48,7 @@ async def test_linux_from_its_disk_writes_starts_another_kernel_reboots_and_powe
     need_firmware()
     need_cross_compilers()
     need_program("mke2fs", "e2fsprogs")
-    need_program("cpio", "cpio")
-    image = need_linux()
-    disk, root, root_at = make_disk(image, tmp_path)
+    disk = make_disk(need_linux(), tmp_path)
     file = tmp_path / "c.toml"
     file.write_text(_TEXT.format(command_line=COMMAND_LINE, disk=disk))
 
@@ -85,25 +88,29 @@ async def test_linux_from_its_disk_writes_starts_another_kernel_reboots_and_powe
     made = {name for name, _ in calls_made(tmp_path / "state", "vm1")}
     assert len(made) > 20
     assert [name for name in made if name != UNKNOWN and f"| {name} |" not in documented] == []
-    assert file_in_root(take_root(disk, root, root_at), "root/told") == b"first\nsecond\n"
+    assert file_on(disk, "root/told") == b"first\nsecond\n"
 
 
-def make_disk(image: LinuxImage, directory: Path) -> tuple[Path, Path, int]:
-    """The disk, the root file system that it was made with, and where on the disk that lies."""
-    kernel, disk = Path(image.kernel), directory / "disk.img"
-    more = {"boot/vmlinux": kernel, "sbin/kexec": build_linux_program("kexec")}
-    root = make_root(Path(image.initramfs), more, directory)
-    boot = loadable_by_firmware(kernel.read_bytes())
-    _, root_at = write_mbr_disk(disk, [Part(Kind.PREP_BOOT, boot), Part(Kind.LINUX, root.read_bytes())])
-    return disk, root, root_at
+def make_disk(image: LinuxImage, directory: Path) -> Path:
+    """The disk as the documented command makes it, with two files more in its root."""
+    tree, kernel = directory / "tree", Path(image.kernel)
+    make_busybox_tree(Path(image.initramfs), tree)
+    (tree / "boot").mkdir()
+    shutil.copy(kernel, tree / "boot/vmlinux")
+    shutil.copy(build_linux_program("kexec"), tree / "sbin/kexec")
+    command = [sys.executable, "-m", "deploy.cli", "linux", "boot-disk", "disk.img", "--root", "tree"]
+    subprocess.run(command, cwd=directory, check=True)
+    return directory / "disk.img"
 
 
-def take_root(disk: Path, root: Path, root_at: int) -> Path:
-    """Copy the root file system of the disk to `root`."""
+def file_on(disk: Path, name: str) -> bytes:
+    """What a file of the disk's root file system holds, as the host reads it."""
+    root = disk.with_suffix(".ext4")
     with disk.open("rb") as whole:
-        whole.seek(root_at)
-        root.write_bytes(whole.read(root.stat().st_size))
-    return root
+        (first_sector,) = struct.unpack_from("<I", whole.read(512), SECOND_ENTRY_AT + 8)
+        whole.seek(first_sector * 512)
+        root.write_bytes(whole.read())
+    return subprocess.run(["debugfs", "-R", f"cat /{name}", str(root)], check=True, capture_output=True).stdout
 
 
 async def booted(shell: LinuxShell, since: int, mark: str) -> str:

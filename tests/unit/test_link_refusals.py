@@ -12,7 +12,7 @@ from protocol import messages as m
 from protocol.codes import HCode
 from protocol.errors import PeerGone
 from protocol.hcalls import H_GET_TCE, H_RANDOM
-from protocol.wire import Envelope
+from protocol.wire import Envelope, MessageKind, encode
 from services.runtime.link import Batch, Link
 from tests.unit.link_rig import linked
 
@@ -79,3 +79,25 @@ async def test_what_is_said_on_a_closed_link_is_lost_and_breaks_nothing(tmp_path
         nursery.cancel_scope.cancel()
     ends.lower.send_event(m.GUEST_CRASHED, m.CrashBody(0, ""))
     assert ends.lower.refused == 1
+
+
+async def test_s5_an_event_is_not_called_a_call_is_no_event_and_a_reply_has_its_call(tmp_path: Path) -> None:
+    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
+        came = list[object]()
+        ends.upper.on(m.GUEST_CRASHED, lambda _envelope, body: came.append(body))
+        ends.upper.on(H_GET_TCE, lambda _envelope, args: came.append(args))
+        ends.upper.on(H_RANDOM, lambda _envelope, _args: [0, 5])
+        await nursery.start(ends.upper.run)
+        await nursery.start(ends.lower.run)
+        as_event = encode(MessageKind.EVENT, H_GET_TCE.number, 0, 0, [1])
+        never_asked = encode(MessageKind.REPLY, H_RANDOM.number, 1, 0, [0])
+        as_call = encode(MessageKind.CALL, m.GUEST_CRASHED.number, 1, 0, m.CrashBody(0, ""))
+        with trio.fail_after(5):
+            for sent in (as_event, never_asked, as_call):
+                ends.raw.send([sent])
+            # Its call has the number of the one above, so that it gets the answer to that.
+            assert await ends.lower.call_registers(H_RANDOM, []) == [HCode.H_FUNCTION]
+            assert await ends.lower.call_registers(H_RANDOM, []) == [0, 5]
+        assert came == []
+        assert ends.upper.refused == 3
+        nursery.cancel_scope.cancel()

@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.messages import MAX_NET_FRAMES
-from services.qemu.network import AGEING_SECONDS, MAX_ADDRESSES, MAX_BATCH_BYTES, Drop, MacTable, PeerPort, Switch
+from services.qemu.network import (
+    AGEING_SECONDS,
+    MAX_ADDRESSES,
+    MAX_BATCH_BYTES,
+    Drop,
+    FairQueue,
+    MacTable,
+    PeerPort,
+    Port,
+    Switch,
+)
 
 BROADCAST = b"\xff" * 6
 MTU = 1500
@@ -28,7 +38,7 @@ class Card:
 
     frames: list[bytes] = field(default_factory=list)
 
-    def put(self, frame: bytes) -> None:
+    def put(self, frame: bytes, origin: Port) -> None:
         self.frames.append(frame)
 
     def flush(self) -> None:
@@ -170,7 +180,7 @@ def test_a_peer_gets_all_frames_in_order_in_bounded_batches(sizes: list[int]) ->
     frames = [frame(mac(n), mac(1), n_bytes) for n, n_bytes in enumerate(sizes)]
 
     for sent in frames:
-        port.put(sent)
+        port.put(sent, Card())
     port.flush()
 
     assert peer.frames == frames
@@ -204,3 +214,40 @@ def test_a_flood_of_addresses_drives_out_the_oldest_only() -> None:
     assert len(table) == MAX_ADDRESSES
     assert table.find(mac(1)) is None
     assert table.find(mac(0)) is card
+
+
+def test_l1_a_sender_without_end_takes_no_place_of_another() -> None:
+    queue, loud, quiet = FairQueue(8), Card(), Card()
+    for number in range(100):
+        queue.put(b"loud %d" % number, loud)
+
+    assert not queue.put(b"quiet 0", quiet)
+    assert not queue.put(b"quiet 1", quiet)
+    assert not queue.put(b"loud 100", loud)
+
+    taken = [queue.take() for _ in range(len(queue))]
+    assert taken[:4] == [b"loud 0", b"quiet 0", b"loud 1", b"quiet 1"]
+    assert taken[4:] == [b"loud 2", b"loud 3", b"loud 4", b"loud 5"]
+    assert len(queue) == 0
+
+
+@given(st.lists(st.one_of(st.integers(0, 3), st.none()), max_size=200))
+def test_a_fair_queue_is_bounded_keeps_the_order_of_each_and_tells_what_it_drops(steps: list[int | None]) -> None:
+    """A number is a frame of that origin, None takes one."""
+    queue, origins = FairQueue(8), [Card() for _ in range(4)]
+    taken: list[list[int]] = [[] for _ in origins]
+    n_put = n_dropped = 0
+    for step in steps:
+        if step is not None:
+            n_put += 1
+            n_dropped += not queue.put(bytes([step, n_put]), origins[step])
+        elif queue:
+            origin, number = queue.take()
+            taken[origin].append(number)
+        assert len(queue) <= 8
+    while queue:
+        origin, number = queue.take()
+        taken[origin].append(number)
+
+    assert all(numbers == sorted(numbers) for numbers in taken)
+    assert sum(map(len, taken)) + n_dropped == n_put

@@ -1,7 +1,8 @@
-"""A qemu that lies to its guest: an honest one until the query `lie` says how.
+"""A qemu that lies to its guest, and to the other VMs of its networks: an honest one until a query says how.
 
 Started by the launcher in place of `services.qemu`. It runs as the real one does, confined, with the real links; what
-it breaks are its device's rings, its answers to MMIO, and its interrupts.
+it breaks are its device's rings, its answers to MMIO, and its interrupts (`lie`), and what it sends on its network
+links (`network.lie`, `network.flood`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from services.qemu.board import Board
 from services.qemu.service import Qemu
 from services.qemu.virtqueue import Chain, Virtqueue
 from services.runtime.channel import MAX_BACKLOG
+from services.runtime.link import Link
 from services.runtime.process import Query, run_service
 from shared.vring import RING_IDX, USED_ELEM, avail_bytes, desc_bytes, used_bytes, used_entry
+from tests.attack.hostile.network import FloodOf, NetLie, flood, messages_of
 
 FLOOD_SECONDS = 3.0
 _EVENTS_A_ROUND = 32
@@ -136,11 +139,29 @@ class LyingBoard(Board):
 
 
 class HostileQemu(Qemu):
-    """The query `lie` changes its mind."""
+    """The query `lie` changes its mind; the others have it send on its network links."""
 
     def queries(self) -> dict[str, Query]:
-        """The real one's, and `lie`."""
-        return {**super().queries(), "lie": self._begin}
+        """The real one's, and those of this one."""
+        more = {"lie": self._begin, "network.lie": self._send_lie, "network.flood": self._flood_networks}
+        return {**super().queries(), **more}
+
+    def _network_links(self) -> list[Link]:
+        assert self._networks is not None
+        return list(self._networks._links.values())
+
+    async def _send_lie(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """To every other VM; how many messages each gets."""
+        messages = messages_of(NetLie[arguments["what"]])
+        for link in self._network_links():
+            for parts in messages:
+                link._channel.send(parts)
+        return {"sent": len(messages)}
+
+    async def _flood_networks(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Answered when it is over, with how many messages the links took."""
+        sent = await flood(self._network_links(), FloodOf[arguments["what"]], float(arguments["seconds"]))
+        return {"sent": sent}
 
     async def _begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         global _lie
