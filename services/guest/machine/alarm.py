@@ -74,33 +74,49 @@ class _Interval(ctypes.Structure):
 
 
 class Alarm:
-    """Of one engine. `set` and `clear` belong to the thread that runs it, which is the first one that sets it."""
+    """Of one engine: it ticks every `every_ns` from `ring` on until `rest`, and each tick stops the engine.
 
-    def __init__(self, engine: Any) -> None:  # noqa: ANN401
+    To set a timer costs microseconds, so it goes on ticking while the engine is left for a call. A tick that comes
+    before the engine runs is lost to it; the next one is not. All but the constructor belongs to the thread that runs
+    the engine, which is the one that first calls `ring`.
+    """
+
+    def __init__(self, engine: Any, every_ns: int) -> None:  # noqa: ANN401
         stop = ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p).value
         self._state = _State(engine=ctypes.cast(engine._uch, ctypes.c_void_p).value, stop=stop)
         self._timer: ctypes.c_void_p | None = None
-        self._spec = _Interval()
+        self._every_ns = every_ns
+        self._spec = _Interval(*divmod(every_ns, _NS_PER_S))
         self._never = _Interval()
+        self.ticks = False
 
-    def set(self, first_ns: int, every_ns: int) -> None:
-        """Stop the engine in `first_ns` and, until it is cleared, every `every_ns` from then on: a stop that comes
-        before the engine runs is lost to it."""
+    def ring(self, in_ns: int) -> None:
+        """The next tick comes in `in_ns`."""
         if self._timer is None:
             self._timer = self._make_timer()
-        self._state.fired = 0
         spec = self._spec
-        spec.every_s, spec.every_ns = divmod(every_ns, _NS_PER_S)
-        spec.first_s, spec.first_ns = divmod(first_ns, _NS_PER_S)
+        spec.first_s, spec.first_ns = divmod(in_ns, _NS_PER_S)
         _libc.timer_settime(self._timer, 0, ctypes.byref(spec), None)
+        self.ticks = True
 
-    def clear(self) -> None:
-        """No stop comes any more."""
-        _libc.timer_settime(self._timer, 0, ctypes.byref(self._never), None)
+    def go_on(self) -> None:
+        """Tick, as until now or anew."""
+        if not self.ticks:
+            self.ring(self._every_ns)
+
+    def rest(self) -> None:
+        """No tick comes any more."""
+        if self.ticks:
+            _libc.timer_settime(self._timer, 0, ctypes.byref(self._never), None)
+            self.ticks = False
+
+    def begin(self) -> None:
+        """Forget the ticks until now."""
+        self._state.fired = 0
 
     @property
     def fired(self) -> bool:
-        """Whether the time that was set last is over."""
+        """Whether a tick came since `begin`."""
         return bool(self._state.fired)
 
     def _make_timer(self) -> ctypes.c_void_p:

@@ -157,12 +157,6 @@ class MachineEngine:
             self._slices.begin_masked(slice_ns)
         else:
             self._slices.begin(slice_ns, left_ns)
-        try:
-            return self._run_slice()
-        finally:
-            self._slices.end()
-
-    def _run_slice(self) -> Exit:
         while not self._slices.used_up:
             exit_ = self._serve(self._execute())
             if exit_ is not None:
@@ -178,6 +172,10 @@ class MachineEngine:
             self._calls.give(awaited, result)
         else:
             self._devices.finish(awaited, result)
+
+    def rest(self) -> None:
+        """As Engine."""
+        self._slices.rest()
 
     def set_line(self, level: bool) -> None:
         """The external interrupt line; taken at the start of the next slice."""

@@ -20,6 +20,7 @@ SLICE_INSTRUCTIONS = 100_000
 NS_PER_INSTRUCTION = 2
 """Of the clock `instructions`: about what an instruction takes, so that firmware's delays last as long as they say."""
 SLICE_NS = 400_000
+"""From tick to tick, while the engine is left only for calls."""
 MIN_NS = 10_000
 """So that each slice comes to run the engine, which takes some microseconds to start."""
 
@@ -40,8 +41,8 @@ class Slices(Protocol):
     def end_run(self, pc: int, *, fetch: bool) -> None:
         """It stopped at `pc`, with `fetch` since it could not go there."""
 
-    def end(self) -> None:
-        """The slice ends, used up or not."""
+    def rest(self) -> None:
+        """The processor is going to sleep."""
 
     @property
     def used_up(self) -> bool:
@@ -98,7 +99,7 @@ class CountedSlices:
         self._left -= max(retired, 1)
         self._stopped = self._counter.stopped
 
-    def end(self) -> None:
+    def rest(self) -> None:
         """As Slices."""
 
     @property
@@ -123,29 +124,34 @@ class TimedSlices:
     n_instructions = None
 
     def __init__(self, engine: Any) -> None:  # noqa: ANN401
-        self._alarm = Alarm(engine)
+        self._alarm = Alarm(engine, SLICE_NS)
         self._masked_ns = MIN_NS
 
     def begin(self, limit_ns: int, left_ns: int) -> None:
         """As Slices."""
         self._masked_ns = MIN_NS
-        ns = min(limit_ns, SLICE_NS)
-        self._alarm.set(ns if left_ns <= 0 else max(MIN_NS, min(ns, left_ns)), SLICE_NS)
+        self._begin(limit_ns if left_ns <= 0 else min(limit_ns, left_ns))
 
     def begin_masked(self, limit_ns: int) -> None:
         """As Slices."""
-        self._masked_ns = min(limit_ns, SLICE_NS, self._masked_ns * 2)
-        self._alarm.set(self._masked_ns, SLICE_NS)
+        self._masked_ns = min(SLICE_NS, self._masked_ns * 2)
+        self._begin(min(limit_ns, self._masked_ns))
+
+    def _begin(self, ns: int) -> None:
+        self._alarm.begin()
+        if ns < SLICE_NS:
+            self._alarm.ring(max(MIN_NS, ns))
 
     def begin_run(self) -> None:
         """As Slices."""
+        self._alarm.go_on()
 
     def end_run(self, pc: int, *, fetch: bool) -> None:
         """As Slices."""
 
-    def end(self) -> None:
+    def rest(self) -> None:
         """As Slices."""
-        self._alarm.clear()
+        self._alarm.rest()
 
     @property
     def used_up(self) -> bool:

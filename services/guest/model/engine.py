@@ -117,6 +117,9 @@ class ModelEngine:
         if self._line is not None:
             self._kernel.state.line, self._line = self._line, None
 
+    def rest(self) -> None:
+        """Nothing ticks here."""
+
     def watch_writes(self, marks: memoryview) -> None:
         """No code of this kernel lies in RAM."""
 
