@@ -11,6 +11,7 @@ OTHER_PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 $(HOME)/.pyenv
 	&& echo $$p; done | tail -n 1)
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
+PACKAGES := protocol shared services deploy tests
 QUICK_TESTS := tests/unit tests/cluster/test_page_life.py tests/cluster/test_reset.py tests/cluster/test_disk.py
 
 .PHONY: help setup demo linux-demo test test-other-python soak lint bench docs clean
@@ -23,6 +24,8 @@ $(READY): pyproject.toml constraints.txt
 	echo "pefbox needs Python 3.11, 3.12 or 3.13, and '$(PYTHON)' is none that runs (set PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@# A cluster starts many processes: each would compile the project for itself where Python may not write its cache.
+	@$(RUN)/python -m compileall -q $(PACKAGES)
 	touch $@
 
 setup: $(READY) ## the virtual environment
