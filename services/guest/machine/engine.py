@@ -20,7 +20,7 @@ from services.guest.address_space import AddressSpace
 from services.guest.clock import GuestClock
 from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
 from services.guest.machine.calls import Calls
-from services.guest.machine.code_pages import CodePages, ShadowsFull
+from services.guest.machine.code_pages import TRAP_LEVEL, CodePages, ShadowsFull
 from services.guest.machine.crash_report import CrashReport
 from services.guest.machine.devices import DeviceAccesses
 from services.guest.machine.engine_memory import EngineMemory
@@ -96,12 +96,23 @@ class MachineEngine:
         return self._translator.fill(engine, address, kind, entry, data)
 
     def _on_exception(self, _engine: int, number: int, _data: int) -> None:
-        if number == EngineException.SYSTEM_CALL and self._registers.error_code == 0:
-            # The one interrupt that is frequent enough to be delivered without leaving the engine.
-            self._interrupts.deliver(Vector.SYSTEM_CALL, self._registers.pc)
-            return
+        # Two are frequent enough to be served without leaving the engine.
+        if number == EngineException.SYSTEM_CALL:
+            level = self._registers.error_code
+            if level == 0:
+                self._interrupts.deliver(Vector.SYSTEM_CALL, self._registers.pc)
+                return
+            if level == TRAP_LEVEL and self._serve_trap():
+                return
         self._exception = number
         uclib.uc_emu_stop(self._uc._uch)
+
+    def _serve_trap(self) -> bool:
+        """False to look at it again outside the engine, into which nothing may be raised."""
+        try:
+            return self._instructions.serve_trap()
+        except BaseException:
+            return False
 
     def _flush_tlb(self) -> None:
         uclib.uc_ctl(self._uc._uch, TLB_FLUSH)

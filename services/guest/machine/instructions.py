@@ -106,8 +106,14 @@ class Instructions:
             return False
         return True
 
+    def serve_trap(self) -> bool:
+        """Serve a trap of a shadow page; False when the guest made that system call by itself. Raises what stands
+        against reading the instruction."""
+        at = self._registers.pc - WORD_BYTES
+        return self._emulate_trapped(self._word_at(at), at)
+
     def _system_call(self, at: int) -> None:
-        if self._registers.error_code == TRAP_LEVEL and self._emulate_trapped(self._word_at(at), at):
+        if self._registers.error_code == TRAP_LEVEL and self.serve_trap():
             return
         self._interrupts.deliver(Vector.SYSTEM_CALL, at + WORD_BYTES)
 
