@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import structlog
 import trio
 
 from deploy.child import SERVICE_MODULE, Child
@@ -20,8 +19,7 @@ from deploy.run_dirs import Paths
 from deploy.states import printable
 from protocol.roles import Role
 from protocol.vm_state import VmState
-
-Log = structlog.typing.FilteringBoundLogger
+from services.runtime.log import Log
 
 
 @dataclass(frozen=True, slots=True)

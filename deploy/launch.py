@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import structlog
 import trio
 
-from deploy import makers, preflight
-from deploy.cluster_file import check_cluster_name, read_cluster_file, resolve_state
-from deploy.cluster_run import ClusterRun, LaunchOptions, Log
+from deploy import preflight
+from deploy.cluster_file import Cluster, check_cluster_name, read_cluster_file, resolve_state
+from deploy.cluster_run import ClusterRun, LaunchOptions
 from deploy.health import wait_until_started
 from deploy.manifest import clean_run_dir, new_manifest
 from deploy.operator_socket import OperatorSocket
@@ -26,6 +25,7 @@ from deploy.start import start_cluster
 from deploy.stopping import remove_everything, stop_processes
 from deploy.supervise import heartbeat, watch_signals
 from protocol.errors import PefboxError, UserError
+from services.runtime.log import Log, log_to
 
 _PR_SET_DUMPABLE = 4
 
@@ -51,7 +51,7 @@ def prepare(request: LaunchRequest) -> tuple[ClusterRun, list[Lock]]:
     _make_state_dirs(paths)
     locks = [Lock(paths.state_dir / LOCK_FILE, f"{paths.state_dir} is the state directory of a cluster that runs")]
     try:
-        makers.make(cluster, paths.state_dir)
+        _make_files(cluster, paths.state_dir)
         preflight.check(cluster, paths, preflight.Machine.here())
         locks.append(_take_run_dir(paths))
     except BaseException:
@@ -117,6 +117,15 @@ async def _watch_orders_to_end(run: ClusterRun, task_status: trio.TaskStatus[Non
             run.stop_requested.set()
 
 
+def _make_files(cluster: Cluster, state_dir: Path) -> None:
+    if cluster.make is None:
+        return
+    # To read ELF and FDT files takes as long to import as all else here, and most clusters have their files.
+    from deploy import makers
+
+    makers.make(cluster, state_dir)
+
+
 def _make_state_dirs(paths: Paths) -> None:
     make_private_dir(paths.state_dir)
     for directory in ("log", "record"):
@@ -144,18 +153,7 @@ def _truncate_records(paths: Paths, targets: list[str]) -> None:
 
 
 def _open_log(paths: Paths) -> Log:
-    stream = paths.launcher_log.open("a", buffering=1)
-    log: Log = structlog.wrap_logger(
-        structlog.WriteLogger(stream),
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(default=str),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(20),
-        process="launcher",
-    )
-    return log
+    return log_to(paths.launcher_log.open("a", buffering=1), "launcher")
 
 
 def _protect_secrets(debug: bool) -> None:

@@ -5,16 +5,24 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, TextIO
 
-import structlog
+from services.runtime.absent_module import absent_module
+
+# It would load rich for a renderer of tracebacks that no service uses: a fifth of what a service takes to start.
+with absent_module("rich"):
+    import structlog
 
 Log = structlog.typing.FilteringBoundLogger
 
 
 def open_log(fd: int, target: str) -> Log:
     """A logger that writes JSON lines about `target` to descriptor `fd`."""
-    stream = io.TextIOWrapper(io.FileIO(os.dup(fd), "a"), write_through=True, errors="backslashreplace")
+    return log_to(io.TextIOWrapper(io.FileIO(os.dup(fd), "a"), write_through=True, errors="backslashreplace"), target)
+
+
+def log_to(stream: TextIO, target: str) -> Log:
+    """A logger that writes JSON lines about `target`."""
     log: Log = structlog.wrap_logger(
         structlog.WriteLogger(stream),
         processors=[
