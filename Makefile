@@ -11,6 +11,8 @@ OTHER_PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 $(HOME)/.pyenv
 	&& echo $$p; done | tail -n 1)
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
+# Most tests wait more than they compute. Each worker takes whole files.
+IN_PARALLEL ?= --numprocesses=2 --dist=loadfile
 PACKAGES := protocol shared services deploy tests
 QUICK_TESTS := tests/unit tests/cluster/test_page_life.py tests/cluster/test_reset.py tests/cluster/test_disk.py
 
@@ -44,12 +46,12 @@ linux-demo: $(READY) ## the same with Linux: set up, build its kernel where it l
 test: $(READY) ## set up, then run all tests
 	$(RUN)/ruff check .
 	$(RUN)/mypy
-	$(RUN)/pytest
+	$(RUN)/pytest $(IN_PARALLEL)
 
 test-other-python: ## unit tests and the life of a secure VM under another supported Python, where there is one
 	@if test -z "$(OTHER_PYTHON)"; then echo "no other supported Python here"; else \
 	$(MAKE) --no-print-directory VENV=.venv-other PYTHON=$(OTHER_PYTHON) setup && \
-	.venv-other/bin/python --version && .venv-other/bin/pytest $(QUICK_TESTS); fi
+	.venv-other/bin/python --version && .venv-other/bin/pytest $(IN_PARALLEL) $(QUICK_TESTS); fi
 
 soak: $(READY) ## two minutes of load: no process may be called hung (docs/liveness.md)
 	PEFBOX_SOAK_SECONDS=120 $(RUN)/pytest tests/cluster/test_liveness.py -k busy_machine -s
