@@ -23,8 +23,12 @@ class Engine(Protocol):
     def resume(self, result: list[int]) -> None:
         """The outcome of the last Hypercall, Ultracall, MmioLoad or MmioStore exit: `[code, outputs...]`."""
 
+    @property
+    def ticks(self) -> bool:
+        """Whether a timer goes on for the engine while it is left."""
+
     def rest(self) -> None:
-        """The processor is going to sleep for long: what ticks for the engine may stop until the next `run`."""
+        """The processor is going to sleep for long: what ticks may stop until the next `run`."""
 
     def set_line(self, level: bool) -> None:
         """The level of the external interrupt input; taken at the start of the next slice."""

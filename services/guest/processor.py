@@ -300,11 +300,12 @@ class Processor:
 
     def _wait(self, milliseconds: int) -> list[LinkEnd]:
         """Sleep until something comes; the links that may have a message."""
-        ready = self._inbox.wait(min(milliseconds, _SHORT_WAIT_MS))
-        if ready or milliseconds <= _SHORT_WAIT_MS:
-            return ready
-        self._engine.rest()
-        return self._inbox.wait(milliseconds - _SHORT_WAIT_MS)
+        if self._engine.ticks:
+            ready = self._inbox.wait(min(milliseconds, _SHORT_WAIT_MS))
+            if ready or milliseconds <= _SHORT_WAIT_MS:
+                return ready
+            self._engine.rest()
+        return self._inbox.wait(milliseconds)
 
     def _take_next(self, milliseconds: int) -> None:
         """Sleep until something comes, and take a message of each link that has one."""

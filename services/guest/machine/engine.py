@@ -184,6 +184,11 @@ class MachineEngine:
         else:
             self._devices.finish(awaited, result)
 
+    @property
+    def ticks(self) -> bool:
+        """As Engine."""
+        return self._slices.ticks
+
     def rest(self) -> None:
         """As Engine."""
         self._slices.rest()

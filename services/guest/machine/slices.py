@@ -41,6 +41,10 @@ class Slices(Protocol):
     def end_run(self, pc: int, *, fetch: bool) -> None:
         """It stopped at `pc`, with `fetch` since it could not go there."""
 
+    @property
+    def ticks(self) -> bool:
+        """Whether a timer goes on until `rest`."""
+
     def rest(self) -> None:
         """The processor is going to sleep."""
 
@@ -99,6 +103,8 @@ class CountedSlices:
         self._left -= max(retired, 1)
         self._stopped = self._counter.stopped
 
+    ticks = False
+
     def rest(self) -> None:
         """As Slices."""
 
@@ -148,6 +154,11 @@ class TimedSlices:
 
     def end_run(self, pc: int, *, fetch: bool) -> None:
         """As Slices."""
+
+    @property
+    def ticks(self) -> bool:
+        """As Slices."""
+        return self._alarm.ticks
 
     def rest(self) -> None:
         """As Slices."""

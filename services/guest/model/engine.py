@@ -117,6 +117,8 @@ class ModelEngine:
         if self._line is not None:
             self._kernel.state.line, self._line = self._line, None
 
+    ticks = False
+
     def rest(self) -> None:
         """Nothing ticks here."""
 
