@@ -217,6 +217,22 @@ def test_an_invalidated_translation_is_looked_up_anew(world: Translated) -> None
     assert world.rig.gpr[R5] == 2
 
 
+def test_another_process_table_holds_at_once(world: Translated) -> None:
+    other, table = RadixTree(world.store, TREES + (4 << 20)), PROCESS_TABLE + 0x1000
+    world.store(table + PID * mmu.ROW_BYTES, other.row())
+    other.map(CODE, CODE_AT, ALL)
+    other.map(DATA, DATA_AT + 0x1000, ALL)
+    world.rig.ram[DATA_AT], world.rig.ram[DATA_AT + 0x1000] = 1, 2
+    world.run(
+        asm.lis(R4, DATA >> 16), asm.lbz(R8, 0, R4), *asm.load64(R3, H_REGISTER_PROC_TBL.number), asm.li(R4, 0x1C),
+        *asm.load64(R5, table), asm.SC1, asm.lis(R4, DATA >> 16), asm.lbz(R9, 0, R4), asm.SC1, msr=KERNEL_MSR,
+    )  # fmt: skip
+    world.rig.engine.resume([0])
+    world.rig.until_exit()
+
+    assert (world.rig.gpr[R8], world.rig.gpr[R9]) == (1, 2)
+
+
 def test_what_the_kernel_may_reach_a_process_does_not_get_from_the_second_level(world: Translated) -> None:
     world.user.map(DATA, DATA_AT, mmu.READ | mmu.WRITE | mmu.PRIVILEGED)
     world.run(

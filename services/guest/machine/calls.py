@@ -6,6 +6,8 @@ Source: PAPR 14.5 for the registers, 14.5.4.3.6 (H_SET_MODE), 14.5.3.9 (H_SIGNAL
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from protocol.codes import HCode
 from protocol.declare import CallTable
 from protocol.hcall_values import PROC_TABLE_MODIFY, PROC_TABLE_REGISTER, SetModeResource
@@ -34,12 +36,15 @@ _CI_SIZES = frozenset({1, 2, 4, 8})
 
 
 class Calls:
-    """Of one processor."""
+    """Of one processor. `flush_tlb` is called when all translations change."""
 
-    def __init__(self, registers: RegisterFile, interrupts: Interrupts, mmu: Mmu) -> None:
+    def __init__(
+        self, registers: RegisterFile, interrupts: Interrupts, mmu: Mmu, flush_tlb: Callable[[], None]
+    ) -> None:
         self._registers = registers
         self._interrupts = interrupts
         self._mmu = mmu
+        self._flush_tlb = flush_tlb
 
     def hypercall(self) -> Hypercall:
         """The call that the registers hold: only the declared arguments leave the processor."""
@@ -95,6 +100,7 @@ class Calls:
             self._mmu.table = ProcessTable(base, 1 << shift)
         else:
             self._mmu.table = None
+        self._flush_tlb()
 
 
 def _resets_caller(call: Hypercall | Ultracall, result: list[int]) -> bool:

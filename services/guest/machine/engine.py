@@ -74,7 +74,7 @@ class MachineEngine:
         self._instructions = Instructions(
             self._registers, self._interrupts, self._time, self._translator.instruction, lacking, self._switch_process
         )
-        self._calls = Calls(self._registers, self._interrupts, self._mmu)
+        self._calls = Calls(self._registers, self._interrupts, self._mmu, self._flush_tlb)
         self._devices = DeviceAccesses(self._registers, self._interrupts, self._translator)
         self._line = False
         self._awaited: Awaited | None = None
