@@ -72,7 +72,7 @@ def _table(report: object) -> object:
         "SHA-256 of the disk, host": [vm.disk_sha256_host[:16] for vm in vms],
         "written region in the file": ["yes" if vm.written_region_on_disk else "NO" for vm in vms],
         "host's read of a secure page": [vm.host_read_of_secure_page for vm in vms],
-        "paged out at random": [f"{vm.pages_under_pressure} pages" for vm in vms],
+        "paged out at random": [f"{vm.pages_under_pressure} pages" if vm.pages_under_pressure else "" for vm in vms],
         "secrets found outside": [", ".join(vm.secrets_found) or "none" for vm in vms],
         "marker shared on purpose": ["found" if vm.shared_marker_found else "NOT found" for vm in vms],
         "hypercalls": [str(sum(vm.hypercalls.values())) for vm in vms],
@@ -80,5 +80,6 @@ def _table(report: object) -> object:
         "searched": [f"{report.searched_bytes >> 20} MiB"] + [""] * (len(vms) - 1),
     }
     for title, values in rows.items():
-        table.add_row(title, *values)
+        if any(values):
+            table.add_row(title, *values)
     return table

@@ -39,11 +39,10 @@ async def run_demo(guest: DemoGuest, state_dir: Path | None, say: Say) -> DemoRe
     for vm in spec.vms:
         reports[vm.name].disk_sha256_host = await trio.to_thread.run_sync(_sha256_of, Path(vm.disks[0].path))
     say(f"starting {len(spec.hosts)} hosts with {len(spec.vms)} VMs")
-    written: dict[str, Written | None] = {}
+    run = _Demo(spec, guest, reports, say)
     async with cluster(guest.cluster_file, name=CLUSTER_NAME, state_dir=paths.state_dir, record=True) as running:
-        run = _Demo(running, spec, guest, reports, say)
-        written = await run.work()
-        evidence = await run.look_from_outside()
+        written = await run.work(running)
+        evidence = await run.look_from_outside(running)
     for vm in spec.vms:
         _check_written(vm, reports[vm.name], written.get(vm.name))
         conclude(reports[vm.name])
@@ -52,24 +51,21 @@ async def run_demo(guest: DemoGuest, state_dir: Path | None, say: Say) -> DemoRe
 
 
 class _Demo:
-    """The part of a demo during which the cluster runs."""
+    """What a demo does with its cluster, which is about to start."""
 
-    def __init__(
-        self, running: RunningCluster, spec: Cluster, guest: DemoGuest, reports: dict[str, VmReport], say: Say
-    ) -> None:
-        self._running = running
+    def __init__(self, spec: Cluster, guest: DemoGuest, reports: dict[str, VmReport], say: Say) -> None:
         self._spec = spec
         self._guest = guest
         self._reports = reports
         self._say = say
         self._started = time.monotonic()
 
-    async def work(self) -> dict[str, Written | None]:
+    async def work(self, running: RunningCluster) -> dict[str, Written | None]:
         """Until every VM is secure and has done its work; the region that each wrote."""
         written: dict[str, Written | None] = {}
         async with trio.open_nursery() as nursery:
             for vm in self._spec.vms:
-                nursery.start_soon(self._work_of, self._running.vm(vm.name), written)
+                nursery.start_soon(self._work_of, running.vm(vm.name), written)
         return written
 
     async def _work_of(self, vm: Vm, written: dict[str, Written | None]) -> None:
@@ -81,31 +77,32 @@ class _Demo:
         written[vm.name] = await self._guest.work(vm, report)
         self._say(f"{vm.name} has read {report.disk_bytes >> 20} MiB, written a region and planted its secrets")
 
-    async def look_from_outside(self) -> Evidence:
+    async def look_from_outside(self, running: RunningCluster) -> Evidence:
         """Try what a host can try, copy all that it can see, then search the copies for what the guests reveal."""
         for vm in self._spec.vms:
             self._say(f"reading secure pages of {vm.name} as its host")
             try:
-                await self._guest.endure(self._running, vm, self._reports[vm.name])
+                await self._guest.endure(running, vm, self._reports[vm.name])
             except PefboxError as error:
                 self._reports[vm.name].problems.append(str(error))
-        evidence = await self._copy()
+        evidence = await _copy(running)
         self._say(f"copied {evidence.n_bytes >> 20} MiB of what the hosts can see; now the guests reveal their secrets")
         for vm in self._spec.vms:
             report = self._reports[vm.name]
-            revealed = await self._guest.reveal(self._running.vm(vm.name))
+            revealed = await self._guest.reveal(running.vm(vm.name))
             await trio.to_thread.run_sync(_search, evidence, revealed, report)
-            record = self._running.paths.record_file(f"{vm.name}/{Role.GUEST.value}")
+            record = running.paths.record_file(f"{vm.name}/{Role.GUEST.value}")
             report.hypercalls, report.ultracalls = count_calls(record)
         return evidence
 
-    async def _copy(self) -> Evidence:
-        rows = processes_of(await self._running.status())
-        host_side = {row.target: row.pid for row in rows if row.role in (Role.KVM.value, Role.QEMU.value)}
-        for target in host_side:
-            # What it has seen so far is all in its files then.
-            await self._running.process(target).query("record", {"on": False})
-        return await trio.to_thread.run_sync(take_evidence, self._running.paths, host_side)
+
+async def _copy(running: RunningCluster) -> Evidence:
+    rows = processes_of(await running.status())
+    host_side = {row.target: row.pid for row in rows if row.role in (Role.KVM.value, Role.QEMU.value)}
+    for target in host_side:
+        # What it has seen so far is all in its files then.
+        await running.process(target).query("record", {"on": False})
+    return await trio.to_thread.run_sync(take_evidence, running.paths, host_side)
 
 
 def _search(evidence: Evidence, revealed: dict[str, str], report: VmReport) -> None:

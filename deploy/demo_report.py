@@ -34,6 +34,7 @@ class VmReport(msgspec.Struct, kw_only=True):
     shared_marker_found: bool = False
     written_region_on_disk: bool = False
     seconds_to_secure: float = 0.0
+    """From when its cluster was about to start."""
     problems: list[str] = []
 
 

@@ -59,7 +59,8 @@ def check_vm(vm: dict[str, Any]) -> None:
     assert vm["bytes_through_swiotlb"] >= vm["disk_bytes"] >= DISK_BYTES
     assert vm["host_read_of_secure_page"] == "ciphertext"
     assert vm["secrets_found"] == []
-    assert 0 < vm["seconds_to_secure"] < 60
+    # The start of its cluster is in it: several Python processes.
+    assert 0.5 < vm["seconds_to_secure"] < 60
     for calls, expected in ((vm["hypercalls"], "H_RTAS"), (vm["ultracalls"], "UV_SHARE_PAGE")):
         assert calls[expected] > 0
         assert all(isinstance(n, int) and n > 0 for n in calls.values())
