@@ -148,7 +148,7 @@ class Machine:
 
     def reboot(self) -> None:
         """The guest wants a system reset."""
-        self._nursery.start_soon(self._reset, ShutdownCause.GUEST_RESET)
+        self._nursery.start_soon(self._reboot)
 
     def os_term(self, text: str) -> None:
         """The guest's kernel gave up; as with QEMU's default, that switches the machine off."""
@@ -235,13 +235,24 @@ class Machine:
                 self._log.error("reset failed", reason=str(error))
                 raise CommandFailed(str(error)) from None
 
+    async def _reboot(self) -> None:
+        try:
+            await self._reset(ShutdownCause.GUEST_RESET)
+        except CommandFailed:
+            # No monitor asked for it, and the log has the reason.
+            return
+
     async def _end(self, cause: ShutdownCause, state: RunState) -> None:
         async with self._orders:
             self._events.emit(Shutdown.by(cause))
             self.state = state
             self._ended_s = time.monotonic()
-            await self._order(m.VM_POWEROFF, m.Empty())
-            await self._board().reset()
+            try:
+                await self._order(m.VM_POWEROFF, m.Empty())
+                await self._board().reset()
+            except PefboxError as error:
+                self.state = RunState.INTERNAL_ERROR
+                self._log.error("power-off failed", reason=str(error))
 
     async def _order(self, message: m.Message[m.BodyT, m.Status], body: m.BodyT) -> None:
         with trio.move_on_after(_ORDER_SECONDS):

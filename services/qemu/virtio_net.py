@@ -8,10 +8,12 @@ Source: VIRTIO 1.4, section 5.1.
 
 from __future__ import annotations
 
+import trio
+
 from protocol.errors import GuestFault
 from services.qemu.network import Drop, FairQueue, Port, Switch, Traffic
 from services.qemu.segments import gather, scatter, split
-from services.qemu.virtio_device import DeviceMemory, VirtioDevice
+from services.qemu.virtio_device import CHAINS_BETWEEN_CHECKPOINTS, DeviceMemory, VirtioDevice
 from services.qemu.virtqueue import Chain, Virtqueue
 from shared.virtio import DeviceId, feature_mask, has_feature
 from shared.virtio_net import (
@@ -134,6 +136,8 @@ class VirtioNet(VirtioDevice):
                 return
             chains.append(more)
             room += more.writable_bytes
+            if len(chains) % CHAINS_BETWEEN_CHECKPOINTS == 0:
+                await trio.lowlevel.checkpoint()
         await self._fill(queue, chains, NET_HEADER.pack(0, GSO_NONE, 0, 0, 0, 0, len(chains)) + frame)
         self.traffic.received(frame)
 

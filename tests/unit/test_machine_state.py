@@ -1,4 +1,4 @@
-"""The run state of a machine whose guest ends before kvm has said that it started."""
+"""The run state of a machine: a guest that ends before kvm has said that it started, orders that kvm refuses."""
 
 from __future__ import annotations
 
@@ -69,3 +69,15 @@ async def test_what_a_guest_does_before_kvm_has_answered_is_not_lost(
     machine = await started(nursery, code, EVENT if crashes else None)
 
     assert machine.state is state
+
+
+@pytest.mark.parametrize("order", [Machine.reboot, Machine.power_off, lambda machine: machine.os_term("it gave up")])
+async def test_l1_what_kvm_refuses_to_a_guest_does_not_end_its_qemu(order: Callable[[Machine], None]) -> None:
+    async with trio.open_nursery() as nursery:
+        machine = await started(nursery, HCode.H_SUCCESS, None)
+        machine._link = cast(Link, PlayedLink(HCode.H_HARDWARE, lambda: None))
+
+        order(machine)
+
+    # Nothing was raised into the nursery, in which all else of the process runs.
+    assert machine.state is RunState.INTERNAL_ERROR

@@ -15,10 +15,12 @@ from protocol.startup import DeviceEntry
 from services.qemu.board import Board
 from services.qemu.network import Drop, PeerPort, Switch
 from services.qemu.testing import TestDriver, TestPort, TestRam, TestRing, board_entry
-from services.qemu.virtio_net import WAITING_FRAMES, VirtioNet
+from services.qemu.virtio_device import CHAINS_BETWEEN_CHECKPOINTS
+from services.qemu.virtio_net import QUEUE_SIZE, WAITING_FRAMES, VirtioNet
 from shared.virtio import DeviceStatus, Feature, has_feature
 from shared.virtio_net import NET_HEADER, NET_HEADER_BYTES, RECEIVE_QUEUE, TRANSMIT_QUEUE, NetConfig, NetFeature
 from shared.virtio_pci import CommonCfg
+from shared.vring import DESC, DESC_BYTES, DescFlag
 
 MAC = "02:00:00:00:00:01"
 RX_RING, TX_RING, RX_DATA, TX_DATA = 0x1000, 0x4000, 0x20000, 0x80000
@@ -327,3 +329,34 @@ async def test_whatever_the_rings_hold_the_device_stays_alive(make_rig: MakeRig,
         await rig.arrive(frame(), frame(MTU + 14))
         await rig.driver.store(CommonCfg.DEVICE_STATUS, 0)
         assert rig.driver.load(CommonCfg.DEVICE_STATUS) == 0
+
+
+async def test_s5_buffers_that_never_suffice_do_not_keep_the_process_from_its_other_work(make_rig: MakeRig) -> None:
+    """All buffers are looked at for each frame, and each may be a table of descriptors without room."""
+    rig = await make_rig(go=False, mtu=9000)
+    table = TX_DATA
+    for n in range(QUEUE_SIZE):
+        flags, following = (DescFlag.WRITE | DescFlag.NEXT, n + 1) if n + 1 < QUEUE_SIZE else (DescFlag.WRITE, 0)
+        entry = (RX_DATA, NET_HEADER_BYTES if n == 0 else 0, flags, following)
+        rig.ram.bytes[table + n * DESC_BYTES : table + (n + 1) * DESC_BYTES] = DESC.pack(*entry)
+    rig.rx = TestRing.at(rig.ram.bytes, QUEUE_SIZE, RX_RING)
+    await rig.ready()
+    for head in range(QUEUE_SIZE):
+        rig.rx.put_descriptors([(table, QUEUE_SIZE * DESC_BYTES, DescFlag.INDIRECT, 0)], head)
+        rig.rx.offer(head)
+    turns = 0
+
+    async def other_work() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other_work)
+        await rig.arrive(frame(9000))
+        await rig.arrive(frame(9000))
+        nursery.cancel_scope.cancel()
+
+    assert rig.card.traffic.dropped == {Drop.NO_BUFFER: 2}
+    assert turns >= 2 * QUEUE_SIZE // CHAINS_BETWEEN_CHECKPOINTS
