@@ -38,4 +38,5 @@ def test_looking_leaves_no_descriptor_open() -> None:
 
     doctor.examine()
 
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    # What other tests left may be collected meanwhile.
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
