@@ -24,6 +24,7 @@ from unicorn import ppc_const
 from unicorn.unicorn_py3.unicorn import uclib
 
 from protocol.errors import HostFault
+from services.guest.machine.hooks import TLB_FLUSH
 from services.guest.machine.registers import Msr, Spr
 
 _STUB_BYTES = 0x10000
@@ -53,8 +54,6 @@ _SIZE_WORD_BYTES = 8
 _CHUNK_FLAGS = 7
 _CHUNK_ALIGN = 16
 _MAX_ALLOCATION_BYTES = 16 << 20
-TLB_FLUSH = 11 | 1 << 30
-"""UC_CTL_TLB_FLUSH as a write without arguments; the Python class has no method for it."""
 _READY_FLAGS = bytes([0, 1, 0, 1])
 _NO_EXIT_REQUEST_AT = 2
 
