@@ -32,6 +32,18 @@ def test_a_pointer_near_the_processor_is_not_taken_for_it(monkeypatch: pytest.Mo
     assert (again.gprs, again.sprs, again.vsrs) == (found.gprs, found.sprs, found.vsrs)
 
 
+def test_an_allocation_with_pages_of_its_own_ends_with_them() -> None:
+    """As the C library makes large ones: there may be nothing behind, and the size counts two words before it."""
+    is_mapped = 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    both = libc.mmap(None, ctypes.c_size_t(2 * mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_WRITE, 0x22, -1, 0)
+    assert libc.munmap(ctypes.c_void_p(both + mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE)) == 0
+    ctypes.c_uint64.from_address(both + 8).value = mmap.PAGESIZE | is_mapped
+
+    assert layout._allocation_bytes(both + 16) == mmap.PAGESIZE - 16
+
+
 CODE, DATA, BYTES = 0x1000, 0x4000, 0x10000
 
 
