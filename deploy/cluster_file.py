@@ -56,6 +56,8 @@ MAKES = ("demo", "linux")
 
 MAX_NETWORK_VMS = 16
 """All VMs of a network are linked in pairs."""
+MAX_VM_LINKS = 128
+"""To other VMs, over all networks: so many fit a start message, and cost a process some 400 open files."""
 MIN_VM_BYTES = 16 << 20
 MAX_SECURE_BYTES = 1 << 40
 MAX_OPTION = (1 << 63) - 1
@@ -167,6 +169,7 @@ def parse_cluster(text: str, path: str, base: Path, default_name: str) -> Cluste
         links=[_link(section, names) for section in top.listed_tables("links", LINK_KEYS)],
     )
     _check_networks(top, cluster)
+    _check_links(top, cluster)
     return cluster
 
 
@@ -220,11 +223,24 @@ def _check_networks(top: Section, cluster: Cluster) -> None:
         vms = cluster.vms_on(network.name)
         if len(vms) > MAX_NETWORK_VMS:
             top.document.fail(("networks", network.name), f"has {len(vms)} VMs; allowed: up to {MAX_NETWORK_VMS}")
-        macs = Counter(device.mac for vm in vms for device in vm.devices if device.network == network.name)
+        cards = [(vm.name, device) for vm in vms for device in vm.devices if device.network == network.name]
+        macs = Counter(card.mac for _, card in cards)
         for mac, n in macs.items():
             if n > 1:
-                owners = ", ".join(vm.name for vm in vms if any(device.mac == mac for device in vm.devices))
+                owners = ", ".join(vm for vm, card in cards if card.mac == mac)
                 top.document.fail(("networks", network.name), f"{n} cards have the address {mac} ({owners})")
+
+
+def _check_links(top: Section, cluster: Cluster) -> None:
+    """No VM is on too many large networks."""
+    n_links: Counter[str] = Counter()
+    for network in cluster.networks:
+        vms = cluster.vms_on(network.name)
+        n_links.update({vm.name: len(vms) - 1 for vm in vms})
+    for vm, n in n_links.items():
+        if n > MAX_VM_LINKS:
+            problem = f"has {n} links to other VMs of its networks; allowed: up to {MAX_VM_LINKS}"
+            top.document.fail(("vms", vm), problem)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,13 @@ from deploy.linux_shell import LinuxShell
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from protocol.roles import Role
+from services.runtime.page_query import MAX_PAGES_A_QUERY
 
 PRESSURE_SHARE = 0.3
 _REGION_OFFSET_BYTES = 8 << 20
 _REGION_BYTES = 256 << 10
 _MARKER_OFFSET_BYTES = 4 << 20
 _SECTOR_BYTES = 512
-_MAX_PAGES_A_QUERY = 4096
 _ANSWER_SECONDS = 5.0
 _DIGITS = re.compile(r"[0-9a-f]{64}")
 
@@ -131,7 +131,7 @@ async def _two_untouched_pages(running: RunningCluster, spec: VmSpec) -> list[in
 async def _written_pages(running: RunningCluster, spec: VmSpec) -> Iterable[int]:
     ultravisor = running.process(f"{spec.host}/{Role.ULTRAVISOR.value}")
     written: list[int] = []
-    for gpa in range(0, spec.memory_bytes, _MAX_PAGES_A_QUERY * PAGE_BYTES):
-        arguments = {"vm": spec.name, "gpa": gpa, "n": _MAX_PAGES_A_QUERY}
+    for gpa in range(0, spec.memory_bytes, MAX_PAGES_A_QUERY * PAGE_BYTES):
+        arguments = {"vm": spec.name, "gpa": gpa, "n": MAX_PAGES_A_QUERY}
         written += (await ultravisor.query("page.dirty", arguments, _ANSWER_SECONDS))["gfns"]
     return written

@@ -62,6 +62,8 @@ def _make_boot_files(vm: VmSpec, guest: GuestEntry, state_dir: Path) -> None:
     stamp_file = state_dir / f"{vm.name}.made"
     if stamp_file.is_file() and stamp_file.read_text() == stamp and all(Path(path).is_file() for path in ours):
         return
+    # What is left half made belongs to no inputs.
+    stamp_file.unlink(missing_ok=True)
     for path, source in sources.items():
         if path in ours:
             shutil.copyfile(source[0], path)

@@ -91,6 +91,8 @@ class Processor:
         self._next_cause = 1
         self._replies: dict[tuple[LinkEnd, int], Envelope | None] = {}
         self._resume_with: list[int] | None = None
+        self._again: MmioLoad | MmioStore | None = None
+        """A device access that nobody could answer yet."""
         self._pacer = Pacer()
         self._line = False
         self._just_looked = False
@@ -145,7 +147,10 @@ class Processor:
             if self.state is not RunState.RUNNING:
                 self._wait(_IDLE_POLL_MS)
                 continue
-            leaving = self._run_engine()
+            leaving: Exit | None
+            leaving, self._again = self._again, None
+            if leaving is None:
+                leaving = self._run_engine()
             if leaving is not None:
                 self._serve(leaving)
 
@@ -184,9 +189,9 @@ class Processor:
                 own = [_HARDWARE[reg](self._engine) for reg in call.hardware]
                 self._call_and_resume(self._ultravisor, number, [_VCPU, *own, *args])
             case MmioLoad(gpa, size):
-                self._call_and_resume(self._hypervisor(), H_LOGICAL_CI_LOAD.number, [_VCPU, size, gpa])
+                self._access_device(leaving, H_LOGICAL_CI_LOAD.number, [_VCPU, size, gpa])
             case MmioStore(gpa, size, value):
-                self._call_and_resume(self._hypervisor(), H_LOGICAL_CI_STORE.number, [_VCPU, size, gpa, value])
+                self._access_device(leaving, H_LOGICAL_CI_STORE.number, [_VCPU, size, gpa, value])
             case Idle():
                 self._idle(leaving)
             case Crash(reason):
@@ -198,6 +203,13 @@ class Processor:
         reply = self._call(end, number, registers, None)
         if reply is not None:
             self._resume_with = self._result(reply)
+
+    def _access_device(self, access: MmioLoad | MmioStore, number: int, registers: list[int]) -> None:
+        """As `_call_and_resume`, later once more when it is busy: a load or store could not tell the guest so."""
+        self._call_and_resume(self._hypervisor(), number, registers)
+        if self._resume_with is not None and self._resume_with[0] == HCode.H_BUSY:
+            self._resume_with, self._again = None, access
+            self._wait(_LOST_PEER_MS)
 
     def _result(self, reply: Envelope) -> list[int]:
         try:
@@ -386,14 +398,14 @@ class Processor:
     def _begin(self, pc: int, gprs: dict[int, int], *, secure: bool) -> None:
         self.secure = secure
         self._generation += 1
-        self._resume_with = None
+        self._resume_with = self._again = None
         self._engine.start(pc, gprs, secure=secure)
         self._engine.set_line(self._line)
         self._set_state(RunState.RUNNING)
 
     def _end_secure(self, _body: m.Empty) -> int:
         self._generation += 1
-        self._resume_with = None
+        self._resume_with = self._again = None
         self.secure = False
         self._set_state(RunState.OFF)
         self._memory.drop_secure()

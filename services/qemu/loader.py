@@ -1,7 +1,7 @@
 """What qemu puts into guest RAM before the processor starts: kernel, initial RAM disk and device tree.
 
 0          boot stage (the model's own entry is at 0x100)
-64 KiB     kernel, when the VM boots without a disk
+16 MiB     kernel, when the VM boots without a disk
 behind it  initial RAM disk, page aligned
 below 256 MiB, at the end of RAM at most: device tree
 

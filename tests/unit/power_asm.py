@@ -101,6 +101,16 @@ def stwu(rs: int, value: int, ra: int) -> int:
     return _d(37, rs, ra, value)
 
 
+def ldu(rt: int, value: int, ra: int) -> int:
+    """Load a doubleword and update ra."""
+    return _d(58, rt, ra, value | 1)
+
+
+def stdu(rs: int, value: int, ra: int) -> int:
+    """Store a doubleword and update ra."""
+    return _d(62, rs, ra, value | 1)
+
+
 def lwbrx(rt: int, ra: int, rb: int) -> int:
     """Load a word, bytes reversed."""
     return _x(534, rt, ra, rb)

@@ -230,3 +230,14 @@ def test_a_network_has_a_limit_of_vms() -> None:
 
     with pytest.raises(ClusterFileError, match="has 17 VMs; allowed: up to 16"):
         parse(GOOD + text)
+
+
+def test_a_vm_has_a_limit_of_links_to_others() -> None:
+    """One start message carries them all, and each costs its process open files."""
+    names = [f"net{n}" for n in range(9)]
+    vm = '[vms.{0}]\nhost = "alpha"\nmemory = "64M"\nguest.boot = "kernel"\n'
+    cards = "".join(f'[[vms.{{0}}.devices]]\nkind = "virtio-net"\nnetwork = "{name}"\n' for name in names)
+    text = "".join(f"[networks.{name}]\n" for name in names) + "".join((vm + cards).format(f"v{n}") for n in range(16))
+
+    with pytest.raises(ClusterFileError, match=r"v0: has 135 links to other VMs of its networks; allowed: up to 128"):
+        parse(GOOD + text)

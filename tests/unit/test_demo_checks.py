@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
 from typing import Any
 
 import msgspec
 import pytest
 
 from deploy.demo_host import are_ciphertext
+from deploy.demo_linux import LinuxGuest
+from deploy.demo_model import ModelGuest
 from deploy.demo_report import VmReport, conclude
 
 GOOD = VmReport(
@@ -69,3 +72,13 @@ def test_equal_pages_have_images_that_tell_nothing(images: list[bytes], show_con
     assert are_ciphertext(images, report, show_content=show_content) is ciphertext
     assert report.host_read_of_secure_page == ("ciphertext" if ciphertext else "plain")
     assert bool(report.problems) is not ciphertext
+
+
+def test_the_demos_keep_their_files_apart() -> None:
+    """They share a state directory, and what one writes on a disk is nothing for the other."""
+    model, linux = (tomllib.loads(guest.cluster_file.read_text())["vms"] for guest in (ModelGuest, LinuxGuest))
+    of_model, of_linux = (
+        {disk["path"] for vm in vms.values() for disk in vm["disks"].values()} for vms in (model, linux)
+    )
+
+    assert of_model and of_linux and not of_model & of_linux

@@ -216,6 +216,29 @@ def test_a_fault_of_the_map_does_not_count_an_instruction_twice() -> None:
     assert counts == [8, 8]
 
 
+@pytest.mark.parametrize("access", [asm.ldu(R6, 8, R4), asm.stdu(R6, 8, R4)])
+def test_an_update_form_whose_page_comes_late_updates_once(access: int) -> None:
+    rig = MachineRig(absent=True)
+    rig.run(*asm.load64(R4, 0x30000), access, access, asm.addi(R5, R5, 1), DONE)
+
+    assert [gfn for gfn, _ in rig.faults] == [1, 3]
+    assert (rig.gpr[R4], rig.gpr[R5]) == (0x30010, 1)
+
+
+def test_update_forms_that_miss_until_their_slice_ends_store_once_each() -> None:
+    rig = MachineRig(WallClock())
+    n_stores = 1000
+    stride, base = 0x1000, 0x100000
+    rig.run(
+        *asm.load64(R6, n_stores), asm.mtspr(Spr.CTR, R6), *asm.load64(R4, base), asm.addi(R5, R5, 1),
+        asm.stdu(R5, stride, R4), asm.bdnz(-2), DONE,
+    )  # fmt: skip
+
+    stored = [rig.ram[base + n * stride + 7] for n in range(1, n_stores + 1)]
+    assert stored == [n & 0xFF for n in range(1, n_stores + 1)]
+    assert rig.gpr[R4] == base + n_stores * stride
+
+
 def test_a_page_that_nobody_gives_ends_the_program() -> None:
     rig = MachineRig()
     rig.map.clear(3)

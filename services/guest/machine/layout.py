@@ -53,9 +53,10 @@ _LEVELS = (0, 1, 2, 3)
 # Of glibc's malloc: the word before an allocation is its size with the word, and three flags.
 _SIZE_WORD_BYTES = 8
 _CHUNK_FLAGS = 7
+_CHUNK_MAPPED = 2
+"""It has pages of its own, and its size is with the two words before it."""
 _CHUNK_ALIGN = 16
 _MAX_ALLOCATION_BYTES = 16 << 20
-
 _READY_FLAGS = bytes([0, 1, 0, 1])
 _NO_EXIT_REQUEST_AT = 2
 
@@ -300,7 +301,8 @@ def _allocation_bytes(address: int) -> int:
 
     `malloc_usable_size` believes every address that it is given, and may follow it out of memory.
     """
-    size = int.from_bytes(_try_read(address - _SIZE_WORD_BYTES, _SIZE_WORD_BYTES), "little") & ~_CHUNK_FLAGS
+    word = int.from_bytes(_try_read(address - _SIZE_WORD_BYTES, _SIZE_WORD_BYTES), "little")
+    size = (word & ~_CHUNK_FLAGS) - (_SIZE_WORD_BYTES if word & _CHUNK_MAPPED else 0)
     if address % _CHUNK_ALIGN or not _SIZE_WORD_BYTES < size <= _MAX_ALLOCATION_BYTES:
         return 0
     n_bytes = size - _SIZE_WORD_BYTES

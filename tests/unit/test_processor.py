@@ -1,0 +1,120 @@
+"""The processor's loop against played links: what it does with the answers of kvm."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from typing import Any, cast
+
+import msgspec
+import pytest
+import structlog
+
+from protocol import messages as m
+from protocol.codes import HCode
+from protocol.wire import Envelope, MessageKind
+from services.guest.clock import InstructionClock
+from services.guest.engine import Engine
+from services.guest.exits import Exit, Hypercall, MmioLoad, MmioStore, Pause
+from services.guest.link_end import LinkEnd
+from services.guest.processor import Processor, RunState
+from services.guest.vm_memory import GuestVmMemory
+
+REGISTER = 1 << 45
+BUSY_TIMES = 3
+
+
+class PlayedEnd:
+    """A link whose peer gives `answers` in turn, and has a number of replies taken from it."""
+
+    peer = "alpha/kvm"
+    peer_state = "up"
+
+    def __init__(self, answers: list[list[int]]) -> None:
+        self.fd = os.eventfd(0)
+        self.calls: list[tuple[int, list[int]]] = []
+        self.inbox: deque[Envelope] = deque()
+        self.replies: list[Any] = []
+        self._answers = deque(answers)
+
+    def may_have_message(self) -> bool:
+        return bool(self.inbox)
+
+    def receive(self) -> Envelope | None:
+        return self.inbox.popleft() if self.inbox else None
+
+    def send_call(self, number: int, body: list[int], _cause: int) -> int:
+        self.calls.append((number, body))
+        answer = msgspec.Raw(msgspec.msgpack.encode(self._answers.popleft()))
+        self.inbox.append(Envelope(1, MessageKind.REPLY, number, len(self.calls), 0, answer))
+        return len(self.calls)
+
+    def reply(self, _envelope: Envelope, body: Any) -> None:  # noqa: ANN401
+        self.replies.append(body)
+
+
+class PlayedEngine:
+    """Leaves once with `exit_`; `outcomes` are what it is resumed with, and the first one ends the processor."""
+
+    def __init__(self, exit_: Exit) -> None:
+        self.processor: Processor | None = None
+        self.outcomes: list[list[int]] = []
+        self.n_flushes = 0
+        self._exits = deque([exit_])
+
+    def run(self, _slice_ns: int) -> Exit:
+        return self._exits.popleft() if self._exits else Pause.SLICE_END
+
+    def resume(self, result: list[int]) -> None:
+        assert self.processor is not None
+        self.outcomes.append(result)
+        self.processor._leave()
+
+    def flush_translations(self) -> None:
+        self.n_flushes += 1
+
+
+def played(exit_: Exit, kvm: PlayedEnd) -> tuple[Processor, PlayedEngine]:
+    """A running processor of a normal VM."""
+    engine = PlayedEngine(exit_)
+    ends = (cast(LinkEnd, kvm), cast(LinkEnd, PlayedEnd([])))
+    memory = cast(GuestVmMemory, type("Memory", (), {"lpid": 1}))
+    processor = Processor(cast(Engine, engine), memory, *ends, InstructionClock(), structlog.get_logger())
+    engine.processor = processor
+    processor.state = RunState.RUNNING
+    return processor, engine
+
+
+@pytest.mark.parametrize(
+    ("exit_", "answer"),
+    [(MmioLoad(REGISTER, 4), [HCode.H_SUCCESS, 7]), (MmioStore(REGISTER, 2, 1), [HCode.H_SUCCESS])],
+)
+def test_l1_a_device_access_waits_for_a_qemu_that_only_stands_still(exit_: Exit, answer: list[int]) -> None:
+    """An instruction has no error that says "again": a load would give all ones, a kick of a queue would be lost."""
+    kvm = PlayedEnd([[HCode.H_BUSY, 0]] * BUSY_TIMES + [answer])
+    processor, engine = played(exit_, kvm)
+
+    processor._loop()
+
+    assert engine.outcomes == [answer]
+    assert len(kvm.calls) == BUSY_TIMES + 1 and len({number for number, _ in kvm.calls}) == 1
+
+
+def test_a_hypercall_that_is_busy_is_the_guests_to_repeat() -> None:
+    kvm = PlayedEnd([[HCode.H_BUSY]])
+    processor, engine = played(Hypercall(0x54, (0,)), kvm)
+
+    processor._loop()
+
+    assert engine.outcomes == [[HCode.H_BUSY]]
+
+
+def test_what_kvm_orders_is_served_while_a_device_access_waits() -> None:
+    order = msgspec.Raw(msgspec.msgpack.encode(m.InvalidateBody([])))
+    kvm = PlayedEnd([[HCode.H_BUSY, 0], [HCode.H_SUCCESS, 7]])
+    kvm.inbox.append(Envelope(1, MessageKind.CALL, m.MAP_INVALIDATE.number, 1, 0, order))
+    processor, engine = played(MmioLoad(REGISTER, 4), kvm)
+
+    processor._loop()
+
+    assert engine.n_flushes == 1 and kvm.replies == [m.Status(HCode.H_SUCCESS)]
