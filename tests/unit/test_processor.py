@@ -56,6 +56,8 @@ class PlayedEnd:
 class PlayedEngine:
     """Leaves once with `exit_`; `outcomes` are what it is resumed with, and the first one ends the processor."""
 
+    ticks = False
+
     def __init__(self, exit_: Exit) -> None:
         self.processor: Processor | None = None
         self.outcomes: list[list[int]] = []
