@@ -11,7 +11,6 @@ import click
 import msgspec
 
 from deploy.cli_support import json_option, parse_size
-from protocol.errors import UserError
 
 if TYPE_CHECKING:
     from deploy.linux.store import LinuxImage
@@ -102,14 +101,9 @@ def boot_disk(
 
 def _built(cache: Path | None) -> LinuxImage:
     """The newest image in the cache; raises UserError with the command that makes one."""
-    from deploy.linux.config import fragment_sha256
-    from deploy.linux.store import Store, default_cache
+    from deploy.linux.store import built_image, default_cache
 
-    directory = _absolute(cache or default_cache())
-    image = Store(directory).newest(fragment_sha256())
-    if image is None:
-        raise UserError(f"no kernel for the present configuration in {directory}; run: pefbox linux build")
-    return image
+    return built_image(_absolute(cache or default_cache()))
 
 
 def _absolute(path: Path) -> Path:

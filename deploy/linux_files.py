@@ -18,8 +18,7 @@ import msgspec
 
 from deploy.boot_parts import BootParts, parts_blob, read_program_file
 from deploy.cluster_file import Cluster, VmSpec
-from deploy.linux.config import fragment_sha256
-from deploy.linux.store import LinuxImage, Store, default_cache
+from deploy.linux.store import LinuxImage, built_image, default_cache
 from protocol.errors import UserError
 from protocol.startup import GuestEntry
 from services.ultravisor.identity import ensure_keys, public_key_of
@@ -43,11 +42,7 @@ def make_linux_files(cluster: Cluster, state_dir: Path) -> None:
 
 def built_linux() -> LinuxImage:
     """The kernel and initial RAM disk that `pefbox linux build` made; raises UserError with that command."""
-    cache = default_cache()
-    image = Store(cache).newest(fragment_sha256())
-    if image is None:
-        raise UserError(f"no kernel for the present configuration in {cache}; run: pefbox linux build")
-    return image
+    return built_image(default_cache())
 
 
 def _make_boot_files(vm: VmSpec, guest: GuestEntry, state_dir: Path) -> None:

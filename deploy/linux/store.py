@@ -18,6 +18,8 @@ from pathlib import Path
 import msgspec
 
 from deploy.linux.apt import Say
+from deploy.linux.config import fragment_sha256
+from protocol.errors import UserError
 
 KERNEL_FILE = "vmlinux"
 INITRAMFS_FILE = "initramfs.cpio"
@@ -124,3 +126,11 @@ class Store:
                 say("waiting for another build")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def built_image(cache: Path) -> LinuxImage:
+    """The newest image of the present configuration in `cache`; raises UserError with the command that makes one."""
+    image = Store(cache).newest(fragment_sha256())
+    if image is None:
+        raise UserError(f"no kernel for the present configuration in {cache}; run: pefbox linux build")
+    return image

@@ -22,8 +22,7 @@ import trio
 from deploy.api import cluster
 from deploy.cluster_file import read_cluster_file, resolve_state
 from deploy.firmware import PACKAGE, find_firmware
-from deploy.linux.config import fragment_sha256
-from deploy.linux.store import LinuxImage, Store, default_cache
+from deploy.linux.store import LinuxImage, built_image, default_cache
 from deploy.linux_files import make_linux_files
 from protocol.errors import UserError
 from tests.bench.figure import Budget, Figure, Kind, Round
@@ -119,10 +118,7 @@ def _needed() -> tuple[LinuxImage, str]:
     firmware = find_firmware()
     if firmware is None:
         raise UserError(f"no SLOF; run: apt-get install {PACKAGE}")
-    image = Store(default_cache()).newest(fragment_sha256())
-    if image is None:
-        raise UserError("no guest kernel; run: pefbox linux build (some minutes)")
-    return image, firmware
+    return built_image(default_cache()), firmware
 
 
 def qemu_command(image: LinuxImage, firmware: str, disk: Path) -> list[str]:

@@ -8,7 +8,6 @@ Written for x86-64, which `doctor` asks for anyway.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import signal
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 from unicorn.unicorn_py3.unicorn import uclib
 
 from protocol.errors import HostFault
+from services.guest.machine.hooks import executable
 
 _SIGNAL = signal.SIGVTALRM
 _HANDLER = bytes.fromhex(
@@ -131,12 +131,10 @@ class Alarm:
 
 
 @cache
-def _install_handler() -> mmap.mmap:
+def _install_handler() -> ctypes.c_char:
     """The handler's code, which stays for as long as the process. Raises HostFault."""
-    code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-    code[: len(_HANDLER)] = _HANDLER
-    address = ctypes.addressof(ctypes.c_char.from_buffer(code))
-    action = _SignalAction(handler=address, flags=_SA_SIGINFO | _SA_RESTART)
+    code = executable(_HANDLER)
+    action = _SignalAction(handler=ctypes.addressof(code), flags=_SA_SIGINFO | _SA_RESTART)
     if _libc.sigaction(_SIGNAL, ctypes.byref(action), None):
         raise HostFault(f"no handler for {_SIGNAL.name}: {os.strerror(ctypes.get_errno())}")
     return code

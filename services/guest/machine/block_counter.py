@@ -11,13 +11,12 @@ Where a block ended early (a fault, an exception), how far it came follows from 
 from __future__ import annotations
 
 import ctypes
-import mmap
 from typing import Any
 
 import unicorn as uc
 from unicorn.unicorn_py3.unicorn import uclib
 
-from services.guest.machine.hooks import add_hook
+from services.guest.machine.hooks import add_hook, executable
 
 MAX_BLOCK_INSTRUCTIONS = 1024
 """Blocks end with their page of 4 KiB: a slice stops at most so many instructions before its limit."""
@@ -53,11 +52,9 @@ class BlockCounter:
     """Of one engine, which it outlives."""
 
     def __init__(self, engine: Any) -> None:  # noqa: ANN401
-        self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        self._code[: len(_CALLBACK)] = _CALLBACK
-        self._pin = ctypes.c_char.from_buffer(self._code)
+        self._code = executable(_CALLBACK)
         self._counts = _Counts(stop=ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p).value)
-        add_hook(engine, uc.UC_HOOK_BLOCK, ctypes.addressof(self._pin), ctypes.addressof(self._counts))
+        add_hook(engine, uc.UC_HOOK_BLOCK, ctypes.addressof(self._code), ctypes.addressof(self._counts))
 
     def begin(self, limit: int) -> None:
         """The engine is about to run at most `limit` instructions. The last address stays: a fault may ask for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from typing import Any
 
 from unicorn.unicorn_py3.unicorn import uclib
@@ -24,6 +25,13 @@ FILL_CALLBACK = ctypes.CFUNCTYPE(
 )
 EXCEPTION_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
 _ALL_ADDRESSES = (ctypes.c_uint64(1), ctypes.c_uint64(0))
+
+
+def executable(code: bytes) -> ctypes.c_char:
+    """The first byte of a page of the host's memory that holds `code` and lives as long as what is returned."""
+    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page[: len(code)] = code
+    return ctypes.c_char.from_buffer(page)
 
 
 def address_of(callback: Any) -> int:  # noqa: ANN401

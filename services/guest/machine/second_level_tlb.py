@@ -16,11 +16,10 @@ When it has to forget:
 from __future__ import annotations
 
 import ctypes
-import mmap
 from dataclasses import dataclass
 from typing import Any
 
-from services.guest.machine.hooks import address_of
+from services.guest.machine.hooks import address_of, executable
 
 N_SETS = 4096
 _N_WAYS = 4
@@ -126,9 +125,7 @@ class SecondLevelTlb:
     """Of one engine; `miss` is the callback for what is not here. The caller keeps both for as long as the engine."""
 
     def __init__(self, watched: Watched, miss: Any) -> None:  # noqa: ANN401
-        self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        self._code[: len(_CODE)] = _CODE
-        self._pin = ctypes.c_char.from_buffer(self._code)
+        self._code = executable(_CODE)
         self._entries = bytearray(N_SETS * _N_WAYS * _ENTRY_BYTES)
         self._pin_entries = ctypes.c_char.from_buffer(self._entries)
         self._counts = memoryview((ctypes.c_uint64 * 3).from_address(watched.flushes)).cast("B").cast("Q")
@@ -141,7 +138,7 @@ class SecondLevelTlb:
     @property
     def callback(self) -> int:
         """What the engine has to call for a miss, with `data` as the callback's last argument."""
-        return ctypes.addressof(self._pin)
+        return ctypes.addressof(self._code)
 
     @property
     def data(self) -> int:

@@ -31,6 +31,7 @@ class ModelEngine:
     n_instructions: int | None = None
     trail: str | None = None
     """As Engine: the model charges costs, it retires nothing."""
+    ticks = False
 
     def __init__(self, memory: AddressSpace, clock: Clock) -> None:
         self._memory = memory
@@ -116,8 +117,6 @@ class ModelEngine:
     def _take_line(self) -> None:
         if self._line is not None:
             self._kernel.state.line, self._line = self._line, None
-
-    ticks = False
 
     def rest(self) -> None:
         """Nothing ticks here."""
