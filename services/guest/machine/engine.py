@@ -91,9 +91,9 @@ class MachineEngine:
         add_hook(self._uc, uc.UC_HOOK_TLB_FILL, self._second_level.callback, self._second_level.data)
         add_hook(self._uc, uc.UC_HOOK_INTR, address_of(self._callbacks[1]))
 
-    def _on_miss(self, engine: int, address: int, kind: int, entry: Any, data: int) -> bool:  # noqa: ANN401
+    def _on_miss(self, _engine: int, address: int, kind: int, entry: Any, _data: int) -> bool:  # noqa: ANN401
         self._second_level.notice_flushes()
-        return self._translator.fill(engine, address, kind, entry, data)
+        return self._translator.fill(address, kind, entry)
 
     def _on_exception(self, _engine: int, number: int, _data: int) -> None:
         # Two are frequent enough to be served without leaving the engine.

@@ -50,8 +50,8 @@ class Translator:
         self.stop: Stop | None = None
         self.n_fills = 0
 
-    def fill(self, _engine: int, address: int, kind: int, entry: Any, _data: int) -> bool:  # noqa: ANN401
-        """The engine's callback for a page that its TLB does not hold. Nothing may be raised into the engine."""
+    def fill(self, address: int, kind: int, entry: Any) -> bool:  # noqa: ANN401
+        """Answer a miss of the engine's TLB in `entry`. Nothing may be raised into the engine."""
         use, access = _USES[kind]
         self.n_fills += 1
         try:
