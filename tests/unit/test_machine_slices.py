@@ -65,15 +65,18 @@ def test_a_shorter_limit_and_the_decrementer_end_a_slice_earlier() -> None:
 def test_while_an_interrupt_is_masked_slices_are_short_and_then_longer() -> None:
     rig = MachineRig(WallClock())
     rig.begin(asm.b(0))
-    rig.engine.set_line(True)
+    first = []
+    for _ in range(20):
+        rig.engine.set_line(False)
+        rig.engine.run(machine_rig.SLICE_NS)
+        rig.engine.set_line(True)
+        first.append(timed_ns(rig))
 
-    took = [timed_ns(rig) for _ in range(12)]
-    assert min(took[:3]) < SLICE_NS // 4
-    assert sorted(took[-4:])[1] > SLICE_NS // 2
-    rig.engine.set_line(False)
-    rig.engine.run(machine_rig.SLICE_NS)
-    rig.engine.set_line(True)
-    assert min(timed_ns(rig) for _ in range(3)) < SLICE_NS // 4
+    later = [timed_ns(rig) for _ in range(12)][-4:]
+
+    # A busy machine makes a slice longer, never shorter: the shortest of many says what was asked for.
+    assert min(first) < SLICE_NS // 4
+    assert sorted(later)[1] > SLICE_NS // 2
 
 
 def test_calls_do_not_make_a_slice_longer() -> None:
