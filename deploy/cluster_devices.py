@@ -7,7 +7,8 @@ import re
 
 from deploy.cluster_section import Section
 from protocol.ethernet import LOCAL, MAC_BYTES, MULTICAST
-from protocol.startup import DeviceEntry, DiskEntry, GuestEntry
+from protocol.startup import AccessPlatform, DeviceEntry, DiskEntry, DmaOffer, GuestEntry
+from shared.dma_designs import DESIGNS, DmaDesign
 
 KEYS_OF = {
     "virtio-blk": ("disk",),
@@ -15,8 +16,16 @@ KEYS_OF = {
     "virtio-rng": (),
     "virtio-console": ("name",),
 }
-"""The kinds of devices, and the keys that each has beside `kind` and `access_platform`."""
-DEVICE_KEYS = ("kind", "access_platform", *(key for keys in KEYS_OF.values() for key in keys))
+"""The kinds of devices, and the keys that each has beside `kind` and OFFER_KEYS."""
+OFFER_KEYS = ("access_platform", "no_translation", "identity_address", "bypass_switch", "iommu_switch")
+"""What a virtio device offers as ways to memory; the guest's design says what when the file does not."""
+DEVICE_KEYS = ("kind", *OFFER_KEYS, *(key for keys in KEYS_OF.values() for key in keys))
+ACCESS_PLATFORM: dict[bool | str, AccessPlatform] = {
+    False: AccessPlatform.NO,
+    True: AccessPlatform.REQUIRED,
+    "optional": AccessPlatform.OPTIONAL,
+}
+"""What `access_platform` may be."""
 MAX_DEVICES = 31
 """Slots of the PCI bus but the first."""
 DEFAULT_CONSOLE = "console"
@@ -32,7 +41,7 @@ class DeviceReader:
     ) -> None:
         self._vm = vm
         self._disks = [disk.name for disk in disks]
-        self._access_platform = guest.dma == "iommu"
+        self._offer = DESIGNS[DmaDesign(guest.dma)].offer
         self._identity = identity
         self._mtus = mtus
         self._used: set[str] = set()
@@ -44,9 +53,7 @@ class DeviceReader:
         listed = [self._device(index, section) for index, section in enumerate(sections)]
         named = {device.disk for device in listed}
         devices = [
-            DeviceEntry(kind="virtio-blk", disk=disk, access_platform=self._access_platform)
-            for disk in self._disks
-            if disk not in named
+            DeviceEntry(kind="virtio-blk", disk=disk, offer=self._offer) for disk in self._disks if disk not in named
         ] + listed
         if len(devices) > MAX_DEVICES:
             self._vm.document.fail(self._vm.key, f"has {len(devices)} devices; the PCI bus has room for {MAX_DEVICES}")
@@ -54,22 +61,35 @@ class DeviceReader:
 
     def _device(self, index: int, section: Section) -> DeviceEntry:
         kind = section.choice("kind", tuple(KEYS_OF))
-        for key in DEVICE_KEYS[2:]:
-            if key in section and key not in KEYS_OF[kind]:
-                allowed = ", ".join(("kind", *KEYS_OF[kind], "access_platform"))
-                section.fail(key, f"is no key of a {kind}; allowed: {allowed}")
-        flag = section.flag("access_platform", self._access_platform)
+        allowed = ("kind", *KEYS_OF[kind], *OFFER_KEYS)
+        for key in DEVICE_KEYS:
+            if key in section and key not in allowed:
+                section.fail(key, f"is no key of a {kind}; allowed: {', '.join(allowed)}")
+        offer = self._offer_of(section)
         match kind:
             case "virtio-blk":
-                return DeviceEntry(kind=kind, disk=self._disk(section), access_platform=flag)
+                return DeviceEntry(kind=kind, disk=self._disk(section), offer=offer)
             case "virtio-net":
                 network = self._network(section)
                 mac = self._mac(index, section)
-                return DeviceEntry(kind=kind, network=network, mac=mac, mtu=self._mtus[network], access_platform=flag)
+                return DeviceEntry(kind=kind, network=network, mac=mac, mtu=self._mtus[network], offer=offer)
             case "virtio-console":
-                return DeviceEntry(kind=kind, name=self._console_name(section), access_platform=flag)
+                return DeviceEntry(kind=kind, name=self._console_name(section), offer=offer)
             case _:
-                return DeviceEntry(kind=kind, access_platform=flag)
+                return DeviceEntry(kind=kind, offer=offer)
+
+    def _offer_of(self, section: Section) -> DmaOffer:
+        offer = DmaOffer(
+            access_platform=section.one_of("access_platform", ACCESS_PLATFORM, self._offer.access_platform),
+            no_translation=section.flag("no_translation", self._offer.no_translation),
+            identity_address=section.flag("identity_address", self._offer.identity_address),
+            bypass_switch=section.flag("bypass_switch", self._offer.bypass_switch),
+            iommu_switch=section.flag("iommu_switch", self._offer.iommu_switch),
+        )
+        for key in ("identity_address", "bypass_switch"):
+            if getattr(offer, key) and offer.access_platform is AccessPlatform.NO:
+                section.fail(key, 'needs access_platform = true or "optional"')
+        return offer
 
     def _disk(self, section: Section) -> str:
         disk = section.choice("disk", self._disks)

@@ -20,14 +20,27 @@ from deploy.firmware import PACKAGE, find_firmware
 from protocol.errors import ClusterFileError, UserError
 from protocol.ethernet import DEFAULT_MTU, MAX_MTU, MIN_MTU
 from protocol.geometry import MAX_VM_BYTES, PAGE_BYTES
-from protocol.startup import DeviceEntry, DiskEntry, GuestEntry
+from protocol.startup import DeviceEntry, DiskEntry, DmaMachine, GuestEntry
 from services.guest.model.image import OPTIONS
+from shared.dma_designs import DESIGNS, DmaDesign
 from shared.real_address import MAX_LPID
 
 TOP_KEYS = ("name", "seed", "make", "hosts", "networks", "vms", "links")
 HOST_KEYS = ("secure_memory",)
 NETWORK_KEYS = ("mtu",)
-VM_KEYS = ("host", "lpid", "memory", "time", "secure", "debuggable", "guest", "disks", "devices")
+VM_KEYS = (
+    "host",
+    "lpid",
+    "memory",
+    "time",
+    "secure",
+    "debuggable",
+    "tell_secure",
+    "ddw",
+    "guest",
+    "disks",
+    "devices",
+)
 GUEST_KEYS = (
     "kernel",
     "boot",
@@ -39,6 +52,7 @@ GUEST_KEYS = (
     "command_line",
     "workload",
     "dma",
+    "old_firmware",
     "options",
 )
 PCI_NODES = ("qemu", "firmware")
@@ -50,7 +64,6 @@ KERNELS = ("model", "bench", "machine")
 BOOTS = ("disk", "kernel", "program")
 FIRMWARE_BOOTS = ("disk", "kernel")
 """Ways in which a machine starts in its firmware."""
-DMA_DESIGNS = ("quirk", "iommu", "plain")
 DISK_FORMATS = ("raw",)
 MAKES = ("demo", "linux")
 
@@ -96,6 +109,7 @@ class VmSpec(Spec, frozen=True):
     guest: GuestEntry
     disks: list[DiskEntry]
     devices: list[DeviceEntry]
+    dma: DmaMachine = DmaMachine()
 
 
 class HostLinkSpec(Spec, frozen=True):
@@ -303,7 +317,13 @@ def _vm(name: str, section: Section, lpid: int, around: _Surroundings) -> VmSpec
         guest=guest,
         disks=disks,
         devices=devices,
+        dma=_dma_machine(section, guest),
     )
+
+
+def _dma_machine(vm: Section, guest: GuestEntry) -> DmaMachine:
+    wanted = DESIGNS[DmaDesign(guest.dma)].machine
+    return DmaMachine(tell_secure=vm.flag("tell_secure", wanted.tell_secure), ddw=vm.flag("ddw", wanted.ddw))
 
 
 def _time(section: Section, devices: list[DeviceEntry]) -> str:
@@ -329,7 +349,8 @@ def _guest(vm: Section, base: Path) -> GuestEntry:
         pci_nodes=guest.choice("pci_nodes", PCI_NODES, "qemu"),
         command_line=guest.text("command_line", ""),
         workload=guest.text("workload", "prompt"),
-        dma=guest.choice("dma", DMA_DESIGNS, "quirk"),
+        dma=guest.choice("dma", tuple(DmaDesign), DmaDesign.QUIRK),
+        old_firmware=guest.flag("old_firmware", False),
         options=_options(guest),
     )
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from deploy.toml_lines import KeyPath, LineIndex
 from protocol.errors import ClusterFileError
+
+T = TypeVar("T")
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.ASCII)
@@ -91,6 +93,16 @@ class Section:
         if value not in allowed:
             self.fail(name, f'"{value}" is not possible{did_you_mean(value, allowed)}; allowed: {quoted(allowed)}')
         return value
+
+    def one_of(self, name: str, allowed: Mapping[bool | str, T], default: T) -> T:
+        """What a value that is a boolean or a string stands for."""
+        if name not in self:
+            return default
+        value = self._get(name, None)
+        if not isinstance(value, bool | str) or value not in allowed:
+            words = ", ".join(str(word).lower() if isinstance(word, bool) else f'"{word}"' for word in allowed)
+            self.fail(name, f"{value!r} is not possible; allowed: {words}")
+        return allowed[value]
 
     def size_bytes(self, name: str, *, multiple_of: int, lowest: int, highest: int) -> int:
         """A size: an integer of bytes, or a string such as "512M" (K, M, G, T are powers of 1024)."""

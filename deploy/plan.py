@@ -178,6 +178,7 @@ def vm_entry(vm: VmSpec, incarnation: int, ram_segment: str) -> VmEntry:
         guest=vm.guest,
         disks=vm.disks,
         devices=vm.devices,
+        dma=vm.dma,
     )
 
 

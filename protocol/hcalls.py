@@ -349,6 +349,19 @@ H_UPDATE_DT = HCALLS.declare(
     errors={HCode.H_PARAMETER: "no device tree at this address"},
     source=_QEMU,
 )
+H_SET_DMA_BYPASS = HCALLS.declare(
+    0xF004,
+    "H_SET_DMA_BYPASS",
+    args=(Reg("buid"), Reg("config_addr"), Reg("enable")),
+    callers=_GUEST,
+    errors={
+        HCode.H_PARAMETER: "no such device, or enable is neither 0 nor 1",
+        HCode.H_FUNCTION: "no device of this machine has such a switch",
+        HCode.H_UNSUPPORTED: "this device cannot be taken out of the IOMMU",
+        HCode.H_IN_USE: "the device runs; it is switched between its reset and DRIVER_OK",
+    },
+    source="this project's own: proposed on linuxppc-dev in August 2018, without a name or a number",
+)
 
 # The declarations of the other subjects enter the table when they are imported.
 from protocol import hcalls_memory as _memory  # noqa: E402, F401

@@ -289,6 +289,8 @@ class VmEventKind(IntEnum):
 
     CRASHED = 0
     """The guest gave up or was ended; `reason` says why."""
+    SECURE = 1
+    """The VM has turned itself secure; told only where the machine is made to (`DmaMachine.tell_secure`)."""
 
 
 class VmEventBody(Body, frozen=True):

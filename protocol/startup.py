@@ -6,6 +6,8 @@ VM. No message of a peer can change it. Secret keys are apart (`Keys`): a proces
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import msgspec
 
 from protocol.ethernet import DEFAULT_MTU
@@ -24,11 +26,50 @@ class DiskEntry(Struct, frozen=True):
     format: str = "raw"
 
 
+class AccessPlatform(StrEnum):
+    """Whether a virtio device offers VIRTIO_F_ACCESS_PLATFORM, and serves a driver that does not accept it."""
+
+    NO = "no"
+    REQUIRED = "required"
+    OPTIONAL = "optional"
+
+
+class DmaOffer(Struct, frozen=True):
+    """What a virtio device offers its driver as ways to memory.
+
+    `no_translation` and `identity_address` are the proposed feature bits of these names; `bypass_switch` lets
+    H_SET_DMA_BYPASS take the device out of the IOMMU; `iommu_switch` is a register that puts it behind the IOMMU.
+    """
+
+    access_platform: AccessPlatform = AccessPlatform.NO
+    no_translation: bool = False
+    identity_address: bool = False
+    bypass_switch: bool = False
+    iommu_switch: bool = False
+
+
+NO_OFFER = DmaOffer()
+"""A device that goes past the IOMMU."""
+PLATFORM_OFFER = DmaOffer(access_platform=AccessPlatform.REQUIRED)
+"""A device behind the IOMMU."""
+
+
+class DmaMachine(Struct, frozen=True):
+    """What the machine around the devices does about DMA.
+
+    `tell_secure`: kvm tells qemu when the VM turns secure, and qemu moves its virtio devices behind the IOMMU.
+    `ddw`: the host bridge makes dynamic DMA windows.
+    """
+
+    tell_secure: bool = False
+    ddw: bool = True
+
+
 class DeviceEntry(Struct, frozen=True):
     """A device of a VM. `kind` says which of the other fields it has.
 
     `virtio-blk` has a `disk`; `virtio-net` a `network`, its `mac` (`52:54:00:00:00:01`) and `mtu`; `virtio-console` a
-    `name`; `virtio-rng` nothing.
+    `name`; `virtio-rng` nothing. `offer` is of virtio devices.
     """
 
     kind: str
@@ -37,7 +78,7 @@ class DeviceEntry(Struct, frozen=True):
     mac: str | None = None
     mtu: int = DEFAULT_MTU
     name: str | None = None
-    access_platform: bool = False
+    offer: DmaOffer = DmaOffer()
 
 
 class GuestEntry(Struct, frozen=True):
@@ -46,7 +87,8 @@ class GuestEntry(Struct, frozen=True):
     `kernel` is "model", "bench" or "machine" (real POWER code); `boot` is "disk", "kernel" (image, initrd and blob
     loaded by qemu) or "program" (an ELF program without firmware); a machine that boots from disk or kernel starts in
     `firmware`, and `pci_nodes` says who describes its PCI devices ("qemu" or "firmware"); `workload` names what the
-    model runs; `dma` is the DMA design of its drivers; `options` are further settings of the model's image.
+    model runs; `dma` is the DMA design of its drivers (shared.dma_designs); `old_firmware` says that the model's boot
+    stage does not know VIRTIO_F_ACCESS_PLATFORM, as SLOF of 2018; `options` are further settings of the model's image.
     """
 
     kernel: str = "model"
@@ -59,6 +101,7 @@ class GuestEntry(Struct, frozen=True):
     command_line: str = ""
     workload: str = "prompt"
     dma: str = "quirk"
+    old_firmware: bool = False
     options: dict[str, str | int | bool] = {}
 
 
@@ -76,6 +119,7 @@ class VmEntry(Struct, frozen=True):
     guest: GuestEntry
     disks: list[DiskEntry]
     devices: list[DeviceEntry]
+    dma: DmaMachine = DmaMachine()
 
 
 class LinkEntry(Struct, frozen=True):

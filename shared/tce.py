@@ -8,6 +8,7 @@ Source: PAPR 14.5.4.1, Linux `arch/powerpc/include/asm/tce.h`.
 
 from __future__ import annotations
 
+from array import array
 from enum import IntFlag
 
 from protocol.errors import GuestFault
@@ -135,6 +136,14 @@ class TceTable:
             n_bytes -= n
         pieces.append((start, end - start))
         return pieces
+
+    def maps_to_itself(self, n_bytes: int) -> bool:
+        """Whether the first `n_bytes` of bus addresses lead to the same guest addresses, for reading and writing."""
+        n_pages = -(-n_bytes >> self.page_shift)
+        if self.base or n_pages > self.n_tces:
+            return False
+        wanted = array("Q", range(PERMISSION_MASK, (n_pages << self.page_shift) + PERMISSION_MASK, self.page_bytes))
+        return memoryview(wanted).tobytes() == self._words[:n_pages].tobytes()
 
     def release(self) -> None:
         """Drop the views of the memory; the table is unusable after."""

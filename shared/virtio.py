@@ -55,6 +55,10 @@ class Feature(IntEnum):
     ACCESS_PLATFORM_IDENTITY_ADDRESS = 49
 
 
+BYPASS_PROPERTY = "pefbox,dma-bypass"
+"""In the device-tree node of a PCI function: H_SET_DMA_BYPASS may take it out of the IOMMU. This project's own."""
+
+
 class DeviceStatus(IntEnum):
     """Bits of the device status byte (VIRTIO 2.1); writing 0 resets the device."""
 

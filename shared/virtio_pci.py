@@ -84,6 +84,10 @@ class CommonCfg:
 
 COMMON_CFG_BYTES = 56
 
+IOMMU_SWITCH = Register(0x80, 4, True)
+"""Behind the common configuration, in its page: 1 puts the device behind the IOMMU until the machine is reset. No
+standard has it; where it does not exist it reads 0 and ignores stores, as a device model of 2018 does there."""
+
 NO_VECTOR = 0xFFFF
 """Reads back from a vector register when no MSI-X vector is mapped."""
 

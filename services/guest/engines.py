@@ -40,4 +40,6 @@ def make_engine(vm: VmEntry, space: AddressSpace, clock: GuestClock, log: Log) -
         engine = make_machine_engine(space, clock, log)
         _kept.append(report_crash(engine, log))
         return engine
-    return BenchEngine(space, clock) if vm.guest.kernel == "bench" else ModelEngine(space, clock)
+    if vm.guest.kernel == "bench":
+        return BenchEngine(space, clock)
+    return ModelEngine(space, clock, old_firmware=vm.guest.old_firmware)

@@ -71,6 +71,7 @@ class Hcalls:
         self._terminal = terminal
         self._vcpus = vcpus
         self._secure = secure
+        self._user_space = user_space
         self._open: dict[int, Answer] = {}
         self._modes: dict[int, int] = {}
         self.areas = VirtualProcessorAreas(ram, len(vcpus))
@@ -96,7 +97,7 @@ class Hcalls:
             h.H_REGISTER_PROC_TBL.number: self.h_register_proc_tbl,
             h.H_GET_CPU_CHARACTERISTICS.number: lambda _call: [HCode.H_SUCCESS, CPU_CHARACTER, CPU_BEHAVIOUR],
             h.H_SIGNAL_SYS_RESET.number: self.h_signal_sys_reset,
-            h.H_SVM_INIT_DONE.number: lambda call: [self._secure.init_done()],
+            h.H_SVM_INIT_DONE.number: self.h_svm_init_done,
         }
         self.waiting: dict[int, Waiting] = {
             h.H_PUT_TCE_INDIRECT.number: self.h_put_tce_indirect,
@@ -107,6 +108,7 @@ class Hcalls:
             h.H_LOGICAL_MEMOP.number: user_space.answers(h.H_LOGICAL_MEMOP),
             h.H_CAS.number: user_space.answers(h.H_CAS),
             h.H_UPDATE_DT.number: user_space.answers(h.H_UPDATE_DT),
+            h.H_SET_DMA_BYPASS.number: user_space.answers(h.H_SET_DMA_BYPASS),
             h.H_SVM_PAGE_IN.number: self.h_svm_page_in,
             h.H_SVM_PAGE_OUT.number: self.h_svm_page_out,
             h.H_SVM_INIT_START.number: self.h_svm_init_start,
@@ -210,6 +212,13 @@ class Hcalls:
         return self._tces.h_put_tce_indirect(liobn, ioba, list_gpa, n_tces, tces)
 
     # -- secure VM support ------------------------------------------------------------------------------------
+
+    def h_svm_init_done(self, _call: GuestCall) -> Result:
+        """H_SVM_INIT_DONE."""
+        code = self._secure.init_done()
+        if code is HCode.H_SUCCESS:
+            self._user_space.turned_secure()
+        return [code]
 
     async def h_svm_page_in(self, call: GuestCall) -> Result:
         """H_SVM_PAGE_IN."""

@@ -46,9 +46,10 @@ class UserSpace:
     is H_BUSY, to RTAS busy: the next try may be answered.
     """
 
-    def __init__(self, link: Link, log: Log, *, waits_for_devices: bool) -> None:
+    def __init__(self, link: Link, log: Log, *, waits_for_devices: bool, tells_secure: bool = False) -> None:
         self._link = link
         self._log = log
+        self._tells_secure = tells_secure
         self._store_seconds = DEVICE_SECONDS if waits_for_devices else EXIT_SECONDS
         self._patience = Patience()
         self._doorbells: set[tuple[int, int]] = set()
@@ -82,6 +83,11 @@ class UserSpace:
             return [HCode.H_SUCCESS]
         reply = await self._exit(EXIT_MMIO_STORE, MmioStoreBody(gpa, size, value), call.cause, self._store_seconds)
         return [HCode.H_HARDWARE if reply is None else reply.code]
+
+    def turned_secure(self) -> None:
+        """The VM is secure from now on. What qemu is asked from here on it is asked after it has heard of this."""
+        if self._tells_secure:
+            self._link.send_event(VM_EVENT, VmEventBody(VmEventKind.SECURE, ""))
 
     def _ring(self, gpa: int, size: int, value: int, cause: int) -> bool:
         is_up = self._link.peer_state == "up"

@@ -78,7 +78,9 @@ class Vm:
         self.secure = SecurePages(
             entry.lpid, memory, ultravisor, guest, allowed=entry.secure_allowed, started=self._is_started
         )
-        self.user_space = UserSpace(qemu, self._log, waits_for_devices=entry.time == "instructions")
+        self.user_space = UserSpace(
+            qemu, self._log, waits_for_devices=entry.time == "instructions", tells_secure=entry.dma.tell_secure
+        )
         self.dirty = DirtyPages(memory.n_pages, guest, qemu, lambda: self.secure.switch is not Switch.NONE)
         self.ram = GuestRam(memory.ram, memory.host_view, self._want, self.dirty.own)
         self.hcalls = Hcalls(self.ram, self.xics, self.tces, self.terminal, self.vcpus, self.user_space, self.secure)

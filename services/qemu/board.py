@@ -27,8 +27,8 @@ from services.qemu.network import Switch
 from services.qemu.phb import IrqPort, PciHostBridge
 from services.qemu.rtas import MachineFacts, MachinePort, RtasServices, RtasState
 from services.qemu.rtas_ddw import default_window
+from services.qemu.virtio_access import DeviceMemory
 from services.qemu.virtio_console import VirtioConsole
-from services.qemu.virtio_device import DeviceMemory
 from services.qemu.virtio_net import VirtioNet
 from services.qemu.virtio_pci import VirtioPciFunction, VirtioPciState
 from services.runtime.text_buffers import TextState
@@ -36,6 +36,7 @@ from shared.guest_ram import GuestRam
 from shared.interrupt_sources import EPOW_SOURCE, HOTPLUG_SOURCE, NVRAM_SOURCE, VTY_SOURCE
 from shared.pci import devfn_of
 from shared.tce import TceTable
+from shared.virtio import DeviceStatus
 
 N_CPUS = 1
 FIRST_SLOT = 1
@@ -85,7 +86,7 @@ class Board:
         assign_bars: bool = False,
     ) -> None:
         self.vm = vm
-        self.bridge = PciHostBridge(port)
+        self.bridge = PciHostBridge(port, ddw=vm.dma.ddw)
         self.functions: list[VirtioPciFunction] = []
         self._ram = ram
         self._port = port
@@ -102,7 +103,7 @@ class Board:
             self.bridge.bus.plug(devfn_of(slot), function)
         facts = MachineFacts(vm.memory_bytes, N_CPUS, self._uuid, repeatable=vm.time == "instructions")
         self.rtas_services = RtasServices(ram, self.bridge, port, port, facts)
-        self.hcalls = QemuHcalls(ram, self)
+        self.hcalls = QemuHcalls(ram, self, self)
         self.updated_tree: bytes | None = None
         """What firmware made of the device tree, once it has told."""
         self._described: tuple[BootFacts, PciNodes] = (BootFacts(), PciNodes.QEMU)
@@ -183,6 +184,22 @@ class Board:
         """As `rtas`, by token; an unknown one is PARAMETER_ERROR."""
         call = RTAS.by_number.get(token)
         return await self.rtas("" if call is None else call.name, args, n_rets)
+
+    def set_dma_bypass(self, buid: int, config_addr: int, *, on: bool) -> HCode:
+        """H_SET_DMA_BYPASS."""
+        if not any(function.device.access.offer.bypass_switch for function in self.functions):
+            return HCode.H_FUNCTION
+        function = self.bridge.bus.functions.get(config_addr >> 8) if buid == self.bridge.buid else None
+        if not isinstance(function, VirtioPciFunction) or config_addr & 0xFF:
+            return HCode.H_PARAMETER
+        if function.device.status & DeviceStatus.DRIVER_OK:
+            return HCode.H_IN_USE
+        return HCode.H_SUCCESS if function.device.access.set_bypass(on) else HCode.H_UNSUPPORTED
+
+    def turned_secure(self) -> None:
+        """The VM is secure now: its virtio devices move behind the IOMMU, whatever their drivers had settled on."""
+        for function in self.functions:
+            function.device.put_behind_iommu("moved behind the IOMMU: the VM turned secure")
 
     # Description and state.
 

@@ -58,7 +58,7 @@ def bridge_node(bridge: PciHostBridge, interrupt_parent: int, *, devices: bool) 
 
 def _bridge_properties(bridge: PciHostBridge, interrupt_parent: int) -> dict[str, bytes]:
     dma_window = cells(bridge.liobn) + quads(DEFAULT_DMA_BASE, DEFAULT_DMA_BYTES)
-    return {
+    properties = {
         "device_type": strings("pci"),
         "compatible": strings("IBM,Logical_PHB"),
         "reg": quads(bridge.buid, 0),
@@ -75,9 +75,12 @@ def _bridge_properties(bridge: PciHostBridge, interrupt_parent: int) -> dict[str
         "ibm,dma-window": dma_window,
         "ibm,#dma-address-cells": cells(2),
         "ibm,#dma-size-cells": cells(2),
-        "ibm,ddw-applicable": cells(QUERY_PE_DMA_WINDOW, CREATE_PE_DMA_WINDOW, REMOVE_PE_DMA_WINDOW),
-        "ibm,ddw-extensions": cells(1, RESET_PE_DMA_WINDOW),
     }
+    if bridge.ddw:
+        tokens = (QUERY_PE_DMA_WINDOW, CREATE_PE_DMA_WINDOW, REMOVE_PE_DMA_WINDOW)
+        properties["ibm,ddw-applicable"] = cells(*tokens)
+        properties["ibm,ddw-extensions"] = cells(1, RESET_PE_DMA_WINDOW)
+    return properties
 
 
 def _range(window: Window) -> bytes:

@@ -10,9 +10,10 @@ from protocol.errors import HostFault, UserError
 from protocol.startup import DeviceEntry, VmEntry
 from services.qemu.disk_file import DiskFile
 from services.qemu.network import Switch
+from services.qemu.virtio_access import DeviceMemory
 from services.qemu.virtio_blk import VirtioBlk
 from services.qemu.virtio_console import VirtioConsole
-from services.qemu.virtio_device import DeviceMemory, VirtioDevice
+from services.qemu.virtio_device import VirtioDevice
 from services.qemu.virtio_net import VirtioNet
 from services.qemu.virtio_pci import VirtioPciFunction
 from services.qemu.virtio_rng import VirtioRng
@@ -62,9 +63,7 @@ class DeviceMaker:
             disk = DiskFile(self.disks[entry.name], readonly=entry.readonly)
         except OSError as error:
             raise HostFault(f"disk {entry.name!r}: {error.strerror}") from None
-        blk = VirtioBlk(
-            self._name(entry.name), self.memory, disk, serial=entry.name, access_platform=device.access_platform
-        )
+        blk = VirtioBlk(self._name(entry.name), self.memory, disk, serial=entry.name, offer=device.offer)
         blk.on_io_error = self.port.io_error
         return blk
 
@@ -74,15 +73,15 @@ class DeviceMaker:
             raise UserError(f"{self.vm.name}: virtio-net needs a network and an address, not {device.network!r}")
         mac = bytes.fromhex(device.mac.replace(":", ""))
         name = self._name(f"net-{device.mac}")
-        return VirtioNet(name, self.memory, switch, mac, access_platform=device.access_platform)
+        return VirtioNet(name, self.memory, switch, mac, offer=device.offer)
 
     def _rng(self, device: DeviceEntry) -> VirtioDevice:
-        return VirtioRng(self._name("rng"), self.memory, access_platform=device.access_platform)
+        return VirtioRng(self._name("rng"), self.memory, offer=device.offer)
 
     def _console(self, device: DeviceEntry) -> VirtioDevice:
         if device.name is None:
             raise UserError(f"{self.vm.name}: virtio-console needs a name")
-        return VirtioConsole(self._name(device.name), self.memory, access_platform=device.access_platform)
+        return VirtioConsole(self._name(device.name), self.memory, offer=device.offer)
 
     def _name(self, device: str) -> str:
         return f"{self.vm.name}/{device}"

@@ -119,6 +119,11 @@ class IommuSpace(DmaSpace):
         super().__init__(ram)
         self.windows = windows
 
+    def maps_ram_to_itself(self) -> bool:
+        """Whether every bus address up to the end of RAM is translated to the same guest address, for both ways."""
+        window = next((window for window in self.windows if window.index_of(0) is not None), None)
+        return window is not None and window.maps_to_itself(self.ram.size_bytes)
+
     def spans(self, address: int, n_bytes: int, *, writing: bool) -> list[Span]:
         """Translate page by page; raises GuestFault at the first page without a translation or the permission."""
         for window in self.windows:

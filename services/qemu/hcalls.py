@@ -15,7 +15,7 @@ import trio
 
 from protocol.codes import HCode
 from protocol.errors import GuestFault, PefboxError
-from protocol.hcalls import H_CAS, H_LOGICAL_MEMOP, H_UPDATE_DT
+from protocol.hcalls import H_CAS, H_LOGICAL_MEMOP, H_SET_DMA_BYPASS, H_UPDATE_DT
 from services.qemu.cas import MAX_VECTOR_BYTES, parse_vector
 from shared.fdt_reader import fdt_total_bytes, read_fdt
 from shared.guest_ram import GuestRam
@@ -44,16 +44,25 @@ class TreePort(Protocol):
         """For the operator."""
 
 
+class BypassPort(Protocol):
+    """The devices that can be taken out of the IOMMU."""
+
+    def set_dma_bypass(self, buid: int, config_addr: int, *, on: bool) -> HCode:
+        """Take a device out of the IOMMU, or put it back; codes as H_SET_DMA_BYPASS declares them."""
+
+
 class QemuHcalls:
     """Of one machine."""
 
-    def __init__(self, ram: GuestRam, trees: TreePort) -> None:
+    def __init__(self, ram: GuestRam, trees: TreePort, devices: BypassPort) -> None:
         self._ram = ram
         self._trees = trees
+        self._devices = devices
         self._handlers: dict[int, tuple[int, Handler]] = {
             H_LOGICAL_MEMOP.number: (H_LOGICAL_MEMOP.n_args, self.h_logical_memop),
             H_CAS.number: (H_CAS.n_args, self.h_cas),
             H_UPDATE_DT.number: (H_UPDATE_DT.n_args, self.h_update_dt),
+            H_SET_DMA_BYPASS.number: (H_SET_DMA_BYPASS.n_args, self.h_set_dma_bypass),
         }
 
     async def call(self, number: int, args: list[int]) -> HCode:
@@ -116,6 +125,13 @@ class QemuHcalls:
             return HCode.H_PARAMETER
         self._trees.tree_updated(tree)
         return HCode.H_SUCCESS
+
+    async def h_set_dma_bypass(self, args: list[int]) -> HCode:
+        """H_SET_DMA_BYPASS."""
+        buid, config_addr, enable = args
+        if enable not in (0, 1):
+            return HCode.H_PARAMETER
+        return self._devices.set_dma_bypass(buid, config_addr, on=bool(enable))
 
 
 def _inverted(data: bytes) -> bytes:

@@ -90,6 +90,10 @@ class Machine:
         return m.HcallReply(await self._board().hcalls.call(body.number, body.args))
 
     def _vm_event(self, _envelope: Envelope, body: m.VmEventBody) -> None:
+        if body.kind is m.VmEventKind.SECURE:
+            self._log.info("the VM turned secure: its virtio devices move behind the IOMMU")
+            self._board().turned_secure()
+            return
         self._log.error("guest crashed", reason=body.reason)
         self.state = RunState.GUEST_PANICKED
         self._ended_s = time.monotonic()

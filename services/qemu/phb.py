@@ -68,10 +68,14 @@ class Window:
 
 
 class PciHostBridge:
-    """One bridge with bus 0. `dma_windows` are the TCE tables that its devices translate through."""
+    """One bridge with bus 0. `dma_windows` are the TCE tables that its devices translate through.
 
-    def __init__(self, irq: IrqPort, index: int = 0) -> None:
+    `ddw` says whether it makes dynamic DMA windows.
+    """
+
+    def __init__(self, irq: IrqPort, index: int = 0, *, ddw: bool = True) -> None:
         self.index = index
+        self.ddw = ddw
         self.buid = BUID_BASE + index
         self.liobn = LIOBN_PCI | index << 8
         self.io = Window(OfSpace.IO, PCI_BASE + index * IO_WINDOW_BYTES, 0, IO_WINDOW_BYTES)

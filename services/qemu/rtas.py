@@ -113,7 +113,9 @@ class RtasServices:
         self._facts = facts
         pci = PciRtas(phb, irq)
         self.ddw = DdwRtas(phb, pci, machine, facts.memory_bytes)
-        self._services = self._platform_services() | _pci_services(pci) | _ddw_services(self.ddw)
+        self._services = self._platform_services() | _pci_services(pci)
+        if phb.ddw:
+            self._services |= _ddw_services(self.ddw)
 
     @property
     def names(self) -> frozenset[str]:

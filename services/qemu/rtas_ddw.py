@@ -1,7 +1,8 @@
 """RTAS services for dynamic DMA windows: a second, 64-bit window at a PCI host bridge, as large as a guest's RAM.
 
 Linux maps all of RAM one to one through it and is done with H_PUT_TCE: bus address is guest physical address plus
-DMA64_BASE. A bridge has at most two windows; when the last one goes, the default 32-bit window is back.
+DMA64_BASE. A bridge has at most two windows. When the last one goes and was not the default 32-bit window, that is
+back; a guest that gives up the default window while it is the only one gets its next one in its place.
 
 Source: PAPR 7.3.11; QEMU `hw/ppc/spapr_rtas_ddw.c`; Linux `arch/powerpc/platforms/pseries/iommu.c` (enable_ddw).
 """
@@ -70,8 +71,9 @@ class DdwRtas:
         (liobn,) = args
         if liobn not in self._liobns():
             raise RtasError(RtasStatus.PARAMETER_ERROR)
+        was_default = default_window(self._phb) in self._windows()
         await self._port.remove_window(liobn)
-        if not self._phb.dma_windows:
+        if not self._phb.dma_windows and not was_default:
             await self._make_default()
         return []
 
@@ -83,8 +85,7 @@ class DdwRtas:
 
     async def to_default(self) -> None:
         """As at power-on. A machine that made no other window keeps its table, which kvm empties at a reset."""
-        windows = [window.window for window in self._phb.dma_windows]
-        if windows in ([], [default_window(self._phb)]):
+        if self._windows() == [default_window(self._phb)]:
             return
         for liobn in self._liobns():
             await self._port.remove_window(liobn)
@@ -93,6 +94,9 @@ class DdwRtas:
     async def _make_default(self) -> None:
         if not await self._port.create_window(default_window(self._phb)):
             raise RtasError(RtasStatus.HARDWARE_ERROR)
+
+    def _windows(self) -> list[TceWindowBody]:
+        return [window.window for window in self._phb.dma_windows]
 
     def _liobns(self) -> list[int]:
         return [window.liobn for window in self._phb.dma_windows]

@@ -12,7 +12,7 @@ from protocol.codes import HCode
 from protocol.errors import GuestFault
 from protocol.geometry import PAGE_SHIFT
 from protocol.messages import TceWindowBody
-from protocol.startup import DeviceEntry, DiskEntry, GuestEntry, VmEntry
+from protocol.startup import NO_OFFER, DeviceEntry, DiskEntry, DmaOffer, GuestEntry, VmEntry
 from services.qemu.board import Board
 from services.qemu.virtio_pci import MODERN_BAR, NOTIFY_MULTIPLIER, OFFSETS, VirtioPciFunction
 from services.qemu.virtqueue import QueueState
@@ -44,10 +44,10 @@ def board_entry(
     *,
     memory_bytes: int,
     time: str = "instructions",
-    access_platform: bool = False,
+    offer: DmaOffer = NO_OFFER,
 ) -> VmEntry:
     """The entry of a VM; without `devices` each disk is a virtio-blk of its own."""
-    blocks = [DeviceEntry(kind="virtio-blk", disk=disk.name, access_platform=access_platform) for disk in disks]
+    blocks = [DeviceEntry(kind="virtio-blk", disk=disk.name, offer=offer) for disk in disks]
     return VmEntry(
         name="vm1",
         lpid=1,

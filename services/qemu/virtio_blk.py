@@ -16,10 +16,12 @@ from functools import partial
 import trio
 
 from protocol.errors import GuestFault
+from protocol.startup import NO_OFFER, DmaOffer
 from services.qemu.disk_file import DiskFile
 from services.qemu.dma import DmaSpace
 from services.qemu.segments import gather, pieces, scatter, split, total_bytes, views_now
-from services.qemu.virtio_device import DeviceMemory, VirtioDevice
+from services.qemu.virtio_access import DeviceMemory
+from services.qemu.virtio_device import VirtioDevice
 from services.qemu.virtqueue import Chain, Segment, Virtqueue
 from shared.virtio import DeviceId, feature_mask, has_feature
 from shared.virtio_blk import (
@@ -73,7 +75,7 @@ class VirtioBlk(VirtioDevice):
         disk: DiskFile,
         *,
         serial: str = "",
-        access_platform: bool = False,
+        offer: DmaOffer = NO_OFFER,
     ) -> None:
         super().__init__(
             name,
@@ -81,7 +83,7 @@ class VirtioBlk(VirtioDevice):
             memory,
             queue_sizes=(QUEUE_SIZE,),
             features=_features(disk),
-            access_platform=access_platform,
+            offer=offer,
         )
         self.disk = disk
         self.on_io_error: Callable[[str, str], None] | None = None

@@ -11,8 +11,10 @@ from __future__ import annotations
 import trio
 
 from protocol.errors import GuestFault
+from protocol.startup import NO_OFFER, DmaOffer
 from services.qemu.segments import gather, pieces, scatter, split
-from services.qemu.virtio_device import DeviceMemory, VirtioDevice
+from services.qemu.virtio_access import DeviceMemory
+from services.qemu.virtio_device import VirtioDevice
 from services.qemu.virtqueue import Chain, Virtqueue
 from services.runtime.text_buffers import OUTPUT_BYTES, TextBuffers
 from shared.virtio import DeviceId
@@ -24,10 +26,8 @@ QUEUE_SIZE = 128
 class VirtioConsole(VirtioDevice):
     """A console; `text` is its both directions."""
 
-    def __init__(self, name: str, memory: DeviceMemory, *, access_platform: bool = False) -> None:
-        super().__init__(
-            name, DeviceId.CONSOLE, memory, queue_sizes=(QUEUE_SIZE, QUEUE_SIZE), access_platform=access_platform
-        )
+    def __init__(self, name: str, memory: DeviceMemory, *, offer: DmaOffer = NO_OFFER) -> None:
+        super().__init__(name, DeviceId.CONSOLE, memory, queue_sizes=(QUEUE_SIZE, QUEUE_SIZE), offer=offer)
         self.text = TextBuffers()
 
     def read_config(self, offset: int, n_bytes: int) -> bytes:

@@ -13,14 +13,14 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 import trio
 
 from protocol.errors import PefboxError
-from services.qemu.dma import DmaSpace
+from protocol.startup import NO_OFFER, DmaOffer
+from services.qemu.virtio_access import AccessState, DeviceMemory, MemoryAccess
 from services.qemu.virtqueue import Chain, QueueState, Virtqueue
 from shared.virtio import DeviceId, DeviceStatus, Feature, feature_mask, has_feature
 from shared.virtio_pci import NO_VECTOR
@@ -59,14 +59,6 @@ class Transport(Protocol):
         """The device is as at power-on; forget vectors and pending interrupts."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """The two ways in which a device may reach memory."""
-
-    bypass: DmaSpace
-    platform: DmaSpace
-
-
 class VirtioState(msgspec.Struct):
     """A device between two requests."""
 
@@ -75,12 +67,13 @@ class VirtioState(msgspec.Struct):
     driver_features: int = 0
     config_generation: int = 0
     config_vector: int = NO_VECTOR
+    access: AccessState = msgspec.field(default_factory=AccessState)
     fault: str | None = None
     """Why the device needs a reset, or why it refused the driver's features."""
 
 
 class VirtioDevice(ABC):
-    """A virtio device. `name` is for the operator; `features` are offered beyond `FEATURES`."""
+    """A virtio device. `name` is for the operator; `features` are offered beyond `FEATURES` and those of `offer`."""
 
     def __init__(
         self,
@@ -90,18 +83,17 @@ class VirtioDevice(ABC):
         *,
         queue_sizes: Sequence[int],
         features: int = 0,
-        access_platform: bool = False,
+        offer: DmaOffer = NO_OFFER,
     ) -> None:
         self.name = name
         self.device_id = device_id
-        platform = 1 << Feature.ACCESS_PLATFORM if access_platform else 0
-        self.features = FEATURES | features | platform
+        self.access = MemoryAccess(memory, offer)
+        self._own_features = FEATURES | features
         self.queues = [Virtqueue(index, size) for index, size in enumerate(queue_sizes)]
         self.state = VirtioState([queue.state for queue in self.queues])
         self.transport: Transport | None = None
         self.on_fault: Callable[[str, str], None] | None = None
         self.poll_ns = POLL_NS
-        self._dma = memory.platform if access_platform else memory.bypass
         self._kicks = [trio.Event() for _ in self.queues]
         self._finished: list[deque[tuple[Chain, int]]] = [deque() for _ in self.queues]
         self._nursery: trio.Nursery | None = None
@@ -135,6 +127,11 @@ class VirtioDevice(ABC):
         """The device is as at power-on: forget what belonged to the former driver."""
 
     # What the driver does through the transport.
+
+    @property
+    def features(self) -> int:
+        """The feature word that the device offers now."""
+        return self._own_features | self.access.features
 
     @property
     def status(self) -> int:
@@ -209,6 +206,16 @@ class VirtioDevice(ABC):
         while self._resetting:
             await self._quiet.wait()
 
+    def put_behind_iommu(self, reason: str) -> None:
+        """The device uses bus addresses from now on. A driver that has settled on another way must begin again."""
+        self.access.put_behind_iommu()
+        if self.state.status & DeviceStatus.FEATURES_OK:
+            self.fail(reason)
+
+    def power_on(self) -> None:
+        """The machine was reset, and the device with it."""
+        self.access.power_on()
+
     def fail(self, reason: str) -> None:
         """The driver broke the device: NEEDS_RESET, told to the driver, and `reason` told to the operator."""
         if self.state.status & DeviceStatus.NEEDS_RESET:
@@ -222,6 +229,7 @@ class VirtioDevice(ABC):
         """A copy of the state; the device is drained."""
         if self.busy or self._resetting:
             raise RuntimeError(f"{self.name} still has work to do")
+        self.state.access = self.access.state
         return msgspec.convert(msgspec.to_builtins(self.state), VirtioState)
 
     def load(self, state: VirtioState) -> None:
@@ -229,6 +237,7 @@ class VirtioDevice(ABC):
         if len(state.queues) != len(self.queues):
             raise ValueError(f"{self.name} has {len(self.queues)} queues, the saved one {len(state.queues)}")
         self.state = msgspec.convert(msgspec.to_builtins(state), VirtioState)
+        self.access.state = self.state.access
         for queue, saved in zip(self.queues, self.state.queues, strict=True):
             queue.reset()
             queue.state = saved
@@ -251,8 +260,8 @@ class VirtioDevice(ABC):
             refusal = f"the driver accepts features that are not offered ({chosen & ~self.features:#x})"
         elif not has_feature(chosen, Feature.VERSION_1):
             refusal = "the driver does not accept VIRTIO_F_VERSION_1"
-        elif has_feature(self.features, Feature.ACCESS_PLATFORM) and not has_feature(chosen, Feature.ACCESS_PLATFORM):
-            refusal = "the driver does not accept VIRTIO_F_ACCESS_PLATFORM"
+        else:
+            refusal = self.access.refusal(chosen)
         if refusal is not None:
             self._note(refusal)
         return refusal is None
@@ -266,9 +275,10 @@ class VirtioDevice(ABC):
 
     def _start_queues(self) -> None:
         try:
+            space = self.access.space(self.state.driver_features)
             for queue in self.queues:
                 if queue.state.enabled:
-                    queue.start(self._dma, self.state.driver_features)
+                    queue.start(space, self.state.driver_features)
         except PefboxError as error:
             self.fail(str(error))
             return

@@ -11,9 +11,11 @@ from __future__ import annotations
 import trio
 
 from protocol.errors import GuestFault
+from protocol.startup import NO_OFFER, DmaOffer
 from services.qemu.network import Drop, FairQueue, Port, Switch, Traffic
 from services.qemu.segments import gather, scatter, split
-from services.qemu.virtio_device import CHAINS_BETWEEN_CHECKPOINTS, DeviceMemory, VirtioDevice
+from services.qemu.virtio_access import DeviceMemory
+from services.qemu.virtio_device import CHAINS_BETWEEN_CHECKPOINTS, VirtioDevice
 from services.qemu.virtqueue import Chain, Virtqueue
 from shared.virtio import DeviceId, feature_mask, has_feature
 from shared.virtio_net import (
@@ -38,7 +40,7 @@ class VirtioNet(VirtioDevice):
     """A network card with address `mac` (6 bytes) on `switch`."""
 
     def __init__(
-        self, name: str, memory: DeviceMemory, switch: Switch, mac: bytes, *, access_platform: bool = False
+        self, name: str, memory: DeviceMemory, switch: Switch, mac: bytes, *, offer: DmaOffer = NO_OFFER
     ) -> None:
         super().__init__(
             name,
@@ -46,7 +48,7 @@ class VirtioNet(VirtioDevice):
             memory,
             queue_sizes=(QUEUE_SIZE, QUEUE_SIZE),
             features=_FEATURES,
-            access_platform=access_platform,
+            offer=offer,
         )
         self.mac = mac
         self.traffic = Traffic()

@@ -31,6 +31,7 @@ from shared.pci import (
 from shared.virtio_pci import (
     CAP_BYTES,
     COMMON_CFG_BYTES,
+    IOMMU_SWITCH,
     ISR_CONFIG,
     ISR_QUEUE,
     MODERN_DEVICE_BASE,
@@ -170,6 +171,7 @@ class VirtioPciFunction(PciFunction):
     async def reset_function(self) -> None:
         """Back to power-on, the device included, once its open requests have ended."""
         await self.device.reset()
+        self.device.power_on()
         self.msix.reset()
         self.reset()
 
@@ -235,6 +237,8 @@ class VirtioPciFunction(PciFunction):
             CommonCfg.QUEUE_ENABLE: lambda: self._selected("enabled"),
             CommonCfg.QUEUE_NOTIFY_OFF: lambda: self._queue_select if self._queue_select < len(device.queues) else 0,
         }
+        if device.access.offer.iommu_switch:
+            table[IOMMU_SWITCH] = lambda: int(device.access.state.behind_iommu)
         loads = {(register.offset, register.size_bytes): field for register, field in table.items()}
         for register, name in _ADDRESSES.items():
             loads[register.offset, 8] = partial(self._selected, name)
@@ -254,6 +258,8 @@ class VirtioPciFunction(PciFunction):
             CommonCfg.QUEUE_MSIX_VECTOR: self._store_queue_vector,
             CommonCfg.QUEUE_ENABLE: self._store_enable,
         }
+        if self.device.access.offer.iommu_switch:
+            table[IOMMU_SWITCH] = self._store_iommu_switch
         stores = {(register.offset, register.size_bytes): field for register, field in table.items()}
         for register, name in _ADDRESSES.items():
             stores[register.offset, 8] = partial(self._store_address, name)
@@ -296,6 +302,10 @@ class VirtioPciFunction(PciFunction):
 
     def _vector(self, value: int) -> int:
         return value if value < self.msix.n_vectors else NO_VECTOR
+
+    def _store_iommu_switch(self, value: int) -> None:
+        if value & 1 and not self.device.access.state.behind_iommu:
+            self.device.put_behind_iommu("the driver put the device behind the IOMMU after it had settled its features")
 
     def _store_size(self, value: int) -> None:
         queue = self.device.configure_queue(self._queue_select)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 
 from protocol.errors import GuestFault
+from protocol.startup import NO_OFFER, DmaOffer
 from services.qemu.segments import scatter, split
-from services.qemu.virtio_device import DeviceMemory, VirtioDevice
+from services.qemu.virtio_access import DeviceMemory
+from services.qemu.virtio_device import VirtioDevice
 from services.qemu.virtqueue import Chain, Virtqueue
 from shared.virtio import DeviceId
 
@@ -21,8 +23,8 @@ MAX_REQUEST_BYTES = 4096
 class VirtioRng(VirtioDevice):
     """A source of random bytes."""
 
-    def __init__(self, name: str, memory: DeviceMemory, *, access_platform: bool = False) -> None:
-        super().__init__(name, DeviceId.RNG, memory, queue_sizes=(QUEUE_SIZE,), access_platform=access_platform)
+    def __init__(self, name: str, memory: DeviceMemory, *, offer: DmaOffer = NO_OFFER) -> None:
+        super().__init__(name, DeviceId.RNG, memory, queue_sizes=(QUEUE_SIZE,), offer=offer)
 
     def read_config(self, offset: int, n_bytes: int) -> bytes:
         """There is no configuration."""

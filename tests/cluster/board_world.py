@@ -21,7 +21,7 @@ from protocol.codes import HCode, UCode
 from protocol.errors import GuestFault
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from protocol.messages import Access, TceWindowBody
-from protocol.startup import DiskEntry, VmEntry
+from protocol.startup import NO_OFFER, PLATFORM_OFFER, DiskEntry, VmEntry
 from protocol.ucalls import UV_ESM, UV_SHARE_PAGE, UV_UNSHARE_PAGE
 from services.guest.address_space import AddressSpace
 from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Ultracall
@@ -99,7 +99,9 @@ class XicsPort(TestPort):
 def vm_entry(disk: Path, *, access_platform: bool) -> VmEntry:
     """The VM: one disk, instruction time."""
     return board_entry(
-        [DiskEntry(name="root", path=str(disk))], memory_bytes=RAM_BYTES, access_platform=access_platform
+        [DiskEntry(name="root", path=str(disk))],
+        memory_bytes=RAM_BYTES,
+        offer=PLATFORM_OFFER if access_platform else NO_OFFER,
     )
 
 

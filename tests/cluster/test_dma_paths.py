@@ -30,8 +30,8 @@ NORMAL = 'command_line = "svm=off"\n'
 PATHS = {
     "quirk-normal": NORMAL + 'dma = "quirk"',
     "quirk-secure": 'dma = "quirk"',
-    "iommu-normal": NORMAL + 'dma = "iommu"',
-    "iommu-secure": 'dma = "iommu"',
+    "iommu-normal": NORMAL + 'dma = "iommu-always"',
+    "iommu-secure": 'dma = "iommu-always"',
 }
 
 
@@ -69,12 +69,11 @@ async def test_guest_and_host_see_the_same_disk_on_every_path(tmp_path: Path, pa
 
 
 async def test_a_driver_that_maps_private_pages_is_seen_and_ends_in_a_page_that_fails_its_check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    """As Linux served a device with a 32-bit mask: the device writes over the image of a private page."""
-    monkeypatch.setenv("PEFBOX_BROKEN_DRIVER", "private-tce")
-    files = make_vm_files(tmp_path, guest='dma = "iommu"')
-    async with cluster(files.cluster_file, state_dir=files.state_dir, record=True, service_module=HOSTILE) as running:
+    """As Linux serves a device with a 32-bit mask: the device writes over the image of a private page."""
+    files = make_vm_files(tmp_path, guest='dma = "ddw-identity"\noptions = { dma_mask = 32 }')
+    async with cluster(files.cluster_file, state_dir=files.state_dir, record=True) as running:
         row = await running.vm("vm1").wait(lambda row: row.state == "failed", "failed")
 
         assert "page-integrity" in row.reason
@@ -85,7 +84,7 @@ async def test_a_driver_that_maps_private_pages_is_seen_and_ends_in_a_page_that_
 async def test_a_driver_that_knows_nothing_of_secure_vms_gets_no_answer_and_no_plain_byte_leaves(
     tmp_path: Path,
 ) -> None:
-    files = make_vm_files(tmp_path, guest='dma = "plain"')
+    files = make_vm_files(tmp_path, guest='dma = "nothing"')
     async with cluster(files.cluster_file, state_dir=files.state_dir, record=True) as running:
         vm = running.vm("vm1")
 
@@ -100,7 +99,7 @@ async def test_a_driver_that_knows_nothing_of_secure_vms_gets_no_answer_and_no_p
 
 async def test_a_driver_that_drops_access_platform_is_refused_features_ok(tmp_path: Path) -> None:
     device = '\n[[vms.vm1.devices]]\nkind = "virtio-blk"\ndisk = "root"\naccess_platform = true\n'
-    files = make_vm_files(tmp_path, guest='dma = "plain"', extra=device)
+    files = make_vm_files(tmp_path, guest='dma = "nothing"', extra=device)
     async with cluster(files.cluster_file, state_dir=files.state_dir) as running:
         vm = running.vm("vm1")
 
@@ -115,13 +114,13 @@ async def test_a_driver_that_drops_access_platform_is_refused_features_ok(tmp_pa
 
 async def test_a_driver_that_needs_access_platform_goes_without_a_disk_that_does_not_offer_it(tmp_path: Path) -> None:
     device = '\n[[vms.vm1.devices]]\nkind = "virtio-blk"\ndisk = "root"\naccess_platform = false\n'
-    files = make_vm_files(tmp_path, guest='dma = "iommu"', extra=device)
+    files = make_vm_files(tmp_path, guest='dma = "iommu-always"', extra=device)
     async with cluster(files.cluster_file, state_dir=files.state_dir) as running:
         vm = running.vm("vm1")
 
         text = await console_until(vm, PROMPT)
 
-        assert "the device does not offer ACCESS_PLATFORM, which dma=iommu needs" in text
+        assert "the device does not offer ACCESS_PLATFORM, which dma=iommu-always needs" in text
         assert (await vm.row()).secure
 
 

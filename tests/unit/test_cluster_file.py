@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from deploy.cluster_file import Cluster, parse_cluster, read_cluster_file, resolve_state
 from deploy.toml_lines import LineIndex
 from protocol.errors import ClusterFileError, UserError
+from protocol.startup import AccessPlatform
 
 CLUSTERS = Path(__file__).parents[2] / "deploy" / "clusters"
 
@@ -119,9 +120,9 @@ def test_device_may_not_share_its_disk() -> None:
 
 
 def test_iommu_design_offers_the_platform_feature_by_default() -> None:
-    (vm,) = parse(GOOD.replace('boot = "disk"', 'boot = "disk"\ndma = "iommu"')).vms
+    (vm,) = parse(GOOD.replace('boot = "disk"', 'boot = "disk"\ndma = "iommu-always"')).vms
 
-    assert vm.devices[0].access_platform
+    assert vm.devices[0].offer.access_platform is AccessPlatform.REQUIRED
 
 
 def test_link_names_two_hosts_that_exist() -> None:

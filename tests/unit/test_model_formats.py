@@ -20,12 +20,12 @@ from shared.boot_partition import PartitionType
 
 
 def test_an_image_names_its_sources_workload_and_options() -> None:
-    built = image.build_image("demo", {"swiotlb_slots": 2048, "dma": "iommu"})
+    built = image.build_image("demo", {"swiotlb_slots": 2048, "dma": "iommu-always"})
     header = image.parse_header(built[:PAGE_BYTES])
     assert len(built) % PAGE_BYTES == 0
     assert header.sources_sha512 == image.sources_digest()
     assert header.settings.workload is Workload.DEMO
-    assert header.settings.options == {"swiotlb_slots": 2048, "dma": "iommu"}
+    assert header.settings.options == {"swiotlb_slots": 2048, "dma": "iommu-always"}
     assert built[image.HEADER_BYTES :][: header.payload_bytes] == image.sources()
 
 

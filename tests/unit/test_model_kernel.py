@@ -485,13 +485,13 @@ def test_an_image_of_other_sources_is_refused() -> None:
 
 
 def test_a_driver_that_never_takes_access_platform_is_refused_by_the_device() -> None:
-    world = World(make_disk("prompt", {"dma": "plain"}, "svm=on", access_platform=True))
+    world = World(make_disk("prompt", {"dma": "nothing"}, "svm=on", access_platform=True))
     world.wait_for("\n> ")
     assert "disk: the device refuses the features (FEATURES_OK)" in world.console
 
 
 def test_without_the_quirk_a_secure_vm_and_its_device_do_not_understand_each_other() -> None:
-    world = World(make_disk("prompt", {"dma": "plain"}))
+    world = World(make_disk("prompt", {"dma": "nothing"}))
     with pytest.raises((AssertionError, IndexError, KeyError)):
         world.wait_for("ready")
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol.geometry import PAGE_BYTES
-from protocol.startup import DiskEntry, VmEntry
+from protocol.startup import NO_OFFER, PLATFORM_OFFER, DiskEntry, DmaOffer, VmEntry
 from services.qemu.board import Board
 from services.qemu.segments import pieces, split, total_bytes
 from services.qemu.testing import TestDriver, TestPort, TestRam, TestRing, board_entry
@@ -39,9 +39,9 @@ RING, HEADER, STATUS, DATA = 0x1000, 0x10000, 0x18000, 0x20000
 UNSET = 0xEE
 
 
-def vm_entry(*, readonly: bool = False, access_platform: bool = False, time: str = "instructions") -> VmEntry:
+def vm_entry(*, readonly: bool = False, offer: DmaOffer = NO_OFFER, time: str = "instructions") -> VmEntry:
     disk = DiskEntry(name="disk0", path="", readonly=readonly)
-    return board_entry([disk], memory_bytes=64 * PAGE_BYTES, time=time, access_platform=access_platform)
+    return board_entry([disk], memory_bytes=64 * PAGE_BYTES, time=time, offer=offer)
 
 
 @dataclass
@@ -101,6 +101,7 @@ async def make_rig(tmp_path: Path) -> AsyncIterator[MakeRig]:
             ram, port = TestRam(entry.memory_bytes), TestPort()
             fds.append(fd := os.open(image, os.O_RDONLY if entry.disks[0].readonly else os.O_RDWR))
             board = Board(entry, ram.accessor, {"disk0": fd}, port, assign_bars=True)
+            port.board = board
             nursery.start_soon(board.run)
             driver = TestDriver(board, board.functions[0])
             rig = Rig(ram, board, port, driver, TestRing.at(ram.bytes, 64, RING), image)
@@ -353,7 +354,7 @@ async def test_a_reset_waits_for_open_requests_and_forgets_them(
 
 
 async def test_access_platform_goes_through_the_window(make_rig: MakeRig) -> None:
-    rig = await make_rig(vm_entry(access_platform=True), go=False)
+    rig = await make_rig(vm_entry(offer=PLATFORM_OFFER), go=False)
     window = rig.board.default_window()
     table = TceTable(window, memoryview(bytearray(window.n_tces * 8)))
     rig.board.add_dma_window(table)
@@ -373,7 +374,7 @@ async def test_access_platform_goes_through_the_window(make_rig: MakeRig) -> Non
 
 
 async def test_a_guest_address_under_access_platform_needs_a_reset(make_rig: MakeRig) -> None:
-    rig = await make_rig(vm_entry(access_platform=True), go=False)
+    rig = await make_rig(vm_entry(offer=PLATFORM_OFFER), go=False)
 
     assert await rig.driver.negotiate()
     await rig.driver.set_queue(rig.ring)

@@ -9,7 +9,7 @@ import trio
 
 from protocol.codes import HCode
 from protocol.geometry import PAGE_BYTES
-from protocol.startup import DiskEntry
+from protocol.startup import NO_OFFER, PLATFORM_OFFER, DiskEntry, DmaOffer
 from services.qemu.board import Board
 from services.qemu.testing import TestDriver, TestPort, TestRam, TestRing, board_entry
 from services.qemu.virtio_pci import MODERN_BAR, MODERN_BAR_BYTES, MSIX_BAR, OFFSETS
@@ -71,12 +71,11 @@ async def make_rig() -> AsyncIterator[MakeRig]:
     os.ftruncate(fd, 1 << 20)
     async with trio.open_nursery() as nursery:
 
-        async def make(*, access_platform: bool = False, time: str = "instructions") -> Rig:
-            entry = board_entry(
-                [DiskEntry(name="d", path="")], memory_bytes=PAGE_BYTES, time=time, access_platform=access_platform
-            )
+        async def make(*, offer: DmaOffer = NO_OFFER, time: str = "instructions") -> Rig:
+            entry = board_entry([DiskEntry(name="d", path="")], memory_bytes=PAGE_BYTES, time=time, offer=offer)
             ram, port = TestRam(PAGE_BYTES), TestPort()
             board = Board(entry, ram.accessor, {"d": fd}, port, assign_bars=True)
+            port.board = board
             nursery.start_soon(board.run)
             await board.start()
             return Rig(ram, board, port, TestDriver(board, board.functions[0]), TestRing.at(ram.bytes, 16, RING))
@@ -142,7 +141,7 @@ async def test_features_that_do_not_hold_are_refused(make_rig: MakeRig, chosen: 
 
 
 async def test_dropping_an_offered_access_platform_is_refused(make_rig: MakeRig) -> None:
-    rig = await make_rig(access_platform=True)
+    rig = await make_rig(offer=PLATFORM_OFFER)
 
     assert has_feature(await rig.driver.features(), Feature.ACCESS_PLATFORM)
     assert not await rig.driver.negotiate(1 << Feature.VERSION_1)

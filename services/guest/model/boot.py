@@ -19,7 +19,7 @@ from protocol.ucalls import UV_ESM
 from services.guest.model import image
 from services.guest.model.bulk import CHUNK_BYTES
 from services.guest.model.cpu import RTAS_AREA_BYTES, NoDevice, Step
-from services.guest.model.machine import has_boot_arg, load_tree, place, read_machine, write_chosen
+from services.guest.model.machine import has_boot_arg, load_tree, place, read_machine, write_bypass, write_chosen
 from services.guest.model.pages import PageUse, pages_for
 from services.guest.model.parts import Parts
 from services.guest.model.state import Phase, Workload
@@ -27,6 +27,7 @@ from shared import boot_partition
 from shared.boot_partition import PartitionType
 from shared.esm_digest import RTAS_TEXT
 from shared.fdt_writer import write_fdt
+from shared.virtio import Feature, has_feature
 from shared.virtio_blk import SECTOR_BYTES
 
 DEMO_NORMAL_BYTES = 1 << 20
@@ -210,6 +211,10 @@ class BootStage:
         machine, parts = self._state.machine, self._parts
         tree, _ = load_tree(parts.cpu, machine.fdt)
         write_chosen(tree, machine)
+        pci = self._state.blk.pci
+        if has_feature(pci.features, Feature.ACCESS_PLATFORM):
+            # What the device demands is known to firmware alone: it is not in what the device model describes.
+            write_bypass(tree, pci.config_addr)
         data = write_fdt(tree)
         # The ultravisor adds its reservations to the tree in place: leave it a page.
         n_pages = pages_for(len(data)) + 1

@@ -1,14 +1,9 @@
 """The DMA layer: what a device is given instead of a buffer.
 
-| design                                | normal VM                  | secure VM                                    |
-|---------------------------------------|----------------------------|----------------------------------------------|
-| `quirk`, ACCESS_PLATFORM not offered  | the buffer's gpa           | gpa of a shared swiotlb slot                  |
-| `quirk` or `iommu`, bit accepted      | bus address by H_PUT_TCE   | bus address of a shared swiotlb slot          |
-| `plain` (bit never accepted)          | the buffer's gpa           | the buffer's gpa: the device reads ciphertext |
-
-`quirk` takes ACCESS_PLATFORM when a device offers it, `iommu` refuses a device that does not, `plain` is a driver that
-knows nothing of secure VMs, for comparison. A secure VM under the first two never gives a private page to a device.
-Rings and command blocks come from `alloc_coherent`, which shares them.
+A `DmaPath`, settled when the device is started (`services.guest.model.designs`), says whether a buffer goes through a
+slot of the swiotlb pool and which address the device gets for it. Rings and command blocks come from `alloc_coherent`;
+`open_coherent` shares them with the host where the path says so. Whether a path leads anywhere is for the design to
+say: here a private page is given to a device as readily as a shared one, as in the kernels that this models.
 """
 
 from __future__ import annotations
@@ -19,7 +14,7 @@ from protocol.ucalls import UV_SHARE_PAGE
 from services.guest.model.cpu import Cpu, Panic, Step
 from services.guest.model.iommu import IoWindow
 from services.guest.model.pages import PageAllocator, PageUse
-from services.guest.model.state import DmaDesign, KernelState, Mapping
+from services.guest.model.state import Address, Bounce, DmaPath, Mapping
 from services.guest.model.swiotlb import SEGMENT_BYTES, Direction, Swiotlb
 
 MAX_PLAIN_BYTES = 1 << 20
@@ -29,35 +24,31 @@ MAX_IOMMU_BYTES = SEGMENT_BYTES
 
 
 class Dma:
-    """Mappings for one bus. `translated` says whether the driver accepted ACCESS_PLATFORM."""
+    """Mappings for one bus."""
 
-    def __init__(self, cpu: Cpu, state: KernelState, pages: PageAllocator, pool: Swiotlb, window: IoWindow) -> None:
+    def __init__(self, cpu: Cpu, pages: PageAllocator, pool: Swiotlb, window: IoWindow) -> None:
         self._cpu = cpu
-        self._state = state
         self._pages = pages
         self._pool = pool
         self._window = window
 
-    @property
-    def bounces(self) -> bool:
-        """Whether buffers go through swiotlb slots."""
-        return self._state.secure and self._state.dma_design is not DmaDesign.PLAIN
-
-    def max_bytes(self, *, translated: bool) -> int:
+    @staticmethod
+    def max_bytes(path: DmaPath) -> int:
         """The largest streaming mapping."""
-        if self.bounces:
+        if path.bounce is not Bounce.NEVER:
             return SEGMENT_BYTES
-        return MAX_IOMMU_BYTES if translated else MAX_PLAIN_BYTES
+        return MAX_IOMMU_BYTES if path.address is Address.WINDOW else MAX_PLAIN_BYTES
 
-    def map(self, gpa: int, n_bytes: int, direction: Direction, *, translated: bool) -> Step[Mapping | None]:
+    def map(self, path: DmaPath, gpa: int, n_bytes: int, direction: Direction) -> Step[Mapping | None]:
         """Give a buffer to the device; None when the pool or the window is full (mapping error: requeue)."""
         mapping = Mapping(addr=gpa, orig=gpa, n_bytes=n_bytes, direction=direction)
-        if self.bounces:
+        if _is_bounced(path, gpa, n_bytes):
             slot = self._pool.map(gpa, n_bytes, direction)
             if slot is None:
                 return None
             mapping.addr = mapping.slot = slot
-        if not translated:
+        if path.address is not Address.WINDOW:
+            mapping.addr += path.offset
             return mapping
         try:
             ioba = yield from self._window.map(mapping.addr, n_bytes, direction)
@@ -87,16 +78,22 @@ class Dma:
         """A page for rings and command blocks; raises Panic. `open_coherent` then lets the device reach it."""
         return self._pages.must_alloc(1, PageUse.SHARED)
 
-    def open_coherent(self, gpa: int, *, translated: bool) -> Step[int]:
+    def open_coherent(self, path: DmaPath, gpa: int) -> Step[int]:
         """Share and map a page of `alloc_coherent`, fill it with zeros and give its device address."""
-        if self.bounces:
+        if path.shares:
             code, *_ = yield from self._cpu.ucall(UV_SHARE_PAGE, gpa >> PAGE_SHIFT, 1)
             if code != UCode.U_SUCCESS:
                 raise Panic(f"UV_SHARE_PAGE of {gpa:#x} gave {code}")
         self._cpu.fill(gpa, PAGE_BYTES)
-        if not translated:
-            return gpa
+        if path.address is not Address.WINDOW:
+            return gpa + path.offset
         ioba = yield from self._window.map(gpa, PAGE_BYTES, Direction.BIDIRECTIONAL)
         if ioba is None:
             raise Panic("the DMA window is full")
         return ioba
+
+
+def _is_bounced(path: DmaPath, gpa: int, n_bytes: int) -> bool:
+    if path.bounce is Bounce.ABOVE_LIMIT:
+        return gpa + n_bytes > path.limit
+    return path.bounce is Bounce.ALWAYS

@@ -24,8 +24,8 @@ No step makes more than about 85 exits: safe points are at most 100 exits apart.
 class ModelEngine:
     """One processor with the model kernel on it: `services.guest.engine.Engine`.
 
-    `memory` is guest memory, `clock` the guest's time base. The kernel's sources are read here, so that nothing is
-    opened once the process is confined.
+    `memory` is guest memory, `clock` the guest's time base, `old_firmware` says of what age the boot stage is. The
+    kernel's sources are read here, so that nothing is opened once the process is confined.
     """
 
     n_instructions: int | None = None
@@ -33,10 +33,11 @@ class ModelEngine:
     """As Engine: the model charges costs, it retires nothing."""
     ticks = False
 
-    def __init__(self, memory: AddressSpace, clock: Clock) -> None:
+    def __init__(self, memory: AddressSpace, clock: Clock, *, old_firmware: bool = False) -> None:
         self._memory = memory
         self._clock = clock
-        self._kernel = Kernel(memory, clock, KernelState())
+        self._old_firmware = old_firmware
+        self._kernel = Kernel(memory, clock, KernelState(), old_firmware=old_firmware)
         self._step: Step[None] | None = None
         self._result: list[int] | None = None
         self._awaited = False
@@ -148,7 +149,7 @@ class ModelEngine:
         """Continue from a `save`; raises ValueError."""
         loaded = decode_state(state)
         self._drop_step()
-        self._kernel = Kernel(self._memory, self._clock, loaded)
+        self._kernel = Kernel(self._memory, self._clock, loaded, old_firmware=self._old_firmware)
 
     def _drop_step(self) -> None:
         if self._step is not None:

@@ -20,7 +20,8 @@ import msgspec
 
 from protocol.errors import ImageRefused
 from protocol.geometry import PAGE_BYTES
-from services.guest.model.state import DmaDesign, Workload
+from services.guest.model.state import Workload
+from shared.dma_designs import DmaDesign
 
 MAGIC = b"PEFMODEL"
 VERSION = 1
@@ -49,6 +50,9 @@ class ImageHeader(msgspec.Struct, frozen=True):
 
 OPTIONS: dict[str, type] = {
     "dma": str,
+    "dma_mask": int,
+    "dma_offset": int,
+    "poke_unchecked": bool,
     "swiotlb_slots": int,
     "swiotlb_areas": int,
     "page_cache": bool,

@@ -24,10 +24,11 @@ from services.guest.model.cpu import STEP_COST, Clock, Panic, Step
 from services.guest.model.demo import Demo
 from services.guest.model.machine import load_tree, read_machine
 from services.guest.model.parts import Parts
-from services.guest.model.state import DmaDesign, KernelState, Phase, Workload
+from services.guest.model.state import KernelState, Phase, Workload
 from services.guest.model.swiotlb import DEFAULT_SLOTS
 from services.guest.model.virtio_blk import Look
 from services.guest.model.virtqueue import QueueError
+from shared.dma_designs import DmaDesign
 
 RESET_VECTOR = 0x100
 LOOKS_A_STEP = 16
@@ -38,8 +39,9 @@ SHARE_PAGES_A_CALL = 32
 class Kernel:
     """Runs over `state`; `Kernel(memory, clock, loaded_state)` continues where the state was saved."""
 
-    def __init__(self, memory: AddressSpace, clock: Clock, state: KernelState) -> None:
+    def __init__(self, memory: AddressSpace, clock: Clock, state: KernelState, *, old_firmware: bool = False) -> None:
         self.state = state
+        self._old_firmware = old_firmware
         self._clock = clock
         self._memory = memory
         self._build()
@@ -56,6 +58,7 @@ class Kernel:
             Phase.KERNEL_SHARE: self._share,
             Phase.KERNEL_WINDOW: self._window,
             Phase.KERNEL_BUS: self._bus,
+            Phase.KERNEL_DMA: self._dma,
             Phase.KERNEL_DISK: self._disk,
             Phase.KERNEL_TABLE: self._table,
             Phase.RUN: self._run,
@@ -64,7 +67,7 @@ class Kernel:
 
     def start(self, pc: int, gprs: dict[int, int], *, secure: bool) -> None:
         """The state of a processor that begins at `pc`: the boot stage at 0x100, the kernel anywhere else."""
-        state = KernelState(secure=secure)
+        state = KernelState(secure=secure, old_firmware=self._old_firmware)
         state.machine.fdt = gprs.get(3, 0)
         state.phase = Phase.BOOT_TREE if pc == RESET_VECTOR else Phase.KERNEL_IMAGE
         state.kbase = 0 if pc == RESET_VECTOR else gprs.get(4, pc)
@@ -179,7 +182,8 @@ class Kernel:
         self._parts.set_up_memory()
         self._parts.console.say(f"pefbox: kernel {state.workload} secure={int(state.secure)}")
         yield from self._parts.open_interrupts()
-        state.phase = Phase.KERNEL_POOL if self._parts.dma.bounces else Phase.KERNEL_WINDOW
+        has_pool = state.secure and self._parts.rules.has_pool
+        state.phase = Phase.KERNEL_POOL if has_pool else Phase.KERNEL_WINDOW
 
     def _check_sources(self, header: image.ImageHeader) -> None:
         """What was measured must be what runs: header and payload against this kernel's own sources."""
@@ -190,7 +194,8 @@ class Kernel:
     def _pool(self) -> Step[None]:
         options = self.state.options
         n_slots, n_areas = options.get("swiotlb_slots", DEFAULT_SLOTS), options.get("swiotlb_areas", 1)
-        self._parts.pool.set_up(self._parts.pages, int(n_slots), int(n_areas))
+        at_top = self._parts.rules.pool_at_top
+        self._parts.pool.set_up(self._parts.pages, int(n_slots), int(n_areas), at_top=at_top)
         self.state.phase = Phase.KERNEL_SHARE
         return
         yield
@@ -216,7 +221,18 @@ class Kernel:
 
     def _bus(self) -> Step[None]:
         yield from self._parts.find_disk(firmware=False)
-        self.state.phase = Phase.KERNEL_DISK
+        self.state.phase = Phase.KERNEL_DMA
+
+    def _dma(self) -> Step[None]:
+        """The dynamic DMA window, where the design has one and devices can address it."""
+        state, at_zero = self.state, self._parts.rules.wants_identity
+        step = None
+        if at_zero is not None and state.blk.present and (at_zero or self._parts.rules.reaches_window):
+            step = self._parts.wide.work(state.blk.pci.config_addr, at_zero=at_zero)
+        if step is None:
+            state.phase = Phase.KERNEL_DISK
+            return
+        yield from step
 
     def _disk(self) -> Step[None]:
         yield from self._parts.start_disk()

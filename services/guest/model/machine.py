@@ -17,6 +17,7 @@ from shared.esm_digest import RTAS_TEXT
 from shared.fdt_reader import BOOT_LIMITS, FdtNode, FdtTree, fdt_total_bytes, read_fdt
 from shared.fdt_values import add_node, cells, quads
 from shared.pci import OfSpace
+from shared.virtio import BYPASS_PROPERTY
 
 MIN_MEMORY_BYTES = 16 << 20
 _NO_RTAS_TOKEN = frozenset({"rtas-size", "linux,rtas-base", "linux,rtas-entry", "phandle", "linux,phandle"})
@@ -115,6 +116,12 @@ def _read_bridge(root: FdtNode, machine: Machine) -> None:
         machine.window_base = window[1] << 32 | window[2]
         machine.window_bytes = window[3] << 32 | window[4]
     machine.mmio = _mmio_windows(property_cells(bridge, "ranges"))
+    machine.bypassable = [_config_addr(node) for node in bridge.children.values() if BYPASS_PROPERTY in node.properties]
+
+
+def _config_addr(node: FdtNode) -> int:
+    """Of a PCI function: bus and devfn out of the first cell of its `reg`."""
+    return (property_cells(node, "reg") or [0])[0] & 0xFFFF00
 
 
 def _mmio_windows(words: list[int]) -> list[tuple[int, int, int]]:
@@ -125,6 +132,17 @@ def _mmio_windows(words: list[int]) -> list[tuple[int, int, int]]:
         if high >> 24 & 3 in (OfSpace.MEM32, OfSpace.MEM64):
             windows.append((pci_high << 32 | pci_low, gpa_high << 32 | gpa_low, size_high << 32 | size_low))
     return windows[:8]
+
+
+def write_bypass(tree: FdtTree, config_addr: int) -> None:
+    """Say in the tree that a function may be taken out of the IOMMU; a node is made where the tree has none of it."""
+    bridge = next((node for node in tree.root.children.values() if node.text("device_type") == "pci"), None)
+    if bridge is None:
+        return
+    node = next((node for node in bridge.children.values() if _config_addr(node) == config_addr), None)
+    if node is None:
+        node = add_node(bridge, f"virtio@{config_addr >> 11:x}", {"reg": cells(config_addr, 0, 0, 0, 0)})
+    node.properties[BYPASS_PROPERTY] = b""
 
 
 def write_chosen(tree: FdtTree, machine: Machine) -> None:

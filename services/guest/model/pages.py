@@ -64,6 +64,16 @@ class PageAllocator:
         state.n_free -= n_pages
         return found << PAGE_SHIFT
 
+    def alloc_top(self, n_pages: int, use: PageUse) -> int | None:
+        """As `alloc`, of the highest run there is."""
+        state = self._state
+        found = self._cpu.load(state.table, state.n_pages).rfind(bytes(n_pages))
+        if found < 0:
+            return None
+        self.mark(found, n_pages, use)
+        state.n_free -= n_pages
+        return found << PAGE_SHIFT
+
     def must_alloc(self, n_pages: int, use: PageUse = PageUse.KERNEL) -> int:
         """As `alloc`; raises Panic."""
         gpa = self.alloc(n_pages, use)

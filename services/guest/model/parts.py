@@ -7,6 +7,7 @@ from services.guest.model import xics
 from services.guest.model.bulk import BulkReader
 from services.guest.model.console import Console
 from services.guest.model.cpu import Clock, Cpu, NoDevice, Step
+from services.guest.model.designs import rules_for
 from services.guest.model.disk_hash import DiskHasher
 from services.guest.model.disk_load import DiskWorkload
 from services.guest.model.dma import Dma
@@ -18,6 +19,7 @@ from services.guest.model.state import KernelState, Owner
 from services.guest.model.swiotlb import Swiotlb
 from services.guest.model.virtio_blk import BlkDriver, Finished
 from services.guest.model.virtqueue import QueueBroken, QueueError
+from services.guest.model.wide_window import WideWindows
 
 
 class Parts:
@@ -31,9 +33,11 @@ class Parts:
         self.pages = PageAllocator(self.cpu, state.pages)
         self.pool = Swiotlb(self.cpu, state.pool)
         self.window = IoWindow(self.cpu, state.machine, state.window)
-        self.dma = Dma(self.cpu, state, self.pages, self.pool, self.window)
+        self.wide = WideWindows(self.cpu, state.machine, state.wide)
+        self.rules = rules_for(self.cpu, state, self.wide)
+        self.dma = Dma(self.cpu, self.pages, self.pool, self.window)
         self.bus = Bus(self.cpu, state.machine)
-        self.blk = BlkDriver(self.cpu, self.bus, self.dma, state.blk, state.dma_design)
+        self.blk = BlkDriver(self.cpu, self.bus, self.dma, state.blk, self.rules)
         self.reader = BulkReader(self.blk, state.bulk)
         self.hasher = DiskHasher(self.cpu, self.pages, self.reader, state.bulk, state.disk_hash)
         self.writer = RegionWriter(self.cpu, self.pages, self.blk, state.writer)

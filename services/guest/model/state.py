@@ -10,7 +10,9 @@ from enum import IntEnum, StrEnum
 
 import msgspec
 
-STATE_VERSION = 2
+from shared.dma_designs import DmaDesign
+
+STATE_VERSION = 3
 MAX_STATE_BYTES = 64 * 1024
 
 
@@ -30,8 +32,9 @@ class Phase(IntEnum):
     KERNEL_SHARE = 12
     KERNEL_WINDOW = 13
     KERNEL_BUS = 14
-    KERNEL_DISK = 15
-    KERNEL_TABLE = 16
+    KERNEL_DMA = 15
+    KERNEL_DISK = 16
+    KERNEL_TABLE = 17
     RUN = 20
     HALTED = 30
 
@@ -45,12 +48,23 @@ class Workload(StrEnum):
     IDLE = "idle"
 
 
-class DmaDesign(StrEnum):
-    """How drivers reach memory; see `services.guest.model.dma`."""
+class Address(IntEnum):
+    """What a device is given for a guest address."""
 
-    QUIRK = "quirk"
-    IOMMU = "iommu"
-    PLAIN = "plain"
+    PHYSICAL = 0
+    """The address itself."""
+    WINDOW = 1
+    """A bus address of the 32-bit window, mapped for the occasion."""
+    OFFSET = 2
+    """The address plus an offset."""
+
+
+class Bounce(IntEnum):
+    """Which buffers go through swiotlb slots."""
+
+    NEVER = 0
+    ALWAYS = 1
+    ABOVE_LIMIT = 2
 
 
 class Owner(IntEnum):
@@ -90,6 +104,8 @@ class Machine(Struct):
     window_bytes: int = 0
     mmio: list[tuple[int, int, int]] = []
     """Memory windows of the bridge: (PCI address, gpa, bytes)."""
+    bypassable: list[int] = []
+    """Configuration addresses of the functions that the tree says the IOMMU can be taken away from."""
 
 
 class Calls(Struct):
@@ -131,6 +147,29 @@ class Window(Struct):
     table: int = 0
     n_io_pages: int = 0
     hint: int = 1
+
+
+class WideWindow(Struct):
+    """The dynamic DMA window through which all of RAM is mapped: `liobn` is 0 when there is none."""
+
+    tried: bool = False
+    liobn: int = 0
+    base: int = 0
+    page_shift: int = 0
+    n_mapped: int = 0
+    """Its first so many entries lead to RAM."""
+
+
+class DmaPath(Struct):
+    """How the buffers of one device reach it."""
+
+    address: Address = Address.PHYSICAL
+    offset: int = 0
+    bounce: Bounce = Bounce.NEVER
+    limit: int = 0
+    """With ABOVE_LIMIT: the first address that is bounced."""
+    shares: bool = False
+    """Whether rings and command blocks are shared with the host before the device is told of them."""
 
 
 class Mapping(Struct, array_like=True):
@@ -196,6 +235,7 @@ class VirtioPci(Struct):
     device_bytes: int = 0
     msix_cap: int = 0
     features: int = 0
+    path: DmaPath = msgspec.field(default_factory=DmaPath)
     irq: int = 0
     reset_rounds: int = 0
 
@@ -352,6 +392,8 @@ class KernelState(Struct):
     """Process that the processor runs."""
     workload: Workload = Workload.PROMPT
     dma_design: DmaDesign = DmaDesign.QUIRK
+    old_firmware: bool = False
+    """Whether the boot stage knows nothing of ACCESS_PLATFORM."""
     options: dict[str, str | int | bool] = {}
     wake_ns: int = 0
     """Nothing runs before this time after a busy call."""
@@ -361,6 +403,7 @@ class KernelState(Struct):
     pages: Pages = msgspec.field(default_factory=Pages)
     pool: Pool = msgspec.field(default_factory=Pool)
     window: Window = msgspec.field(default_factory=Window)
+    wide: WideWindow = msgspec.field(default_factory=WideWindow)
     blk: Blk = msgspec.field(default_factory=Blk)
     bulk: Bulk = msgspec.field(default_factory=Bulk)
     disk_hash: DiskHash = msgspec.field(default_factory=DiskHash)

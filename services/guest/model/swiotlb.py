@@ -52,13 +52,14 @@ class Swiotlb:
         self._cpu = cpu
         self._state = state
 
-    def set_up(self, pages: PageAllocator, n_slots: int, n_areas: int) -> None:
-        """Take memory for the pool and its tables, halving the pool when there is not enough; raises Panic.
+    def set_up(self, pages: PageAllocator, n_slots: int, n_areas: int, *, at_top: bool = False) -> None:
+        """Take memory for the pool (`at_top`: the highest there is) and its tables; raises Panic.
 
-        `n_slots` is rounded up to whole segments and 1 MiB, `n_areas` to a power of two that leaves a segment each.
+        The pool is halved until there is enough memory. `n_slots` is rounded up to whole segments and 1 MiB, `n_areas` to a power of two that leaves a segment each.
         """
         n_slots = max(MIN_SLOTS, 1 << max(0, n_slots - 1).bit_length())
-        while (base := pages.alloc(pages_for(n_slots * SLOT_BYTES), PageUse.SHARED)) is None:
+        alloc = pages.alloc_top if at_top else pages.alloc
+        while (base := alloc(pages_for(n_slots * SLOT_BYTES), PageUse.SHARED)) is None:
             n_slots //= 2
             if n_slots < MIN_SLOTS:
                 raise Panic("no memory for the swiotlb pool")

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from services.guest.model.cpu import Busy, Cpu, NoDevice, Step
+from services.guest.model.designs import Rules
 from services.guest.model.dma import Dma
 from services.guest.model.pci import BarSpace, Bus
-from services.guest.model.state import Blk, DmaDesign, Mapping, Owner, Request
+from services.guest.model.state import Address, Blk, Mapping, Owner, Request
 from services.guest.model.swiotlb import Direction
 from services.guest.model.virtio_pci import Transport
 from services.guest.model.virtqueue import ANSWER_LIMIT_NS, QueueBroken, QueueError, Segment, Virtqueue
@@ -76,24 +77,24 @@ class Finished:
 class BlkDriver:
     """One disk over the driver state `state`."""
 
-    def __init__(self, cpu: Cpu, bus: Bus, dma: Dma, state: Blk, design: DmaDesign) -> None:
+    def __init__(self, cpu: Cpu, bus: Bus, dma: Dma, state: Blk, rules: Rules) -> None:
         self._cpu = cpu
         self._bus = bus
         self._dma = dma
-        self._design = design
+        self._rules = rules
         self.state = state
         self._transport = Transport(cpu, bus, state.pci)
         self._queue = Virtqueue(cpu, state.queue)
 
     @property
     def translated(self) -> bool:
-        """Whether ACCESS_PLATFORM was accepted."""
-        return has_feature(self.state.pci.features, Feature.ACCESS_PLATFORM)
+        """Whether each mapping costs hypercalls."""
+        return self.state.pci.path.address is Address.WINDOW
 
     @property
     def max_bytes(self) -> int:
         """The largest data transfer of one request."""
-        return min(self._dma.max_bytes(translated=self.translated), self.state.max_segment_bytes)
+        return min(self._dma.max_bytes(self.state.pci.path), self.state.max_segment_bytes)
 
     # -- start ----------------------------------------------------------------------------------------------------
 
@@ -111,8 +112,10 @@ class BlkDriver:
         """Reset, negotiate, lay out the queue, take an interrupt, go; raises NoDevice with the reason."""
         state = self.state
         state.ready, state.error, state.requests = False, "", {}
+        yield from self._rules.prepare(self._transport)
         offered = yield from self._transport.read_features()
         yield from self._transport.accept_features(self._choose(offered))
+        state.pci.path = yield from self._rules.open(state.pci)
         yield from self._read_config()
         largest = yield from self._transport.queue_size(0)
         if largest < 2:
@@ -135,12 +138,7 @@ class BlkDriver:
     def _choose(self, offered: int) -> int:
         if not has_feature(offered, Feature.VERSION_1):
             raise NoDevice("the device does not offer VERSION_1")
-        chosen = offered & _WANTED
-        if self._design is DmaDesign.IOMMU and not has_feature(offered, Feature.ACCESS_PLATFORM):
-            raise NoDevice("the device does not offer ACCESS_PLATFORM, which dma=iommu needs")
-        if self._design is not DmaDesign.PLAIN:
-            chosen |= offered & feature_mask((Feature.ACCESS_PLATFORM,))
-        return chosen
+        return offered & _WANTED | self._rules.choose(offered)
 
     def _read_config(self) -> Step[None]:
         state, features = self.state, self.state.pci.features
@@ -163,8 +161,8 @@ class BlkDriver:
         if not state.ring_page:
             state.ring_page = self._dma.alloc_coherent()
             state.command_page = self._dma.alloc_coherent()
-        state.ring_addr = yield from self._dma.open_coherent(state.ring_page, translated=self.translated)
-        state.command_addr = yield from self._dma.open_coherent(state.command_page, translated=self.translated)
+        state.ring_addr = yield from self._dma.open_coherent(state.pci.path, state.ring_page)
+        state.command_addr = yield from self._dma.open_coherent(state.pci.path, state.command_page)
 
     def quiesce(self) -> Step[None]:
         """Reset the device so that it touches no memory any more."""
@@ -185,7 +183,7 @@ class BlkDriver:
         mapping: Mapping | None = None
         if kind in (BlkRequest.IN, BlkRequest.OUT, BlkRequest.GET_ID):
             direction = Direction.TO_DEVICE if kind == BlkRequest.OUT else Direction.FROM_DEVICE
-            mapping = yield from self._dma.map(gpa, n_bytes, direction, translated=self.translated)
+            mapping = yield from self._dma.map(state.pci.path, gpa, n_bytes, direction)
             if mapping is None:
                 state.requeued += 1
                 return False

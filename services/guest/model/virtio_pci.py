@@ -10,7 +10,16 @@ from services.guest.model.pci import BarSpace, Bus, Function
 from services.guest.model.state import Queue, VirtioPci
 from shared.pci import Capability
 from shared.virtio import DeviceStatus
-from shared.virtio_pci import COMMON_CFG_BYTES, MODERN_DEVICE_BASE, VENDOR_ID, CapField, CfgType, CommonCfg, Register
+from shared.virtio_pci import (
+    COMMON_CFG_BYTES,
+    IOMMU_SWITCH,
+    MODERN_DEVICE_BASE,
+    VENDOR_ID,
+    CapField,
+    CfgType,
+    CommonCfg,
+    Register,
+)
 
 RESET_POLLS = 4
 MAX_RESET_ROUNDS = 500
@@ -100,6 +109,11 @@ class Transport:
         if self.state.reset_rounds > MAX_RESET_ROUNDS:
             raise NoDevice("the device does not finish its reset")
         raise Busy("the reset of a virtio device")
+
+    def put_behind_iommu(self) -> Step[bool]:
+        """Have the device use bus addresses from now on; False when it has no such switch."""
+        yield from self._write(IOMMU_SWITCH, 1)
+        return bool((yield from self._read(IOMMU_SWITCH)))
 
     def read_features(self) -> Step[int]:
         """Reset, acknowledge, and read what the device offers."""

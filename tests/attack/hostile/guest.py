@@ -1,24 +1,16 @@
-"""A guest with a broken driver. The environment variable PEFBOX_BROKEN_DRIVER says which:
-
-- `requests` (default): its block driver makes the requests of `OddRequest`, one for each `write` at its prompt;
-- `private-tce`: it maps its private buffers themselves into the DMA window, as Linux does for a device with a 32-bit
-  mask in a secure VM.
+"""A guest whose block driver makes the requests of `OddRequest`, one for each `write` at its prompt.
 
 Started by the launcher in place of `services.guest`.
 """
 
 from __future__ import annotations
 
-import os
 import runpy
 from collections.abc import Iterator
 from enum import Enum
 
 from services.guest.model import parts
-from services.guest.model.cpu import Step
-from services.guest.model.dma import Dma
 from services.guest.model.state import Mapping
-from services.guest.model.swiotlb import Direction
 from services.guest.model.virtio_blk import BlkDriver
 from services.guest.model.virtqueue import Segment
 from shared.virtio_blk import REQUEST_HEADER, REQUEST_HEADER_BYTES, STATUS_BYTES, BlkRequest
@@ -59,21 +51,6 @@ class OddDriver(BlkDriver):
         return self._queue.add(segments, page + _TABLE_AT, addr + _TABLE_AT)
 
 
-class UnbouncedDma(Dma):
-    """Shares its rings, and gives the device its private buffers."""
-
-    def map(self, gpa: int, n_bytes: int, direction: Direction, *, translated: bool) -> Step[Mapping | None]:
-        """Map the buffer itself."""
-        assert translated
-        ioba = yield from self._window.map(gpa, n_bytes, direction)
-        assert ioba is not None
-        n_io_pages = self._window.n_io_pages(gpa, n_bytes)
-        return Mapping(addr=ioba, orig=gpa, n_bytes=n_bytes, direction=direction, n_io_pages=n_io_pages)
-
-
-_BROKEN = {"requests": ("BlkDriver", OddDriver), "private-tce": ("Dma", UnbouncedDma)}
-
 if __name__ == "__main__":
-    name, replacement = _BROKEN[os.environ.get("PEFBOX_BROKEN_DRIVER", "requests")]
-    vars(parts)[name] = replacement
+    vars(parts)["BlkDriver"] = OddDriver
     runpy.run_module("services.guest", run_name="__main__")
