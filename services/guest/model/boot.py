@@ -1,10 +1,10 @@
 """The boot stage: firmware and boot loader in one. It brings the VM from QEMU's entry to UV_ESM.
 
-BOOT_TREE reads the device tree and instantiates RTAS, BOOT_BUS finds and starts the disk, BOOT_TABLE reads the
-partition table, BOOT_HEADER the boot header, BOOT_LOAD image, initramfs and command line, BOOT_DEMO reads a part of the
-disk for the demo, BOOT_ENTER writes the tree and calls UV_ESM. With the image already in RAM (`qemu,boot-kernel`)
-nothing is loaded. `svm=on` (or `svm=1`) in the command line asks for UV_ESM; if it fails, the kernel runs as a normal
-VM.
+BOOT_TREE reads the device tree and instantiates RTAS, BOOT_BUS finds the devices and gives them addresses, BOOT_DISK
+starts the disk, BOOT_TABLE reads the partition table, BOOT_HEADER the boot header, BOOT_LOAD image, initramfs and
+command line, BOOT_DEMO reads a part of the disk for the demo, BOOT_ENTER writes the tree and calls UV_ESM. With the
+image already in RAM (`qemu,boot-kernel`) nothing is loaded. `svm=on` (or `svm=1`) in the command line asks for UV_ESM;
+if it fails, the kernel runs as a normal VM.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class BootStage:
         self._phases: dict[Phase, Callable[[], Step[None] | None]] = {
             Phase.BOOT_TREE: self._tree,
             Phase.BOOT_BUS: self._bus,
+            Phase.BOOT_DISK: self._disk,
             Phase.BOOT_TABLE: self._table,
             Phase.BOOT_HEADER: self._header,
             Phase.BOOT_LOAD: self._load,
@@ -72,13 +73,29 @@ class BootStage:
         self._state.phase = Phase.BOOT_BUS
 
     def _bus(self) -> Step[None]:
-        parts = self._parts
-        if not self._state.blk.present and not self._state.blk.error:
-            yield from parts.find_disk(firmware=True)
-            if self._state.blk.present:
+        """Find what is on the bus, and give a function after the other its addresses."""
+        parts, machine, boot = self._parts, self._state.machine, self._state.boot
+        if not boot.probed:
+            yield from parts.probe_bus()
+            boot.probed = True
+        elif boot.n_assigned < len(machine.functions):
+            config_addr, *_ = machine.functions[boot.n_assigned]
+            try:
+                yield from parts.bus.assign_bars(config_addr)
+            except NoDevice as error:
+                parts.console.say(f"pefbox: boot: {error}")
+            boot.n_assigned += 1
+        else:
+            self._state.phase = Phase.BOOT_DISK
+
+    def _disk(self) -> Step[None]:
+        parts, blk = self._parts, self._state.blk
+        if not blk.present and not blk.error:
+            yield from parts.find_disk()
+            if blk.present:
                 return
         yield from parts.start_disk()
-        self._state.phase = Phase.BOOT_TABLE if self._state.blk.ready else Phase.BOOT_ENTER
+        self._state.phase = Phase.BOOT_TABLE if blk.ready else Phase.BOOT_ENTER
 
     # -- loading --------------------------------------------------------------------------------------------------
 

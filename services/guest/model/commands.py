@@ -14,11 +14,12 @@ from protocol.hcalls import H_CPPR
 from protocol.ucalls import ESM_FILE_CHUNK_BYTES, UV_ESMB_GET_FILE, UV_SHARE_PAGE, UV_UNSHARE_PAGE
 from services.guest.model import xics
 from services.guest.model.boot import call_esm
-from services.guest.model.cpu import Step
+from services.guest.model.cpu import NoDevice, Step
 from services.guest.model.demo import Demo, start_hash, start_write
 from services.guest.model.pages import PageUse
 from services.guest.model.parts import Parts
 from services.guest.model.state import Phase
+from services.guest.model.virtio_rng import MAX_BYTES as MAX_RNG_BYTES
 from shared.virtio_blk import BlkRequest
 
 HELP = (
@@ -30,6 +31,7 @@ HELP = (
     "share GFN [N], unshare GFN [N], touch GFN, fill GFN BYTE, sum GFN",
     "file NAME [OFFSET]       read a file of the ESM blob, once: bytes read (at most 4096) and their SHA-256",
     "pid N                    go on as process N: a file is read by one process alone",
+    "rng N                    N random bytes (at most 4096) from the virtio-rng: their SHA-256",
     "null N                   time N hypercalls that do nothing (median in ns)",
 )
 MAX_FILE_CALLS = 64
@@ -70,6 +72,7 @@ class Commands:
             "sum": self._sum,
             "file": self._file,
             "pid": self._pid,
+            "rng": self._rng,
             "null": self._null,
         }
 
@@ -82,6 +85,8 @@ class Commands:
             return None if state.writer.stage != 5 else self._end_write()
         if state.null_calls.n_calls:
             return self._null_step()
+        if state.rng.n_asked:
+            return self._end_rng() if state.rng.n_written >= 0 or not state.rng.ready else None
         return self._obey() if state.console.lines else None
 
     def _obey(self) -> Step[None]:
@@ -280,6 +285,32 @@ class Commands:
         if not 0 <= numbers[0] < self._parts.state.pages.n_pages:
             raise Refused("no such page")
         return numbers
+
+    # -- other devices ----------------------------------------------------------------------------------------------
+
+    def _rng(self, words: list[str]) -> Step[str]:
+        (n_bytes,) = _numbers(words, 1)
+        state = self._parts.state.rng
+        if not state.ready:
+            raise Refused(state.error or "no virtio-rng")
+        if not 1 <= n_bytes <= MAX_RNG_BYTES:
+            raise Refused(f"1 to {MAX_RNG_BYTES} bytes")
+        state.buffer = state.buffer or self._parts.pages.must_alloc(1, PageUse.BUFFER)
+        self._parts.cpu.fill(state.buffer, n_bytes)
+        try:
+            yield from self._parts.rng.ask(state.buffer, n_bytes)
+        except NoDevice as error:
+            raise Refused(str(error)) from None
+        state.n_asked = n_bytes
+        return ""
+
+    def _end_rng(self) -> Step[None]:
+        state = self._parts.state.rng
+        state.n_asked = 0
+        data = self._parts.cpu.load(state.buffer, max(state.n_written, 0))
+        self._answer(f"error {state.error}" if state.error else f"ok {len(data)} {hashlib.sha256(data).hexdigest()}")
+        return
+        yield
 
     # -- timing -----------------------------------------------------------------------------------------------------
 

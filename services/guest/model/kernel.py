@@ -60,6 +60,7 @@ class Kernel:
             Phase.KERNEL_BUS: self._bus,
             Phase.KERNEL_DMA: self._dma,
             Phase.KERNEL_DISK: self._disk,
+            Phase.KERNEL_DEVICES: self._devices,
             Phase.KERNEL_TABLE: self._table,
             Phase.RUN: self._run,
             Phase.HALTED: lambda: None,
@@ -83,15 +84,20 @@ class Kernel:
             return Crash(state.crash)
         now_ns = self._clock.now_ns()
         if now_ns < state.wake_ns:
-            return Idle(state.wake_ns, device_open=bool(state.blk.requests))
+            return Idle(state.wake_ns, device_open=self._device_open)
         if state.phase is Phase.OFF:
             return Idle(None)
         step = self._urgent(now_ns) or self._parts.console.work(now_ns) or self._phase_step() or self._poll(now_ns)
         if step is None:
-            return Idle(self._deadline_ns(), device_open=bool(state.blk.requests))
+            return Idle(self._deadline_ns(), device_open=self._device_open)
         if not self._parts.hasher.rebuilding:
             self._clock.charge(STEP_COST)
         return step
+
+    @property
+    def _device_open(self) -> bool:
+        """Whether a device owes an answer."""
+        return bool(self.state.blk.requests) or any(driver.state.submitted_ns for driver in self._parts.extras)
 
     def _urgent(self, now_ns: int) -> Step[None] | None:
         state = self.state
@@ -102,6 +108,10 @@ class Kernel:
         deadline_ns = self._parts.blk.deadline_ns()
         if deadline_ns is not None and now_ns >= deadline_ns:
             return self._overdue()
+        for driver in self._parts.extras:
+            deadline_ns = driver.deadline_ns()
+            if deadline_ns is not None and now_ns >= deadline_ns:
+                return self._parts.guard_extra(driver, driver.overdue())
         return None
 
     def _poll(self, now_ns: int) -> Step[None] | None:
@@ -126,6 +136,7 @@ class Kernel:
 
     def _deadline_ns(self) -> int | None:
         times = [self._parts.console.deadline_ns(), self._parts.blk.deadline_ns()]
+        times += [driver.deadline_ns() for driver in self._parts.extras]
         return min((time for time in times if time is not None), default=None)
 
     def _interrupt(self) -> Step[None]:
@@ -135,8 +146,11 @@ class Kernel:
         source = xirr & xics.SOURCE_MASK
         if not source:
             return
+        extra = next((driver for driver in self._parts.extras if driver.state.pci.irq == source), None)
         if source == self.state.blk.pci.irq:
             yield from self._parts.guarded(self._parts.collect())
+        elif extra is not None:
+            yield from self._parts.guard_extra(extra, extra.interrupted())
         elif source == self.state.machine.console_irq:
             self.state.console.check = True
         yield from xics.end(self._parts.cpu, xirr)
@@ -220,7 +234,11 @@ class Kernel:
         self.state.phase = Phase.KERNEL_BUS
 
     def _bus(self) -> Step[None]:
-        yield from self._parts.find_disk(firmware=False)
+        parts, machine = self._parts, self.state.machine
+        if not machine.functions:
+            yield from parts.probe_bus()
+        if machine.functions:
+            yield from parts.find_disk()
         self.state.phase = Phase.KERNEL_DMA
 
     def _dma(self) -> Step[None]:
@@ -236,8 +254,16 @@ class Kernel:
 
     def _disk(self) -> Step[None]:
         yield from self._parts.start_disk()
-        if self.state.blk.ready:
-            self.state.phase = Phase.KERNEL_TABLE
+        self.state.phase = Phase.KERNEL_DEVICES
+
+    def _devices(self) -> Step[None]:
+        """One step for a device beside the disk after the other."""
+        extras, state = self._parts.extras, self.state
+        if state.n_started < len(extras):
+            if (yield from self._parts.start_extra(extras[state.n_started])):
+                state.n_started += 1
+        elif state.blk.ready:
+            state.phase = Phase.KERNEL_TABLE
         else:
             self._up()
 

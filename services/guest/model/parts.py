@@ -18,8 +18,11 @@ from services.guest.model.region_writer import RegionWriter
 from services.guest.model.state import KernelState, Owner
 from services.guest.model.swiotlb import Swiotlb
 from services.guest.model.virtio_blk import BlkDriver, Finished
+from services.guest.model.virtio_driver import ExtraDriver, VirtioDriver
+from services.guest.model.virtio_rng import RngDriver
 from services.guest.model.virtqueue import QueueBroken, QueueError
 from services.guest.model.wide_window import WideWindows
+from shared.virtio import DeviceId
 
 
 class Parts:
@@ -38,6 +41,8 @@ class Parts:
         self.dma = Dma(self.cpu, self.pages, self.pool, self.window)
         self.bus = Bus(self.cpu, state.machine)
         self.blk = BlkDriver(self.cpu, self.bus, self.dma, state.blk, self.rules)
+        self.rng = RngDriver(self.cpu, self.bus, self.dma, self.rules, state.rng)
+        self.extras: list[ExtraDriver] = [self.rng]
         self.reader = BulkReader(self.blk, state.bulk)
         self.hasher = DiskHasher(self.cpu, self.pages, self.reader, state.bulk, state.disk_hash)
         self.writer = RegionWriter(self.cpu, self.pages, self.blk, state.writer)
@@ -93,12 +98,19 @@ class Parts:
 
     # -- starting the disk, for boot stage and kernel ----------------------------------------------------------------
 
-    def find_disk(self, *, firmware: bool) -> Step[None]:
-        """Look for the disk; what is wrong with it is said, and the kernel goes on without."""
-        if not self.machine.has_bridge:
+    def probe_bus(self) -> Step[None]:
+        """Look for the devices behind the bridge."""
+        if self.machine.has_bridge:
+            yield from self.bus.probe()
+
+    def find_disk(self) -> Step[None]:
+        """Look for the first disk; what is wrong with it is said, and the kernel goes on without."""
+        disks = (function for function in self.bus.functions if VirtioDriver.is_function(function, DeviceId.BLOCK))
+        disk = next(disks, None)
+        if disk is None:
             return
         try:
-            yield from self.blk.find(firmware=firmware)
+            yield from self.blk.find(disk)
         except NoDevice as error:
             self._no_disk(str(error))
 
@@ -110,6 +122,26 @@ class Parts:
             yield from self.blk.start()
         except NoDevice as error:
             self._no_disk(str(error))
+
+    def start_extra(self, driver: ExtraDriver) -> Step[bool]:
+        """The next step on the way to a device beside the disk; True when it runs or never will."""
+        state = driver.state
+        try:
+            if not state.present:
+                yield from driver.find()
+                return not state.present
+            yield from driver.start()
+        except NoDevice as error:
+            state.ready, state.error = False, str(error)
+            self.console.say(f"pefbox: {driver.device.name.lower()}: {error}")
+        return True
+
+    def guard_extra(self, driver: ExtraDriver, step: Step[None]) -> Step[None]:
+        """Run a step of a driver beside the disk; a device that is gone is given up."""
+        try:
+            yield from step
+        except NoDevice as error:
+            driver.give_up(str(error))
 
     def _no_disk(self, reason: str) -> None:
         self.state.blk.ready = False

@@ -43,18 +43,21 @@ class Function:
 
 
 class BarSpace:
-    """Addresses for BARs out of the bridge's memory windows, lowest window first."""
+    """Addresses for BARs out of the bridge's memory windows, lowest window first; what is taken is in `machine`."""
 
     def __init__(self, machine: Machine) -> None:
         self._windows = sorted((pci, pci + n_bytes) for pci, _, n_bytes in machine.mmio)
-        self._next = [max(start, 1 << 16) for start, _ in self._windows]
+        self._machine = machine
+        if not machine.next_bar:
+            machine.next_bar = [max(start, 1 << 16) for start, _ in self._windows]
 
     def take(self, n_bytes: int) -> int:
         """A naturally aligned PCI address; raises NoDevice when no window has room."""
+        next_bar = self._machine.next_bar
         for index, (_, end) in enumerate(self._windows):
-            address = (self._next[index] + n_bytes - 1) // n_bytes * n_bytes
+            address = (next_bar[index] + n_bytes - 1) // n_bytes * n_bytes
             if address + n_bytes <= end:
-                self._next[index] = address + n_bytes
+                next_bar[index] = address + n_bytes
                 return address
         raise NoDevice(f"no address for a BAR of {n_bytes} bytes")
 
@@ -81,15 +84,20 @@ class Bus:
         if status != RtasStatus.SUCCESS:
             raise NoDevice(f"PCI function {config_addr:#x} refuses a write")
 
-    def probe(self) -> Step[list[Function]]:
-        """Function 0 of each slot of bus 0."""
+    @property
+    def functions(self) -> list[Function]:
+        """What the last probe found."""
+        return [Function(*function) for function in self._machine.functions]
+
+    def probe(self) -> Step[None]:
+        """Look for function 0 of each slot of bus 0."""
         found = []
         for slot in range(N_SLOTS):
             config_addr = devfn_of(slot) << 8
             ids = yield from self.read(config_addr, Config.VENDOR_ID, 4)
             if ids & 0xFFFF != ABSENT_VENDOR:
-                found.append(Function(config_addr, ids & 0xFFFF, ids >> 16))
-        return found
+                found.append((config_addr, ids & 0xFFFF, ids >> 16))
+        self._machine.functions = found
 
     def capabilities(self, config_addr: int) -> Step[list[tuple[int, int]]]:
         """The (id, offset) of each capability; a list that does not end is cut."""
@@ -106,37 +114,46 @@ class Bus:
 
     # -- BARs ---------------------------------------------------------------------------------------------------
 
-    def memory_bars(self, config_addr: int, *, space: BarSpace | None = None) -> Step[dict[int, int]]:
-        """The gpa of each memory BAR. With `space` a BAR without an address gets one first, as firmware does."""
+    def memory_bars(self, config_addr: int) -> Step[dict[int, int]]:
+        """The gpa of each memory BAR that has an address."""
         bars: dict[int, int] = {}
+        for number, _, address in (yield from self._memory_bars(config_addr)):
+            gpa = self._gpa_of(address)
+            if address and gpa is not None:
+                bars[number] = gpa
+        return bars
+
+    def assign_bars(self, config_addr: int) -> Step[None]:
+        """Give an address to each memory BAR that has none, as firmware does."""
+        space = BarSpace(self._machine)
+        for number, wide, address in (yield from self._memory_bars(config_addr)):
+            if not address:
+                yield from self._assign(config_addr, number, wide, space)
+
+    def _memory_bars(self, config_addr: int) -> Step[list[tuple[int, bool, int]]]:
+        """Number, whether it has 64 bits, and address of each memory BAR."""
+        bars = []
         number = 0
         while number < N_BARS:
             low = yield from self.read(config_addr, Config.BAR0 + 4 * number, 4)
-            wide = low & BAR_TYPE_64 and not low & BAR_IO
+            wide = bool(low & BAR_TYPE_64) and not low & BAR_IO
             if not low & BAR_IO:
                 high = (yield from self.read(config_addr, Config.BAR0 + 4 * number + 4, 4)) if wide else 0
-                address = high << 32 | low & ~0xF
-                if not address and space is not None:
-                    address = yield from self._assign(config_addr, number, bool(wide), space)
-                gpa = self._gpa_of(address)
-                if address and gpa is not None:
-                    bars[number] = gpa
+                bars.append((number, wide, high << 32 | low & ~0xF))
             number += 2 if wide else 1
         return bars
 
-    def _assign(self, config_addr: int, number: int, wide: bool, space: BarSpace) -> Step[int]:
+    def _assign(self, config_addr: int, number: int, wide: bool, space: BarSpace) -> Step[None]:
         offset = Config.BAR0 + 4 * number
         yield from self.write(config_addr, offset, 4, _ALL_ONES)
         mask = (yield from self.read(config_addr, offset, 4)) & ~0xF
         if not mask:
             yield from self.write(config_addr, offset, 4, 0)
-            return 0
-        n_bytes = (~mask & _ALL_ONES) + 1
-        address = space.take(n_bytes)
+            return
+        address = space.take((~mask & _ALL_ONES) + 1)
         yield from self.write(config_addr, offset, 4, address & _ALL_ONES)
         if wide:
             yield from self.write(config_addr, offset + 4, 4, address >> 32)
-        return address
 
     def _gpa_of(self, address: int) -> int | None:
         for pci, gpa, n_bytes in self._machine.mmio:

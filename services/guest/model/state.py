@@ -22,11 +22,12 @@ class Phase(IntEnum):
     OFF = 0
     BOOT_TREE = 1
     BOOT_BUS = 2
-    BOOT_TABLE = 3
-    BOOT_HEADER = 4
-    BOOT_LOAD = 5
-    BOOT_DEMO = 6
-    BOOT_ENTER = 7
+    BOOT_DISK = 3
+    BOOT_TABLE = 4
+    BOOT_HEADER = 5
+    BOOT_LOAD = 6
+    BOOT_DEMO = 7
+    BOOT_ENTER = 8
     KERNEL_IMAGE = 10
     KERNEL_POOL = 11
     KERNEL_SHARE = 12
@@ -34,7 +35,8 @@ class Phase(IntEnum):
     KERNEL_BUS = 14
     KERNEL_DMA = 15
     KERNEL_DISK = 16
-    KERNEL_TABLE = 17
+    KERNEL_DEVICES = 17
+    KERNEL_TABLE = 18
     RUN = 20
     HALTED = 30
 
@@ -104,6 +106,10 @@ class Machine(Struct):
     window_bytes: int = 0
     mmio: list[tuple[int, int, int]] = []
     """Memory windows of the bridge: (PCI address, gpa, bytes)."""
+    functions: list[tuple[int, int, int]] = []
+    """What is on the bus: configuration address, vendor, device."""
+    next_bar: list[int] = []
+    """Where the boot stage puts the next BAR, for each entry of `mmio` in the order of PCI addresses."""
     bypassable: list[int] = []
     """Configuration addresses of the functions that the tree says the IOMMU can be taken away from."""
 
@@ -240,6 +246,31 @@ class VirtioPci(Struct):
     reset_rounds: int = 0
 
 
+class ExtraDevice(Struct):
+    """What the kernel knows of a device beside the disk."""
+
+    present: bool = False
+    ready: bool = False
+    error: str = ""
+    submitted_ns: int = 0
+    """When the request was made that is still unanswered; 0 when there is none."""
+    pci: VirtioPci = msgspec.field(default_factory=VirtioPci)
+
+
+class Rng(ExtraDevice):
+    """The virtio entropy driver."""
+
+    queue: Queue = msgspec.field(default_factory=Queue)
+    ring_page: int = 0
+    ring_addr: int = 0
+    mapping: Mapping | None = None
+    n_written: int = -1
+    """Bytes that the last request brought; -1 while it is open."""
+    buffer: int = 0
+    n_asked: int = 0
+    """Bytes that somebody at the prompt waits for."""
+
+
 class Blk(Struct):
     """The virtio block driver."""
 
@@ -311,6 +342,9 @@ class Partitions(Struct):
 class Boot(Struct):
     """The boot stage: files still to be read, as (disk byte, gpa, bytes), and where they go."""
 
+    probed: bool = False
+    n_assigned: int = 0
+    """Functions that have their addresses."""
     loads: list[tuple[int, int, int]] = []
     loading: bool = False
     command_line: tuple[int, int] = (0, 0)
@@ -388,6 +422,8 @@ class KernelState(Struct):
     interrupts_on: bool = False
     line: bool = False
     kbase: int = 0
+    n_started: int = 0
+    """Devices beside the disk that the kernel is done with starting."""
     pidr: int = 0
     """Process that the processor runs."""
     workload: Workload = Workload.PROMPT
@@ -405,6 +441,7 @@ class KernelState(Struct):
     window: Window = msgspec.field(default_factory=Window)
     wide: WideWindow = msgspec.field(default_factory=WideWindow)
     blk: Blk = msgspec.field(default_factory=Blk)
+    rng: Rng = msgspec.field(default_factory=Rng)
     bulk: Bulk = msgspec.field(default_factory=Bulk)
     disk_hash: DiskHash = msgspec.field(default_factory=DiskHash)
     partitions: Partitions = msgspec.field(default_factory=Partitions)

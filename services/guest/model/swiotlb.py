@@ -55,7 +55,8 @@ class Swiotlb:
     def set_up(self, pages: PageAllocator, n_slots: int, n_areas: int, *, at_top: bool = False) -> None:
         """Take memory for the pool (`at_top`: the highest there is) and its tables; raises Panic.
 
-        The pool is halved until there is enough memory. `n_slots` is rounded up to whole segments and 1 MiB, `n_areas` to a power of two that leaves a segment each.
+        `n_slots` is rounded up to whole segments and 1 MiB, and halved until there is enough memory; `n_areas` is
+        rounded to a power of two that leaves a segment each.
         """
         n_slots = max(MIN_SLOTS, 1 << max(0, n_slots - 1).bit_length())
         alloc = pages.alloc_top if at_top else pages.alloc

@@ -14,12 +14,12 @@ from enum import Enum
 from services.guest.model.cpu import Busy, Cpu, NoDevice, Step
 from services.guest.model.designs import Rules
 from services.guest.model.dma import Dma
-from services.guest.model.pci import BarSpace, Bus
+from services.guest.model.pci import Bus, Function
 from services.guest.model.state import Address, Blk, Mapping, Owner, Request
 from services.guest.model.swiotlb import Direction
-from services.guest.model.virtio_pci import Transport
+from services.guest.model.virtio_driver import COMMON_FEATURES, VirtioDriver
 from services.guest.model.virtqueue import ANSWER_LIMIT_NS, QueueBroken, QueueError, Segment, Virtqueue
-from shared.virtio import DeviceId, Feature, feature_mask, has_feature
+from shared.virtio import feature_mask, has_feature
 from shared.virtio_blk import (
     RANGE,
     RANGE_BYTES,
@@ -32,7 +32,6 @@ from shared.virtio_blk import (
     BlkRequest,
     BlkStatus,
 )
-from shared.virtio_pci import MODERN_DEVICE_BASE, VENDOR_ID
 
 QUEUE_SIZE = 64
 REQUEST_COST = 2_000
@@ -43,11 +42,8 @@ POLL_NS = 1_000_000
 _COMMAND_BYTES = 128
 _RANGE_AT, _STATUS_AT, _TABLE_AT = 16, 48, 64
 _NO_STATUS = 0xFF
-_WANTED = feature_mask(
+_WANTED = COMMON_FEATURES | feature_mask(
     (
-        Feature.VERSION_1,
-        Feature.INDIRECT_DESC,
-        Feature.EVENT_IDX,
         BlkFeature.RO,
         BlkFeature.SIZE_MAX,
         BlkFeature.FLUSH,
@@ -79,11 +75,10 @@ class BlkDriver:
 
     def __init__(self, cpu: Cpu, bus: Bus, dma: Dma, state: Blk, rules: Rules) -> None:
         self._cpu = cpu
-        self._bus = bus
         self._dma = dma
-        self._rules = rules
         self.state = state
-        self._transport = Transport(cpu, bus, state.pci)
+        self._driver = VirtioDriver(cpu, bus, dma, rules, state.pci)
+        self._transport = self._driver.transport
         self._queue = Virtqueue(cpu, state.queue)
 
     @property
@@ -98,47 +93,23 @@ class BlkDriver:
 
     # -- start ----------------------------------------------------------------------------------------------------
 
-    def find(self, *, firmware: bool) -> Step[bool]:
-        """Look for the first block device; as firmware also give it addresses. False when there is none."""
-        for function in (yield from self._bus.probe()):
-            if function.vendor == VENDOR_ID and function.device == MODERN_DEVICE_BASE + DeviceId.BLOCK:
-                space = BarSpace(self._cpu.machine) if firmware else None
-                yield from self._transport.find(function, space=space)
-                self.state.present = True
-                return True
-        return False
+    def find(self, function: Function) -> Step[None]:
+        """Take `function`; raises NoDevice."""
+        yield from self._transport.find(function)
+        self.state.present = True
 
     def start(self) -> Step[None]:
         """Reset, negotiate, lay out the queue, take an interrupt, go; raises NoDevice with the reason."""
         state = self.state
         state.ready, state.error, state.requests = False, "", {}
-        yield from self._rules.prepare(self._transport)
-        offered = yield from self._transport.read_features()
-        yield from self._transport.accept_features(self._choose(offered))
-        state.pci.path = yield from self._rules.open(state.pci)
+        yield from self._driver.negotiate(_WANTED)
         yield from self._read_config()
-        largest = yield from self._transport.queue_size(0)
-        if largest < 2:
-            raise NoDevice("the block device has no queue")
         yield from self._open_memory()
-        size = min(QUEUE_SIZE, 1 << largest.bit_length() - 1)
-        features = state.pci.features
-        self._queue.set_up(
-            size,
-            state.ring_page,
-            state.ring_addr,
-            indirect=has_feature(features, Feature.INDIRECT_DESC),
-            event_idx=has_feature(features, Feature.EVENT_IDX),
-        )
-        state.pci.irq = yield from self._bus.enable_msix(state.pci.config_addr, state.pci.msix_cap)
+        yield from self._driver.set_up_queue(self._queue, 0, QUEUE_SIZE, state.ring_page, state.ring_addr)
+        yield from self._driver.enable_interrupt()
         yield from self._transport.enable_queue(state.queue, vector=0)
         yield from self._transport.start()
         state.ready = True
-
-    def _choose(self, offered: int) -> int:
-        if not has_feature(offered, Feature.VERSION_1):
-            raise NoDevice("the device does not offer VERSION_1")
-        return offered & _WANTED | self._rules.choose(offered)
 
     def _read_config(self) -> Step[None]:
         state, features = self.state, self.state.pci.features
@@ -161,8 +132,8 @@ class BlkDriver:
         if not state.ring_page:
             state.ring_page = self._dma.alloc_coherent()
             state.command_page = self._dma.alloc_coherent()
-        state.ring_addr = yield from self._dma.open_coherent(state.pci.path, state.ring_page)
-        state.command_addr = yield from self._dma.open_coherent(state.pci.path, state.command_page)
+        state.ring_addr = yield from self._driver.open_page(state.ring_page)
+        state.command_addr = yield from self._driver.open_page(state.command_page)
 
     def quiesce(self) -> Step[None]:
         """Reset the device so that it touches no memory any more."""

@@ -6,7 +6,7 @@ Source: VIRTIO 1.4, sections 3.1 (initialisation) and 4.1.
 from __future__ import annotations
 
 from services.guest.model.cpu import Busy, Cpu, NoDevice, Step
-from services.guest.model.pci import BarSpace, Bus, Function
+from services.guest.model.pci import Bus, Function
 from services.guest.model.state import Queue, VirtioPci
 from shared.pci import Capability
 from shared.virtio import DeviceStatus
@@ -38,13 +38,13 @@ class Transport:
 
     # -- discovery ----------------------------------------------------------------------------------------------
 
-    def find(self, function: Function, *, space: BarSpace | None) -> Step[None]:
+    def find(self, function: Function) -> Step[None]:
         """Fill `state` from the function's capabilities; raises NoDevice when it is no modern virtio device."""
         if function.vendor != VENDOR_ID or function.device < MODERN_DEVICE_BASE:
             raise NoDevice(f"PCI function {function.config_addr:#x} is no modern virtio device")
         state, config_addr = self.state, function.config_addr
         state.config_addr, state.device_type = config_addr, function.device - MODERN_DEVICE_BASE
-        bars = yield from self._bus.memory_bars(config_addr, space=space)
+        bars = yield from self._bus.memory_bars(config_addr)
         state.common = state.notify = state.device = state.msix_cap = 0
         for kind, at in (yield from self._bus.capabilities(config_addr)):
             if kind == Capability.MSIX:
