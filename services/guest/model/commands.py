@@ -16,11 +16,12 @@ from services.guest.model import xics
 from services.guest.model.boot import call_esm
 from services.guest.model.cpu import NoDevice, Step
 from services.guest.model.demo import Demo, start_hash, start_write
+from services.guest.model.io_run import MAX_BUFFER_BYTES, MAX_DEPTH, MAX_REQUESTS, IoKind
 from services.guest.model.pages import PageUse
 from services.guest.model.parts import Parts
 from services.guest.model.state import Phase
 from services.guest.model.virtio_rng import MAX_BYTES as MAX_RNG_BYTES
-from shared.virtio_blk import BlkRequest
+from shared.virtio_blk import SECTOR_BYTES, BlkRequest
 
 HELP = (
     "help, pages, calls       what there is; pages by use; calls made, by name",
@@ -31,6 +32,7 @@ HELP = (
     "share GFN [N], unshare GFN [N], touch GFN, fill GFN BYTE, sum GFN",
     "file NAME [OFFSET]       read a file of the ESM blob, once: bytes read (at most 4096) and their SHA-256",
     "pid N                    go on as process N: a file is read by one process alone",
+    "io KIND BLOCK DEPTH N    N requests (read, write, randread) of BLOCK bytes, DEPTH at a time, timed",
     "rng N                    N random bytes (at most 4096) from the virtio-rng: their SHA-256",
     "null N                   time N hypercalls that do nothing (median in ns)",
 )
@@ -73,6 +75,7 @@ class Commands:
             "file": self._file,
             "pid": self._pid,
             "rng": self._rng,
+            "io": self._io,
             "null": self._null,
         }
 
@@ -83,6 +86,8 @@ class Commands:
             return None if state.disk_hash.active else self._end_hash()
         if state.writer.asked:
             return None if state.writer.stage != 5 else self._end_write()
+        if state.io_run.count:
+            return self._end_io() if self._parts.io_run.finished else None
         if state.null_calls.n_calls:
             return self._null_step()
         if state.rng.n_asked:
@@ -286,6 +291,32 @@ class Commands:
             raise Refused("no such page")
         return numbers
 
+    # -- timing requests ---------------------------------------------------------------------------------------------
+
+    def _io(self, words: list[str]) -> Step[str]:
+        kind = _io_kind(words)
+        block_bytes, depth, count = _numbers(words[1:], 3)
+        state = self._parts.state
+        if not state.blk.ready:
+            raise Refused(state.blk.error or "no disk")
+        if block_bytes % SECTOR_BYTES or not 0 < block_bytes <= self._parts.blk.max_bytes:
+            raise Refused(f"a block is a multiple of {SECTOR_BYTES} bytes, up to {self._parts.blk.max_bytes}")
+        if not 1 <= depth <= MAX_DEPTH or not 1 <= count <= MAX_REQUESTS or depth * block_bytes > MAX_BUFFER_BYTES:
+            raise Refused(f"up to {MAX_DEPTH} at a time, {MAX_REQUESTS} in all, {MAX_BUFFER_BYTES} bytes of buffers")
+        first, n_sectors = state.partitions.scratch if kind is IoKind.WRITE else (0, state.blk.sectors)
+        if n_sectors * SECTOR_BYTES < block_bytes:
+            raise Refused("the disk has no such block")
+        self._parts.io_run.start(kind, first, n_sectors, block_bytes, depth, count)
+        return ""
+        yield
+
+    def _end_io(self) -> Step[None]:
+        state = self._parts.state.io_run
+        self._answer(f"error {state.error}" if state.error else f"ok {self._parts.io_run.describe()}")
+        state.count = 0
+        return
+        yield
+
     # -- other devices ----------------------------------------------------------------------------------------------
 
     def _rng(self, words: list[str]) -> Step[str]:
@@ -338,6 +369,13 @@ class Commands:
         measured = sorted(memoryview(cpu.load(state.times, 4 * state.n_calls)).cast("I"))
         self._answer(f"ok {state.n_calls} p50_ns {measured[state.n_calls // 2]}")
         state.n_calls = 0
+
+
+def _io_kind(words: list[str]) -> IoKind:
+    try:
+        return IoKind(words[0])
+    except (IndexError, ValueError):
+        raise Refused(f"what to do is one of: {', '.join(IoKind)}") from None
 
 
 def _numbers(words: list[str], n_wanted: int, defaults: tuple[int, ...] = ()) -> list[int]:

@@ -7,6 +7,7 @@ import zlib
 
 from services.guest.model.cpu import Busy, Cpu, Step
 from services.guest.model.pages import PageAllocator, PageUse, pages_for
+from services.guest.model.random_numbers import next_random
 from services.guest.model.state import DiskLoad, Owner
 from services.guest.model.virtio_blk import BlkDriver, Finished
 from shared.virtio_blk import SECTOR_BYTES, BlkRequest
@@ -62,7 +63,7 @@ class DiskWorkload:
 
     def _issue(self, first_sector: int) -> Step[None]:
         state = self._state
-        value = _next_random(state.random)
+        value = next_random(state.random)
         block, writes = (value >> 8) % state.n_blocks, bool(value & 1) and not self._blk.state.read_only
         if any(block == other for other, _ in state.busy.values()):
             # Two requests of one block have no order while both are in flight.
@@ -123,10 +124,3 @@ class DiskWorkload:
         """Progress for the operator."""
         state = self._state
         return f"reads={state.n_reads} writes={state.n_writes}"
-
-
-def _next_random(value: int) -> int:
-    """xorshift64: one number after another, the same in every run with the same seed."""
-    value ^= value << 13 & _MASK
-    value ^= value >> 7
-    return value ^ value << 17 & _MASK

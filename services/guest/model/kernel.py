@@ -284,6 +284,7 @@ class Kernel:
             parts.hasher.work()
             or parts.reader.work()
             or parts.writer.work()
+            or parts.io_run.work()
             or self._workload()
             or self._commands.work()
         )

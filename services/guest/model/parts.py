@@ -11,6 +11,7 @@ from services.guest.model.designs import rules_for
 from services.guest.model.disk_hash import DiskHasher
 from services.guest.model.disk_load import DiskWorkload
 from services.guest.model.dma import Dma
+from services.guest.model.io_run import IoRunner
 from services.guest.model.iommu import IoWindow
 from services.guest.model.pages import PageAllocator
 from services.guest.model.pci import Bus, unmask
@@ -46,6 +47,7 @@ class Parts:
         self.reader = BulkReader(self.blk, state.bulk)
         self.hasher = DiskHasher(self.cpu, self.pages, self.reader, state.bulk, state.disk_hash)
         self.writer = RegionWriter(self.cpu, self.pages, self.blk, state.writer)
+        self.io_run = IoRunner(self.cpu, self.pages, self.blk, state.io_run)
         self.load = DiskWorkload(self.cpu, self.pages, self.blk, state.disk_load)
 
     def open_interrupts(self) -> Step[None]:
@@ -73,7 +75,7 @@ class Parts:
         if self.state.blk.queue.broken:
             self._fail_all(self.state.blk.error)
             return
-        refill = self.reader.work()
+        refill = self.reader.work() or self.io_run.work()
         if refill is not None:
             yield from refill
 
@@ -90,11 +92,14 @@ class Parts:
             self.writer.on_finished(finished)
         elif finished.owner is Owner.DISK:
             self.load.on_finished(finished)
+        elif finished.owner is Owner.IO_RUN:
+            self.io_run.on_finished(finished)
 
     def _fail_all(self, error: str) -> None:
         self.reader.fail(error)
         self.writer.fail(error)
         self.load.fail(error)
+        self.io_run.fail(error)
 
     # -- starting the disk, for boot stage and kernel ----------------------------------------------------------------
 

@@ -76,6 +76,7 @@ class Owner(IntEnum):
     BULK = 1
     WRITER = 2
     DISK = 3
+    IO_RUN = 4
 
 
 class Struct(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -386,6 +387,31 @@ class Demo(Struct):
     shared_page: int = 0
 
 
+class IoRun(Struct):
+    """A measured run of disk requests; `count` is 0 when there is none."""
+
+    kind: str = ""
+    first_sector: int = 0
+    n_blocks: int = 0
+    block_bytes: int = 0
+    depth: int = 0
+    count: int = 0
+    buffers: int = 0
+    n_buffer_pages: int = 0
+    times: int = 0
+    """u32 nanoseconds a request, in guest RAM."""
+    n_issued: int = 0
+    n_done: int = 0
+    random: int = 1
+    free: list[int] = []
+    """Buffers in no request."""
+    submitted: dict[int, int] = {}
+    """Buffer -> when its request was submitted."""
+    began_ns: int = 0
+    ended_ns: int = 0
+    error: str = ""
+
+
 class NullCalls(Struct):
     """A run of null hypercalls; their times (u32, ns) lie in guest RAM at `times`."""
 
@@ -448,6 +474,7 @@ class KernelState(Struct):
     boot: Boot = msgspec.field(default_factory=Boot)
     console: Console = msgspec.field(default_factory=Console)
     writer: Writer = msgspec.field(default_factory=Writer)
+    io_run: IoRun = msgspec.field(default_factory=IoRun)
     null_calls: NullCalls = msgspec.field(default_factory=NullCalls)
     demo: Demo = msgspec.field(default_factory=Demo)
     disk_load: DiskLoad = msgspec.field(default_factory=DiskLoad)
