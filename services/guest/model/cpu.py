@@ -106,10 +106,10 @@ class Cpu:
             yield Pause.SLICE_END
         raise Busy(name)
 
-    def _count(self, name: str) -> None:
+    def _count(self, name: str, cost: int = CALL_COST) -> None:
         counts = self.calls.counts
         counts[name] = counts.get(name, 0) + 1
-        self.clock.charge(CALL_COST)
+        self.clock.charge(cost)
 
     def rtas(self, service: str, args: tuple[int, ...], n_rets: int) -> Step[list[int]]:
         """An RTAS service by its name in /rtas: `[status, words...]`, status as a signed number.
@@ -137,7 +137,7 @@ class Cpu:
 
     def mmio_load(self, gpa: int, size: int) -> Step[int]:
         """A device register of `size` bytes; raises NoDevice."""
-        self.clock.charge(MMIO_COST)
+        self._count("MMIO_LOAD", MMIO_COST)
         result = yield MmioLoad(gpa, size)
         if result[0] != HCode.H_SUCCESS or len(result) < 2:
             raise NoDevice(f"no device answers at {gpa:#x}")
@@ -145,7 +145,7 @@ class Cpu:
 
     def mmio_store(self, gpa: int, size: int, value: int) -> Step[None]:
         """Write a device register; raises NoDevice."""
-        self.clock.charge(MMIO_COST)
+        self._count("MMIO_STORE", MMIO_COST)
         result = yield MmioStore(gpa, size, value)
         if result[0] != HCode.H_SUCCESS:
             raise NoDevice(f"no device answers at {gpa:#x}")

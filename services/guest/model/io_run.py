@@ -9,16 +9,18 @@ from __future__ import annotations
 import struct
 from enum import StrEnum
 
+from protocol.hcalls import H_GET_TERM_CHAR, H_PUT_TERM_CHAR
 from services.guest.model.cpu import Busy, Cpu, Step
 from services.guest.model.pages import PageAllocator, PageUse, pages_for
 from services.guest.model.random_numbers import next_random
-from services.guest.model.state import IoRun, Owner
+from services.guest.model.state import IoRun, Owner, Pool
 from services.guest.model.virtio_blk import BlkDriver, Finished
 from shared.virtio_blk import SECTOR_BYTES, BlkRequest
 
 MAX_REQUESTS = 1 << 16
 MAX_DEPTH = 32
 MAX_BUFFER_BYTES = 8 << 20
+_NOT_OF_THE_RUN = frozenset({H_GET_TERM_CHAR.name, H_PUT_TERM_CHAR.name})
 _SEED = 0x9E3779B97F4A7C15
 _MAX_NS = (1 << 32) - 1
 
@@ -34,9 +36,10 @@ class IoKind(StrEnum):
 class IoRunner:
     """One run at a time over `state`."""
 
-    def __init__(self, cpu: Cpu, pages: PageAllocator, blk: BlkDriver, state: IoRun) -> None:
+    def __init__(self, cpu: Cpu, pages: PageAllocator, pool: Pool, blk: BlkDriver, state: IoRun) -> None:
         self._cpu = cpu
         self._pages = pages
+        self._pool = pool
         self._blk = blk
         self._state = state
 
@@ -57,6 +60,7 @@ class IoRunner:
         state.n_issued = state.n_done = 0
         state.random, state.error, state.free = _SEED, "", list(range(depth))
         state.submitted = {}
+        state.calls_before, state.bounced_before = dict(self._cpu.calls.counts), self._pool.bytes_bounced
         state.began_ns = state.ended_ns = self._cpu.clock.now_ns()
 
     @property
@@ -110,6 +114,15 @@ class IoRunner:
         self._cpu.memory.store(state.times + 4 * state.n_done, took_ns.to_bytes(4, "little"))
         state.n_done += 1
         state.free.append(finished.cookie)
+        if state.n_done == state.count:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """What the run cost; the terminal's calls are not its own."""
+        state = self._state
+        spent = {name: n - state.calls_before.get(name, 0) for name, n in self._cpu.calls.counts.items()}
+        state.calls = {name: n for name, n in sorted(spent.items()) if n and name not in _NOT_OF_THE_RUN}
+        state.bounced_bytes = self._pool.bytes_bounced - state.bounced_before
 
     def fail(self, error: str) -> None:
         """The queue is broken: nothing more will come."""
@@ -118,10 +131,13 @@ class IoRunner:
             self._state.submitted = {}
 
     def describe(self) -> str:
-        """The result line: requests, bytes, how long it took, the median and the 99th percentile of a request."""
+        """The result line: requests, bytes, how long it took, the median and the 99th percentile of a request, bytes
+        that were bounced, calls by name."""
         state = self._state
         times = sorted(struct.unpack(f"<{state.n_done}I", self._cpu.memory.load(state.times, 4 * state.n_done)))
         p50, p99 = times[len(times) // 2], times[len(times) * 99 // 100]
         total_ns = state.ended_ns - state.began_ns
         n_bytes = state.n_done * state.block_bytes
-        return f"requests {state.n_done} bytes {n_bytes} ns {total_ns} p50_ns {p50} p99_ns {p99}"
+        calls = " ".join(f"{name}={n}" for name, n in state.calls.items())
+        timing = f"requests {state.n_done} bytes {n_bytes} ns {total_ns} p50_ns {p50} p99_ns {p99}"
+        return f"{timing} bounced {state.bounced_bytes} calls {calls}"

@@ -47,7 +47,7 @@ class Parts:
         self.reader = BulkReader(self.blk, state.bulk)
         self.hasher = DiskHasher(self.cpu, self.pages, self.reader, state.bulk, state.disk_hash)
         self.writer = RegionWriter(self.cpu, self.pages, self.blk, state.writer)
-        self.io_run = IoRunner(self.cpu, self.pages, self.blk, state.io_run)
+        self.io_run = IoRunner(self.cpu, self.pages, state.pool, self.blk, state.io_run)
         self.load = DiskWorkload(self.cpu, self.pages, self.blk, state.disk_load)
 
     def open_interrupts(self) -> Step[None]:

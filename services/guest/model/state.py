@@ -116,7 +116,7 @@ class Machine(Struct):
 
 
 class Calls(Struct):
-    """Calls made so far, by name."""
+    """Calls made so far, by name; loads and stores of device registers are MMIO_LOAD and MMIO_STORE."""
 
     counts: dict[str, int] = {}
     busy_rounds: int = 0
@@ -409,6 +409,12 @@ class IoRun(Struct):
     """Buffer -> when its request was submitted."""
     began_ns: int = 0
     ended_ns: int = 0
+    calls_before: dict[str, int] = {}
+    """Calls made before the run, by name."""
+    bounced_before: int = 0
+    calls: dict[str, int] = {}
+    """Those of the run, once it is over."""
+    bounced_bytes: int = 0
     error: str = ""
 
 
