@@ -27,6 +27,7 @@ COMMANDS = {
     "run": "deploy.cli_run:run",
     "linux": "deploy.cli_linux:linux",
     "demo": "deploy.cli_demo:demo",
+    "compare": "deploy.cli_compare:compare",
     "doctor": "deploy.cli_cluster:doctor",
     "clean": "deploy.cli_cluster:clean",
 }

@@ -19,6 +19,7 @@ import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -27,7 +28,7 @@ from deploy.cluster_file import Cluster, VmSpec
 from protocol.errors import ImageRefused, UserError
 from services.guest.model.image import build_image, sources_digest
 from services.ultravisor.identity import ensure_keys, public_key_of
-from shared.boot_partition import build_boot_partition, write_disk
+from shared.boot_partition import DiskLayout, build_boot_partition, write_disk
 from shared.esm_digest import RTAS_TEXT, SecureImage
 from shared.esm_make import Attachment
 from shared.newc import prepend_blob
@@ -112,13 +113,26 @@ def _make_disk(vm: VmSpec, files: SecureFiles) -> None:
     if not vm.disks:
         raise UserError(f"vm {vm.name}: it boots from a disk and has none")
     path = Path(vm.disks[0].path)
-    boot = build_boot_partition(files.image, prepend_blob(files.initrd, files.blob), files.command_line)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as scratch:
         data = _data_image(vm.name, Path(scratch))
         making = Path(scratch) / "disk.img"
         with making.open("w+b") as disk, data.open("rb") as content:
-            write_disk(disk, boot, data=content, data_bytes=DATA_BYTES, scratch_bytes=SCRATCH_BYTES)
+            write_disk(disk, _boot_partition(files), data=content, data_bytes=DATA_BYTES, scratch_bytes=SCRATCH_BYTES)
         os.replace(making, path)
+
+
+def write_model_disk(
+    vm: VmSpec, state_dir: Path, disk: BinaryIO, data: BinaryIO, scratch_bytes: int = SCRATCH_BYTES
+) -> DiskLayout:
+    """Write a disk that `vm` boots from to the empty file `disk`, with the content of `data` as its data partition.
+
+    The host's machine key is in `state_dir`. Raises UserError for settings that the kernel refuses.
+    """
+    return write_disk(disk, _boot_partition(secure_files(vm, state_dir)), data=data, scratch_bytes=scratch_bytes)
+
+
+def _boot_partition(files: SecureFiles) -> bytes:
+    return build_boot_partition(files.image, prepend_blob(files.initrd, files.blob), files.command_line)
 
 
 def _data_image(name: str, scratch: Path) -> Path:

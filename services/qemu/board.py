@@ -95,7 +95,8 @@ class Board:
         if not self._waits_for_devices:
             self.bridge.tell_doorbell = port.doorbell
         self._uuid = uuid.uuid5(uuid.NAMESPACE_URL, f"pefbox:{vm.name}:{vm.lpid}").bytes
-        memory = DeviceMemory(BypassSpace(ram), IommuSpace(ram, self.bridge.dma_windows))
+        self.iommu = IommuSpace(ram, self.bridge.dma_windows)
+        memory = DeviceMemory(BypassSpace(ram), self.iommu)
         maker = DeviceMaker(vm, memory, port, disks, networks or {})
         for slot, device in enumerate(vm.devices, FIRST_SLOT):
             function = maker.make(device)

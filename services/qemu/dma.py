@@ -118,6 +118,8 @@ class IommuSpace(DmaSpace):
     def __init__(self, ram: GuestRam, windows: Sequence[TceTable]) -> None:
         super().__init__(ram)
         self.windows = windows
+        self.n_lookups = 0
+        """Ranges that devices had translated."""
 
     def maps_ram_to_itself(self) -> bool:
         """Whether every bus address up to the end of RAM is translated to the same guest address, for both ways."""
@@ -126,6 +128,7 @@ class IommuSpace(DmaSpace):
 
     def spans(self, address: int, n_bytes: int, *, writing: bool) -> list[Span]:
         """Translate page by page; raises GuestFault at the first page without a translation or the permission."""
+        self.n_lookups += 1
         for window in self.windows:
             if window.index_of(address) is not None:
                 return window.translate(address, n_bytes, writing)

@@ -172,6 +172,7 @@ class Qemu:
             "exit_status": machine.exit_status,
             "run_seconds": machine.run_seconds,
             "panic": machine.panic,
+            "iommu_lookups": machine.board.iommu.n_lookups,
         }
 
     async def _network_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:

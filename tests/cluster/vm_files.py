@@ -13,11 +13,10 @@ import trio
 
 from deploy.api import Vm
 from deploy.cluster_file import read_cluster_file
-from deploy.demo_files import secure_files
+from deploy.demo_files import write_model_disk
 from protocol.errors import UserError
 from services.ultravisor.identity import ensure_keys
-from shared.boot_partition import DiskLayout, build_boot_partition, write_disk
-from shared.newc import prepend_blob
+from shared.boot_partition import ALIGN_BYTES, DiskLayout
 
 DATA_BYTES = 4 << 20
 CONSOLE_SECONDS = 20.0
@@ -71,11 +70,9 @@ def make_vm_files(
     state_dir.mkdir()
     ensure_keys(state_dir, "alpha")
     spec = read_cluster_file(file).vms[0]
-    files = secure_files(spec, state_dir)
-    boot = build_boot_partition(files.image, prepend_blob(files.initrd, files.blob), files.command_line)
     data = io.BytesIO(random.Random(5).randbytes(DATA_BYTES))
     with disk.open("w+b") as image:
-        layout = write_disk(image, boot, data=data)
+        layout = write_model_disk(spec, state_dir, image, data, ALIGN_BYTES)
     return VmFiles(file, state_dir, disk, layout)
 
 

@@ -1,0 +1,183 @@
+"""Running one trial: the VM boots, reads its whole disk, does its work, and what it came to is read off."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import trio
+
+from deploy.api import RunningCluster, Vm, cluster
+from deploy.compare.plan import REQUESTS, TIMED_ROUNDS, Purpose, Trial, Workload
+from deploy.compare.vm_files import VM, TrialFiles, write_trial
+from protocol.errors import PefboxError, UserError
+
+BOOT_SECONDS = 30.0
+COMMAND_SECONDS = 60.0
+READY = "pefbox: ready"
+NO_KERNEL = "pefbox: no kernel to boot"
+_WAIT_SECONDS = 0.3
+_IO = re.compile(r"ok requests (\d+) bytes (\d+) ns (\d+) p50_ns (\d+) p99_ns (\d+) bounced (\d+) calls(.*)")
+_COUNT = re.compile(r"(\w+)=(\d+)")
+_FAULT = "device fault"
+
+
+class Round(msgspec.Struct, frozen=True):
+    """One run of requests, as the guest tells it."""
+
+    requests: int
+    bytes: int
+    ns: int
+    p50_ns: int
+    p99_ns: int
+    bounced_bytes: int
+    calls: dict[str, int]
+    device_lookups: int
+    """Translations that the device asked of the IOMMU for it."""
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """What a trial came to. `works`: the guest read its whole disk as it is, and its work ended without an error."""
+
+    title: str
+    works: bool = False
+    failure: str = ""
+    """Why not, as guest, device or hypervisor said it."""
+    device_faults: list[str] = []
+    secure: bool = False
+    rounds: dict[str, list[Round]] = {}
+    """By workload."""
+    boot_calls: dict[str, int] = {}
+    """Calls of the kernel until it was up, by name; those of the boot stage are not among them."""
+    boot_ns: int = 0
+    """From the start of the machine until the prompt, by the host's clock."""
+    shared_pages: int = 0
+    """Pages of 64 KiB that the guest gave to the host, or would have to."""
+
+
+async def run_trial(trial: Trial, options: dict[str, int | bool]) -> Outcome:
+    """Run `trial` with further `options` of the model kernel; raises UserError when the cluster does not start."""
+    outcome = Outcome(title=trial.title)
+    with tempfile.TemporaryDirectory(prefix="pefbox-compare-") as directory:
+        files = await trio.to_thread.run_sync(write_trial, trial, Path(directory), options)
+        async with cluster(files.cluster_file, state_dir=files.state_dir) as running:
+            try:
+                await _work(running, trial, files, outcome)
+            except _Failed as failed:
+                outcome.failure = str(failed)
+            row = await running.vm(VM).row()
+            outcome.secure = outcome.secure or row.secure
+            outcome.device_faults = _faults(running.vm(VM).qemu.log())
+    return outcome
+
+
+class _Failed(PefboxError):
+    """The VM does not do what it should."""
+
+
+async def _work(running: RunningCluster, trial: Trial, files: TrialFiles, outcome: Outcome) -> None:
+    vm = running.vm(VM)
+    began = trio.current_time()
+    text = await _console_until(vm, lambda text: READY in text or NO_KERNEL in text)
+    outcome.boot_ns = int((trio.current_time() - began) * 1e9)
+    outcome.secure = (await vm.row()).secure
+    if NO_KERNEL in text:
+        raise _Failed(_disk_error(text) or "the boot stage found no kernel")
+    outcome.boot_calls = _counts(await _ask(vm, "calls"))
+    outcome.shared_pages = _counts(await _ask(vm, "pages")).get("shared", 0) if trial.secure else 0
+    digest = (await _ask(vm, "hash")).split()
+    if digest[:2] != ["ok", files.disk_sha256]:
+        raise _Failed(_disk_error(text) or "the guest reads its disk differently: " + " ".join(digest)[:80])
+    for workload in trial.workloads:
+        if workload in REQUESTS:
+            outcome.rounds[workload] = await _rounds(vm, trial, workload)
+    if trial.secure and not outcome.secure:
+        raise _Failed("the VM did not turn itself secure")
+    outcome.works = True
+
+
+async def _rounds(vm: Vm, trial: Trial, workload: Workload) -> list[Round]:
+    n_rounds = TIMED_ROUNDS if trial.purpose is Purpose.TIME else 1
+    rounds = []
+    for _ in range(n_rounds):
+        before = await _lookups(vm)
+        answer = await _ask(vm, REQUESTS[workload].command)
+        found = _IO.search(answer)
+        if found is None:
+            raise _Failed(answer.removeprefix("error ")[:200])
+        n_requests, n_bytes, ns, p50_ns, p99_ns, bounced = (int(number) for number in found.groups()[:6])
+        lookups = await _lookups(vm) - before
+        rounds.append(Round(n_requests, n_bytes, ns, p50_ns, p99_ns, bounced, _counts(found[7]), lookups))
+    return rounds
+
+
+async def _lookups(vm: Vm) -> int:
+    return int((await vm.qemu.query("vm.status"))["iommu_lookups"])
+
+
+async def _ask(vm: Vm, line: str) -> str:
+    """The answer line of a prompt command."""
+    _, since = await vm.console_read()
+    while (data := await vm.console_read(since))[0]:
+        since = data[1]
+    await vm.console_write(line.encode() + b"\r")
+    text = await _console_until(vm, lambda text: _answer(text) is not None, since)
+    return _answer(text) or ""
+
+
+def _answer(text: str) -> str | None:
+    """The first whole line that is an answer."""
+    whole = text.replace("\r\n", "\n").split("\n")[:-1]
+    return next((line for line in whole if line.startswith(("ok", "error"))), None)
+
+
+async def _console_until(vm: Vm, holds: Callable[[str], bool], since: int = 0) -> str:
+    """The console from `since` on, as soon as it `holds`; raises _Failed when the VM ends first, or with time."""
+    text = ""
+    with trio.move_on_after(COMMAND_SECONDS if since else BOOT_SECONDS):
+        while not holds(text):
+            data, since = await vm.console_read(since, _WAIT_SECONDS)
+            text += data.decode(errors="replace")
+            if data:
+                continue
+            row = await vm.row()
+            if row.state == "failed":
+                raise _Failed(f"the VM ended: {row.reason}")
+        return text
+    raise _Failed(_disk_error(text) or "the guest did not answer")
+
+
+def _disk_error(text: str) -> str:
+    """What the guest said of its disk."""
+    found = re.findall(r"pefbox: disk: ([^\r\n]+)", text)
+    return found[-1] if found else ""
+
+
+def _counts(text: str) -> dict[str, int]:
+    return {name: int(number) for name, number in _COUNT.findall(text)}
+
+
+def _faults(log: str) -> list[str]:
+    """Why devices gave up their drivers, as qemu's log says it."""
+    entries = [json.loads(line) for line in log.splitlines() if _FAULT in line]
+    return [str(entry["reason"]) for entry in entries if entry.get("event") == _FAULT]
+
+
+def check_kinds(normal: bool, secure: bool) -> tuple[bool, ...]:
+    """The kinds of VM that a user asked for; both when nothing was said."""
+    kinds = tuple(kind for kind, asked in ((False, normal), (True, secure)) if asked)
+    return kinds or (False, True)
+
+
+def parse_names(names: str, allowed: type, what: str) -> tuple[str, ...]:
+    """The names of a list with commas; raises UserError for one that does not exist."""
+    chosen = tuple(name.strip() for name in names.split(",") if name.strip())
+    known = [str(value) for value in allowed]  # type: ignore[attr-defined]
+    for name in chosen:
+        if name not in known:
+            raise UserError(f'no {what} "{name}"; there is: {", ".join(known)}')
+    return chosen

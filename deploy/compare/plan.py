@@ -1,0 +1,101 @@
+"""Which VMs a comparison runs, and what each is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from shared.dma_designs import DESIGNS, DmaDesign
+
+
+class Workload(StrEnum):
+    """What is timed and counted. `boot` is what it takes until the kernel is up, and needs no request of its own."""
+
+    READ = "read"
+    WRITE = "write"
+    RANDREAD = "randread"
+    BOOT = "boot"
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """A run of the guest's `io` command."""
+
+    kind: str
+    block_bytes: int
+    depth: int
+    count: int
+
+    @property
+    def command(self) -> str:
+        """What is typed at the guest's prompt."""
+        return f"io {self.kind} {self.block_bytes} {self.depth} {self.count}"
+
+
+REQUESTS: dict[Workload, Requests] = {
+    Workload.READ: Requests("read", 256 << 10, 8, 64),
+    Workload.WRITE: Requests("write", 64 << 10, 8, 64),
+    Workload.RANDREAD: Requests("randread", 4 << 10, 32, 512),
+}
+TIMED_ROUNDS = 5
+"""How often each timed run is repeated; the median and the spread of these are reported."""
+
+
+class Purpose(StrEnum):
+    """Why a VM is run."""
+
+    COUNT = "count"
+    """The same in every run: time is counted in instructions."""
+    TIME = "time"
+    OLD_GUEST = "old guest"
+    """A driver that knows nothing of secure VMs, on the devices of this design."""
+    OLD_FIRMWARE = "old firmware"
+    """A boot stage that does not know ACCESS_PLATFORM, on the devices of this design."""
+    UNPATCHED = "unpatched guest"
+    """A driver that takes ACCESS_PLATFORM and nothing newer, on the devices of this design."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One VM to run: `driver` is the design of its kernel, `design` that of everything around it."""
+
+    design: DmaDesign
+    purpose: Purpose
+    secure: bool
+    driver: DmaDesign
+    workloads: tuple[Workload, ...] = field(default=())
+
+    @property
+    def time(self) -> str:
+        """The VM's clock."""
+        return "wall" if self.purpose is Purpose.TIME else "instructions"
+
+    @property
+    def title(self) -> str:
+        """For the progress display."""
+        return f"{self.design}, {'secure' if self.secure else 'normal'} VM, {self.purpose}"
+
+
+BASELINE = DmaDesign.NOTHING
+"""Its normal VM is the bypass that everything is relative to."""
+
+
+def trials_of(design: DmaDesign, kinds: tuple[bool, ...], workloads: tuple[Workload, ...]) -> list[Trial]:
+    """What is run for one design; `kinds` says whether of a normal VM (False), a secure one (True), or both."""
+    trials = [
+        Trial(design, purpose, secure, design, workloads)
+        for secure in kinds
+        for purpose in (Purpose.COUNT, Purpose.TIME)
+    ]
+    if False in kinds:
+        trials.append(Trial(design, Purpose.OLD_GUEST, False, DmaDesign.NOTHING))
+        trials.append(Trial(design, Purpose.OLD_FIRMWARE, False, design))
+        if DESIGNS[design].offer.bypass_switch:
+            trials.append(Trial(design, Purpose.UNPATCHED, False, DmaDesign.IOMMU_ALWAYS, workloads))
+    return trials
+
+
+def plan(designs: tuple[DmaDesign, ...], kinds: tuple[bool, ...], workloads: tuple[Workload, ...]) -> list[Trial]:
+    """Every trial, the baseline's first."""
+    ordered = sorted(designs, key=lambda design: design is not BASELINE)
+    return [trial for design in ordered for trial in trials_of(design, kinds, workloads)]
