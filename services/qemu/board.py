@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import trio
@@ -19,8 +19,9 @@ from protocol.messages import TceWindowBody
 from protocol.roles import Role
 from protocol.rtas import EXIT, RTAS, SERVED_BY
 from protocol.startup import VmEntry
+from services.qemu.device_function import DeviceFunction
 from services.qemu.device_tree import BootFacts, PciNodes, TreeFacts, build_device_tree
-from services.qemu.devices import DeviceMaker, DevicePort
+from services.qemu.devices import DeviceMaker, DevicePort, FunctionState
 from services.qemu.dma import BypassSpace, IommuSpace
 from services.qemu.hcalls import QemuHcalls
 from services.qemu.network import Switch
@@ -30,7 +31,7 @@ from services.qemu.rtas_ddw import default_window
 from services.qemu.virtio_access import DeviceMemory
 from services.qemu.virtio_console import VirtioConsole
 from services.qemu.virtio_net import VirtioNet
-from services.qemu.virtio_pci import VirtioPciFunction, VirtioPciState
+from services.qemu.virtio_pci import VirtioPciFunction
 from services.runtime.text_buffers import TextState
 from shared.guest_ram import GuestRam
 from shared.interrupt_sources import EPOW_SOURCE, HOTPLUG_SOURCE, NVRAM_SOURCE, VTY_SOURCE
@@ -56,7 +57,7 @@ class BoardPort(IrqPort, MachinePort, DevicePort, Protocol):
 class BoardState(msgspec.Struct):
     """Everything that a guest can see of its devices, between two requests; functions by devfn."""
 
-    functions: dict[int, VirtioPciState]
+    functions: dict[int, FunctionState]
     msi_blocks: dict[int, tuple[int, int]]
     """devfn -> first source and number of sources."""
     rtas: RtasState
@@ -87,7 +88,7 @@ class Board:
     ) -> None:
         self.vm = vm
         self.bridge = PciHostBridge(port, ddw=vm.dma.ddw)
-        self.functions: list[VirtioPciFunction] = []
+        self.functions: list[DeviceFunction[Any]] = []
         self._ram = ram
         self._port = port
         self._assign_bars = assign_bars
@@ -188,7 +189,7 @@ class Board:
 
     def set_dma_bypass(self, buid: int, config_addr: int, *, on: bool) -> HCode:
         """H_SET_DMA_BYPASS."""
-        if not any(function.device.access.offer.bypass_switch for function in self.functions):
+        if not any(function.device.access.offer.bypass_switch for function in self._virtio):
             return HCode.H_FUNCTION
         function = self.bridge.bus.functions.get(config_addr >> 8) if buid == self.bridge.buid else None
         if not isinstance(function, VirtioPciFunction) or config_addr & 0xFF:
@@ -199,8 +200,12 @@ class Board:
 
     def turned_secure(self) -> None:
         """The VM is secure now: its virtio devices move behind the IOMMU, whatever their drivers had settled on."""
-        for function in self.functions:
+        for function in self._virtio:
             function.device.put_behind_iommu("moved behind the IOMMU: the VM turned secure")
+
+    @property
+    def _virtio(self) -> list[VirtioPciFunction]:
+        return [function for function in self.functions if isinstance(function, VirtioPciFunction)]
 
     # Description and state.
 
@@ -240,8 +245,9 @@ class Board:
 
     def load(self, state: BoardState) -> None:
         """Go on from `state`, of a board with the same devices; raises ValueError for another one's."""
-        devfns = {function.devfn for function in self.functions}
-        if set(state.functions) != devfns or set(state.consoles) != set(self.consoles):
+        kinds = {function.devfn: function.state_type for function in self.functions}
+        saved = {devfn: type(function) for devfn, function in state.functions.items()}
+        if saved != kinds or set(state.consoles) != set(self.consoles):
             raise ValueError("the saved board has other devices")
         self.bridge.msis.blocks = {
             devfn: range(first, first + n) for devfn, (first, n) in sorted(state.msi_blocks.items())
@@ -274,4 +280,4 @@ class Board:
     def faults(self) -> dict[str, str]:
         """Why devices need a reset or refused their driver, by device name; those without a fault are left out."""
         devices = [function.device for function in self.functions]
-        return {device.name: device.state.fault for device in devices if device.state.fault is not None}
+        return {device.name: device.fault for device in devices if device.fault is not None}

@@ -14,7 +14,6 @@ from protocol.rtas import (
     REMOVE_PE_DMA_WINDOW,
     RESET_PE_DMA_WINDOW,
 )
-from services.qemu.msix import MsixTable
 from services.qemu.pci_bus import Bar, PciFunction
 from services.qemu.phb import DEFAULT_DMA_BASE, DEFAULT_DMA_BYTES, N_PINS, PciHostBridge, Window
 from shared.fdt_reader import FdtNode
@@ -23,7 +22,6 @@ from shared.interrupt_sources import MSI_BASE, SOURCES_END
 from shared.pci import (
     OF_PREFETCHABLE,
     OF_RELOCATABLE,
-    STATUS_CAPABILITIES,
     Capability,
     Config,
     OfSpace,
@@ -43,6 +41,8 @@ _NAMES: dict[int, str] = {
     PciClass.OTHER: "legacy-device",
 }
 """Node names by class, as the PCI binding's generic names."""
+_MESSAGE_COUNTS = {Capability.MSI: "ibm,req#msi", Capability.MSIX: "ibm,req#msi-x"}
+"""The property that says how many messages a function can send."""
 
 
 def bridge_node(bridge: PciHostBridge, interrupt_parent: int, *, devices: bool) -> FdtNode:
@@ -120,9 +120,8 @@ def _function_properties(function: PciFunction) -> dict[str, bytes]:
     }
     if identity.interrupt_pin:
         properties["interrupts"] = cells(identity.interrupt_pin)
-    n_vectors = _n_vectors(function)
-    if n_vectors:
-        properties["ibm,req#msi-x"] = cells(n_vectors)
+    if function.messages is not None:
+        properties[_MESSAGE_COUNTS[function.messages.capability]] = cells(function.messages.n_vectors)
     assigned = _registers(function, assigned=True)
     if assigned:
         properties["assigned-addresses"] = assigned
@@ -145,10 +144,3 @@ def _registers(function: PciFunction, *, assigned: bool) -> bytes:
 def _bar(function: PciFunction, bar: Bar, address: int, flags: int) -> bytes:
     high = of_phys_hi(bar.space, 0, function.devfn, bar.register, flags)
     return cells(high) + quads(address, bar.region.size_bytes)
-
-
-def _n_vectors(function: PciFunction) -> int:
-    has_msix = function.read_config(Config.STATUS, 2) & STATUS_CAPABILITIES
-    if not has_msix or Capability.MSIX not in function.capabilities.values():
-        return 0
-    return next((bar.region.n_vectors for bar in function.bars if isinstance(bar.region, MsixTable)), 0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from protocol.errors import HostFault, UserError
 from protocol.startup import DeviceEntry, VmEntry
+from services.qemu.device_function import DeviceFunction
 from services.qemu.disk_file import DiskFile
 from services.qemu.network import Switch
 from services.qemu.virtio_access import DeviceMemory
@@ -15,9 +16,12 @@ from services.qemu.virtio_blk import VirtioBlk
 from services.qemu.virtio_console import VirtioConsole
 from services.qemu.virtio_device import VirtioDevice
 from services.qemu.virtio_net import VirtioNet
-from services.qemu.virtio_pci import VirtioPciFunction
+from services.qemu.virtio_pci import VirtioPciFunction, VirtioPciState
 from services.qemu.virtio_rng import VirtioRng
 from shared.pci import PciClass
+
+FunctionState = VirtioPciState
+"""The states of all kinds of functions."""
 
 
 class DevicePort(Protocol):
@@ -40,12 +44,14 @@ class DeviceMaker:
     disks: Mapping[str, int]
     networks: Mapping[str, Switch]
 
-    def make(self, device: DeviceEntry) -> VirtioPciFunction:
+    def make(self, device: DeviceEntry) -> DeviceFunction[Any]:
         """A function; raises UserError for what does not exist, HostFault for a disk that cannot be read."""
-        kind = _KINDS.get(device.kind)
+        kind = _VIRTIO.get(device.kind)
         if kind is None:
-            raise UserError(f"{self.vm.name}: device {device.kind!r} does not exist; there is: {', '.join(_KINDS)}")
-        make, pci_class = kind
+            raise UserError(f"{self.vm.name}: device {device.kind!r} does not exist; there is: {', '.join(_VIRTIO)}")
+        return self._virtio(device, *kind)
+
+    def _virtio(self, device: DeviceEntry, make: MakeVirtio, pci_class: PciClass) -> VirtioPciFunction:
         virtio = make(self, device)
         virtio.on_fault = self.port.device_fault
         if self.vm.time == "instructions":
@@ -87,7 +93,8 @@ class DeviceMaker:
         return f"{self.vm.name}/{device}"
 
 
-_KINDS: Mapping[str, tuple[Callable[[DeviceMaker, DeviceEntry], VirtioDevice], PciClass]] = {
+MakeVirtio = Callable[[DeviceMaker, DeviceEntry], VirtioDevice]
+_VIRTIO: Mapping[str, tuple[MakeVirtio, PciClass]] = {
     "virtio-blk": (DeviceMaker._blk, PciClass.SCSI),
     "virtio-net": (DeviceMaker._net, PciClass.ETHERNET),
     "virtio-rng": (DeviceMaker._rng, PciClass.OTHER),

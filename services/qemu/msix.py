@@ -10,7 +10,7 @@ from struct import Struct
 
 import msgspec
 
-from shared.pci import MSIX_ENTRY_MASKED, MsixEntry
+from shared.pci import MSIX_ENTRY_MASKED, Capability, MsixEntry
 
 PBA_OFFSET = 0x800
 BAR_BYTES = 0x1000
@@ -33,6 +33,7 @@ class MsixTable:
     """The vectors of one function; `deliver(address, data)` is the memory write that a message is."""
 
     size_bytes = BAR_BYTES
+    capability = Capability.MSIX
 
     def __init__(self, n_vectors: int, deliver: Callable[[int, int], None]) -> None:
         if not 0 < n_vectors <= MAX_VECTORS:

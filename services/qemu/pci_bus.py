@@ -21,6 +21,7 @@ from shared.pci import (
     CONFIG_BYTES,
     STATUS_CAPABILITIES,
     STATUS_INTERRUPT,
+    Capability,
     Command,
     Config,
     OfSpace,
@@ -89,6 +90,21 @@ class PciIdentity:
     interrupt_pin: int = 1
 
 
+class MessageInterrupts(Protocol):
+    """The messages that a function can send; the platform programs them (ibm,change-msi)."""
+
+    @property
+    def capability(self) -> Capability:
+        """MSI or MSI-X."""
+
+    @property
+    def n_vectors(self) -> int:
+        """How many there are."""
+
+    def set_message(self, vector: int, address: int, data: int) -> None:
+        """Program and unmask `vector`."""
+
+
 class PciFunction:
     """One function; `devfn` is set when it is plugged."""
 
@@ -96,6 +112,7 @@ class PciFunction:
         self.identity = identity
         self.devfn = 0
         self.bars: list[Bar] = []
+        self.messages: MessageInterrupts | None = None
         self.capabilities: dict[int, int] = {}
         """Offset of each capability -> its id, in list order."""
         self.bus: PciBus | None = None

@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 from protocol.codes import RtasStatus
-from services.qemu.msix import MsixTable
-from services.qemu.pci_bus import PciFunction
+from services.qemu.pci_bus import MessageInterrupts, PciFunction
 from services.qemu.phb import MSI_WINDOW, IrqPort, PciHostBridge
-from services.qemu.virtio_pci import VirtioPciFunction
-from shared.pci import CONFIG_BYTES
+from shared.pci import CONFIG_BYTES, Capability
 
 EDGE_TRIGGERED = 1
-MSIX_TYPE = 2
+_TYPES = {Capability.MSI: 1, Capability.MSIX: 2}
+"""What ibm,change-msi calls the kinds of messages."""
 
 
 class ChangeMsi(IntEnum):
@@ -31,6 +30,14 @@ class ChangeMsi(IntEnum):
     RESET = 2
     CHANGE_MSI = 3
     CHANGE_MSIX = 4
+
+
+_CHANGES = {
+    ChangeMsi.CHANGE: (Capability.MSI, Capability.MSIX),
+    ChangeMsi.CHANGE_MSI: (Capability.MSI,),
+    ChangeMsi.CHANGE_MSIX: (Capability.MSIX,),
+}
+"""The functions of ibm,change-msi that are served, and the messages that each may change."""
 
 
 class RtasError(Exception):
@@ -74,21 +81,19 @@ class PciRtas:
         config_addr, buid_high, buid_low, function, n_asked, sequence = args
         self._check_bridge(buid_high, buid_low)
         target = self._function(config_addr)
-        msix = _msix(target)
-        if function not in (ChangeMsi.CHANGE, ChangeMsi.CHANGE_MSIX):
-            raise RtasError(RtasStatus.PARAMETER_ERROR)
-        next_sequence = sequence + 1 & 0xFFFFFFFF
+        messages = _messages(target, function)
+        kind, next_sequence = _TYPES[messages.capability], sequence + 1 & 0xFFFFFFFF
         if n_asked == 0:
-            self._take_back(target, msix)
-            return [0, next_sequence, MSIX_TYPE]
-        sources = self._phb.msis.allocate(target.devfn, min(n_asked, msix.n_vectors))
+            self._take_back(target, messages)
+            return [0, next_sequence, kind]
+        sources = self._phb.msis.allocate(target.devfn, min(n_asked, messages.n_vectors))
         if sources is None:
             raise RtasError(RtasStatus.HARDWARE_ERROR)
         for source in sources:
             await self._irq.define(source, level_triggered=False)
         for vector, source in enumerate(sources):
-            msix.set_message(vector, MSI_WINDOW, source)
-        return [len(sources), next_sequence, MSIX_TYPE]
+            messages.set_message(vector, MSI_WINDOW, source)
+        return [len(sources), next_sequence, kind]
 
     def query_source(self, config_addr: int, buid_high: int, buid_low: int, vector: int) -> list[int]:
         """ibm,query-interrupt-source-number: source, and 1 for edge triggered."""
@@ -98,10 +103,10 @@ class PciRtas:
             raise RtasError(RtasStatus.HARDWARE_ERROR)
         return [sources[vector], EDGE_TRIGGERED]
 
-    def _take_back(self, target: PciFunction, msix: MsixTable) -> None:
+    def _take_back(self, target: PciFunction, messages: MessageInterrupts) -> None:
         self._phb.msis.release(target.devfn)
-        for vector in range(msix.n_vectors):
-            msix.set_message(vector, 0, 0)
+        for vector in range(messages.n_vectors):
+            messages.set_message(vector, 0, 0)
 
     def check_device(self, config_addr: int, buid_high: int, buid_low: int) -> None:
         """Raises RtasError unless the bridge and a function at `config_addr` exist."""
@@ -126,7 +131,8 @@ class PciRtas:
         return self._function(config_addr), offset
 
 
-def _msix(function: PciFunction) -> MsixTable:
-    if not isinstance(function, VirtioPciFunction):
+def _messages(function: PciFunction, change: int) -> MessageInterrupts:
+    messages = function.messages
+    if messages is None or change not in _CHANGES or messages.capability not in _CHANGES[ChangeMsi(change)]:
         raise RtasError(RtasStatus.PARAMETER_ERROR)
-    return function.msix
+    return messages

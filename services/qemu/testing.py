@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from protocol.codes import HCode
 from protocol.errors import GuestFault
@@ -14,6 +15,7 @@ from protocol.geometry import PAGE_SHIFT
 from protocol.messages import TceWindowBody
 from protocol.startup import NO_OFFER, DeviceEntry, DiskEntry, DmaOffer, GuestEntry, VmEntry
 from services.qemu.board import Board
+from services.qemu.device_function import DeviceFunction
 from services.qemu.virtio_pci import MODERN_BAR, NOTIFY_MULTIPLIER, OFFSETS, VirtioPciFunction
 from services.qemu.virtqueue import QueueState
 from shared.guest_ram import GuestRam
@@ -266,7 +268,9 @@ class TestDriver:
 
     __test__ = False
 
-    def __init__(self, board: Board, function: VirtioPciFunction) -> None:
+    def __init__(self, board: Board, function: DeviceFunction[Any]) -> None:
+        if not isinstance(function, VirtioPciFunction):
+            raise ValueError(f"{function.device.name} is no virtio device")
         self.board = board
         self.function = function
         bar = next(bar for bar in function.bars if bar.index == MODERN_BAR)

@@ -173,6 +173,11 @@ class VirtioDevice(ABC):
     # Life of the device.
 
     @property
+    def fault(self) -> str | None:
+        """Why it needs a reset, or refused its driver."""
+        return self.state.fault
+
+    @property
     def serving(self) -> bool:
         """Whether the device may touch buffers."""
         live = self.state.status & (DeviceStatus.DRIVER_OK | DeviceStatus.NEEDS_RESET) == DeviceStatus.DRIVER_OK

@@ -15,8 +15,9 @@ from struct import Struct
 
 import msgspec
 
+from services.qemu.device_function import DeviceFunction
 from services.qemu.msix import PBA_OFFSET, MsixState, MsixTable
-from services.qemu.pci_bus import Bar, PciFunction, PciIdentity
+from services.qemu.pci_bus import Bar, PciIdentity
 from services.qemu.virtio_device import VirtioDevice, VirtioState
 from services.qemu.virtqueue import Virtqueue
 from shared.pci import (
@@ -63,7 +64,7 @@ _VENDOR_CAP = Struct("<BBBBxxII")
 """A vendor capability after its id and next pointer: cap_len, cfg_type, bar, id, padding, offset, length."""
 
 
-class VirtioPciState(msgspec.Struct):
+class VirtioPciState(msgspec.Struct, tag="virtio"):
     """The transport and its device between two requests."""
 
     config: bytes
@@ -75,17 +76,19 @@ class VirtioPciState(msgspec.Struct):
     device: VirtioState
 
 
-class VirtioPciFunction(PciFunction):
+class VirtioPciFunction(DeviceFunction[VirtioPciState]):
     """The PCI function of `device`; it is the device's transport."""
 
     size_bytes = MODERN_BAR_BYTES
+    state_type = VirtioPciState
+    device: VirtioDevice
 
     def __init__(self, device: VirtioDevice, class_code: int) -> None:
         device_id = MODERN_DEVICE_BASE + device.device_id
         super().__init__(PciIdentity(VENDOR_ID, device_id, class_code, MODERN_REVISION, VENDOR_ID, SUBSYSTEM_ID))
         self.device = device
         device.transport = self
-        self.msix = MsixTable(len(device.queues) + 1, self.send_message)
+        self.messages = self.msix = MsixTable(len(device.queues) + 1, self.send_message)
         self._isr = 0
         self._device_feature_select = self._driver_feature_select = self._queue_select = 0
         self._loads = self._load_table()

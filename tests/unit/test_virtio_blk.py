@@ -480,7 +480,7 @@ async def test_a_busy_queue_is_looked_at_for_a_while_without_a_kick(make_rig: Ma
         await until(lambda: rig.ring.used_idx() == 2)
         rig.ring.put_chain([rig.header(BlkRequest.IN, 2, 2), *read_into(2)], first=16)
         await until(lambda: rig.ring.used_idx() == 3)
-    assert rig.board.functions[0].device.busy
+    assert rig.blk.busy
 
 
 async def test_after_a_lonely_request_the_device_asks_for_a_kick_at_once(make_rig: MakeRig) -> None:
