@@ -65,8 +65,15 @@ class DmaMachine(Struct, frozen=True):
     ddw: bool = True
 
 
+class IommuDomain(StrEnum):
+    """Whose DMA windows a device translates through."""
+
+    BUS = "bus"
+    OWN = "own"
+
+
 class DeviceEntry(Struct, frozen=True):
-    """A device of a VM. `kind` says which of the other fields it has.
+    """A device of a VM. `kind` says which of the other fields it has; all have `iommu_domain`.
 
     `virtio-blk` has a `disk`; `virtio-net` a `network`, its `mac` (`52:54:00:00:00:01`) and `mtu`; `virtio-console` a
     `name`; `virtio-rng` nothing. `offer` is of virtio devices.
@@ -79,6 +86,7 @@ class DeviceEntry(Struct, frozen=True):
     mtu: int = DEFAULT_MTU
     name: str | None = None
     offer: DmaOffer = DmaOffer()
+    iommu_domain: IommuDomain = IommuDomain.BUS
 
 
 class GuestEntry(Struct, frozen=True):

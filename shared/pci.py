@@ -132,3 +132,8 @@ def of_phys_hi(space: OfSpace, bus: int, devfn: int, register: int = 0, flags: i
 def devfn_of(slot: int, function: int = 0) -> int:
     """The 8-bit device and function number."""
     return slot << 3 | function
+
+
+def slot_of(devfn: int) -> int:
+    """The device number."""
+    return devfn >> 3

@@ -16,6 +16,10 @@ from protocol.messages import TceWindowBody
 from shared.words import words_u64
 
 ENTRY_BYTES = 8
+PCI_LIOBN = 0x8000_0000
+"""Bit of a liobn that a PCI host bridge gave."""
+WINDOWS_PER_DOMAIN = 2
+BUS_DOMAIN = 0
 MIN_PAGE_SHIFT = 12
 ADDRESS_MASK = (1 << 64) - (1 << MIN_PAGE_SHIFT)
 
@@ -29,6 +33,15 @@ class TcePermission(IntFlag):
 
 
 PERMISSION_MASK = int(TcePermission.READ | TcePermission.WRITE)
+
+
+def pci_liobn(bridge: int, domain: int, window: int) -> int:
+    """The liobn of a window (0 or 1) of PCI host bridge number `bridge`.
+
+    The windows of a bridge are counted by domains: those of its bus (BUS_DOMAIN) are 0 and 1, as QEMU's, and those of
+    a slot that has a domain of its own follow, two for each. So no two domains ever share a liobn.
+    """
+    return PCI_LIOBN | bridge << 8 | domain * WINDOWS_PER_DOMAIN | window
 
 
 def tce(gpa: int, permission: TcePermission) -> int:

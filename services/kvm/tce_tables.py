@@ -24,22 +24,16 @@ DEFAULT_WINDOW_SHIFT = 12
 DEFAULT_WINDOW_TCES = 1 << 18
 """The 32-bit window that a PCI host bridge starts with: 1 GiB of 4 KiB pages at bus address 0, a 2 MiB table."""
 MAX_STUFF_TCES = DEFAULT_WINDOW_TCES
-MAX_WINDOWS_PER_PHB = 2
 MAX_TABLES = 64
+"""Two for a bus and for each of its 31 slots."""
 MAX_TOTAL_TCES = 1 << 25
 """All tables of a VM together: 256 MiB."""
 
 INDIRECT_LIST_ALIGN_BYTES = 4096
-_PCI_LIOBN = 0x8000_0000
 _U64 = (1 << 64) - 1
 
 _SUCCESS: list[int] = [HCode.H_SUCCESS]
 _PARAMETER: list[int] = [HCode.H_PARAMETER]
-
-
-def pci_liobn(phb: int, window: int) -> int:
-    """The liobn of a window (0 or 1) of PCI host bridge number `phb`."""
-    return _PCI_LIOBN | phb << 8 | window
 
 
 class TceTableState(msgspec.Struct):
@@ -71,17 +65,15 @@ class TceTables:
     def create(self, window: TceWindowBody) -> HCode:
         """Make an empty table.
 
-        H_PARAMETER: the window's geometry does not hold. H_IN_USE: the liobn has a table. H_RESOURCE: the host bridge
-        has its two windows, or the VM too many or too large tables; nothing was allocated then.
+        H_PARAMETER: the window's geometry does not hold. H_IN_USE: the liobn has a table. H_RESOURCE: the VM has too
+        many or too large tables; nothing was allocated then. A domain has two liobns, so it needs no limit of its own.
         """
         if not _geometry_holds(window):
             return HCode.H_PARAMETER
         if window.liobn in self._tables:
             return HCode.H_IN_USE
-        siblings = sum(_bridge(liobn) == _bridge(window.liobn) for liobn in self._tables)
         total_tces = sum(table.n_tces for table in self._tables.values()) + window.n_tces
-        limit = MAX_WINDOWS_PER_PHB if window.liobn & _PCI_LIOBN else 1
-        if siblings >= limit or len(self._tables) >= MAX_TABLES or total_tces > MAX_TOTAL_TCES:
+        if len(self._tables) >= MAX_TABLES or total_tces > MAX_TOTAL_TCES:
             return HCode.H_RESOURCE
         self._tables[window.liobn] = TceTable(window, self._allocate(window))
         return HCode.H_SUCCESS
@@ -201,11 +193,6 @@ def _geometry_holds(window: TceWindowBody) -> bool:
         return False
     aligned = window.base >= 0 and window.base % (1 << window.page_shift) == 0
     return aligned and window.base + (window.n_tces << window.page_shift) <= 1 << 64
-
-
-def _bridge(liobn: int) -> int:
-    """What shares its windows: a PCI host bridge, or a virtual I/O device of its own."""
-    return liobn >> 8 if liobn & _PCI_LIOBN else liobn
 
 
 def _aligned_index(table: TceTable, ioba: int, n_tces: int) -> int | None:

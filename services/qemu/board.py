@@ -18,7 +18,7 @@ from protocol.codes import HCode
 from protocol.messages import TceWindowBody
 from protocol.roles import Role
 from protocol.rtas import EXIT, RTAS, SERVED_BY
-from protocol.startup import VmEntry
+from protocol.startup import DeviceEntry, IommuDomain, VmEntry
 from services.qemu.device_function import DeviceFunction
 from services.qemu.device_tree import BootFacts, PciNodes, TreeFacts, build_device_tree
 from services.qemu.devices import DeviceMaker, DevicePort, FunctionState
@@ -27,7 +27,6 @@ from services.qemu.hcalls import QemuHcalls
 from services.qemu.network import Switch
 from services.qemu.phb import IrqPort, PciHostBridge
 from services.qemu.rtas import MachineFacts, MachinePort, RtasServices, RtasState
-from services.qemu.rtas_ddw import default_window
 from services.qemu.virtio_access import DeviceMemory
 from services.qemu.virtio_console import VirtioConsole
 from services.qemu.virtio_net import VirtioNet
@@ -96,11 +95,10 @@ class Board:
         if not self._waits_for_devices:
             self.bridge.tell_doorbell = port.doorbell
         self._uuid = uuid.uuid5(uuid.NAMESPACE_URL, f"pefbox:{vm.name}:{vm.lpid}").bytes
-        self.iommu = IommuSpace(ram, self.bridge.dma_windows)
-        memory = DeviceMemory(BypassSpace(ram), self.iommu)
-        maker = DeviceMaker(vm, memory, port, disks, networks or {})
+        self._iommus: list[IommuSpace] = []
         for slot, device in enumerate(vm.devices, FIRST_SLOT):
-            function = maker.make(device)
+            memory = self._memory_of(devfn_of(slot), device)
+            function = DeviceMaker(vm, memory, port, disks, networks or {}).make(device)
             self.functions.append(function)
             self.bridge.bus.plug(devfn_of(slot), function)
         facts = MachineFacts(vm.memory_bytes, N_CPUS, self._uuid, repeatable=vm.time == "instructions")
@@ -111,6 +109,13 @@ class Board:
         self._described: tuple[BootFacts, PciNodes] = (BootFacts(), PciNodes.QEMU)
         if assign_bars:
             self.bridge.assign_bars()
+
+    def _memory_of(self, devfn: int, device: DeviceEntry) -> DeviceMemory:
+        own = device.iommu_domain is IommuDomain.OWN
+        domain = self.bridge.give_own_domain(devfn) if own else self.bridge.bus_domain
+        iommu = IommuSpace(self._ram, domain.windows)
+        self._iommus.append(iommu)
+        return DeviceMemory(BypassSpace(self._ram), iommu)
 
     # Life.
 
@@ -142,19 +147,26 @@ class Board:
         if self._assign_bars:
             self.bridge.assign_bars()
 
-    def default_window(self) -> TceWindowBody:
-        """The 32-bit DMA window that kvm makes for the bridge."""
-        return default_window(self.bridge)
+    @property
+    def n_iommu_lookups(self) -> int:
+        """Ranges that devices had translated."""
+        return sum(iommu.n_lookups for iommu in self._iommus)
+
+    def default_windows(self) -> list[TceWindowBody]:
+        """The 32-bit DMA windows that kvm makes: for the bus, then for each device that has its own."""
+        return [domain.default_window for domain in self.bridge.domains]
 
     def add_dma_window(self, table: TceTable) -> None:
-        """Devices translate through `table` from now on; it replaces one of the same liobn."""
-        self.remove_dma_window(table.liobn)
-        self.bridge.dma_windows.append(table)
+        """The devices of its domain translate through `table` from now on; it replaces one of the same liobn."""
+        domain = self.bridge.domain_with(table.liobn)
+        if domain is not None:
+            domain.use(table)
 
     def remove_dma_window(self, liobn: int) -> None:
         """Devices reach nothing through the window any more."""
-        windows = self.bridge.dma_windows
-        windows[:] = [window for window in windows if window.liobn != liobn]
+        domain = self.bridge.domain_with(liobn)
+        if domain is not None:
+            domain.drop(liobn)
 
     # Exits.
 

@@ -14,8 +14,9 @@ from protocol.rtas import (
     REMOVE_PE_DMA_WINDOW,
     RESET_PE_DMA_WINDOW,
 )
+from services.qemu.dma_domain import DEFAULT_BASE, DEFAULT_BYTES, DmaDomain
 from services.qemu.pci_bus import Bar, PciFunction
-from services.qemu.phb import DEFAULT_DMA_BASE, DEFAULT_DMA_BYTES, N_PINS, PciHostBridge, Window
+from services.qemu.phb import N_PINS, PciHostBridge, Window
 from shared.fdt_reader import FdtNode
 from shared.fdt_values import add_node, cells, quads, strings
 from shared.interrupt_sources import MSI_BASE, SOURCES_END
@@ -52,13 +53,14 @@ def bridge_node(bridge: PciHostBridge, interrupt_parent: int, *, devices: bool) 
         # Firmware that reads this takes the nodes as they are and only gives the BARs addresses.
         node.properties["qemu,phb-enumerated"] = cells(1)
         for _, function in sorted(bridge.bus.functions.items()):
-            add_node(node, _name(function), _function_properties(function))
+            domain = bridge.domain_of(function.devfn)
+            own = {} if domain is bridge.bus_domain else _dma_properties(bridge, domain)
+            add_node(node, _name(function), _function_properties(function) | own)
     return node
 
 
 def _bridge_properties(bridge: PciHostBridge, interrupt_parent: int) -> dict[str, bytes]:
-    dma_window = cells(bridge.liobn) + quads(DEFAULT_DMA_BASE, DEFAULT_DMA_BYTES)
-    properties = {
+    return {
         "device_type": strings("pci"),
         "compatible": strings("IBM,Logical_PHB"),
         "reg": quads(bridge.buid, 0),
@@ -72,7 +74,14 @@ def _bridge_properties(bridge: PciHostBridge, interrupt_parent: int) -> dict[str
         "ibm,pe-total-#msi": cells(SOURCES_END - MSI_BASE),
         "interrupt-map-mask": cells(_SLOT_MASK, 0, 0, _PIN_MASK),
         "interrupt-map": _interrupt_map(bridge, interrupt_parent),
-        "ibm,dma-window": dma_window,
+        **_dma_properties(bridge, bridge.bus_domain),
+    }
+
+
+def _dma_properties(bridge: PciHostBridge, domain: DmaDomain) -> dict[str, bytes]:
+    """The window of a node and of all below it that have none: a guest looks from the device up."""
+    properties = {
+        "ibm,dma-window": cells(domain.liobns[0]) + quads(DEFAULT_BASE, DEFAULT_BYTES),
         "ibm,#dma-address-cells": cells(2),
         "ibm,#dma-size-cells": cells(2),
     }

@@ -110,7 +110,7 @@ class BypassSpace(DmaSpace):
 
 
 class IommuSpace(DmaSpace):
-    """Bus addresses of one PCI host bridge, translated by its TCE windows.
+    """Bus addresses of one domain, translated by its TCE windows.
 
     `windows` is read at each translation: whoever owns the list adds and removes windows.
     """

@@ -19,10 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from services.qemu.dma_domain import DmaDomain
 from services.qemu.pci_bus import Bar, PciBus, PciFunction, Region
 from shared.interrupt_sources import MSI_BASE, PCI_LSI_BASE, SOURCES_END
-from shared.pci import Command, Config, OfSpace
-from shared.tce import TceTable
+from shared.pci import Command, Config, OfSpace, slot_of
+from shared.tce import BUS_DOMAIN
 
 BUID_BASE = 0x800000020000000
 PCI_BASE = 1 << 45
@@ -32,12 +33,6 @@ MEM32_BYTES = 0x80000000
 MEM64_BYTES = 1 << 40
 MSI_WINDOW = 0x40000000000
 N_PINS = 4
-
-
-LIOBN_PCI = 0x80000000
-DEFAULT_DMA_BASE = 0
-DEFAULT_DMA_BYTES = 0x40000000
-DEFAULT_DMA_SHIFT = 12
 
 
 class IrqPort(Protocol):
@@ -68,7 +63,8 @@ class Window:
 
 
 class PciHostBridge:
-    """One bridge with bus 0. `dma_windows` are the TCE tables that its devices translate through.
+    """One bridge with bus 0. Its devices translate through `bus_domain`, but those in a slot that has its own.
+
 
     `ddw` says whether it makes dynamic DMA windows.
     """
@@ -77,19 +73,37 @@ class PciHostBridge:
         self.index = index
         self.ddw = ddw
         self.buid = BUID_BASE + index
-        self.liobn = LIOBN_PCI | index << 8
         self.io = Window(OfSpace.IO, PCI_BASE + index * IO_WINDOW_BYTES, 0, IO_WINDOW_BYTES)
         self.mem32 = Window(OfSpace.MEM32, PCI_BASE + (index + 1) * MEM32_BYTES, MEM32_BUS, MEM32_BYTES)
         mem64_gpa = PCI_BASE + (index + 1) * MEM64_BYTES
         self.mem64 = Window(OfSpace.MEM64, mem64_gpa, mem64_gpa, MEM64_BYTES)
         self.windows = (self.mem64, self.mem32, self.io)
-        self.dma_windows: list[TceTable] = []
+        self.bus_domain = DmaDomain(index, BUS_DOMAIN)
+        self._own_domains: dict[int, DmaDomain] = {}
         self.bus = PciBus(self._set_intx, self._send_message, self._set_doorbells)
         self.msis = MsiSources()
         self._irq = irq
         self._asserted: list[set[int]] = [set() for _ in range(N_PINS)]
         self._doorbells: dict[int, frozenset[int]] = {}
         self.tell_doorbell: TellDoorbell | None = None
+
+    @property
+    def domains(self) -> list[DmaDomain]:
+        """All of them, that of the bus first."""
+        return [self.bus_domain, *self._own_domains.values()]
+
+    def domain_of(self, devfn: int) -> DmaDomain:
+        """What the functions of this slot translate through."""
+        return self._own_domains.get(slot_of(devfn), self.bus_domain)
+
+    def give_own_domain(self, devfn: int) -> DmaDomain:
+        """From now on the functions of this slot share no window with the others on the bus."""
+        slot = slot_of(devfn)
+        return self._own_domains.setdefault(slot, DmaDomain(self.index, slot))
+
+    def domain_with(self, liobn: int) -> DmaDomain | None:
+        """The domain that may have a window of this liobn."""
+        return next((domain for domain in self.domains if liobn in domain.liobns), None)
 
     def mmio_load(self, gpa: int, size_bytes: int) -> int | None:
         """The little-endian value at `gpa`; None where nothing answers."""
@@ -196,4 +210,4 @@ class MsiSources:
 
 
 def _line(devfn: int, pin: int) -> int:
-    return ((devfn >> 3) + pin - 1) % N_PINS
+    return (slot_of(devfn) + pin - 1) % N_PINS

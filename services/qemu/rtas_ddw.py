@@ -1,8 +1,11 @@
-"""RTAS services for dynamic DMA windows: a second, 64-bit window at a PCI host bridge, as large as a guest's RAM.
+"""RTAS services for dynamic DMA windows: a second, 64-bit window, as large as a guest's RAM.
 
 Linux maps all of RAM one to one through it and is done with H_PUT_TCE: bus address is guest physical address plus
-DMA64_BASE. A bridge has at most two windows. When the last one goes and was not the default 32-bit window, that is
+DMA64_BASE. A domain has at most two windows. When the last one goes and was not the default 32-bit window, that is
 back; a guest that gives up the default window while it is the only one gets its next one in its place.
+
+The services name a device and mean the windows that it translates through: those of the bus, or those of its own
+domain, as for a device that has a partitionable endpoint for itself. So neither can use up, remove or see the other's.
 
 Source: PAPR 7.3.11; QEMU `hw/ppc/spapr_rtas_ddw.c`; Linux `arch/powerpc/platforms/pseries/iommu.c` (enable_ddw).
 """
@@ -14,11 +17,12 @@ from typing import Protocol
 
 from protocol.codes import RtasStatus
 from protocol.messages import TceWindowBody
-from services.qemu.phb import DEFAULT_DMA_BASE, DEFAULT_DMA_BYTES, DEFAULT_DMA_SHIFT, PciHostBridge
+from services.qemu.dma_domain import DEFAULT_BASE, DmaDomain
+from services.qemu.phb import PciHostBridge
 from services.qemu.rtas_pci import PciRtas, RtasError
+from shared.tce import WINDOWS_PER_DOMAIN
 
 DMA64_BASE = 1 << 59
-MAX_WINDOWS = 2
 MAX_WINDOW_TCES = 1 << 24
 PAGE_SIZE_BITS = {12: 1 << 0, 16: 1 << 1, 24: 1 << 2, 21: 1 << 8}
 """Page shift to its bit in the mask of ibm,query-pe-dma-window."""
@@ -47,20 +51,20 @@ class DdwRtas:
 
     async def query(self, args: Sequence[int]) -> list[int]:
         """ibm,query-pe-dma-window: windows left, largest block in TCEs, page sizes, migration."""
-        self._pci.check_device(*args)
+        domain = self._domain(args)
         mask = sum(PAGE_SIZE_BITS[shift] for shift in self._page_shifts)
-        return [MAX_WINDOWS - len(self._phb.dma_windows), MAX_WINDOW_TCES, mask, NO_MIGRATION]
+        return [WINDOWS_PER_DOMAIN - len(domain.windows), MAX_WINDOW_TCES, mask, NO_MIGRATION]
 
     async def create(self, args: Sequence[int]) -> list[int]:
         """ibm,create-pe-dma-window: liobn and bus address of an empty window of `1 << window_shift` bytes."""
         *device, page_shift, window_shift = args
-        self._pci.check_device(*device)
+        domain = self._domain(device)
         if page_shift not in self._page_shifts or not page_shift <= window_shift < DMA64_BASE.bit_length():
             raise RtasError(RtasStatus.PARAMETER_ERROR)
-        liobn = self._free_liobn()
+        liobn = domain.free_liobn
         if liobn is None or window_shift - page_shift >= MAX_WINDOW_TCES.bit_length():
             raise RtasError(RtasStatus.HARDWARE_ERROR)
-        base = DMA64_BASE if self._phb.dma_windows else DEFAULT_DMA_BASE
+        base = DMA64_BASE if domain.windows else DEFAULT_BASE
         window = TceWindowBody(liobn, page_shift, base, 1 << window_shift - page_shift)
         if not await self._port.create_window(window):
             raise RtasError(RtasStatus.HARDWARE_ERROR)
@@ -69,44 +73,36 @@ class DdwRtas:
     async def remove(self, args: Sequence[int]) -> list[int]:
         """ibm,remove-pe-dma-window."""
         (liobn,) = args
-        if liobn not in self._liobns():
+        domain = self._phb.domain_with(liobn)
+        if domain is None or liobn not in domain.liobns_in_use:
             raise RtasError(RtasStatus.PARAMETER_ERROR)
-        was_default = default_window(self._phb) in self._windows()
+        was_default = domain.default_window in domain.windows_in_use
         await self._port.remove_window(liobn)
-        if not self._phb.dma_windows and not was_default:
-            await self._make_default()
+        if not domain.windows and not was_default:
+            await self._make_default(domain)
         return []
 
     async def reset(self, args: Sequence[int]) -> list[int]:
         """ibm,reset-pe-dma-window: the default window alone, and empty."""
-        self._pci.check_device(*args)
-        await self.to_default()
+        await self._to_default(self._domain(args))
         return []
 
     async def to_default(self) -> None:
-        """As at power-on. A machine that made no other window keeps its table, which kvm empties at a reset."""
-        if self._windows() == [default_window(self._phb)]:
-            return
-        for liobn in self._liobns():
-            await self._port.remove_window(liobn)
-        await self._make_default()
+        """All domains as at power-on."""
+        for domain in self._phb.domains:
+            await self._to_default(domain)
 
-    async def _make_default(self) -> None:
-        if not await self._port.create_window(default_window(self._phb)):
+    async def _to_default(self, domain: DmaDomain) -> None:
+        """A domain for which no other window was made keeps its table, which kvm empties at a reset."""
+        if domain.windows_in_use == [domain.default_window]:
+            return
+        for liobn in domain.liobns_in_use:
+            await self._port.remove_window(liobn)
+        await self._make_default(domain)
+
+    async def _make_default(self, domain: DmaDomain) -> None:
+        if not await self._port.create_window(domain.default_window):
             raise RtasError(RtasStatus.HARDWARE_ERROR)
 
-    def _windows(self) -> list[TceWindowBody]:
-        return [window.window for window in self._phb.dma_windows]
-
-    def _liobns(self) -> list[int]:
-        return [window.liobn for window in self._phb.dma_windows]
-
-    def _free_liobn(self) -> int | None:
-        taken = self._liobns()
-        free = (self._phb.liobn | number for number in range(MAX_WINDOWS))
-        return next((liobn for liobn in free if liobn not in taken), None)
-
-
-def default_window(phb: PciHostBridge) -> TceWindowBody:
-    """The 32-bit window that a bridge starts with."""
-    return TceWindowBody(phb.liobn, DEFAULT_DMA_SHIFT, DEFAULT_DMA_BASE, DEFAULT_DMA_BYTES >> DEFAULT_DMA_SHIFT)
+    def _domain(self, device: Sequence[int]) -> DmaDomain:
+        return self._phb.domain_of(self._pci.function(*device).devfn)

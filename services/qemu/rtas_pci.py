@@ -108,10 +108,10 @@ class PciRtas:
         for vector in range(messages.n_vectors):
             messages.set_message(vector, 0, 0)
 
-    def check_device(self, config_addr: int, buid_high: int, buid_low: int) -> None:
-        """Raises RtasError unless the bridge and a function at `config_addr` exist."""
+    def function(self, config_addr: int, buid_high: int, buid_low: int) -> PciFunction:
+        """The function at `config_addr`; raises RtasError unless it and the bridge exist."""
         self._check_bridge(buid_high, buid_low)
-        self._function(config_addr)
+        return self._function(config_addr)
 
     def _check_bridge(self, buid_high: int, buid_low: int) -> None:
         if buid_high << 32 | buid_low != self._phb.buid:

@@ -98,8 +98,9 @@ class Qemu:
         await self._link.call(m.MEMSLOT_SET, m.MemslotBody(0, 0, vm.memory_bytes))
         await board.start()
         self._machine.windows = DmaWindows(self._link, board.add_dma_window, board.remove_dma_window, self._runtime.log)
-        if not await self._machine.windows.create(board.default_window()):
-            raise HostFault("kvm made no DMA window")
+        for window in board.default_windows():
+            if not await self._machine.windows.create(window):
+                raise HostFault("kvm made no DMA window")
         self._runtime.nursery.start_soon(board.run)
 
     async def _give_marks(self, tag: str, name: str, vm: VmEntry) -> memoryview:
@@ -172,7 +173,7 @@ class Qemu:
             "exit_status": machine.exit_status,
             "run_seconds": machine.run_seconds,
             "panic": machine.panic,
-            "iommu_lookups": machine.board.iommu.n_lookups,
+            "iommu_lookups": machine.board.n_iommu_lookups,
         }
 
     async def _network_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class BoardWorld:
     async def power_on(self) -> None:
         """Interrupt sources, DMA window, device tree, boot stage."""
         await self.board.start()
-        window = self.board.default_window()
+        (window,) = self.board.default_windows()
         assert self.tces.create(window) is HCode.H_SUCCESS
         self._plug_window(window.liobn)
         tree = self.board.device_tree(BootFacts(bootargs=""))

@@ -10,7 +10,7 @@ import pytest
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES
 from protocol.rtas import RTAS
-from protocol.startup import DeviceEntry, DiskEntry, VmEntry
+from protocol.startup import DeviceEntry, DiskEntry, IommuDomain, VmEntry
 from services.qemu.board import Board
 from services.qemu.device_tree import BootFacts, PciNodes
 from services.qemu.testing import TestPort, TestRam, board_entry
@@ -123,6 +123,17 @@ def test_devices_have_nodes_with_bars_and_vectors(fds: dict[str, int]) -> None:
     assert reg[10:] == [0x03000000 | 2 << 11 | 0x20, 0, 0, 0, 0x4000]
     node = tree.node(path)
     assert node is not None and "assigned-addresses" not in node.properties
+
+
+def test_a_device_in_a_domain_of_its_own_has_its_window_on_its_own_node(fds: dict[str, int]) -> None:
+    devices = [DeviceEntry(kind="virtio-rng"), DeviceEntry(kind="virtio-rng", iommu_domain=IommuDomain.OWN)]
+    tree = tree_of(Board(entry(devices), TestRam(PAGE_BYTES).accessor, fds, TestPort()))
+    shared, own = tree.node(f"{PHB}/legacy-device@1"), f"{PHB}/legacy-device@2"
+
+    assert shared is not None and not any("dma" in name or "ddw" in name for name in shared.properties)
+    assert cells_of(tree, own, "ibm,dma-window") == [0x80000004, 0, 0, 0, 0x40000000]
+    for name in ("ibm,#dma-address-cells", "ibm,#dma-size-cells", "ibm,ddw-applicable", "ibm,ddw-extensions"):
+        assert cells_of(tree, own, name) == cells_of(tree, PHB, name)
 
 
 def test_assigned_bars_are_named(fds: dict[str, int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from protocol.codes import RtasStatus
 from protocol.geometry import PAGE_BYTES
-from protocol.startup import DiskEntry
+from protocol.startup import DeviceEntry, DiskEntry, IommuDomain
 from services.qemu.board import Board
-from services.qemu.rtas_ddw import DMA64_BASE, MAX_WINDOW_TCES, MAX_WINDOWS
+from services.qemu.rtas_ddw import DMA64_BASE, MAX_WINDOW_TCES
 from services.qemu.testing import TestPort, TestRam, board_entry
+from shared.tce import WINDOWS_PER_DOMAIN
 
 MIB = 1 << 20
 BUID = 0x800000020000000
@@ -25,10 +26,10 @@ OK, BAD, HARDWARE = RtasStatus.SUCCESS, RtasStatus.PARAMETER_ERROR, RtasStatus.H
 
 
 class Rig:
-    """A board with one function in slot 1 and `memory_bytes` of RAM that nobody touches."""
+    """A board with one function in slot 1, or `devices`, and `memory_bytes` of RAM that nobody touches."""
 
-    def __init__(self, memory_bytes: int = 256 * MIB) -> None:
-        entry = board_entry([DiskEntry(name="d", path="")], memory_bytes=memory_bytes, time="wall")
+    def __init__(self, memory_bytes: int = 256 * MIB, devices: Sequence[DeviceEntry] = ()) -> None:
+        entry = board_entry([DiskEntry(name="d", path="")], devices, memory_bytes=memory_bytes, time="wall")
         self.port = TestPort()
         self.disk = os.memfd_create("disk")
         os.ftruncate(self.disk, MIB)
@@ -37,7 +38,8 @@ class Rig:
 
     async def power_on(self) -> None:
         """The default window, as the process makes it."""
-        assert await self.port.create_window(self.board.default_window())
+        for window in self.board.default_windows():
+            assert await self.port.create_window(window)
 
     async def rtas(self, name: str, args: list[int], n_rets: int) -> tuple[int, list[int]]:
         status, *rets = await self.board.rtas(name, args, n_rets)
@@ -56,7 +58,7 @@ class Rig:
 
     def windows(self) -> list[tuple[int, int]]:
         """(liobn, base) of every window in use."""
-        return [(table.liobn, table.base) for table in self.board.bridge.dma_windows]
+        return [(table.liobn, table.base) for domain in self.board.bridge.domains for table in domain.windows]
 
 
 @pytest.fixture
@@ -176,6 +178,53 @@ async def test_whatever_a_guest_does_there_are_never_more_than_two_windows(steps
         else:
             await rig.rtas("ibm,reset-pe-dma-window", DEVICE, 1)
         windows = rig.windows()
-        assert len(windows) <= MAX_WINDOWS
+        assert len(windows) <= WINDOWS_PER_DOMAIN
         assert len({liobn for liobn, _ in windows}) == len(windows)
         assert set(rig.port.windows) == {liobn for liobn, _ in windows}
+
+
+OWN_DEVICE = [2 << 11, *DEVICE[1:]]
+OWN_FIRST, OWN_SECOND = 0x80000004, 0x80000005
+
+
+@pytest.fixture
+async def mixed() -> AsyncIterator[Rig]:
+    """A device that translates as the bus, in slot 1, and one with a domain of its own, in slot 2."""
+    rig = Rig(devices=[DeviceEntry(kind="virtio-rng"), DeviceEntry(kind="virtio-rng", iommu_domain=IommuDomain.OWN)])
+    await rig.power_on()
+    yield rig
+
+
+async def test_a_domain_of_its_own_starts_with_a_default_window_of_its_own(mixed: Rig) -> None:
+    assert mixed.windows() == [(FIRST, 0), (OWN_FIRST, 0)]
+
+
+async def test_each_device_queries_and_makes_windows_of_its_own_domain(mixed: Rig) -> None:
+    made = await mixed.rtas("ibm,create-pe-dma-window", [*OWN_DEVICE, 16, 28], 4)
+
+    assert made == (OK, [OWN_SECOND, DMA64_BASE >> 32, 0])
+    assert (await mixed.rtas("ibm,query-pe-dma-window", OWN_DEVICE, 5))[1][0] == 0
+    assert (await mixed.query())[0] == 1
+    assert await mixed.create(16, 28) == (OK, [SECOND, DMA64_BASE >> 32, 0])
+    assert mixed.windows() == [(FIRST, 0), (SECOND, DMA64_BASE), (OWN_FIRST, 0), (OWN_SECOND, DMA64_BASE)]
+
+
+async def test_the_last_window_of_a_domain_that_goes_brings_that_domain_s_default_back(mixed: Rig) -> None:
+    await mixed.rtas("ibm,create-pe-dma-window", [*OWN_DEVICE, 16, 28], 4)
+    await mixed.remove(OWN_FIRST)
+    assert mixed.windows() == [(FIRST, 0), (OWN_SECOND, DMA64_BASE)]
+
+    assert await mixed.remove(OWN_SECOND) == OK
+
+    assert mixed.windows() == [(FIRST, 0), (OWN_FIRST, 0)]
+
+
+async def test_a_reset_of_one_domain_leaves_the_other_and_one_of_the_machine_neither(mixed: Rig) -> None:
+    for device in (DEVICE, OWN_DEVICE):
+        await mixed.rtas("ibm,create-pe-dma-window", [*device, 16, 28], 4)
+
+    assert (await mixed.rtas("ibm,reset-pe-dma-window", OWN_DEVICE, 1))[0] == OK
+    assert mixed.windows() == [(FIRST, 0), (SECOND, DMA64_BASE), (OWN_FIRST, 0)]
+
+    await mixed.board.reset()
+    assert mixed.windows() == [(FIRST, 0), (OWN_FIRST, 0)]

@@ -18,12 +18,11 @@ from services.kvm.tce_tables import (
     MAX_TABLES,
     MAX_TOTAL_TCES,
     TceTables,
-    pci_liobn,
 )
-from shared.tce import ENTRY_BYTES
+from shared.tce import ENTRY_BYTES, pci_liobn
 
 RAM_BYTES = 1 << 20
-LIOBN = pci_liobn(0, 0)
+LIOBN = pci_liobn(0, 0, 0)
 BASE = 0x100000
 N_TCES = 32
 WINDOW = TceWindowBody(LIOBN, 12, BASE, N_TCES)
@@ -53,8 +52,9 @@ def entries(tables: TceTables) -> list[int]:
     return [tables.h_get_tce(LIOBN, BASE + (n << 12))[1] for n in range(N_TCES)]
 
 
-def test_a_liobn_names_bridge_and_window() -> None:
-    assert pci_liobn(3, 1) == 0x80000301
+def test_a_liobn_names_bridge_domain_and_window() -> None:
+    assert pci_liobn(3, 0, 1) == 0x80000301
+    assert pci_liobn(0, 2, 0) == 0x80000004
 
 
 def test_a_stored_entry_is_read_back() -> None:
@@ -187,12 +187,28 @@ def test_the_default_window_can_be_cleared_in_one_call() -> None:
     assert tables.h_get_tce(LIOBN, 0x3FFFF000) == [HCode.H_SUCCESS, 0]
 
 
-def test_a_host_bridge_has_two_windows() -> None:
+def test_a_domain_has_two_windows_and_no_other_takes_one_from_it() -> None:
     tables = one_window()
 
-    assert tables.create(TceWindowBody(pci_liobn(0, 1), 16, 1 << 59, 16)) is HCode.H_SUCCESS
-    assert tables.create(TceWindowBody(pci_liobn(0, 2), 16, 1 << 40, 16)) is HCode.H_RESOURCE
-    assert tables.create(TceWindowBody(pci_liobn(1, 0), 12, 0, 16)) is HCode.H_SUCCESS
+    assert tables.create(TceWindowBody(pci_liobn(0, 0, 1), 16, 1 << 59, 16)) is HCode.H_SUCCESS
+    for domain in (1, 31):
+        for window in (0, 1):
+            assert tables.create(TceWindowBody(pci_liobn(0, domain, window), 12, 0, 16)) is HCode.H_SUCCESS
+    assert tables.create(TceWindowBody(pci_liobn(1, 0, 0), 12, 0, 16)) is HCode.H_SUCCESS
+    assert tables.create(TceWindowBody(pci_liobn(0, 1, 1), 12, 0, 16)) is HCode.H_IN_USE
+
+
+def test_no_two_windows_of_any_bridge_and_domain_have_one_liobn() -> None:
+    liobns = [pci_liobn(bridge, domain, window) for bridge in range(4) for domain in range(32) for window in range(2)]
+
+    assert len(set(liobns)) == len(liobns)
+
+
+def test_there_is_room_for_two_windows_of_the_bus_and_of_every_slot() -> None:
+    tables = TceTables(in_ram, allocate)
+    for domain in range(32):
+        for window in range(2):
+            assert tables.create(TceWindowBody(pci_liobn(0, domain, window), 12, 0, 1)) is HCode.H_SUCCESS
 
 
 def test_a_virtual_io_device_has_one_window() -> None:
@@ -230,18 +246,18 @@ def test_a_window_that_does_not_hold_is_refused_before_memory_is_taken(window: T
 def test_the_number_of_tables_is_bounded() -> None:
     tables = TceTables(in_ram, allocate)
     for n in range(MAX_TABLES):
-        assert tables.create(TceWindowBody(pci_liobn(n, 0), 12, 0, 1)) is HCode.H_SUCCESS
+        assert tables.create(TceWindowBody(pci_liobn(n, 0, 0), 12, 0, 1)) is HCode.H_SUCCESS
 
-    assert tables.create(TceWindowBody(pci_liobn(MAX_TABLES, 0), 12, 0, 1)) is HCode.H_RESOURCE
+    assert tables.create(TceWindowBody(pci_liobn(MAX_TABLES, 0, 0), 12, 0, 1)) is HCode.H_RESOURCE
 
 
 def test_the_memory_of_all_tables_is_bounded() -> None:
     shared_memory = memoryview(bytearray(8 << 24))
     tables = TceTables(in_ram, lambda _window: shared_memory)
     for n in range(MAX_TOTAL_TCES >> 24):
-        assert tables.create(TceWindowBody(pci_liobn(n, 0), 12, 0, 1 << 24)) is HCode.H_SUCCESS
+        assert tables.create(TceWindowBody(pci_liobn(n, 0, 0), 12, 0, 1 << 24)) is HCode.H_SUCCESS
 
-    assert tables.create(TceWindowBody(pci_liobn(9, 0), 12, 0, 1)) is HCode.H_RESOURCE
+    assert tables.create(TceWindowBody(pci_liobn(9, 0, 0), 12, 0, 1)) is HCode.H_RESOURCE
 
 
 def test_a_removed_table_is_unknown_and_lets_its_memory_go() -> None:

@@ -355,7 +355,7 @@ async def test_a_reset_waits_for_open_requests_and_forgets_them(
 
 async def test_access_platform_goes_through_the_window(make_rig: MakeRig) -> None:
     rig = await make_rig(vm_entry(offer=PLATFORM_OFFER), go=False)
-    window = rig.board.default_window()
+    (window,) = rig.board.default_windows()
     table = TceTable(window, memoryview(bytearray(window.n_tces * 8)))
     rig.board.add_dma_window(table)
     offset = 0x10000000
