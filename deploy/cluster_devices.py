@@ -7,19 +7,28 @@ import re
 
 from deploy.cluster_section import Section
 from protocol.ethernet import LOCAL, MAC_BYTES, MULTICAST
-from protocol.startup import AccessPlatform, DeviceEntry, DiskEntry, DmaOffer, GuestEntry
+from protocol.startup import (
+    DEFAULT_DMA_BITS,
+    AccessPlatform,
+    DeviceEntry,
+    DiskEntry,
+    DmaOffer,
+    GuestEntry,
+    IommuDomain,
+)
 from shared.dma_designs import DESIGNS, DmaDesign
 
-KEYS_OF = {
-    "virtio-blk": ("disk",),
-    "virtio-net": ("network", "mac"),
-    "virtio-rng": (),
-    "virtio-console": ("name",),
-}
-"""The kinds of devices, and the keys that each has beside `kind` and OFFER_KEYS."""
 OFFER_KEYS = ("access_platform", "no_translation", "identity_address", "bypass_switch", "iommu_switch")
 """What a virtio device offers as ways to memory; the guest's design says what when the file does not."""
-DEVICE_KEYS = ("kind", *OFFER_KEYS, *(key for keys in KEYS_OF.values() for key in keys))
+KEYS_OF = {
+    "virtio-blk": ("disk", *OFFER_KEYS),
+    "virtio-net": ("network", "mac", *OFFER_KEYS),
+    "virtio-rng": OFFER_KEYS,
+    "virtio-console": ("name", *OFFER_KEYS),
+    "edu": ("name", "iommu_domain", "dma_bits"),
+}
+"""The kinds of devices, and the keys that each has beside `kind`."""
+DEVICE_KEYS = ("kind", *dict.fromkeys(key for keys in KEYS_OF.values() for key in keys))
 ACCESS_PLATFORM: dict[bool | str, AccessPlatform] = {
     False: AccessPlatform.NO,
     True: AccessPlatform.REQUIRED,
@@ -29,8 +38,11 @@ ACCESS_PLATFORM: dict[bool | str, AccessPlatform] = {
 MAX_DEVICES = 31
 """Slots of the PCI bus but the first."""
 DEFAULT_CONSOLE = "console"
+DEFAULT_EDU = "edu"
+DMA_BITS = range(12, 65)
+"""From one 4 KiB page to all bus addresses."""
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
-_CONSOLE_NAME = re.compile(r"[a-z][a-z0-9-]{0,30}", re.ASCII)
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,30}", re.ASCII)
 
 
 class DeviceReader:
@@ -42,10 +54,11 @@ class DeviceReader:
         self._vm = vm
         self._disks = [disk.name for disk in disks]
         self._offer = DESIGNS[DmaDesign(guest.dma)].offer
+        self._firmware_finds_devices = guest.pci_nodes == "firmware"
         self._identity = identity
         self._mtus = mtus
         self._used: set[str] = set()
-        """Disks that a device was made for, and names of consoles, each with its kind in front."""
+        """Disks that a device was made for, and names of devices, each with its key in front."""
 
     def read(self) -> list[DeviceEntry]:
         """The disks that no listed device names come first, then the devices as listed."""
@@ -61,10 +74,13 @@ class DeviceReader:
 
     def _device(self, index: int, section: Section) -> DeviceEntry:
         kind = section.choice("kind", tuple(KEYS_OF))
-        allowed = ("kind", *KEYS_OF[kind], *OFFER_KEYS)
+        allowed = ("kind", *KEYS_OF[kind])
         for key in DEVICE_KEYS:
             if key in section and key not in allowed:
-                section.fail(key, f"is no key of a {kind}; allowed: {', '.join(allowed)}")
+                article = "an" if kind[0] in "aeiou" else "a"
+                section.fail(key, f"is no key of {article} {kind}; allowed: {', '.join(allowed)}")
+        if kind == "edu":
+            return self._edu(section)
         offer = self._offer_of(section)
         match kind:
             case "virtio-blk":
@@ -74,7 +90,7 @@ class DeviceReader:
                 mac = self._mac(index, section)
                 return DeviceEntry(kind=kind, network=network, mac=mac, mtu=self._mtus[network], offer=offer)
             case "virtio-console":
-                return DeviceEntry(kind=kind, name=self._console_name(section), offer=offer)
+                return DeviceEntry(kind=kind, name=self._name(section, DEFAULT_CONSOLE), offer=offer)
             case _:
                 return DeviceEntry(kind=kind, offer=offer)
 
@@ -111,11 +127,21 @@ class DeviceReader:
             section.fail("mac", f'"{mac}" is a group address; the lowest bit of its first byte must be 0')
         return mac
 
-    def _console_name(self, section: Section) -> str:
-        name = section.text("name", DEFAULT_CONSOLE)
-        if not _CONSOLE_NAME.fullmatch(name):
+    def _edu(self, section: Section) -> DeviceEntry:
+        domain = IommuDomain(section.choice("iommu_domain", tuple(IommuDomain), IommuDomain.BUS))
+        if domain is IommuDomain.OWN and self._firmware_finds_devices:
+            section.fail(
+                "iommu_domain",
+                '"own" is in the device\'s node, which firmware would not make so; set pci_nodes = "qemu"',
+            )
+        dma_bits = section.integer("dma_bits", DEFAULT_DMA_BITS, DMA_BITS[0], DMA_BITS[-1])
+        return DeviceEntry(kind="edu", name=self._name(section, DEFAULT_EDU), iommu_domain=domain, dma_bits=dma_bits)
+
+    def _name(self, section: Section, default: str) -> str:
+        name = section.text("name", default)
+        if not _NAME.fullmatch(name):
             section.fail("name", "a name has lower-case letters, digits and -, begins with a letter, up to 31")
-        self._once(section, "name", name, f'"{name}" is another console already')
+        self._once(section, "name", name, f'"{name}" is another device already')
         return name
 
     def _once(self, section: Section, key: str, value: str, problem: str) -> None:

@@ -65,6 +65,10 @@ class DmaMachine(Struct, frozen=True):
     ddw: bool = True
 
 
+DEFAULT_DMA_BITS = 28
+"""How many bits of a bus address an edu has, as QEMU's."""
+
+
 class IommuDomain(StrEnum):
     """Whose DMA windows a device translates through."""
 
@@ -76,7 +80,8 @@ class DeviceEntry(Struct, frozen=True):
     """A device of a VM. `kind` says which of the other fields it has; all have `iommu_domain`.
 
     `virtio-blk` has a `disk`; `virtio-net` a `network`, its `mac` (`52:54:00:00:00:01`) and `mtu`; `virtio-console` a
-    `name`; `virtio-rng` nothing. `offer` is of virtio devices.
+    `name`; `virtio-rng` nothing; `edu` a `name` and `dma_bits`, how many bits of a bus address it has. `offer` is of
+    virtio devices.
     """
 
     kind: str
@@ -87,6 +92,7 @@ class DeviceEntry(Struct, frozen=True):
     name: str | None = None
     offer: DmaOffer = DmaOffer()
     iommu_domain: IommuDomain = IommuDomain.BUS
+    dma_bits: int = DEFAULT_DMA_BITS
 
 
 class GuestEntry(Struct, frozen=True):

@@ -80,6 +80,20 @@ class Capability(IntEnum):
     MSIX = 0x11
 
 
+class MsiField(IntEnum):
+    """Offsets in the capability of one message with a 64-bit address, and its length."""
+
+    CONTROL = 2
+    ADDRESS = 4
+    DATA = 12
+    LENGTH = 14
+
+
+MSI_ENABLE = 1 << 0
+MSI_64BIT = 1 << 7
+"""Bits of the MSI control word."""
+
+
 class Msix(IntEnum):
     """Offsets in the MSI-X capability, and its length."""
 

@@ -10,6 +10,7 @@ from protocol.errors import HostFault, UserError
 from protocol.startup import DeviceEntry, VmEntry
 from services.qemu.device_function import DeviceFunction
 from services.qemu.disk_file import DiskFile
+from services.qemu.edu import Edu, EduFunction, EduPciState
 from services.qemu.network import Switch
 from services.qemu.virtio_access import DeviceMemory
 from services.qemu.virtio_blk import VirtioBlk
@@ -20,7 +21,7 @@ from services.qemu.virtio_pci import VirtioPciFunction, VirtioPciState
 from services.qemu.virtio_rng import VirtioRng
 from shared.pci import PciClass
 
-FunctionState = VirtioPciState
+FunctionState = VirtioPciState | EduPciState
 """The states of all kinds of functions."""
 
 
@@ -46,10 +47,20 @@ class DeviceMaker:
 
     def make(self, device: DeviceEntry) -> DeviceFunction[Any]:
         """A function; raises UserError for what does not exist, HostFault for a disk that cannot be read."""
+        if device.kind == "edu":
+            return self._edu(device)
         kind = _VIRTIO.get(device.kind)
         if kind is None:
-            raise UserError(f"{self.vm.name}: device {device.kind!r} does not exist; there is: {', '.join(_VIRTIO)}")
+            known = ", ".join((*_VIRTIO, "edu"))
+            raise UserError(f"{self.vm.name}: device {device.kind!r} does not exist; there is: {known}")
         return self._virtio(device, *kind)
+
+    def _edu(self, device: DeviceEntry) -> EduFunction:
+        if device.name is None:
+            raise UserError(f"{self.vm.name}: edu needs a name")
+        edu = Edu(self._name(device.name), self.memory.platform, device.dma_bits)
+        edu.on_fault = self.port.device_fault
+        return EduFunction(edu)
 
     def _virtio(self, device: DeviceEntry, make: MakeVirtio, pci_class: PciClass) -> VirtioPciFunction:
         virtio = make(self, device)

@@ -16,8 +16,10 @@ from protocol.messages import TceWindowBody
 from protocol.startup import NO_OFFER, DeviceEntry, DiskEntry, DmaOffer, GuestEntry, VmEntry
 from services.qemu.board import Board
 from services.qemu.device_function import DeviceFunction
+from services.qemu.edu import EduFunction
 from services.qemu.virtio_pci import MODERN_BAR, NOTIFY_MULTIPLIER, OFFSETS, VirtioPciFunction
 from services.qemu.virtqueue import QueueState
+from shared.edu import FIRST_WIDE, EduDma, EduRegister
 from shared.guest_ram import GuestRam
 from shared.host_view import HostState
 from shared.pci import Command, Config
@@ -340,3 +342,38 @@ class TestDriver:
     def config(self, offset: int, n_bytes: int) -> int:
         """A field of the device configuration."""
         return self.board.mmio_load(self.gpa + OFFSETS[CfgType.DEVICE] + offset, n_bytes)[1]
+
+
+class TestEdu:
+    """A driver of one `edu` of a board that does everything through `mmio_load` and `mmio_store`."""
+
+    __test__ = False
+
+    def __init__(self, board: Board, function: DeviceFunction[Any]) -> None:
+        if not isinstance(function, EduFunction):
+            raise ValueError(f"{function.device.name} is no edu")
+        gpa = board.bridge.gpa_of_bar(function, function.bars[0])
+        if gpa is None:
+            raise ValueError("the BAR has no address")
+        self.board, self.function, self.gpa = board, function, gpa
+        function.write_config(Config.COMMAND, 2, Command.MEMORY | Command.MASTER)
+
+    def load(self, register: EduRegister) -> int:
+        """A register, at its whole width."""
+        code, value = self.board.mmio_load(self.gpa + register, 8 if register >= FIRST_WIDE else 4)
+        if code != HCode.H_SUCCESS:
+            raise ValueError(f"load of {register.name} gave {code}")
+        return value
+
+    async def store(self, register: EduRegister, value: int) -> None:
+        """Store to a register, at its whole width."""
+        code = await self.board.mmio_store(self.gpa + register, 8 if register >= FIRST_WIDE else 4, value)
+        if code != HCode.H_SUCCESS:
+            raise ValueError(f"store to {register.name} gave {code}")
+
+    async def transfer(self, source: int, destination: int, count: int, command: EduDma) -> None:
+        """Start a transfer; with instruction time it has ended on return."""
+        await self.store(EduRegister.DMA_SOURCE, source)
+        await self.store(EduRegister.DMA_DESTINATION, destination)
+        await self.store(EduRegister.DMA_COUNT, count)
+        await self.store(EduRegister.DMA_COMMAND, EduDma.RUN | command)

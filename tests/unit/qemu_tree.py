@@ -47,12 +47,14 @@ _DEVICES = (
     f"virtio-net-pci,netdev=n,mac={_MAC},disable-legacy=on,addr=2,romfile=",
     "virtio-rng-pci,disable-legacy=on,addr=3",
     "virtio-serial-pci,disable-legacy=on,addr=4,max_ports=1",
+    "edu,addr=5",
 )
 _OUR_DEVICES = (
     DeviceEntry(kind="virtio-blk", disk="a"),
     DeviceEntry(kind="virtio-net", network="lan", mac=_MAC),
     DeviceEntry(kind="virtio-rng"),
     DeviceEntry(kind="virtio-console", name="console"),
+    DeviceEntry(kind="edu", name="edu"),
 )
 
 

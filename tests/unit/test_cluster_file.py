@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from deploy.cluster_file import Cluster, parse_cluster, read_cluster_file, resolve_state
 from deploy.toml_lines import LineIndex
 from protocol.errors import ClusterFileError, UserError
-from protocol.startup import AccessPlatform
+from protocol.startup import AccessPlatform, IommuDomain
 
 CLUSTERS = Path(__file__).parents[2] / "deploy" / "clusters"
 
@@ -172,6 +172,50 @@ network = "lan"
 [[vms.vm1.devices]]
 kind = "virtio-console"
 """
+
+
+EDU = """
+[[vms.vm1.devices]]
+kind = "edu"
+
+[[vms.vm1.devices]]
+kind = "edu"
+name = "own"
+iommu_domain = "own"
+dma_bits = 64
+"""
+
+
+def test_an_edu_translates_as_the_bus_does_unless_it_has_a_domain_of_its_own() -> None:
+    _, shared, own = parse(GOOD + EDU).vms[0].devices
+
+    assert (shared.kind, shared.name, shared.iommu_domain, shared.dma_bits) == ("edu", "edu", IommuDomain.BUS, 28)
+    assert (own.kind, own.name, own.iommu_domain, own.dma_bits) == ("edu", "own", IommuDomain.OWN, 64)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "problem"),
+    [
+        ('iommu_domain = "own"', 'iommu_domain = "owm"', "iommu_domain", 'did you mean "own"?; allowed: "bus", "own"'),
+        ("dma_bits = 64", "dma_bits = 65", "dma_bits", "allowed: 12 to 64"),
+        ("dma_bits = 64", "access_platform = true", "access_platform", "is no key of an edu; allowed: kind, name"),
+        ('name = "own"', 'name = "edu"', "name", '"edu" is another device already'),
+        ('name = "own"', 'name = "Own"', "name", "lower-case letters"),
+        ('kind = "edu"\nname', 'kind = "virtio-rng"\nname', "name", "is no key of a virtio-rng"),
+    ],
+)
+def test_a_mistake_in_an_edu_names_its_key(old: str, new: str, key: str, problem: str) -> None:
+    with pytest.raises(ClusterFileError, match=re.escape(problem)) as caught:
+        parse(GOOD + EDU.replace(old, new))
+
+    assert caught.value.key == f"vms.vm1.devices[1].{key}"
+
+
+def test_a_domain_of_its_own_needs_nodes_that_qemu_makes() -> None:
+    firmware = GOOD.replace('boot = "disk"', 'boot = "disk"\npci_nodes = "firmware"')
+
+    with pytest.raises(ClusterFileError, match=re.escape('set pci_nodes = "qemu"')):
+        parse(firmware + EDU)
 
 
 def test_a_network_card_has_an_address_of_its_own_and_wall_time() -> None:

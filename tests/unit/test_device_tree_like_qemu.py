@@ -15,7 +15,7 @@ from tests.unit.qemu_tree import PROGRAM, Tree, committed_tree, installed_tree, 
 PHB = "/pci@800000020000000"
 CPU = "/cpus/PowerPC,POWER9@0"
 CARD, CONSOLE = f"{PHB}/ethernet@2", f"{PHB}/communication-controller@4"
-DEVICES = (f"{PHB}/scsi@1", CARD, f"{PHB}/legacy-device@3", CONSOLE)
+DEVICES = (f"{PHB}/scsi@1", CARD, f"{PHB}/legacy-device@3", CONSOLE, f"{PHB}/legacy-device@5")
 
 _HOTPLUG = "nothing can be added to a running machine, so nothing has a connector"
 _LISTS_OF_CONNECTORS = ("ibm,drc-types", "ibm,drc-names", "ibm,drc-power-domains", "ibm,drc-indexes")
