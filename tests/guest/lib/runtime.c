@@ -150,23 +150,30 @@ const u8 *tree_property(const char *path, const char *name, u32 *n_bytes)
     const u8 *tree = (const u8 *)device_tree;
     const u8 *at = tree + read_be32(tree + 8);
     const char *names = (const char *)tree + read_be32(tree + 12);
-    /* Only nodes below the root are asked for. */
-    u32 depth = 0, inside = 0;
+    /* How deep the node is, how deep the path leads to it, and what is left of the path at each depth on the way. */
+    u32 depth = 0, on_path = 0;
+    const char *left[8] = {0, path};
     for (;;) {
         u32 token = read_be32(at);
         at += 4;
         if (token == FDT_BEGIN) {
             const char *node = (const char *)at;
+            u32 n = length(node);
+            const char *wanted = left[on_path];
+            if (depth == 0)
+                on_path = 1;
+            else if (on_path == depth && *wanted && starts_with(wanted + 1, node) && (!wanted[1 + n] || wanted[1 + n] == '/'))
+                left[++on_path] = wanted + 1 + n;
             depth++;
-            if (depth == 2)
-                inside = starts_with(node, path + 1) && !node[length(path + 1)];
-            at += (length(node) + 4) & ~3u;
+            at += (n + 4) & ~3u;
         } else if (token == FDT_END_NODE) {
+            if (on_path == depth)
+                on_path--;
             depth--;
         } else if (token == FDT_PROPERTY) {
             u32 size = read_be32(at);
             const char *own = names + read_be32(at + 4);
-            if (inside && depth == 2 && starts_with(own, name) && !own[length(name)]) {
+            if (on_path == depth && !*left[depth] && starts_with(own, name) && !own[length(name)]) {
                 if (n_bytes)
                     *n_bytes = size;
                 return at + 8;

@@ -33,7 +33,7 @@ void finish(u32 status) __attribute__((noreturn));
 extern u64 device_tree;
 extern char _start[], _end[];
 
-/* A property of the device tree: `path` as "/rtas". 0 when there is none; its length in `n_bytes` unless that is 0. */
+/* A property of the device tree: `path` as "/rtas", at most 6 nodes deep. 0 when there is none; its length in `n_bytes` unless that is 0. */
 const u8 *tree_property(const char *path, const char *name, u32 *n_bytes);
 /* Its first big-endian word, or `otherwise`. */
 u32 tree_word(const char *path, const char *name, u32 otherwise);
