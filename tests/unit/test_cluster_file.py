@@ -13,6 +13,7 @@ from deploy.cluster_file import Cluster, parse_cluster, read_cluster_file, resol
 from deploy.toml_lines import LineIndex
 from protocol.errors import ClusterFileError, UserError
 from protocol.startup import AccessPlatform, IommuDomain
+from services.guest.model.image import build_image
 
 CLUSTERS = Path(__file__).parents[2] / "deploy" / "clusters"
 
@@ -108,6 +109,11 @@ def test_boot_from_disk_without_a_disk_is_refused() -> None:
 def test_vm_named_like_a_host_is_refused() -> None:
     with pytest.raises(ClusterFileError, match='"alpha" is a host already'):
         parse(GOOD.replace("vm1", "alpha"))
+
+
+def test_a_design_is_what_an_image_takes_also_when_the_file_names_none() -> None:
+    for text in (GOOD, GOOD.replace('boot = "disk"', 'boot = "disk"\ndma = "ddw-identity"')):
+        build_image("prompt", {"dma": parse(text).vms[0].guest.dma})
 
 
 def test_device_may_not_share_its_disk() -> None:
