@@ -9,6 +9,7 @@ from deploy.cluster_section import Section
 from protocol.ethernet import LOCAL, MAC_BYTES, MULTICAST
 from protocol.startup import AccessPlatform, DeviceEntry, DiskEntry, DmaOffer, GuestEntry
 from shared.dma_designs import DESIGNS, DmaDesign
+from shared.machine_type import FIRST_SLOT, N_SLOTS
 
 KEYS_OF = {
     "virtio-blk": ("disk",),
@@ -26,7 +27,7 @@ ACCESS_PLATFORM: dict[bool | str, AccessPlatform] = {
     "optional": AccessPlatform.OPTIONAL,
 }
 """What `access_platform` may be."""
-MAX_DEVICES = 31
+MAX_DEVICES = N_SLOTS - FIRST_SLOT
 """Slots of the PCI bus but the first."""
 DEFAULT_CONSOLE = "console"
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)

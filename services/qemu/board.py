@@ -7,7 +7,6 @@ which devices reach interrupt controller, terminal and run state.
 from __future__ import annotations
 
 import dataclasses
-import uuid
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -34,12 +33,11 @@ from services.qemu.virtio_pci import VirtioPciFunction, VirtioPciState
 from services.runtime.text_buffers import TextState
 from shared.guest_ram import GuestRam
 from shared.interrupt_sources import EPOW_SOURCE, HOTPLUG_SOURCE, NVRAM_SOURCE, VTY_SOURCE
+from shared.machine_type import N_CPUS, machine_uuid, slot_of
 from shared.pci import devfn_of
 from shared.tce import TceTable
 from shared.virtio import DeviceStatus
 
-N_CPUS = 1
-FIRST_SLOT = 1
 ACCESS_SIZES = (1, 2, 4, 8)
 
 
@@ -94,14 +92,14 @@ class Board:
         self._waits_for_devices = vm.time == "instructions"
         if not self._waits_for_devices:
             self.bridge.tell_doorbell = port.doorbell
-        self._uuid = uuid.uuid5(uuid.NAMESPACE_URL, f"pefbox:{vm.name}:{vm.lpid}").bytes
+        self._uuid = machine_uuid(vm.name, vm.lpid).bytes
         self.iommu = IommuSpace(ram, self.bridge.dma_windows)
         memory = DeviceMemory(BypassSpace(ram), self.iommu)
         maker = DeviceMaker(vm, memory, port, disks, networks or {})
-        for slot, device in enumerate(vm.devices, FIRST_SLOT):
+        for index, device in enumerate(vm.devices):
             function = maker.make(device)
             self.functions.append(function)
-            self.bridge.bus.plug(devfn_of(slot), function)
+            self.bridge.bus.plug(devfn_of(slot_of(index)), function)
         facts = MachineFacts(vm.memory_bytes, N_CPUS, self._uuid, repeatable=vm.time == "instructions")
         self.rtas_services = RtasServices(ram, self.bridge, port, port, facts)
         self.hcalls = QemuHcalls(ram, self, self)
