@@ -132,3 +132,8 @@ def of_phys_hi(space: OfSpace, bus: int, devfn: int, register: int = 0, flags: i
 def devfn_of(slot: int, function: int = 0) -> int:
     """The 8-bit device and function number."""
     return slot << 3 | function
+
+
+def slot_and_function(devfn: int) -> tuple[int, int]:
+    """What `devfn_of` was made of."""
+    return devfn >> 3, devfn & 7

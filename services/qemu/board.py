@@ -92,7 +92,7 @@ class Board:
         self._waits_for_devices = vm.time == "instructions"
         if not self._waits_for_devices:
             self.bridge.tell_doorbell = port.doorbell
-        self._uuid = machine_uuid(vm.name, vm.lpid).bytes
+        self.uuid = machine_uuid(vm.name, vm.lpid)
         self.iommu = IommuSpace(ram, self.bridge.dma_windows)
         memory = DeviceMemory(BypassSpace(ram), self.iommu)
         maker = DeviceMaker(vm, memory, port, disks, networks or {})
@@ -100,7 +100,7 @@ class Board:
             function = maker.make(device)
             self.functions.append(function)
             self.bridge.bus.plug(devfn_of(slot_of(index)), function)
-        facts = MachineFacts(vm.memory_bytes, N_CPUS, self._uuid, repeatable=vm.time == "instructions")
+        facts = MachineFacts(vm.memory_bytes, N_CPUS, self.uuid.bytes, repeatable=vm.time == "instructions")
         self.rtas_services = RtasServices(ram, self.bridge, port, port, facts)
         self.hcalls = QemuHcalls(ram, self, self)
         self.updated_tree: bytes | None = None
@@ -213,13 +213,19 @@ class Board:
         if self.vm.guest.boot != "program":
             # A property that QEMU's machine lacks is for those only who cannot take it for QEMU's.
             del answered[RTAS.by_number[EXIT].name]
-        facts = TreeFacts(self.vm.name, self._uuid, self.vm.memory_bytes, N_CPUS, answered, pci_nodes, boot)
+        facts = TreeFacts(self.vm.name, self.uuid.bytes, self.vm.memory_bytes, N_CPUS, answered, pci_nodes, boot)
         return build_device_tree(facts, self.bridge)
 
     def agreed_tree(self) -> bytes:
         """As `device_tree` for the same start, with the option vector that a guest agreed on."""
         boot, pci_nodes = self._described
         return self.device_tree(dataclasses.replace(boot, negotiated=True), pci_nodes)
+
+    @property
+    def loaded_little_endian(self) -> bool:
+        """Whether the kernel that was loaded with the machine is little-endian; unknown is no."""
+        boot, _ = self._described
+        return boot.kernel_little_endian
 
     def tree_updated(self, tree: bytes) -> None:
         """Firmware told its final tree."""

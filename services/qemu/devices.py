@@ -10,14 +10,15 @@ from protocol.errors import HostFault, UserError
 from protocol.startup import DeviceEntry, VmEntry
 from services.qemu.disk_file import DiskFile
 from services.qemu.network import Switch
-from services.qemu.virtio_access import DeviceMemory
+from services.qemu.virtio_access import ACCESS_FEATURES, DeviceMemory
 from services.qemu.virtio_blk import VirtioBlk
 from services.qemu.virtio_console import VirtioConsole
-from services.qemu.virtio_device import VirtioDevice
+from services.qemu.virtio_device import FEATURES, VirtioDevice
 from services.qemu.virtio_net import VirtioNet
 from services.qemu.virtio_pci import VirtioPciFunction
 from services.qemu.virtio_rng import VirtioRng
 from shared.pci import PciClass
+from shared.virtio import feature_names
 
 
 class DevicePort(Protocol):
@@ -42,16 +43,17 @@ class DeviceMaker:
 
     def make(self, device: DeviceEntry) -> VirtioPciFunction:
         """A function; raises UserError for what does not exist, HostFault for a disk that cannot be read."""
-        kind = _KINDS.get(device.kind)
+        kind = DEVICE_KINDS.get(device.kind)
         if kind is None:
-            raise UserError(f"{self.vm.name}: device {device.kind!r} does not exist; there is: {', '.join(_KINDS)}")
-        make, pci_class = kind
-        virtio = make(self, device)
+            raise UserError(
+                f"{self.vm.name}: device {device.kind!r} does not exist; there is: {', '.join(DEVICE_KINDS)}"
+            )
+        virtio = kind.make(self, device)
         virtio.on_fault = self.port.device_fault
         if self.vm.time == "instructions":
             # Whoever kicks waits until the device is done: there is nothing to look for.
             virtio.poll_ns = 0
-        return VirtioPciFunction(virtio, pci_class)
+        return VirtioPciFunction(virtio, kind.pci_class)
 
     def _blk(self, device: DeviceEntry) -> VirtioDevice:
         entry = next((disk for disk in self.vm.disks if disk.name == device.disk), None)
@@ -87,9 +89,22 @@ class DeviceMaker:
         return f"{self.vm.name}/{device}"
 
 
-_KINDS: Mapping[str, tuple[Callable[[DeviceMaker, DeviceEntry], VirtioDevice], PciClass]] = {
-    "virtio-blk": (DeviceMaker._blk, PciClass.SCSI),
-    "virtio-net": (DeviceMaker._net, PciClass.ETHERNET),
-    "virtio-rng": (DeviceMaker._rng, PciClass.OTHER),
-    "virtio-console": (DeviceMaker._console, PciClass.COMMUNICATION),
+@dataclass(frozen=True, slots=True)
+class DeviceKind:
+    """A kind of device: its class, what makes one, and what it is on the PCI bus."""
+
+    device: type[VirtioDevice]
+    make: Callable[[DeviceMaker, DeviceEntry], VirtioDevice]
+    pci_class: PciClass
+
+    def may_offer(self) -> list[str]:
+        """The features that one may offer, by name."""
+        return feature_names(FEATURES | ACCESS_FEATURES | self.device.MAY_OFFER, self.device.FEATURE_BITS)
+
+
+DEVICE_KINDS: Mapping[str, DeviceKind] = {
+    "virtio-blk": DeviceKind(VirtioBlk, DeviceMaker._blk, PciClass.SCSI),
+    "virtio-net": DeviceKind(VirtioNet, DeviceMaker._net, PciClass.ETHERNET),
+    "virtio-rng": DeviceKind(VirtioRng, DeviceMaker._rng, PciClass.OTHER),
+    "virtio-console": DeviceKind(VirtioConsole, DeviceMaker._console, PciClass.COMMUNICATION),
 }

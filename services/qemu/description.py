@@ -1,0 +1,49 @@
+"""What a machine is made of, for management: answers of the board and of its declarations, as plain values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.qemu.board import Board
+from services.qemu.devices import DEVICE_KINDS
+from services.qemu.qmp import COMMANDS
+from services.qemu.virtio_pci import VirtioPciFunction
+from shared.machine_type import ARCHITECTURE, VERSIONED_MACHINE
+from shared.pci import slot_and_function
+from shared.virtio import DeviceStatus, feature_names
+
+
+def describe_machine(board: Board) -> dict[str, Any]:
+    """The machine, its monitor's commands, its devices and the windows that they translate through."""
+    devices = zip(board.vm.devices, board.functions, strict=True)
+    return {
+        "arch": f"{ARCHITECTURE}le" if board.loaded_little_endian else ARCHITECTURE,
+        "machine": VERSIONED_MACHINE,
+        "uuid": str(board.uuid),
+        "monitor_commands": [command.name for command in COMMANDS],
+        "devices": [{"kind": entry.kind, **_device(entry.kind, function)} for entry, function in devices],
+        "dma_windows": [
+            {
+                "liobn": table.window.liobn,
+                "base": table.window.base,
+                "page_bytes": 1 << table.window.page_shift,
+                "size_bytes": table.window.n_tces << table.window.page_shift,
+            }
+            for table in board.bridge.dma_windows
+        ],
+        "dma_page_bytes": [1 << shift for shift in board.rtas_services.ddw.page_shifts],
+    }
+
+
+def _device(kind: str, function: VirtioPciFunction) -> dict[str, Any]:
+    device = function.device
+    names = DEVICE_KINDS[kind].device.FEATURE_BITS
+    slot, pci_function = slot_and_function(function.devfn)
+    has_agreed = device.status & DeviceStatus.FEATURES_OK
+    return {
+        "slot": slot,
+        "function": pci_function,
+        "offered": feature_names(device.features, names),
+        "accepted": feature_names(device.state.driver_features if has_agreed else 0, names),
+        "driver_ok": bool(device.status & DeviceStatus.DRIVER_OK),
+    }
