@@ -349,7 +349,7 @@ def _guest(vm: Section, base: Path) -> GuestEntry:
         pci_nodes=guest.choice("pci_nodes", PCI_NODES, "qemu"),
         command_line=guest.text("command_line", ""),
         workload=guest.text("workload", "prompt"),
-        dma=guest.choice("dma", tuple(DmaDesign), DmaDesign.QUIRK),
+        dma=guest.choice("dma", tuple(DmaDesign), DmaDesign.QUIRK.value),
         old_firmware=guest.flag("old_firmware", False),
         options=_options(guest),
     )

@@ -13,6 +13,7 @@ from deploy.cluster_file import Cluster, parse_cluster, read_cluster_file, resol
 from deploy.toml_lines import LineIndex
 from protocol.errors import ClusterFileError, UserError
 from protocol.startup import AccessPlatform
+from services.guest.model.image import build_image
 
 CLUSTERS = Path(__file__).parents[2] / "deploy" / "clusters"
 
@@ -46,6 +47,14 @@ def test_file_with_defaults_gives_every_field() -> None:
     )  # fmt: skip
     assert vm.disks[0].path == "/base/root.img"
     assert [(device.kind, device.disk) for device in vm.devices] == [("virtio-blk", "root")]
+
+
+@pytest.mark.parametrize("setting", ["", 'dma = "quirk"'])
+def test_an_image_can_be_built_for_the_dma_design_of_a_file_whether_it_is_given_or_not(setting: str) -> None:
+    (vm,) = parse(GOOD.replace("[vms.vm1.guest]", f"[vms.vm1.guest]\n{setting}")).vms
+
+    assert type(vm.guest.dma) is str
+    assert build_image("prompt", {"dma": vm.guest.dma})
 
 
 @pytest.mark.parametrize("name", ["minimal", "two-hosts"])
