@@ -15,6 +15,7 @@ from shared.virtio import DeviceStatus, feature_names
 
 def describe_machine(board: Board) -> dict[str, Any]:
     """The machine, its monitor's commands, its devices and the windows that they translate through."""
+    bridge = board.bridge
     devices = zip(board.vm.devices, board.functions, strict=True)
     return {
         "arch": f"{ARCHITECTURE}le" if board.loaded_little_endian else ARCHITECTURE,
@@ -29,9 +30,9 @@ def describe_machine(board: Board) -> dict[str, Any]:
                 "page_bytes": 1 << table.window.page_shift,
                 "size_bytes": table.window.n_tces << table.window.page_shift,
             }
-            for table in board.bridge.dma_windows
+            for table in bridge.dma_windows
         ],
-        "dma_page_bytes": [1 << shift for shift in board.rtas_services.ddw.page_shifts],
+        "dma_page_bytes": sorted(1 << shift for shift in board.rtas_services.ddw.page_shifts) if bridge.ddw else [],
     }
 
 
