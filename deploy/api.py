@@ -28,9 +28,11 @@ import msgspec
 import trio
 
 from deploy.client import DetachedStart, read_token, start_detached
+from deploy.host_description import HostDescription
 from deploy.operator_protocol import LENGTH, Request, Response, frame
 from deploy.run_dirs import LAUNCHER_SOCKET, Paths, runtime_root
 from deploy.status import ClusterStatus, ProcessRow, VmRow
+from deploy.vm_description import VmDescription
 from protocol.errors import UserError
 
 _POLL_SECONDS = 0.02
@@ -124,6 +126,10 @@ class Vm:
 
         return await _until(self.row, reached, f"{self.name} is not {what}", seconds)
 
+    async def describe(self) -> VmDescription:
+        """What `pefbox dumpxml --json` shows, as Structs."""
+        return msgspec.convert(await self._cluster.order("vm", {"vm": self.name}), VmDescription)
+
     async def restart(self) -> None:
         """Start its next incarnation."""
         await self._cluster.restart(self.name)
@@ -202,6 +208,10 @@ class RunningCluster:
     async def status(self) -> ClusterStatus:
         """What `pefbox status --json` shows, as Structs."""
         return msgspec.convert(await self.order("status"), ClusterStatus)
+
+    async def capabilities(self, host: str) -> HostDescription:
+        """What `pefbox capabilities --json` shows, as Structs."""
+        return msgspec.convert(await self.order("host", {"host": host}), HostDescription)
 
     def vm(self, name: str) -> Vm:
         """A VM by name."""

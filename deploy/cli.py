@@ -14,6 +14,8 @@ COMMANDS = {
     "up": "deploy.cli_cluster:up",
     "ps": "deploy.cli_cluster:ps",
     "status": "deploy.cli_cluster:status",
+    "capabilities": "deploy.cli_manage:capabilities",
+    "dumpxml": "deploy.cli_manage:dumpxml",
     "logs": "deploy.cli_logs:logs",
     "calls": "deploy.cli_logs:calls",
     "page": "deploy.cli_vm:page",

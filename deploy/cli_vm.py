@@ -70,11 +70,12 @@ def hex_lines(data: bytes, shown_bytes: int = 256) -> list[str]:
 def console(vm: str, port: str | None, cluster: str | None) -> None:
     """Talk to the terminal of VM; Ctrl-] leaves. When standard input is no terminal, its lines are sent one by one."""
     from deploy.console import line_console, port_of, raw_console, terminal_of
+    from deploy.operations import CONSOLE, VIRTIO_CONSOLE, refuse_by
 
     with connect(cluster) as reading, LauncherClient(reading.run_dir) as writing:
-        status = reading.call("status")
-        host = host_of(status, vm)
-        place = terminal_of(vm, host) if port is None else port_of(vm, port)
+        described = reading.call("vm", {"vm": vm})
+        refuse_by(described["operations"], CONSOLE if port is None else VIRTIO_CONSOLE)
+        place = terminal_of(vm, described["host"]) if port is None else port_of(vm, port)
         talk = raw_console if sys.stdin.isatty() else line_console
         talk(reading, writing, place)
 
@@ -89,15 +90,19 @@ def qmp(vm: str, command: str, arguments: tuple[str, ...], cluster: str | None) 
 
     ARGUMENTS are words key=value, or one JSON object.
     """
+    from deploy.operations import operation_of, refuse_by
     from deploy.plan import ProcessPlan, monitor_sockets
     from deploy.qmp_client import arguments_from_words, execute, result_text
     from deploy.run_dirs import Paths
     from protocol.roles import Role
 
     with connect(cluster) as client:
-        host = host_of(client.call("status"), vm)
+        described = client.call("vm", {"vm": vm})
         run_dir = client.run_dir
-    _, socket_path = monitor_sockets(Paths(run_dir, run_dir), ProcessPlan(Role.QEMU, host, vm))
+    operation = operation_of(command)
+    if operation is not None:
+        refuse_by(described["operations"], operation.name)
+    _, socket_path = monitor_sockets(Paths(run_dir, run_dir), ProcessPlan(Role.QEMU, described["host"], vm))
     assert socket_path is not None
     click.echo(result_text(execute(socket_path, command, arguments_from_words(arguments))))
 

@@ -17,6 +17,7 @@ from protocol.startup import (
     IommuDomain,
 )
 from shared.dma_designs import DESIGNS, DmaDesign
+from shared.machine_type import FIRST_SLOT, N_SLOTS
 
 OFFER_KEYS = ("access_platform", "no_translation", "identity_address", "bypass_switch", "iommu_switch")
 """What a virtio device offers as ways to memory; the guest's design says what when the file does not."""
@@ -35,7 +36,7 @@ ACCESS_PLATFORM: dict[bool | str, AccessPlatform] = {
     "optional": AccessPlatform.OPTIONAL,
 }
 """What `access_platform` may be."""
-MAX_DEVICES = 31
+MAX_DEVICES = N_SLOTS - FIRST_SLOT
 """Slots of the PCI bus but the first."""
 DEFAULT_CONSOLE = "console"
 DEFAULT_EDU = "edu"

@@ -50,6 +50,9 @@ class VmRecord:
     last_ultravisor: dict[str, int] = field(default_factory=dict)
     last_esm: Any = None
     last_network: Any = None
+    last_memory_mode: str | None = None
+    """Of the secure memory that it has now."""
+    last_machine: Any = None
 
     def change(self, state: VmState, reason: str = "") -> bool:
         """Note a new state; a lost VM keeps its last one until it is restarted."""
@@ -65,6 +68,7 @@ class VmRecord:
         self.state, self.reason, self.since_s = VmState.STARTING, "", time.time()
         self.lost, self.secure, self.segment = False, False, segment
         self.last_kvm, self.last_ultravisor, self.last_esm, self.last_network = {}, {}, None, None
+        self.last_memory_mode, self.last_machine = None, None
 
 
 @dataclass(slots=True)

@@ -16,10 +16,12 @@ import trio
 
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun
+from deploy.host_description import describe_host
 from deploy.operator_protocol import LENGTH, MAX_FRAME_BYTES, Request, Response, frame
 from deploy.page_view import page_view
 from deploy.restart import restart
 from deploy.status import gather_status
+from deploy.vm_description import describe_vm
 from protocol.errors import PefboxError, UserError
 
 MAX_QUERY_SECONDS = 60.0
@@ -34,6 +36,8 @@ class OperatorSocket:
         self._token = secrets.token_hex(16)
         self._orders: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
             "status": self._status,
+            "host": self._host,
+            "vm": self._vm,
             "query": self._query,
             "page": self._page,
             "restart": self._restart,
@@ -82,6 +86,12 @@ class OperatorSocket:
 
     async def _status(self, _arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         return await gather_status(self._run)
+
+    async def _host(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return await describe_host(self._run, str(arguments["host"]))
+
+    async def _vm(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return await describe_vm(self._run, str(arguments["vm"]))
 
     async def _query(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         seconds = min(float(arguments.get("seconds", 0.5)), MAX_QUERY_SECONDS)

@@ -12,6 +12,7 @@ from deploy import plan
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun, OpenFiles, VmRecord
 from deploy.health import wait_until_started
+from deploy.operations import RESTART, refuse_impossible
 from deploy.plan import KeyRing, LinkPlan
 from deploy.start import (
     configure,
@@ -27,6 +28,7 @@ from deploy.start import (
     start_time_limit,
 )
 from deploy.supervise import end_child, fail_vm
+from deploy.vm_description import vm_facts
 from protocol import control
 from protocol.errors import PeerGone, PefboxError, UserError
 from protocol.roles import Role
@@ -51,6 +53,7 @@ async def restart(run: ClusterRun, name: str) -> None:
 
 
 async def _restart_vm(run: ClusterRun, vm: VmRecord) -> None:
+    refuse_impossible(vm_facts(run, vm), RESTART)
     keepers = [_keeper(run, vm, role) for role in (Role.ULTRAVISOR, Role.KVM)]
     vm.being_removed = True
     try:
@@ -128,9 +131,7 @@ def _is_linkable(run: ClusterRun, vm: str) -> bool:
 
 def _keeper(run: ClusterRun, vm: VmRecord, role: Role) -> Child:
     keeper = run.child(vm.spec.host, role)
-    if keeper is None or not keeper.state.answers:
-        state = keeper.state.value if keeper is not None else "missing"
-        raise UserError(f"{vm.spec.host}/{role.value} is {state}: pefbox restart {vm.spec.host}")
+    assert keeper is not None
     return keeper
 
 

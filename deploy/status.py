@@ -34,6 +34,7 @@ class UltravisorVmStatus(msgspec.Struct, kw_only=True):
     secure: bool
     last_esm: Any = None
     pages: dict[str, int] | None = None
+    memory_mode: str | None = None
 
 
 class Traffic(msgspec.Struct, kw_only=True):
@@ -150,20 +151,26 @@ async def refresh(run: ClusterRun) -> None:
         for host in run.hosts.values():
             nursery.start_soon(_refresh_account, run, host)
         for vm in run.vms.values():
-            nursery.start_soon(_refresh_from_kvm, run, vm)
-            nursery.start_soon(_refresh_from_ultravisor, run, vm)
-            if any(device.network is not None for device in vm.spec.devices):
-                nursery.start_soon(_refresh_from_qemu, run, vm)
+            nursery.start_soon(refresh_vm, run, vm)
+
+
+async def refresh_vm(run: ClusterRun, vm: VmRecord) -> None:
+    """The same for one VM."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_refresh_from_kvm, run, vm)
+        nursery.start_soon(_refresh_from_ultravisor, run, vm)
+        if any(device.network is not None for device in vm.spec.devices):
+            nursery.start_soon(_refresh_from_qemu, run, vm)
 
 
 async def _refresh_account(run: ClusterRun, host: HostRecord) -> None:
-    answer = await _ask(run.child(host.spec.name, Role.ULTRAVISOR), "account", {})
+    answer = await ask(run.child(host.spec.name, Role.ULTRAVISOR), "account", {})
     if isinstance(answer, dict):
         host.last_account = answer
 
 
 async def _refresh_from_kvm(run: ClusterRun, vm: VmRecord) -> None:
-    answer = await _ask(run.child(vm.spec.host, Role.KVM), "vm.status", {"vm": vm.spec.name})
+    answer = await ask(run.child(vm.spec.host, Role.KVM), "vm.status", {"vm": vm.spec.name})
     try:
         status = msgspec.convert(answer, KvmVmStatus)
     except msgspec.ValidationError:
@@ -177,7 +184,7 @@ async def _refresh_from_kvm(run: ClusterRun, vm: VmRecord) -> None:
 
 
 async def _refresh_from_ultravisor(run: ClusterRun, vm: VmRecord) -> None:
-    answer = await _ask(run.child(vm.spec.host, Role.ULTRAVISOR), "vm.status", {"vm": vm.spec.name})
+    answer = await ask(run.child(vm.spec.host, Role.ULTRAVISOR), "vm.status", {"vm": vm.spec.name})
     try:
         status = msgspec.convert(answer, UltravisorVmStatus)
     except msgspec.ValidationError:
@@ -185,17 +192,19 @@ async def _refresh_from_ultravisor(run: ClusterRun, vm: VmRecord) -> None:
     vm.last_ultravisor = status.pages or {}
     vm.last_esm = status.last_esm
     vm.secure = status.secure
+    vm.last_memory_mode = status.memory_mode
 
 
 async def _refresh_from_qemu(run: ClusterRun, vm: VmRecord) -> None:
-    answer = await _ask(run.child(vm.spec.name, Role.QEMU), "network.status", {})
+    answer = await ask(run.child(vm.spec.name, Role.QEMU), "network.status", {})
     try:
         vm.last_network = msgspec.convert(answer, NetworkStatus)
     except msgspec.ValidationError:
         return
 
 
-async def _ask(child: Child | None, what: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+async def ask(child: Child | None, what: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+    """What a process answers; None when it does not, or cannot be asked."""
     if child is None:
         return None
     try:

@@ -148,6 +148,6 @@ def devfn_of(slot: int, function: int = 0) -> int:
     return slot << 3 | function
 
 
-def slot_of(devfn: int) -> int:
-    """The device number."""
-    return devfn >> 3
+def slot_and_function(devfn: int) -> tuple[int, int]:
+    """What `devfn_of` was made of."""
+    return devfn >> 3, devfn & 7

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +64,13 @@ def need_linux() -> LinuxImage:
         lacking("guest kernel", "pefbox linux build (some minutes)")
     assert image is not None
     return image
+
+
+LIBVIRT_SCHEMAS = Path("/usr/share/libvirt/schemas")
+
+
+def need_libvirt_schemas() -> None:
+    """The RELAX NG schemas of libvirt's XML, and a validator."""
+    need_program("xmllint", "libxml2-utils")
+    if not LIBVIRT_SCHEMAS.is_dir():
+        lacking(str(LIBVIRT_SCHEMAS), "apt-get install libvirt0")

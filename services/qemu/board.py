@@ -7,7 +7,6 @@ which devices reach interrupt controller, terminal and run state.
 from __future__ import annotations
 
 import dataclasses
-import uuid
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -34,12 +33,11 @@ from services.qemu.virtio_pci import VirtioPciFunction
 from services.runtime.text_buffers import TextState
 from shared.guest_ram import GuestRam
 from shared.interrupt_sources import EPOW_SOURCE, HOTPLUG_SOURCE, NVRAM_SOURCE, VTY_SOURCE
+from shared.machine_type import N_CPUS, machine_uuid, slot_of
 from shared.pci import devfn_of
 from shared.tce import TceTable
 from shared.virtio import DeviceStatus
 
-N_CPUS = 1
-FIRST_SLOT = 1
 ACCESS_SIZES = (1, 2, 4, 8)
 
 
@@ -94,14 +92,14 @@ class Board:
         self._waits_for_devices = vm.time == "instructions"
         if not self._waits_for_devices:
             self.bridge.tell_doorbell = port.doorbell
-        self._uuid = uuid.uuid5(uuid.NAMESPACE_URL, f"pefbox:{vm.name}:{vm.lpid}").bytes
+        self.uuid = machine_uuid(vm.name, vm.lpid)
         self._iommus: list[IommuSpace] = []
-        for slot, device in enumerate(vm.devices, FIRST_SLOT):
-            memory = self._memory_of(devfn_of(slot), device)
-            function = DeviceMaker(vm, memory, port, disks, networks or {}).make(device)
+        for index, device in enumerate(vm.devices):
+            devfn = devfn_of(slot_of(index))
+            function = DeviceMaker(vm, self._memory_of(devfn, device), port, disks, networks or {}).make(device)
             self.functions.append(function)
-            self.bridge.bus.plug(devfn_of(slot), function)
-        facts = MachineFacts(vm.memory_bytes, N_CPUS, self._uuid, repeatable=vm.time == "instructions")
+            self.bridge.bus.plug(devfn, function)
+        facts = MachineFacts(vm.memory_bytes, N_CPUS, self.uuid.bytes, repeatable=vm.time == "instructions")
         self.rtas_services = RtasServices(ram, self.bridge, port, port, facts)
         self.hcalls = QemuHcalls(ram, self, self)
         self.updated_tree: bytes | None = None
@@ -232,13 +230,19 @@ class Board:
         if self.vm.guest.boot != "program":
             # A property that QEMU's machine lacks is for those only who cannot take it for QEMU's.
             del answered[RTAS.by_number[EXIT].name]
-        facts = TreeFacts(self.vm.name, self._uuid, self.vm.memory_bytes, N_CPUS, answered, pci_nodes, boot)
+        facts = TreeFacts(self.vm.name, self.uuid.bytes, self.vm.memory_bytes, N_CPUS, answered, pci_nodes, boot)
         return build_device_tree(facts, self.bridge)
 
     def agreed_tree(self) -> bytes:
         """As `device_tree` for the same start, with the option vector that a guest agreed on."""
         boot, pci_nodes = self._described
         return self.device_tree(dataclasses.replace(boot, negotiated=True), pci_nodes)
+
+    @property
+    def loaded_little_endian(self) -> bool:
+        """Whether the kernel that was loaded with the machine is little-endian; unknown is no."""
+        boot, _ = self._described
+        return boot.kernel_little_endian
 
     def tree_updated(self, tree: bytes) -> None:
         """Firmware told its final tree."""

@@ -21,10 +21,9 @@ from shared.fdt_reader import FdtNode, FdtTree
 from shared.fdt_values import add_node, cells, quads, strings
 from shared.fdt_writer import write_fdt
 from shared.interrupt_sources import EPOW_SOURCE, HOTPLUG_SOURCE, NVRAM_SOURCE, VTY_SOURCE
+from shared.machine_type import CPU_MODEL, MACHINE, NVRAM_REG, VTY_REG
 
 XICP_PHANDLE = 0x1111
-VTY_REG = 0x71000000
-NVRAM_REG = 0x71000001
 TIMEBASE_HZ = 512_000_000
 CLOCK_HZ = 1_000_000_000
 CPU_VERSION = 0x0F000005
@@ -146,7 +145,7 @@ def _root(facts: TreeFacts) -> FdtNode:
             "#size-cells": cells(2),
             "device_type": strings("chrp"),
             "model": strings("IBM pSeries (emulated by pefbox)"),
-            "compatible": strings("qemu,pseries"),
+            "compatible": strings(f"qemu,{MACHINE}"),
             "vm,uuid": strings(text),
             "system-id": strings(text),
             "ibm,partition-name": strings(facts.vm_name),
@@ -157,7 +156,7 @@ def _root(facts: TreeFacts) -> FdtNode:
 def _add_cpus(root: FdtNode, n_cpus: int) -> None:
     cpus = add_node(root, "cpus", {"#address-cells": cells(1), "#size-cells": cells(0)})
     for cpu in range(n_cpus):
-        add_node(cpus, f"PowerPC,POWER9@{cpu:x}", _cpu_properties(cpu))
+        add_node(cpus, f"PowerPC,{CPU_MODEL}@{cpu:x}", _cpu_properties(cpu))
 
 
 def _cpu_properties(cpu: int) -> dict[str, bytes]:

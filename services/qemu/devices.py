@@ -12,14 +12,15 @@ from services.qemu.device_function import DeviceFunction
 from services.qemu.disk_file import DiskFile
 from services.qemu.edu import Edu, EduFunction, EduPciState
 from services.qemu.network import Switch
-from services.qemu.virtio_access import DeviceMemory
+from services.qemu.virtio_access import ACCESS_FEATURES, DeviceMemory
 from services.qemu.virtio_blk import VirtioBlk
 from services.qemu.virtio_console import VirtioConsole
-from services.qemu.virtio_device import VirtioDevice
+from services.qemu.virtio_device import FEATURES, VirtioDevice
 from services.qemu.virtio_net import VirtioNet
 from services.qemu.virtio_pci import VirtioPciFunction, VirtioPciState
 from services.qemu.virtio_rng import VirtioRng
 from shared.pci import PciClass
+from shared.virtio import feature_names
 
 FunctionState = VirtioPciState | EduPciState
 """The states of all kinds of functions."""
@@ -47,22 +48,22 @@ class DeviceMaker:
 
     def make(self, device: DeviceEntry) -> DeviceFunction[Any]:
         """A function; raises UserError for what does not exist, HostFault for a disk that cannot be read."""
-        if device.kind == "edu":
-            return self._edu(device)
-        kind = _VIRTIO.get(device.kind)
+        kind = DEVICE_KINDS.get(device.kind)
         if kind is None:
-            known = ", ".join((*_VIRTIO, "edu"))
+            known = ", ".join(DEVICE_KINDS)
             raise UserError(f"{self.vm.name}: device {device.kind!r} does not exist; there is: {known}")
-        return self._virtio(device, *kind)
+        return kind.make(self, device)
 
-    def _edu(self, device: DeviceEntry) -> EduFunction:
+    def edu(self, device: DeviceEntry) -> EduFunction:
+        """The educational device."""
         if device.name is None:
             raise UserError(f"{self.vm.name}: edu needs a name")
         edu = Edu(self._name(device.name), self.memory.platform, device.dma_bits)
         edu.on_fault = self.port.device_fault
         return EduFunction(edu)
 
-    def _virtio(self, device: DeviceEntry, make: MakeVirtio, pci_class: PciClass) -> VirtioPciFunction:
+    def virtio(self, make: MakeVirtio, pci_class: PciClass, device: DeviceEntry) -> VirtioPciFunction:
+        """A virtio device on PCI."""
         virtio = make(self, device)
         virtio.on_fault = self.port.device_fault
         if self.vm.time == "instructions":
@@ -105,9 +106,30 @@ class DeviceMaker:
 
 
 MakeVirtio = Callable[[DeviceMaker, DeviceEntry], VirtioDevice]
-_VIRTIO: Mapping[str, tuple[MakeVirtio, PciClass]] = {
-    "virtio-blk": (DeviceMaker._blk, PciClass.SCSI),
-    "virtio-net": (DeviceMaker._net, PciClass.ETHERNET),
-    "virtio-rng": (DeviceMaker._rng, PciClass.OTHER),
-    "virtio-console": (DeviceMaker._console, PciClass.COMMUNICATION),
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKind:
+    """A kind of device: its class, and what makes one with its PCI function."""
+
+    device: type[VirtioDevice] | type[Edu]
+    make: Callable[[DeviceMaker, DeviceEntry], DeviceFunction[Any]]
+
+    def may_offer(self) -> list[str]:
+        """The virtio features that one may offer, by name."""
+        if not issubclass(self.device, VirtioDevice):
+            return []
+        return feature_names(FEATURES | ACCESS_FEATURES | self.device.MAY_OFFER, self.device.FEATURE_BITS)
+
+
+def _virtio(device: type[VirtioDevice], make: MakeVirtio, pci_class: PciClass) -> DeviceKind:
+    return DeviceKind(device, lambda maker, entry: maker.virtio(make, pci_class, entry))
+
+
+DEVICE_KINDS: Mapping[str, DeviceKind] = {
+    "virtio-blk": _virtio(VirtioBlk, DeviceMaker._blk, PciClass.SCSI),
+    "virtio-net": _virtio(VirtioNet, DeviceMaker._net, PciClass.ETHERNET),
+    "virtio-rng": _virtio(VirtioRng, DeviceMaker._rng, PciClass.OTHER),
+    "virtio-console": _virtio(VirtioConsole, DeviceMaker._console, PciClass.COMMUNICATION),
+    "edu": DeviceKind(Edu, DeviceMaker.edu),
 }

@@ -16,13 +16,13 @@ from services.qemu.dma_windows import DmaWindows
 from services.qemu.qmp import CommandFailed, MonitorEvents, Reset, Resumed, RunState, Shutdown, ShutdownCause, Stopped
 from services.runtime.link import Link
 from services.runtime.log import Log
+from shared.machine_type import N_CPUS
 from shared.virtio_pci import NOTIFY_BYTES
 
 if TYPE_CHECKING:
     from services.qemu.board import Board
 
 _ORDER_SECONDS = 5.0
-_N_CPUS = 1
 
 
 class Machine:
@@ -166,7 +166,7 @@ class Machine:
 
     def cpu_stopped(self, cpu: int) -> bool | None:
         """Whether the processor is stopped; None when there is none of this number."""
-        return self.state is not RunState.RUNNING if cpu < _N_CPUS else None
+        return self.state is not RunState.RUNNING if cpu < N_CPUS else None
 
     def device_fault(self, device: str, reason: str) -> None:
         """A driver broke `device`, or was refused by it."""

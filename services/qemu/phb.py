@@ -22,7 +22,7 @@ from typing import Protocol
 from services.qemu.dma_domain import DmaDomain
 from services.qemu.pci_bus import Bar, PciBus, PciFunction, Region
 from shared.interrupt_sources import MSI_BASE, PCI_LSI_BASE, SOURCES_END
-from shared.pci import Command, Config, OfSpace, slot_of
+from shared.pci import Command, Config, OfSpace, slot_and_function
 from shared.tce import BUS_DOMAIN
 
 BUID_BASE = 0x800000020000000
@@ -94,11 +94,11 @@ class PciHostBridge:
 
     def domain_of(self, devfn: int) -> DmaDomain:
         """What the functions of this slot translate through."""
-        return self._own_domains.get(slot_of(devfn), self.bus_domain)
+        return self._own_domains.get(slot_and_function(devfn)[0], self.bus_domain)
 
     def give_own_domain(self, devfn: int) -> DmaDomain:
         """From now on the functions of this slot share no window with the others on the bus."""
-        slot = slot_of(devfn)
+        slot = slot_and_function(devfn)[0]
         return self._own_domains.setdefault(slot, DmaDomain(self.index, slot))
 
     def domain_with(self, liobn: int) -> DmaDomain | None:
@@ -210,4 +210,4 @@ class MsiSources:
 
 
 def _line(devfn: int, pin: int) -> int:
-    return (slot_of(devfn) + pin - 1) % N_PINS
+    return (slot_and_function(devfn)[0] + pin - 1) % N_PINS

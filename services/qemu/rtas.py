@@ -24,11 +24,12 @@ from services.qemu.phb import IrqPort, PciHostBridge
 from services.qemu.rtas_ddw import DdwRtas, WindowPort
 from services.qemu.rtas_pci import PciRtas, RtasError
 from shared.guest_ram import GuestRam
+from shared.machine_type import REPEATABLE_START_SECONDS
 
 NVRAM_BYTES = 64 * 1024
 MAX_OS_TERM_BYTES = 128
 NS_PER_SECOND = 1_000_000_000
-REPEATABLE_START_NS = 1_767_225_600 * NS_PER_SECOND
+REPEATABLE_START_NS = REPEATABLE_START_SECONDS * NS_PER_SECOND
 """2026-01-01: Linux seeds its random numbers with the time of day, and lays out programs by them."""
 READING_NS = 10_000_000
 """Whoever waits for the clock's next second must not wait for ever."""

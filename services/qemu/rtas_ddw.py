@@ -47,19 +47,19 @@ class DdwRtas:
         self._pci = pci
         self._port = port
         # The last page of a window must lie wholly in RAM, or kvm refuses its TCE.
-        self._page_shifts = [shift for shift in PAGE_SIZE_BITS if memory_bytes % (1 << shift) == 0]
+        self.page_shifts = [shift for shift in PAGE_SIZE_BITS if memory_bytes % (1 << shift) == 0]
 
     async def query(self, args: Sequence[int]) -> list[int]:
         """ibm,query-pe-dma-window: windows left, largest block in TCEs, page sizes, migration."""
         domain = self._domain(args)
-        mask = sum(PAGE_SIZE_BITS[shift] for shift in self._page_shifts)
+        mask = sum(PAGE_SIZE_BITS[shift] for shift in self.page_shifts)
         return [WINDOWS_PER_DOMAIN - len(domain.windows), MAX_WINDOW_TCES, mask, NO_MIGRATION]
 
     async def create(self, args: Sequence[int]) -> list[int]:
         """ibm,create-pe-dma-window: liobn and bus address of an empty window of `1 << window_shift` bytes."""
         *device, page_shift, window_shift = args
         domain = self._domain(device)
-        if page_shift not in self._page_shifts or not page_shift <= window_shift < DMA64_BASE.bit_length():
+        if page_shift not in self.page_shifts or not page_shift <= window_shift < DMA64_BASE.bit_length():
             raise RtasError(RtasStatus.PARAMETER_ERROR)
         liobn = domain.free_liobn
         if liobn is None or window_shift - page_shift >= MAX_WINDOW_TCES.bit_length():

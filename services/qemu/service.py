@@ -14,6 +14,7 @@ from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
 from protocol.links import KVM_QEMU, QEMU_QEMU
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.qemu.board import Board
+from services.qemu.description import describe_machine
 from services.qemu.dma_windows import DmaWindows
 from services.qemu.loader import BOOT_FILES, load_machine
 from services.qemu.machine import Machine
@@ -157,6 +158,7 @@ class Qemu:
         """By name."""
         return {
             "vm.status": self._vm_status,
+            "machine.describe": self._describe,
             "page.bytes": self._page_bytes,
             "network.status": self._network_status,
             "console.read": self._console_read,
@@ -175,6 +177,12 @@ class Qemu:
             "panic": machine.panic,
             "iommu_lookups": machine.board.n_iommu_lookups,
         }
+
+    async def _describe(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the machine is made of."""
+        if self._machine is None or self._machine.board is None:
+            raise HostFault("the machine has no devices yet")
+        return describe_machine(self._machine.board)
 
     async def _network_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         """Network cards, and the other VMs of each network, with what was sent, received and dropped."""

@@ -22,7 +22,12 @@ import msgspec
 from protocol.errors import GuestFault
 from protocol.startup import AccessPlatform, DmaOffer
 from services.qemu.dma import BypassSpace, DmaSpace, IommuSpace
-from shared.virtio import Feature, has_feature
+from shared.virtio import Feature, feature_mask, has_feature
+
+ACCESS_FEATURES = feature_mask(
+    (Feature.ACCESS_PLATFORM, Feature.ACCESS_PLATFORM_NO_TRANSLATION, Feature.ACCESS_PLATFORM_IDENTITY_ADDRESS)
+)
+"""What a device may offer as ways to memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,8 +65,16 @@ class _Request:
     status: Segment
 
 
+_OFFERED = (BlkFeature.SEG_MAX, BlkFeature.BLK_SIZE, BlkFeature.FLUSH)
+_OFFERED_WRITABLE = (BlkFeature.DISCARD, BlkFeature.WRITE_ZEROES)
+_OFFERED_READONLY = (BlkFeature.RO,)
+
+
 class VirtioBlk(VirtioDevice):
     """A disk. `serial` is what GET_ID answers (at most 20 ASCII characters count)."""
+
+    MAY_OFFER = feature_mask((*_OFFERED, *_OFFERED_WRITABLE, *_OFFERED_READONLY))
+    FEATURE_BITS = BlkFeature
 
     def __init__(
         self,
@@ -244,12 +252,7 @@ async def _refuse(request: _Request, status: BlkStatus) -> int:
 
 
 def _features(disk: DiskFile) -> int:
-    offered = [BlkFeature.SEG_MAX, BlkFeature.BLK_SIZE, BlkFeature.FLUSH]
-    if disk.readonly:
-        offered.append(BlkFeature.RO)
-    else:
-        offered += [BlkFeature.DISCARD, BlkFeature.WRITE_ZEROES]
-    return feature_mask(offered)
+    return feature_mask((*_OFFERED, *(_OFFERED_READONLY if disk.readonly else _OFFERED_WRITABLE)))
 
 
 def _config(capacity_sectors: int, *, readonly: bool) -> bytes:

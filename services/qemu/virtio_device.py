@@ -13,7 +13,8 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from enum import IntEnum
+from typing import ClassVar, Protocol
 
 import msgspec
 import trio
@@ -74,6 +75,11 @@ class VirtioState(msgspec.Struct):
 
 class VirtioDevice(ABC):
     """A virtio device. `name` is for the operator; `features` are offered beyond `FEATURES` and those of `offer`."""
+
+    MAY_OFFER: ClassVar[int] = 0
+    """Features of its own that a device of this class offers, some of them only with certain settings."""
+    FEATURE_BITS: ClassVar[type[IntEnum] | None] = None
+    """The names of its own features."""
 
     def __init__(
         self,

@@ -33,11 +33,12 @@ QUEUE_SIZE = 256
 WAITING_FRAMES = 256
 """Received frames that wait for buffers."""
 
-_FEATURES = feature_mask((NetFeature.MAC, NetFeature.STATUS, NetFeature.MTU, NetFeature.MRG_RXBUF))
-
 
 class VirtioNet(VirtioDevice):
     """A network card with address `mac` (6 bytes) on `switch`."""
+
+    MAY_OFFER = feature_mask((NetFeature.MAC, NetFeature.STATUS, NetFeature.MTU, NetFeature.MRG_RXBUF))
+    FEATURE_BITS = NetFeature
 
     def __init__(
         self, name: str, memory: DeviceMemory, switch: Switch, mac: bytes, *, offer: DmaOffer = NO_OFFER
@@ -47,7 +48,7 @@ class VirtioNet(VirtioDevice):
             DeviceId.NET,
             memory,
             queue_sizes=(QUEUE_SIZE, QUEUE_SIZE),
-            features=_FEATURES,
+            features=self.MAY_OFFER,
             offer=offer,
         )
         self.mac = mac

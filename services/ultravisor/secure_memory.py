@@ -56,6 +56,12 @@ def secret_memory_limit() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
+def largest_secret_bytes() -> int | None:
+    """The largest VM whose secure memory is `memfd_secret`: half of what this process may lock; None: any."""
+    limit = secret_memory_limit()
+    return None if limit is None else limit // 2
+
+
 class SecureMemory:
     """The secure memory of one VM: `buffer` here, `fd` for its guest. `mode` says which kind of file it is.
 
@@ -97,9 +103,8 @@ class SecretMemory:
 
 
 def _secret_memory(size_bytes: int) -> SecretMemory | None:
-    """Secret memory, or None where this process may not lock so much, other VMs' memory included."""
-    limit = secret_memory_limit()
-    if limit is not None and size_bytes > limit // 2:
+    largest = largest_secret_bytes()
+    if largest is not None and size_bytes > largest:
         return None
     try:
         return SecretMemory(size_bytes)

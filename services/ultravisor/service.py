@@ -24,7 +24,7 @@ from services.ultravisor.life import SvmLife
 from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.page_state import HOST_READABLE
 from services.ultravisor.partition import Partition
-from services.ultravisor.secure_memory import SecureAccount
+from services.ultravisor.secure_memory import SecureAccount, largest_secret_bytes
 
 
 class Ultravisor:
@@ -146,6 +146,7 @@ class Ultravisor:
             "page.secure": self._page_secure,
             "page.dirty": self._page_dirty,
             "account": self._account_status,
+            "capabilities": self._capabilities,
         }
 
     async def _vm_status(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -179,6 +180,15 @@ class Ultravisor:
 
     async def _account_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         return {"total_bytes": self._account.total_bytes, "used_bytes": self._account.used_bytes}
+
+    async def _capabilities(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """What secure memory there is, and up to which size of a VM it is memfd_secret (None: any size)."""
+        return {
+            "total_bytes": self._account.total_bytes,
+            "used_bytes": self._account.used_bytes,
+            "free_bytes": self._account.free_bytes,
+            "largest_secret_bytes": largest_secret_bytes(),
+        }
 
     def _named(self, arguments: dict[str, Any]) -> Partition:
         partition = self._by_name.get(str(arguments["vm"]))

@@ -49,6 +49,14 @@ def test_file_with_defaults_gives_every_field() -> None:
     assert [(device.kind, device.disk) for device in vm.devices] == [("virtio-blk", "root")]
 
 
+@pytest.mark.parametrize("setting", ["", 'dma = "quirk"'])
+def test_an_image_can_be_built_for_the_dma_design_of_a_file_whether_it_is_given_or_not(setting: str) -> None:
+    (vm,) = parse(GOOD.replace("[vms.vm1.guest]", f"[vms.vm1.guest]\n{setting}")).vms
+
+    assert type(vm.guest.dma) is str
+    assert build_image("prompt", {"dma": vm.guest.dma})
+
+
 @pytest.mark.parametrize("name", ["minimal", "two-hosts"])
 def test_shipped_cluster_files_are_read(name: str) -> None:
     assert read_cluster_file(CLUSTERS / f"{name}.toml").vms

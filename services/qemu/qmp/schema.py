@@ -9,6 +9,8 @@ import enum
 
 import msgspec
 
+from shared.machine_type import QEMU_RELEASE
+
 
 class ErrorClass(enum.StrEnum):
     """What a client can tell errors apart by; the description is for people."""
@@ -102,4 +104,5 @@ class NameInfo(Schema, frozen=True):
     name: str
 
 
-VERSION = VersionInfo(qemu=VersionTriple(major=7, minor=2, micro=0), package="pefbox")
+_MAJOR, _MINOR, _MICRO = QEMU_RELEASE
+VERSION = VersionInfo(qemu=VersionTriple(major=_MAJOR, minor=_MINOR, micro=_MICRO), package="pefbox")
