@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from shared.dma_designs import DESIGNS, DmaDesign
@@ -63,7 +63,9 @@ class Trial:
     purpose: Purpose
     secure: bool
     driver: DmaDesign
-    workloads: tuple[Workload, ...] = field(default=())
+    workloads: tuple[Workload, ...] = ()
+    ddw: bool = True
+    """Whether the bridge makes dynamic DMA windows."""
 
     @property
     def time(self) -> str:

@@ -29,6 +29,7 @@ host = "alpha"
 memory = "64M"
 time = "{time}"
 tell_secure = {tell_secure}
+ddw = {ddw}
 
 [vms.vm1.guest]
 dma = "{driver}"
@@ -86,6 +87,7 @@ def cluster_text(trial: Trial, disk: Path, options: dict[str, int | bool]) -> st
     return _CLUSTER.format(
         time=trial.time,
         tell_secure=_flag(facts.machine.tell_secure),
+        ddw=_flag(trial.ddw),
         driver=trial.driver,
         command_line="svm=on" if trial.secure else "svm=off",
         old_firmware=_flag(trial.purpose is Purpose.OLD_FIRMWARE),

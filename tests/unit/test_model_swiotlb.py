@@ -10,15 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.codes import HCode
-from protocol.errors import GuestFault
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
-from protocol.messages import Access
-from services.guest.address_space import AddressSpace
 from services.guest.exits import Exit, Hypercall, Pause
 from services.guest.model.cpu import IMMEDIATE_TRIES, Busy, Cpu, Panic
 from services.guest.model.iommu import IO_PAGE_BYTES, IoWindow
 from services.guest.model.pages import PageAllocator, PageUse
-from services.guest.model.state import Calls, Machine, Pages, Pool, Window
+from services.guest.model.state import Pages, Pool, Window
 from services.guest.model.swiotlb import (
     MIN_SLOTS,
     SEGMENT_BYTES,
@@ -27,35 +24,10 @@ from services.guest.model.swiotlb import (
     Direction,
     Swiotlb,
 )
-from shared.partition_map import ENTRY_BYTES, MapKind, PartitionMap
+from tests.unit.model_cpu import RAM_BYTES, make_cpu
 
 T = TypeVar("T")
-RAM_BYTES = 8 << 20
 BUFFER = 6 << 20
-
-
-class StillClock:
-    """Time that does not pass."""
-
-    def now_ns(self) -> int:
-        return 0
-
-    def charge(self, cost: int) -> None:
-        pass
-
-
-def make_cpu() -> Cpu:
-    n_pages = RAM_BYTES >> PAGE_SHIFT
-    entries = PartitionMap(memoryview(bytearray(n_pages * ENTRY_BYTES)))
-    for gfn in range(n_pages):
-        entries.set(gfn, MapKind.NORMAL, gfn)
-
-    def fault(gfn: int, access: Access) -> None:
-        raise GuestFault(f"{gfn:#x} {access}")
-
-    memory = AddressSpace(memoryview(bytearray(RAM_BYTES)), memoryview(bytearray(n_pages)), fault)
-    memory.use_map(entries, None)
-    return Cpu(memory, StillClock(), Machine(), Calls())
 
 
 def make_pages(cpu: Cpu) -> PageAllocator:
