@@ -6,7 +6,8 @@ that what the caller reads is the encrypted image and never the secure content (
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
 
 from protocol.errors import GuestFault
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, pages_spanned
@@ -66,6 +67,11 @@ class GuestRam:
         if writing:
             self._mark(gpa, n_bytes)
         return self._ram[gpa : gpa + n_bytes]
+
+    def states(self, gfns: Iterable[int]) -> dict[HostState, int]:
+        """How many of these frames, all in RAM, are in which state now."""
+        found = Counter(self._view[gfn] for gfn in gfns)
+        return {state: found[state] for state in HostState}
 
     def check(self, gpa: int, n_bytes: int) -> None:
         """Raise GuestFault unless the whole range lies in RAM."""

@@ -13,7 +13,7 @@ import trio
 
 from deploy.api import RunningCluster, Vm, cluster
 from deploy.compare.plan import REQUESTS, TIMED_ROUNDS, Purpose, Trial, Workload
-from deploy.compare.vm_files import VM, TrialFiles, write_trial
+from deploy.compare.vm_files import HOST, VM, TrialFiles, write_trial
 from protocol.errors import PefboxError, UserError
 
 BOOT_SECONDS = 30.0
@@ -57,7 +57,11 @@ class Outcome(msgspec.Struct, kw_only=True):
     boot_ns: int = 0
     """From the start of the machine until the prompt, by the host's clock."""
     shared_pages: int = 0
-    """Pages of 64 KiB that the guest gave to the host, or would have to."""
+    """Pages of 64 KiB that the ultravisor counts as shared with the host."""
+    reach_pages: int = 0
+    """Pages of the VM that its disk could read or write, were it hostile and the IOMMU honest."""
+    plain_pages: int = 0
+    """Those of them that hold what the guest put there; others hold ciphertext, or nothing."""
 
 
 async def run_trial(trial: Trial, options: dict[str, int | bool]) -> Outcome:
@@ -88,7 +92,7 @@ async def _work(running: RunningCluster, trial: Trial, files: TrialFiles, outcom
     if NO_KERNEL in text:
         raise _Failed(_disk_error(text) or "the boot stage found no kernel")
     outcome.boot_calls = _counts(await _ask(vm, "calls"))
-    outcome.shared_pages = _counts(await _ask(vm, "pages")).get("shared", 0) if trial.secure else 0
+    await _measure_exposure(running, trial, outcome)
     digest = (await _ask(vm, "hash")).split()
     if digest[:2] != ["ok", files.disk_sha256]:
         raise _Failed(_disk_error(text) or "the guest reads its disk differently: " + " ".join(digest)[:80])
@@ -98,6 +102,15 @@ async def _work(running: RunningCluster, trial: Trial, files: TrialFiles, outcom
     if trial.secure and _SECURE not in text:
         raise _Failed("the VM did not turn itself secure")
     outcome.works = True
+
+
+async def _measure_exposure(running: RunningCluster, trial: Trial, outcome: Outcome) -> None:
+    (states,) = (await running.vm(VM).qemu.query("dma.reach")).values()
+    outcome.reach_pages = sum(states.values())
+    outcome.plain_pages = states["SHARED" if trial.secure else "PRESENT"]
+    if trial.secure:
+        ultravisor = await running.process(f"{HOST}/ultravisor").query("vm.status", {"vm": VM})
+        outcome.shared_pages = ultravisor["pages"]["shared"]
 
 
 async def _rounds(vm: Vm, trial: Trial, workload: Workload) -> list[Round]:

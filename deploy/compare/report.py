@@ -11,7 +11,9 @@ from rich.table import Table
 from deploy.compare.claims import Borne, ClaimResult
 from deploy.compare.plan import REQUESTS, TIMED_ROUNDS, Workload
 from deploy.compare.results import Comparison, DesignResult, KindResult, Verdict, Works
+from deploy.compare.vm_files import MEMORY_BYTES
 from protocol.errors import UserError
+from protocol.geometry import PAGE_SHIFT
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 BAR_PIXELS = 500
@@ -61,6 +63,7 @@ def as_html(report: Report, about: str = "") -> str:
         claims=report.claims,
         about=about,
         rounds=TIMED_ROUNDS,
+        vm_pages=MEMORY_BYTES >> PAGE_SHIFT,
         requests=requests,
         workloads=[workload for workload in comparison.workloads if workload != Workload.BOOT],
         costs=msgspec.structs.asdict(comparison.costs),

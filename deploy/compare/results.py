@@ -57,6 +57,9 @@ class KindResult(msgspec.Struct, kw_only=True):
     boot_calls: dict[str, int] = {}
     boot_ms: float | None = None
     shared_pages: int | None = None
+    reach_pages: int | None = None
+    plain_pages: int | None = None
+    """As Outcome; None where the VM did not come so far."""
 
 
 class DesignResult(msgspec.Struct, kw_only=True):
@@ -128,7 +131,10 @@ def _verdict(outcome: Outcome) -> Verdict:
 def _enter_counts(result: KindResult, trial: Trial, outcome: Outcome, costs: Costs) -> None:
     result.verdict = _verdict(outcome)
     result.device_faults = outcome.device_faults
-    result.boot_calls, result.shared_pages = outcome.boot_calls, outcome.shared_pages
+    result.boot_calls = outcome.boot_calls
+    if outcome.reach_pages:
+        result.shared_pages = outcome.shared_pages
+        result.reach_pages, result.plain_pages = outcome.reach_pages, outcome.plain_pages
     for workload, (only, *_) in outcome.rounds.items():
         work = work_of(only.calls, only.bounced_bytes, only.device_lookups, requests=only.requests, secure=trial.secure)
         measured = result.workloads.setdefault(workload, Measured())

@@ -16,6 +16,7 @@ from services.ultravisor.identity import ensure_keys
 from shared.dma_designs import DESIGNS
 
 HOST, VM = "alpha", "vm1"
+MEMORY_BYTES = 64 << 20
 DATA_BYTES = 16 << 20
 SCRATCH_BYTES = 4 << 20
 _SEED = 2018
@@ -26,7 +27,7 @@ secure_memory = "128M"
 
 [vms.vm1]
 host = "alpha"
-memory = "64M"
+memory = {memory}
 time = "{time}"
 tell_secure = {tell_secure}
 ddw = {ddw}
@@ -85,6 +86,7 @@ def cluster_text(trial: Trial, disk: Path, options: dict[str, int | bool]) -> st
     """The cluster file of `trial`: the devices and the machine of its design, the drivers of `trial.driver`."""
     facts = DESIGNS[trial.design]
     return _CLUSTER.format(
+        memory=MEMORY_BYTES,
         time=trial.time,
         tell_secure=_flag(facts.machine.tell_secure),
         ddw=_flag(trial.ddw),

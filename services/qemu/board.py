@@ -32,6 +32,7 @@ from services.qemu.virtio_net import VirtioNet
 from services.qemu.virtio_pci import VirtioPciFunction
 from services.runtime.text_buffers import TextState
 from shared.guest_ram import GuestRam
+from shared.host_view import HostState
 from shared.interrupt_sources import EPOW_SOURCE, HOTPLUG_SOURCE, NVRAM_SOURCE, VTY_SOURCE
 from shared.machine_type import N_CPUS, machine_uuid, slot_of
 from shared.pci import devfn_of
@@ -149,6 +150,10 @@ class Board:
     def n_iommu_lookups(self) -> int:
         """Ranges that devices had translated."""
         return sum(iommu.n_lookups for iommu in self._iommus)
+
+    def reach(self) -> dict[str, dict[HostState, int]]:
+        """How many frames each virtio device could read or write now, by their state."""
+        return {function.device.name: self._ram.states(function.device.reach()) for function in self._virtio}
 
     def default_windows(self) -> list[TceWindowBody]:
         """The 32-bit DMA windows that kvm makes: for the bus, then for each device that has its own."""

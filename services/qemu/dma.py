@@ -13,8 +13,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from protocol.errors import GuestFault
+from protocol.geometry import PAGE_SHIFT, pages_spanned
 from shared.guest_ram import GuestRam
-from shared.tce import TceTable
+from shared.tce import PERMISSION_MASK, TceTable, gpa_of_tce
 from shared.words import words_u16
 
 Span = tuple[int, int]
@@ -38,6 +39,10 @@ class DmaSpace(ABC):
     @abstractmethod
     def spans(self, address: int, n_bytes: int, *, writing: bool) -> list[Span]:
         """Where `n_bytes` at `address` lie in guest RAM, in order, adjacent pieces merged."""
+
+    @abstractmethod
+    def reach(self) -> frozenset[int]:
+        """The GFNs that a device may read or write now, whatever it was asked to do."""
 
     async def read(self, address: int, n_bytes: int) -> bytes:
         """A copy of `n_bytes` at `address`."""
@@ -105,6 +110,10 @@ class BypassSpace(DmaSpace):
         """The range itself."""
         return [(address, n_bytes)]
 
+    def reach(self) -> frozenset[int]:
+        """All of RAM."""
+        return frozenset(range(self.ram.size_bytes >> PAGE_SHIFT))
+
     def _view_now(self, address: int, n_bytes: int, *, writing: bool) -> memoryview | None:
         return self.ram.view_now(address, n_bytes, writing=writing)
 
@@ -125,6 +134,16 @@ class IommuSpace(DmaSpace):
         """Whether every bus address up to the end of RAM is translated to the same guest address, for both ways."""
         window = next((window for window in self.windows if window.index_of(0) is not None), None)
         return window is not None and window.maps_to_itself(self.ram.size_bytes)
+
+    def reach(self) -> frozenset[int]:
+        """What an entry with a permission leads to."""
+        gfns: set[int] = set()
+        n_pages = self.ram.size_bytes >> PAGE_SHIFT
+        for window in self.windows:
+            for value in window.nonzero().values():
+                if value & PERMISSION_MASK:
+                    gfns.update(pages_spanned(gpa_of_tce(value), window.page_bytes))
+        return frozenset(gfn for gfn in gfns if gfn < n_pages)
 
     def spans(self, address: int, n_bytes: int, *, writing: bool) -> list[Span]:
         """Translate page by page; raises GuestFault at the first page without a translation or the permission."""

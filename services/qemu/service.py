@@ -160,6 +160,7 @@ class Qemu:
             "vm.status": self._vm_status,
             "machine.describe": self._describe,
             "page.bytes": self._page_bytes,
+            "dma.reach": self._dma_reach,
             "network.status": self._network_status,
             "console.read": self._console_read,
             "console.write": self._console_write,
@@ -183,6 +184,12 @@ class Qemu:
         if self._machine is None or self._machine.board is None:
             raise HostFault("the machine has no devices yet")
         return describe_machine(self._machine.board)
+
+    async def _dma_reach(self, _arguments: dict[str, Any]) -> dict[str, dict[str, int]]:
+        """How many frames each virtio device could read or write now, by their state in the host's view."""
+        board = None if self._machine is None else self._machine.board
+        reach = {} if board is None else board.reach()
+        return {name: {state.name: n for state, n in states.items()} for name, states in reach.items()}
 
     async def _network_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         """Network cards, and the other VMs of each network, with what was sent, received and dropped."""

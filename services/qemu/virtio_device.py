@@ -176,6 +176,10 @@ class VirtioDevice(ABC):
         if self.serving and index < len(self.queues) and self.queues[index].running:
             self._kicks[index].set()
 
+    def reach(self) -> frozenset[int]:
+        """The GFNs that the device could read or write now, should it turn against its driver; none unless it runs."""
+        return self.access.space(self.state.driver_features).reach() if self.serving else frozenset()
+
     # Life of the device.
 
     @property

@@ -36,6 +36,7 @@ FEATURES_OK = "the device refuses the features (FEATURES_OK)"
 def played(trial: Trial, faster: bool = True) -> Outcome:
     """What a trial comes to when the discussion is right; without `faster` the bypass property recovers nothing."""
     outcome = Outcome(title=trial.title, works=True, secure=trial.secure, boot_calls={"H_PUT_TCE": 3})
+    outcome.reach_pages, outcome.plain_pages = 1024, 130
     refuses = DESIGNS[trial.design].offer.access_platform is AccessPlatform.REQUIRED
     if trial.purpose in (Purpose.OLD_GUEST, Purpose.OLD_FIRMWARE) and refuses:
         return Outcome(title=trial.title, failure=FEATURES_OK)
@@ -155,7 +156,7 @@ def test_the_page_needs_nothing_else_and_says_what_others_said_as_text() -> None
     assert "a machine &amp; more" in page
     assert not [word for word in ("http:", "https:", "src=", "@import", "<script") if word in page]
     headings = [heading.text for heading in root.iter("h2")]
-    assert headings[:3] == ["What works, and what had to change", "read", "boot"]
+    assert headings[:3] == ["What works, and what had to change", "What a hostile device reaches", "read"]
     assert len(list(root.iter("rect"))) == len(bars_of(report().comparison, "read"))
 
 

@@ -19,6 +19,7 @@ from services.qemu.board import Board
 from services.qemu.dma import BypassSpace, IommuSpace
 from services.qemu.testing import TestDriver, TestPort, TestRam, TestRing, board_entry
 from services.qemu.virtio_access import DeviceMemory, MemoryAccess
+from shared.host_view import HostState
 from shared.tce import ENTRY_BYTES, TcePermission, TceTable, tce
 from shared.virtio import DeviceStatus, Feature, has_feature
 from shared.virtio_blk import REQUEST_HEADER, BlkRequest, BlkStatus
@@ -331,3 +332,24 @@ async def test_where_a_device_is_is_saved_and_loaded(make_rig: MakeRig) -> None:
     other.board.load(rig.board.save())
     assert await other.start(PLATFORM)
     assert await other.read()
+
+
+# -- what a hostile device reaches ----------------------------------------------------------------------------------
+
+
+async def test_a_device_reaches_all_of_ram_past_the_iommu_and_what_is_mapped_behind_it(make_rig: MakeRig) -> None:
+    rig = await make_rig(OPTIONAL_OFFER)
+    device = rig.board.functions[0].device.name
+    assert rig.board.reach()[device] == {HostState.ABSENT: 0, HostState.PRESENT: 0, HostState.SHARED: 0}
+
+    assert await rig.start(0)
+    rig.ram.view[5], rig.ram.view[6] = HostState.ABSENT, HostState.SHARED
+    assert rig.board.reach()[device] == {HostState.ABSENT: 1, HostState.PRESENT: 14, HostState.SHARED: 1}
+
+    table = rig.board.bridge.bus_domain.windows[0]
+    table.store(7, tce(6 * PAGE_BYTES + 0x1000, TcePermission.READ))
+    table.store(8, tce(5 * PAGE_BYTES, TcePermission.NONE))
+    for index in range(RING >> 12, HEADER >> 12):
+        table.store(index, tce(index << 12, BOTH))
+    assert await rig.start(PLATFORM)
+    assert rig.board.reach()[device] == {HostState.ABSENT: 0, HostState.PRESENT: 1, HostState.SHARED: 1}
