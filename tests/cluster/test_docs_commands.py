@@ -19,6 +19,9 @@ RUN_ELSEWHERE = {
     "make linux-demo": "tests/cluster/test_linux_demo.py",
     "make test": "this run",
     "make bench": "tests.bench",
+    "pefbox compare --out report": "tests/cluster/test_dma_designs.py runs a part of it",
+    "pefbox compare --designs quirk,iommu-always,nothing --workload read --secure --out report": "as above",
+    "pefbox compare --cost hypercall_ns=350 --cost world_switch_ns=2000 --out report": "as above",
     "pefbox linux boot-disk disk.img": "tests/unit/test_boot_disk.py",
 }
 
