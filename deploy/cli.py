@@ -21,6 +21,7 @@ COMMANDS = {
     "page": "deploy.cli_vm:page",
     "console": "deploy.cli_vm:console",
     "qmp": "deploy.cli_vm:qmp",
+    "balloon": "deploy.cli_balloon:balloon",
     "restart": "deploy.cli_cluster:restart",
     "down": "deploy.cli_cluster:down",
     "key": "deploy.cli_state:key",

@@ -26,6 +26,7 @@ KEYS_OF = {
     "virtio-net": ("network", "mac", *OFFER_KEYS),
     "virtio-rng": OFFER_KEYS,
     "virtio-console": ("name", *OFFER_KEYS),
+    "virtio-balloon": OFFER_KEYS,
     "edu": ("name", "iommu_domain", "dma_bits"),
 }
 """The kinds of devices, and the keys that each has beside `kind`."""
@@ -59,7 +60,7 @@ class DeviceReader:
         self._identity = identity
         self._mtus = mtus
         self._used: set[str] = set()
-        """Disks that a device was made for, and names of devices, each with its key in front."""
+        """Disks that a device was made for, names of devices, kinds of which there is one: each with its key."""
 
     def read(self) -> list[DeviceEntry]:
         """The disks that no listed device names come first, then the devices as listed."""
@@ -92,6 +93,9 @@ class DeviceReader:
                 return DeviceEntry(kind=kind, network=network, mac=mac, mtu=self._mtus[network], offer=offer)
             case "virtio-console":
                 return DeviceEntry(kind=kind, name=self._name(section, DEFAULT_CONSOLE), offer=offer)
+            case "virtio-balloon":
+                self._once(section, "kind", kind, "is there already; a VM has one virtio-balloon at most")
+                return DeviceEntry(kind=kind, offer=offer)
             case _:
                 return DeviceEntry(kind=kind, offer=offer)
 

@@ -50,6 +50,7 @@ class VmRecord:
     last_ultravisor: dict[str, int] = field(default_factory=dict)
     last_esm: Any = None
     last_network: Any = None
+    last_balloon: Any = None
     last_memory_mode: str | None = None
     """Of the secure memory that it has now."""
     last_machine: Any = None
@@ -67,7 +68,8 @@ class VmRecord:
         self.incarnation += 1
         self.state, self.reason, self.since_s = VmState.STARTING, "", time.time()
         self.lost, self.secure, self.segment = False, False, segment
-        self.last_kvm, self.last_ultravisor, self.last_esm, self.last_network = {}, {}, None, None
+        self.last_kvm, self.last_ultravisor = {}, {}
+        self.last_esm = self.last_network = self.last_balloon = None
         self.last_memory_mode, self.last_machine = None, None
 
 

@@ -115,6 +115,7 @@ def _monitor(name: str, command: str, *conditions: Condition, on_secure: str = "
 RESTART = "restart"
 CONSOLE = "console"
 VIRTIO_CONSOLE = "virtio console"
+BALLOON = "balloon"
 _STARTS_AGAIN = "its secure memory is gone; it boots as a normal VM and may turn itself secure again"
 
 _TABLE = (
@@ -132,11 +133,16 @@ _TABLE = (
         on_secure="only where the guest drives it through memory that it shares",
     ),
     Operation("page", "pefbox page VM GPA", on_secure="the host's bytes of a page that is not shared are ciphertext"),
-    _monitor(
+    Operation(
+        BALLOON,
+        "pefbox balloon VM SIZE",
+        (
+            _is_built("balloon"),
+            _answers(Role.QEMU),
+            _has_device("virtio-balloon"),
+            _is_normal("the balloon would hand private pages to the host, which gains nothing by them"),
+        ),
         "balloon",
-        "balloon",
-        _has_device("virtio-balloon"),
-        _is_normal("the ultravisor keeps the frames that it gives up, the host gains nothing"),
     ),
     _monitor("memory dump", "dump-guest-memory", _is_normal("all but its shared pages would be ciphertext")),
     _monitor("snapshot", "snapshot-save", _is_normal("its pages are ciphertext that no later start can read")),

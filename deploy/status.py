@@ -13,6 +13,7 @@ from deploy.cluster_run import ClusterRun, HostRecord, VmRecord
 from deploy.supervise import take_vm_state
 from protocol import control
 from protocol.errors import PeerGone
+from protocol.geometry import PAGE_BYTES
 from protocol.roles import Role
 
 _OWING_SECONDS = 0.05
@@ -76,6 +77,21 @@ class NetworkStatus(msgspec.Struct, kw_only=True):
     networks: list[NetworkEnd] = []
 
 
+class BalloonStatus(msgspec.Struct, kw_only=True):
+    """A qemu's answer to `balloon.status`: how much memory the guest has and is to have, and kvm's word on it.
+
+    `discarded_bytes` is what the host really has back; `reason` says why the balloon does nothing, or refused its
+    driver; `stats` are the guest's own, empty when it tells none.
+    """
+
+    memory_bytes: int
+    actual_bytes: int
+    target_bytes: int
+    discarded_bytes: int = 0
+    reason: str | None = None
+    stats: dict[str, int] = {}
+
+
 class ProcessRow(msgspec.Struct, kw_only=True):
     """A process; a dead one keeps its row. `since` is in seconds since the epoch."""
 
@@ -89,7 +105,8 @@ class ProcessRow(msgspec.Struct, kw_only=True):
 
 
 class VmRow(msgspec.Struct, kw_only=True):
-    """A VM. `pages` counts are None until they were heard of; `reason` says why it failed."""
+    """A VM. `pages` counts are None until they were heard of; `reason` says why it failed; `balloon` is None where
+    it has none."""
 
     name: str
     lpid: int
@@ -103,6 +120,7 @@ class VmRow(msgspec.Struct, kw_only=True):
     last_esm: Any
     pages: dict[str, int | None]
     network: NetworkStatus
+    balloon: BalloonStatus | None
     processes: list[ProcessRow]
 
 
@@ -160,7 +178,9 @@ async def refresh_vm(run: ClusterRun, vm: VmRecord) -> None:
         nursery.start_soon(_refresh_from_kvm, run, vm)
         nursery.start_soon(_refresh_from_ultravisor, run, vm)
         if any(device.network is not None for device in vm.spec.devices):
-            nursery.start_soon(_refresh_from_qemu, run, vm)
+            nursery.start_soon(_refresh_network, run, vm)
+        if _has_balloon(vm):
+            nursery.start_soon(_refresh_balloon, run, vm)
 
 
 async def _refresh_account(run: ClusterRun, host: HostRecord) -> None:
@@ -195,12 +215,24 @@ async def _refresh_from_ultravisor(run: ClusterRun, vm: VmRecord) -> None:
     vm.last_memory_mode = status.memory_mode
 
 
-async def _refresh_from_qemu(run: ClusterRun, vm: VmRecord) -> None:
+async def _refresh_network(run: ClusterRun, vm: VmRecord) -> None:
     answer = await ask(run.child(vm.spec.name, Role.QEMU), "network.status", {})
     try:
         vm.last_network = msgspec.convert(answer, NetworkStatus)
     except msgspec.ValidationError:
         return
+
+
+async def _refresh_balloon(run: ClusterRun, vm: VmRecord) -> None:
+    answer = await ask(run.child(vm.spec.name, Role.QEMU), "balloon.status", {})
+    try:
+        vm.last_balloon = msgspec.convert(answer, BalloonStatus)
+    except msgspec.ValidationError:
+        return
+
+
+def _has_balloon(vm: VmRecord) -> bool:
+    return any(device.kind == "virtio-balloon" for device in vm.spec.devices)
 
 
 async def ask(child: Child | None, what: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
@@ -256,5 +288,15 @@ def _vm_row(run: ClusterRun, vm: VmRecord) -> VmRow:
         last_esm=vm.last_esm,
         pages={kind: known.get(kind) for kind in PAGE_KINDS},
         network=vm.last_network or NetworkStatus(),
+        balloon=_balloon(vm),
         processes=[process_row(child) for child in reversed(run.vm_children(vm.spec.name))],
     )
+
+
+def _balloon(vm: VmRecord) -> BalloonStatus | None:
+    """As last heard; empty at first."""
+    if not _has_balloon(vm):
+        return None
+    n_bytes = vm.spec.memory_bytes
+    known = vm.last_balloon or BalloonStatus(memory_bytes=n_bytes, actual_bytes=n_bytes, target_bytes=n_bytes)
+    return msgspec.structs.replace(known, discarded_bytes=vm.last_kvm.get("discarded", 0) * PAGE_BYTES)

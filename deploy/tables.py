@@ -53,6 +53,8 @@ def _add_vm(branch: Tree, vm: dict[str, Any]) -> None:
     node.add(Text(f"pages {pages}"))
     if vm["last_esm"] is not None:
         node.add(Text(f"last esm {_facts(vm['last_esm'])}"))
+    if vm["balloon"] is not None:
+        node.add(Text(f"balloon {balloon_facts(vm['balloon'])}"))
     for card in vm["network"]["devices"]:
         node.add(Text(f"network {card['network']}  mac {card['mac']}  {_traffic(card)}"))
     for end in vm["network"]["networks"]:
@@ -61,6 +63,18 @@ def _add_vm(branch: Tree, vm: dict[str, Any]) -> None:
             node.add(Text.assemble(f"network {end['network']}  to {peer['vm']} ", state, f"  {_traffic(peer)}"))
     for process in vm["processes"]:
         node.add(_process_line(process))
+
+
+def balloon_facts(balloon: dict[str, Any]) -> str:
+    """How much memory a VM has, is to have, and its host has back; why its balloon does nothing."""
+    names = ("actual", "target", "discarded")
+    facts = "  ".join(f"{name} {mebibytes(balloon[f'{name}_bytes'])}" for name in names)
+    return f"{facts}  {balloon['reason']}" if balloon["reason"] else facts
+
+
+def mebibytes(n_bytes: int) -> str:
+    """In MiB, with a fraction only where there is one."""
+    return f"{n_bytes / (1 << 20):.10g} MiB"
 
 
 def _traffic(counts: dict[str, Any]) -> str:

@@ -79,6 +79,7 @@ KVM_QEMU = LinkKind(
     lower=Role.QEMU,
     upward=_numbers(
         m.PAGES_WANTED,
+        m.PAGES_DISCARD,
         m.IRQ_SOURCE,
         m.IRQ_SET,
         m.MEMSLOT_SET,

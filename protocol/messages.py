@@ -311,10 +311,17 @@ DOORBELL_RUNG = _event(0x10206, "DOORBELL_RUNG", MmioStoreBody)
 # -- qemu -> kvm ----------------------------------------------------------------------------------------------
 
 
-class PagesBody(Body, frozen=True):
-    """GFNs that the host is about to touch and that its view calls absent."""
+MAX_PAGES = 256
 
-    gfns: Annotated[list[Gfn], Meta(min_length=1, max_length=256)]
+
+class PagesBody(Body, frozen=True):
+    """PAGES_WANTED: GFNs that the host is about to touch and that its view calls absent.
+
+    PAGES_DISCARD: GFNs that the guest has in its balloon; their frames go back to the host, content and all.
+    H_PERMISSION: the VM is secure, its pages are not the host's to discard. H_BUSY: a later try may succeed.
+    """
+
+    gfns: Annotated[list[Gfn], Meta(min_length=1, max_length=MAX_PAGES)]
 
 
 class IrqSourceBody(Body, frozen=True):
@@ -384,6 +391,7 @@ TCE_WINDOW_REMOVE = _declare(0x1030A, "TCE_WINDOW_REMOVE", LiobnBody, Status, le
 VM_POWEROFF = _declare(0x1030B, "VM_POWEROFF", Empty, Status)
 TERMINAL_OUTPUT = _event(0x1030C, "TERMINAL_OUTPUT", TerminalBody)
 DOORBELL_SET = _event(0x1030D, "DOORBELL_SET", DoorbellBody)
+PAGES_DISCARD = _declare(0x1030E, "PAGES_DISCARD", PagesBody, Status)
 
 
 # -- qemu <-> qemu: VMs of one network ------------------------------------------------------------------------

@@ -80,8 +80,8 @@ class DeviceEntry(Struct, frozen=True):
     """A device of a VM. `kind` says which of the other fields it has; all have `iommu_domain`.
 
     `virtio-blk` has a `disk`; `virtio-net` a `network`, its `mac` (`52:54:00:00:00:01`) and `mtu`; `virtio-console` a
-    `name`; `virtio-rng` nothing; `edu` a `name` and `dma_bits`, how many bits of a bus address it has. `offer` is of
-    virtio devices.
+    `name`; `virtio-rng` and `virtio-balloon` nothing; `edu` a `name` and `dma_bits`, how many bits of a bus address it
+    has. `offer` is of virtio devices.
     """
 
     kind: str

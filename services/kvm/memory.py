@@ -140,6 +140,19 @@ class VmMemory:
                 self.set_state(gfn, KvmState.SECURE)
             self.punch(first, length)
 
+    def discard(self, gfns: Iterable[int]) -> None:
+        """Of a normal VM, ascending: hidden, punched and DISCARDED; nobody has a translation. Raises HostFault."""
+        for first, length in _runs(gfns):
+            self.punch(first, length)
+            for gfn in range(first, first + length):
+                self.set_state(gfn, KvmState.DISCARDED)
+
+    def bring_back(self, gfns: Iterable[int]) -> None:
+        """Those of `gfns` that are DISCARDED are ordinary pages again, and hold zeros."""
+        for gfn in gfns:
+            if self._states[gfn] == KvmState.DISCARDED:
+                self.set_state(gfn, KvmState.NORMAL)
+
     def forget_secure(self) -> None:
         """The secure VM is gone: its frames are ordinary zeroed ones, shared frames keep their content."""
         self.punch_all(self.in_state(KvmState.SECURE, KvmState.PAGED_OUT))
@@ -148,12 +161,13 @@ class VmMemory:
         self.busy.clear()
 
     def page_counts(self) -> dict[str, int]:
-        """How many pages are normal, secure, shared, paged out."""
+        """How many pages are normal, secure, shared, paged out, discarded."""
         return {
             "normal": self.counts[KvmState.NORMAL],
             "secure": self.counts[KvmState.SECURE],
             "shared": self.counts[KvmState.SHARED],
             "paged_out": self.counts[KvmState.PAGED_OUT],
+            "discarded": self.counts[KvmState.DISCARDED],
         }
 
     def close(self) -> None:

@@ -4,8 +4,10 @@
     SECURE     in secure memory (a device page in Linux: UVMEM); the normal frame is punched out
     PAGED_OUT  its encrypted image is in the normal frame (MEM)
     SHARED     the VM shares it: guest and host use the normal frame
+    DISCARDED  of a normal VM, in its balloon: the frame is punched out, and whoever touches it next finds zeros
 
-The ultravisor drives SECURE and SHARED by H_SVM_PAGE_IN; kvm drives PAGED_OUT by UV_PAGE_OUT.
+The ultravisor drives SECURE and SHARED by H_SVM_PAGE_IN; kvm drives PAGED_OUT by UV_PAGE_OUT; qemu has DISCARDED made
+by PAGES_DISCARD.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ class KvmState(IntEnum):
     SECURE = 1
     PAGED_OUT = 2
     SHARED = 3
+    DISCARDED = 4
 
     @property
     def host_state(self) -> HostState:
@@ -29,5 +32,5 @@ class KvmState(IntEnum):
         return _HOST_STATE[self]
 
 
-_HOST_STATE = (HostState.PRESENT, HostState.ABSENT, HostState.PRESENT, HostState.SHARED)
+_HOST_STATE = (HostState.PRESENT, HostState.ABSENT, HostState.PRESENT, HostState.SHARED, HostState.ABSENT)
 """By the value of the KvmState."""

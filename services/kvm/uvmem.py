@@ -83,6 +83,8 @@ class SecurePages:
             # A reset has found no switch to end: one that was on its way must not begin behind its back.
             return HCode.H_STATE
         self.switch = Switch.START
+        # What its balloon gave away counts as ordinary zeroed pages from here on.
+        self._memory.bring_back(range(self._memory.n_pages))
         if not self._allowed:
             return HCode.H_AUTHORITY
         registered: list[int] = []

@@ -19,6 +19,7 @@ from protocol.startup import VmEntry
 from protocol.vm_state import VmState
 from protocol.wire import Envelope
 from services.kvm.dirty import DirtyPages
+from services.kvm.discard import Discards
 from services.kvm.guest_call import GuestCall
 from services.kvm.hcalls import Hcalls
 from services.kvm.memory import MemSlot, VmMemory
@@ -82,6 +83,7 @@ class Vm:
             qemu, self._log, waits_for_devices=entry.time == "instructions", tells_secure=entry.dma.tell_secure
         )
         self.dirty = DirtyPages(memory.n_pages, guest, qemu, lambda: self.secure.switch is not Switch.NONE)
+        self.discards = Discards(memory, self.secure, guest, self.dirty.own, self._log)
         self.ram = GuestRam(memory.ram, memory.host_view, self._want, self.dirty.own)
         self.hcalls = Hcalls(self.ram, self.xics, self.tces, self.terminal, self.vcpus, self.user_space, self.secure)
 
@@ -157,6 +159,7 @@ class Vm:
             return m.Status(HCode.H_BUSY)
         if not self.memory.in_slots(body.gfn):
             return m.Status(HCode.H_PARAMETER)
+        self.memory.bring_back([body.gfn])
         self.memory.map_around(body.gfn)
         return m.Status(HCode.H_SUCCESS if self.memory.map[body.gfn] else HCode.H_BUSY)
 
@@ -164,14 +167,19 @@ class Vm:
         self.fail(body.reason)
 
     async def _want(self, gfns: list[int]) -> None:
-        if await self.secure.make_present(gfns, 0) != HCode.H_SUCCESS:
+        if await self._make_present(gfns, 0) != HCode.H_SUCCESS:
             raise GuestFault(f"gfn {gfns[0]:#x} cannot be made present")
+
+    async def _make_present(self, gfns: list[int], cause: int) -> HCode:
+        self.memory.bring_back(gfns)
+        return await self.secure.make_present(gfns, cause)
 
     # -- what qemu orders -------------------------------------------------------------------------------------
 
     def register_qemu(self, link: Link) -> None:
         """Serve the VM's qemu."""
         link.on_waiting(m.PAGES_WANTED, self._pages_wanted)
+        link.on_waiting(m.PAGES_DISCARD, self._pages_discard)
         link.on(m.IRQ_SOURCE, self._irq_source)
         link.on(m.IRQ_SET, self._irq_set)
         link.on(m.MEMSLOT_SET, self._memslot_set)
@@ -188,7 +196,11 @@ class Vm:
     async def _pages_wanted(self, envelope: Envelope, body: m.PagesBody) -> m.Status:
         if any(gfn >= self.memory.n_pages for gfn in body.gfns):
             return m.Status(HCode.H_PARAMETER)
-        return m.Status(await self.secure.make_present(body.gfns, envelope.cause))
+        return m.Status(await self._make_present(body.gfns, envelope.cause))
+
+    async def _pages_discard(self, envelope: Envelope, body: m.PagesBody) -> m.Status:
+        with self.at_work():
+            return m.Status(await self.discards.discard(body.gfns, envelope.cause))
 
     def _irq_source(self, _envelope: Envelope, body: m.IrqSourceBody) -> m.Status:
         return m.Status(self.xics.add_source(body.source, body.level_triggered))
@@ -269,6 +281,7 @@ class Vm:
             self._map_needed()
         await self._stop_guest(envelope.cause)
         self.memory.unmap_all()
+        self.discards.reset()
         self.hcalls.drop_open()
         self.vcpus.reset()
         self.xics.reset()

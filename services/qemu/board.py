@@ -27,6 +27,7 @@ from services.qemu.network import Switch
 from services.qemu.phb import IrqPort, PciHostBridge
 from services.qemu.rtas import MachineFacts, MachinePort, RtasServices, RtasState
 from services.qemu.virtio_access import DeviceMemory
+from services.qemu.virtio_balloon import BalloonState, VirtioBalloon
 from services.qemu.virtio_console import VirtioConsole
 from services.qemu.virtio_net import VirtioNet
 from services.qemu.virtio_pci import VirtioPciFunction
@@ -61,6 +62,7 @@ class BoardState(msgspec.Struct):
     rtas: RtasState
     consoles: dict[str, TextState]
     """What the virtio consoles keep, by name."""
+    balloon: BalloonState | None
 
 
 class Board:
@@ -262,13 +264,15 @@ class Board:
         functions = {function.devfn: function.save() for function in self.functions}
         blocks = {devfn: (block.start, len(block)) for devfn, block in self.bridge.msis.blocks.items()}
         consoles = {name: console.text.save() for name, console in self.consoles.items()}
-        return BoardState(functions, blocks, self.rtas_services.save(), consoles)
+        balloon = None if self.balloon is None else self.balloon.save_balloon()
+        return BoardState(functions, blocks, self.rtas_services.save(), consoles, balloon)
 
     def load(self, state: BoardState) -> None:
         """Go on from `state`, of a board with the same devices; raises ValueError for another one's."""
         kinds = {function.devfn: function.state_type for function in self.functions}
         saved = {devfn: type(function) for devfn, function in state.functions.items()}
-        if saved != kinds or set(state.consoles) != set(self.consoles):
+        others = saved != kinds or set(state.consoles) != set(self.consoles)
+        if others or (state.balloon is None) is not (self.balloon is None):
             raise ValueError("the saved board has other devices")
         self.bridge.msis.blocks = {
             devfn: range(first, first + n) for devfn, (first, n) in sorted(state.msi_blocks.items())
@@ -277,6 +281,8 @@ class Board:
             console.text.load(state.consoles[name])
         for function in self.functions:
             function.load_state(state.functions[function.devfn])
+        if self.balloon is not None and state.balloon is not None:
+            self.balloon.load_balloon(state.balloon)
         self.rtas_services.load(state.rtas)
 
     @property
@@ -288,6 +294,12 @@ class Board:
             for entry, function in devices
             if entry.name is not None and isinstance(function.device, VirtioConsole)
         }
+
+    @property
+    def balloon(self) -> VirtioBalloon | None:
+        """The balloon; a VM has one at most."""
+        devices = (function.device for function in self.functions)
+        return next((device for device in devices if isinstance(device, VirtioBalloon)), None)
 
     def network_cards(self) -> list[dict[str, object]]:
         """Each network card: its network, address and traffic."""

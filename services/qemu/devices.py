@@ -13,6 +13,7 @@ from services.qemu.disk_file import DiskFile
 from services.qemu.edu import Edu, EduFunction, EduPciState
 from services.qemu.network import Switch
 from services.qemu.virtio_access import ACCESS_FEATURES, DeviceMemory
+from services.qemu.virtio_balloon import BalloonPort, VirtioBalloon
 from services.qemu.virtio_blk import VirtioBlk
 from services.qemu.virtio_console import VirtioConsole
 from services.qemu.virtio_device import FEATURES, VirtioDevice
@@ -26,8 +27,8 @@ FunctionState = VirtioPciState | EduPciState
 """The states of all kinds of functions."""
 
 
-class DevicePort(Protocol):
-    """What the operator hears of a device."""
+class DevicePort(BalloonPort, Protocol):
+    """What the operator hears of a device, and what a balloon asks of kvm."""
 
     def device_fault(self, device: str, reason: str) -> None:
         """A driver broke `device`, or was refused by it."""
@@ -101,6 +102,10 @@ class DeviceMaker:
             raise UserError(f"{self.vm.name}: virtio-console needs a name")
         return VirtioConsole(self._name(device.name), self.memory, offer=device.offer)
 
+    def _balloon(self, device: DeviceEntry) -> VirtioDevice:
+        name = self._name("balloon")
+        return VirtioBalloon(name, self.memory, self.port, self.vm.memory_bytes, offer=device.offer)
+
     def _name(self, device: str) -> str:
         return f"{self.vm.name}/{device}"
 
@@ -131,5 +136,6 @@ DEVICE_KINDS: Mapping[str, DeviceKind] = {
     "virtio-net": _virtio(VirtioNet, DeviceMaker._net, PciClass.ETHERNET),
     "virtio-rng": _virtio(VirtioRng, DeviceMaker._rng, PciClass.OTHER),
     "virtio-console": _virtio(VirtioConsole, DeviceMaker._console, PciClass.COMMUNICATION),
+    "virtio-balloon": _virtio(VirtioBalloon, DeviceMaker._balloon, PciClass.OTHER),
     "edu": DeviceKind(Edu, DeviceMaker.edu),
 }

@@ -10,10 +10,21 @@ import trio
 
 from protocol import messages as m
 from protocol.codes import HCode
-from protocol.errors import GuestFault, PefboxError
+from protocol.errors import GuestFault, PeerGone, PefboxError
 from protocol.wire import Envelope
 from services.qemu.dma_windows import DmaWindows
-from services.qemu.qmp import CommandFailed, MonitorEvents, Reset, Resumed, RunState, Shutdown, ShutdownCause, Stopped
+from services.qemu.qmp import (
+    BalloonChange,
+    CommandFailed,
+    ErrorClass,
+    MonitorEvents,
+    Reset,
+    Resumed,
+    RunState,
+    Shutdown,
+    ShutdownCause,
+    Stopped,
+)
 from services.runtime.link import Link
 from services.runtime.log import Log
 from shared.machine_type import N_CPUS
@@ -21,6 +32,7 @@ from shared.virtio_pci import NOTIFY_BYTES
 
 if TYPE_CHECKING:
     from services.qemu.board import Board
+    from services.qemu.virtio_balloon import VirtioBalloon
 
 _ORDER_SECONDS = 5.0
 
@@ -107,10 +119,26 @@ class Machine:
 
     async def want(self, gfns: list[int]) -> None:
         """Have kvm make frames present; raises GuestFault when it refuses."""
-        for first in range(0, len(gfns), 256):
-            status = await self._link.call(m.PAGES_WANTED, m.PagesBody(gfns[first : first + 256]))
+        for first in range(0, len(gfns), m.MAX_PAGES):
+            status = await self._link.call(m.PAGES_WANTED, m.PagesBody(gfns[first : first + m.MAX_PAGES]))
             if status.code not in (HCode.H_SUCCESS, HCode.H_BUSY):
                 raise GuestFault(f"gfn {gfns[first]:#x} cannot be made present: code {status.code}")
+
+    async def discard(self, gfns: list[int]) -> int:
+        """Have kvm take frames that are in the balloon; its first code that is not H_SUCCESS."""
+        for first in range(0, len(gfns), m.MAX_PAGES):
+            try:
+                status = await self._link.call(m.PAGES_DISCARD, m.PagesBody(gfns[first : first + m.MAX_PAGES]))
+            except PeerGone:
+                # Stopped, perhaps: what it did not take now it may take later.
+                return HCode.H_BUSY
+            if status.code != HCode.H_SUCCESS:
+                return status.code
+        return HCode.H_SUCCESS
+
+    def balloon_changed(self, actual_bytes: int) -> None:
+        """The guest has so much memory now."""
+        self._events.emit(BalloonChange(actual_bytes))
 
     def msi(self, source: int) -> None:
         """An edge of `source`."""
@@ -225,6 +253,23 @@ class Machine:
     async def status(self) -> RunState:
         """As MachineControl."""
         return self.state
+
+    async def balloon(self) -> int:
+        """As MachineControl."""
+        return self._balloon().actual_bytes
+
+    async def set_balloon(self, target_bytes: int) -> None:
+        """As MachineControl."""
+        balloon = self._balloon()
+        if balloon.stopped is not None:
+            raise CommandFailed(f"The balloon device has stopped: {balloon.stopped}")
+        balloon.set_target(target_bytes)
+
+    def _balloon(self) -> VirtioBalloon:
+        balloon = None if self.board is None else self.board.balloon
+        if balloon is None:
+            raise CommandFailed("No balloon device has been activated", ErrorClass.DEVICE_NOT_ACTIVE)
+        return balloon
 
     async def _reset(self, cause: ShutdownCause) -> None:
         async with self._orders:

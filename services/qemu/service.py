@@ -6,6 +6,7 @@ import mmap
 import os
 from typing import Any
 
+import msgspec
 import trio
 
 from protocol import messages as m
@@ -20,6 +21,7 @@ from services.qemu.loader import BOOT_FILES, load_machine
 from services.qemu.machine import Machine
 from services.qemu.network_links import NetworkLinks
 from services.qemu.qmp import Monitored, MonitorEvents, serve_monitors
+from services.qemu.virtio_balloon import VirtioBalloon
 from services.qemu.virtio_console import VirtioConsole
 from services.runtime.link import Link
 from services.runtime.process import Query, Runtime
@@ -27,6 +29,8 @@ from services.runtime.text_buffers import typed_bytes
 from shared.guest_ram import GuestRam
 from shared.host_view import HostState
 from shared.memfd import SealedMemory, map_sealed
+
+_STATS_SECONDS = 0.3
 
 
 class Qemu:
@@ -162,6 +166,8 @@ class Qemu:
             "page.bytes": self._page_bytes,
             "dma.reach": self._dma_reach,
             "network.status": self._network_status,
+            "balloon.status": self._balloon_status,
+            "balloon.ask": self._balloon_ask,
             "console.read": self._console_read,
             "console.write": self._console_write,
         }
@@ -198,6 +204,22 @@ class Qemu:
             "devices": [] if board is None else board.network_cards(),
             "networks": [] if self._networks is None else self._networks.status(),
         }
+
+    async def _balloon_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """How much memory the guest has and is to have, as far as its balloon goes."""
+        status: dict[str, Any] = msgspec.to_builtins(self._balloon().balloon_status())
+        return status
+
+    async def _balloon_ask(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """As `balloon.status`, with statistics that the guest was asked for just now, if it answers at once."""
+        await self._balloon().ask_stats(_STATS_SECONDS)
+        return await self._balloon_status(arguments)
+
+    def _balloon(self) -> VirtioBalloon:
+        board = None if self._machine is None else self._machine.board
+        if board is None or board.balloon is None:
+            raise UserError("the machine has no balloon")
+        return board.balloon
 
     async def _console_read(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Text printed on the virtio console `port`; waits for some."""

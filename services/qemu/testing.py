@@ -209,6 +209,11 @@ class TestPort:
     """Where windows go that the board asks for; without it kvm makes none."""
     windows: dict[int, TceWindowBody] = field(default_factory=dict)
     now_ns: int = 0
+    discarded: list[list[int]] = field(default_factory=list)
+    """The frames that a balloon gave back, by call."""
+    discard_code: int = HCode.H_SUCCESS
+    actual_bytes: list[int] = field(default_factory=list)
+    """What a balloon said of the guest's memory."""
 
     async def create_window(self, window: TceWindowBody) -> bool:
         if self.board is None:
@@ -221,6 +226,13 @@ class TestPort:
         assert self.board is not None
         del self.windows[liobn]
         self.board.remove_dma_window(liobn)
+
+    async def discard(self, gfns: list[int]) -> int:
+        self.discarded.append(gfns)
+        return self.discard_code
+
+    def balloon_changed(self, actual_bytes: int) -> None:
+        self.actual_bytes.append(actual_bytes)
 
     def doorbell(self, gpa: int, on: bool) -> None:
         (self.doorbells.add if on else self.doorbells.discard)(gpa)

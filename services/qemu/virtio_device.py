@@ -118,6 +118,9 @@ class VirtioDevice(ABC):
     def read_config(self, offset: int, n_bytes: int) -> bytes:
         """The device configuration from `offset`; zeros beyond its end."""
 
+    def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027 (most devices have nothing to write)
+        """The driver writes to the device configuration at `offset`; what is not its own to write stays."""
+
     def wants(self, queue: Virtqueue) -> bool:
         """Whether the device has a use for a chain of `queue` now; when that changes it calls `wake`."""
         return True

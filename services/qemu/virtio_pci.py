@@ -139,6 +139,8 @@ class VirtioPciFunction(DeviceFunction[VirtioPciState]):
         region, at = divmod(offset, REGION_BYTES)
         if region == 3:
             self.device.kick(at // NOTIFY_MULTIPLIER)
+        elif region == 2:
+            self.device.write_config(at, value.to_bytes(size_bytes, "little"))
         elif region == 0:
             field = self._stores.get((at, size_bytes))
             if field is not None:

@@ -10,6 +10,7 @@ import trio
 
 from deploy.api import RunningCluster, Vm, cluster, processes_of
 from deploy.demo_evidence import Evidence, take_evidence
+from protocol.codes import HCode
 from protocol.roles import Role
 from services.guest.model.virtqueue import QueueError
 from services.kvm.user_space import DEVICE_SECONDS, EXIT_SECONDS
@@ -118,6 +119,23 @@ async def test_a_flood_of_interrupts_leaves_guest_kvm_and_ultravisor_at_work(tmp
         assert answer_of(await vm.console_command("hash")).startswith("ok ")
         assert {row.state for row in processes_of(await running.status())} == {"running"}
         await check_alive(running)
+
+
+async def test_a_qemu_that_has_every_frame_of_a_secure_vm_discarded_gets_none(tmp_path: Path) -> None:
+    files = make_vm_files(tmp_path, guest='workload = "demo"')
+    async with cluster(files.cluster_file, state_dir=files.state_dir, service_module=HOSTILE, record=True) as running:
+        vm, kvm = running.vm("vm1"), running.process("alpha/kvm")
+        await console_until(vm, UP)
+        before = (await kvm.query("vm.status", {"vm": "vm1"}))["pages"]
+
+        codes = (await vm.qemu.query("discard", seconds=5))["codes"]
+
+        assert set(codes) == {int(HCode.H_PERMISSION)}
+        assert (await kvm.query("vm.status", {"vm": "vm1"}))["pages"] == before
+        assert kvm.log().count('"discard refused"') == 1
+        assert answer_of(await vm.console_command("hash")).startswith("ok ")
+        await check_alive(running)
+        await check_secrets(running)
 
 
 async def ask(vm: Vm, line: str) -> str:

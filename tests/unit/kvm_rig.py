@@ -47,7 +47,7 @@ class KvmRig:
         fd = os.memfd_create("ram", os.MFD_CLOEXEC)
         os.ftruncate(fd, MEMORY_BYTES)
         self.memory = VmMemory("vm1", fd, MEMORY_BYTES)
-        os.close(fd)
+        self.ram_fd = fd
         entry = vm_entry(secure_allowed=secure_allowed, time=time)
         port = cast(UltravisorPort, self.ultravisor)
         to_guest, to_qemu = cast(Link, self.guest), cast(Link, self.qemu)
@@ -87,3 +87,4 @@ def kvm_rig(**options: Any) -> Iterator[KvmRig]:  # noqa: ANN401
         yield rig
     finally:
         rig.vm.close()
+        os.close(rig.ram_fd)

@@ -48,6 +48,7 @@ _DEVICES = (
     "virtio-rng-pci,disable-legacy=on,addr=3",
     "virtio-serial-pci,disable-legacy=on,addr=4,max_ports=1",
     "edu,addr=5",
+    "virtio-balloon-pci,disable-legacy=on,addr=6",
 )
 _OUR_DEVICES = (
     DeviceEntry(kind="virtio-blk", disk="a"),
@@ -55,6 +56,7 @@ _OUR_DEVICES = (
     DeviceEntry(kind="virtio-rng"),
     DeviceEntry(kind="virtio-console", name="console"),
     DeviceEntry(kind="edu", name="edu"),
+    DeviceEntry(kind="virtio-balloon"),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 
 from deploy.calls_view import CallDecoder, RecordedFrame, RecordReader
 from deploy.cli import COMMANDS, pefbox
+from deploy.cli_balloon import target_of
 from deploy.cli_support import printable
 from deploy.cli_vm import hex_lines
 from deploy.logs_view import LogReader, as_text, in_order, log_files
+from deploy.tables import balloon_facts
 from protocol import wire
 from protocol.errors import UserError
 from protocol.hcalls import HCALLS
@@ -136,6 +139,26 @@ def test_logs_of_several_processes_come_in_order_of_time(tmp_path: Path) -> None
     assert log_files(tmp_path, "vm1/qemu") == [log / "vm1.qemu.log"]
     with pytest.raises(UserError, match="there are: vm1/guest, vm1/qemu"):
         log_files(tmp_path, "vm2")
+
+
+def test_a_balloon_s_size_is_one_that_the_vm_can_have() -> None:
+    assert target_of("64M", "vm1", 64 << 20) == 64 << 20
+    assert target_of("1048577", "vm1", 64 << 20) == 1048577
+    for size, problem in {
+        "": '"" is no size',
+        "-1": '"-1" is no size',
+        "1.5M": "no size; allowed: bytes, or a text such as 128M",
+        "0": "0 is not possible; vm1 can have up to 64 MiB",
+        "65M": "65M is not possible; vm1 can have up to 64 MiB",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(problem)):
+            target_of(size, "vm1", 64 << 20)
+
+
+def test_a_balloon_that_does_nothing_says_why() -> None:
+    facts = {"actual_bytes": 64 << 20, "target_bytes": 33 << 19, "discarded_bytes": 0, "reason": "it is stopped"}
+
+    assert balloon_facts(facts) == "actual 64 MiB  target 16.5 MiB  discarded 0 MiB  it is stopped"
 
 
 def test_text_of_a_guest_cannot_steer_the_terminal() -> None:

@@ -133,6 +133,16 @@ def test_device_may_not_share_its_disk() -> None:
     assert (caught.value.line, caught.value.key) == (18, "vms.vm1.devices[1].disk")
 
 
+def test_a_vm_has_one_balloon_at_most() -> None:
+    balloon = '[[vms.vm1.devices]]\nkind = "virtio-balloon"\n'
+
+    assert [device.kind for device in parse(GOOD + balloon).vms[0].devices] == ["virtio-blk", "virtio-balloon"]
+    with pytest.raises(ClusterFileError, match="a VM has one virtio-balloon at most") as caught:
+        parse(GOOD + balloon + balloon)
+
+    assert (caught.value.line, caught.value.key) == (16, "vms.vm1.devices[1].kind")
+
+
 def test_iommu_design_offers_the_platform_feature_by_default() -> None:
     (vm,) = parse(GOOD.replace('boot = "disk"', 'boot = "disk"\ndma = "iommu-always"')).vms
 

@@ -14,8 +14,8 @@ from tests.unit.qemu_tree import PROGRAM, Tree, committed_tree, installed_tree, 
 
 PHB = "/pci@800000020000000"
 CPU = "/cpus/PowerPC,POWER9@0"
-CARD, CONSOLE = f"{PHB}/ethernet@2", f"{PHB}/communication-controller@4"
-DEVICES = (f"{PHB}/scsi@1", CARD, f"{PHB}/legacy-device@3", CONSOLE, f"{PHB}/legacy-device@5")
+CARD, CONSOLE, BALLOON = f"{PHB}/ethernet@2", f"{PHB}/communication-controller@4", f"{PHB}/legacy-device@6"
+DEVICES = (f"{PHB}/scsi@1", CARD, f"{PHB}/legacy-device@3", CONSOLE, f"{PHB}/legacy-device@5", BALLOON)
 
 _HOTPLUG = "nothing can be added to a running machine, so nothing has a connector"
 _LISTS_OF_CONNECTORS = ("ibm,drc-types", "ibm,drc-names", "ibm,drc-power-domains", "ibm,drc-indexes")
@@ -33,6 +33,7 @@ QEMU_ALONE: dict[tuple[str, str], str] = {
 OURS_ALONE: dict[tuple[str, str], str] = {
     ("/hypervisor", ""): "QEMU has this node when it runs on KVM, as here",
     ("/hypervisor", "compatible"): "QEMU has this node when it runs on KVM, as here",
+    (BALLOON, "ibm,req#msi-x"): "QEMU's balloon has the interrupt line alone; every function here has messages",
 }
 OTHER_VALUE: dict[tuple[str, str], str] = {
     ("/", "model"): "it is not QEMU",
@@ -43,6 +44,7 @@ OTHER_VALUE: dict[tuple[str, str], str] = {
     **{(path, "ibm,loc-code"): "it is not QEMU" for path in DEVICES},
     (CARD, "ibm,req#msi-x"): "a message for each queue and one more, and there is no control queue",
     (CONSOLE, "ibm,req#msi-x"): "a message for each queue and one more; QEMU's queues share one",
+    (BALLOON, "reg"): "the BAR of the messages",
 }
 
 GROUPS: dict[str, frozenset[str]] = {

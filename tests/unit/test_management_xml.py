@@ -200,6 +200,16 @@ async def test_a_clock_that_repeats_begins_at_a_fixed_moment() -> None:
     assert attributes_of(root, "clock") == {"offset": "absolute", "start": "1767225600"}
 
 
+async def test_a_balloon_stands_where_libvirt_looks_for_it() -> None:
+    more = '[[vms.vm1.devices]]\nkind = "virtio-rng"\n[[vms.vm1.devices]]\nkind = "virtio-balloon"\n'
+    devices = (await xml_of(MINIMAL.format(secure="true", boot="kernel", more=more))).find("devices")
+
+    assert devices is not None
+    (balloon,) = devices.findall("memballoon")
+    assert balloon.attrib == {"model": "virtio-non-transitional"}
+    assert pci_device(balloon) == (2, False)
+
+
 async def test_uuid_and_slots_are_those_of_the_board() -> None:
     devices = [DeviceEntry(kind="virtio-rng"), DeviceEntry(kind="virtio-console", name="log")]
     entry = board_entry([], devices, memory_bytes=64 << 20)

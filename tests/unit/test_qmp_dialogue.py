@@ -21,6 +21,9 @@ from services.qemu.qmp.schema import ErrorClass, Schema
 
 JsonObject = dict[str, Any]
 
+ARGUMENTS: dict[str, JsonObject] = {"balloon": {"value": 1 << 20}}
+"""Of the commands that want some."""
+
 
 class Machine:
     """A machine that is only its run state, with a record of what it was asked."""
@@ -46,6 +49,13 @@ class Machine:
 
     async def status(self) -> RunState:
         return self.state
+
+    async def balloon(self) -> int:
+        self._ask("query-balloon")
+        return 64 << 20
+
+    async def set_balloon(self, target_bytes: int) -> None:
+        self._ask(f"balloon {target_bytes}")
 
     def _ask(self, what: str) -> None:
         self.asked.append(what)
@@ -126,7 +136,7 @@ async def test_query_commands_lists_exactly_the_declared_commands() -> None:
 async def test_every_declared_command_returns_what_it_declares() -> None:
     for command in COMMANDS:
         dialogue = new_dialogue(Machine()) if command.name == "qmp_capabilities" else await settled(Machine())
-        answer = await say(dialogue, {"execute": command.name})
+        answer = await say(dialogue, {"execute": command.name, "arguments": ARGUMENTS.get(command.name, {})})
         msgspec.convert(answer["return"], command.result)
 
 
@@ -145,6 +155,36 @@ async def test_commands_reach_the_machine() -> None:
         assert await say(dialogue, {"execute": name}) == {"return": {}}
 
     assert machine.asked == ["stop", "cont", "reset", "quit"]
+
+
+async def test_the_balloon_is_set_and_shown_in_bytes() -> None:
+    machine = Machine()
+    dialogue = await settled(machine)
+
+    assert await say(dialogue, {"execute": "balloon", "arguments": {"value": 1 << 20}}) == {"return": {}}
+    assert await say(dialogue, {"execute": "query-balloon"}) == {"return": {"actual": 64 << 20}}
+
+    assert machine.asked == ["balloon 1048576", "query-balloon"]
+
+
+@pytest.mark.parametrize("value", [0, -1, -(1 << 63)])
+async def test_a_balloon_of_no_size_is_refused_as_qemu_does(value: int) -> None:
+    machine = Machine()
+
+    answer = await say(await settled(machine), {"execute": "balloon", "arguments": {"value": value}})
+
+    assert answer["error"] == {"class": "GenericError", "desc": "Parameter 'target' expects a size"}
+    assert machine.asked == []
+
+
+@pytest.mark.parametrize("arguments", [{}, {"value": "1M"}, {"value": True}, {"value": 1.5}, {"target": 1}])
+async def test_a_balloon_with_wrong_arguments_is_refused(arguments: JsonObject) -> None:
+    machine = Machine()
+
+    answer = await say(await settled(machine), {"execute": "balloon", "arguments": arguments})
+
+    assert answer["error"]["class"] == "GenericError"
+    assert machine.asked == []
 
 
 @pytest.mark.parametrize("state", [RunState.SHUTDOWN, RunState.GUEST_PANICKED, RunState.INTERNAL_ERROR])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import trio
+import trio.testing
 
-from services.qemu.qmp import MonitorEvents, Reset, Resumed, Shutdown, ShutdownCause, Stopped
+from services.qemu.qmp import BalloonChange, MonitorEvents, Reset, Resumed, Shutdown, ShutdownCause, Stopped
 from services.qemu.qmp.events import Event, encode_event
 
 NOW_NS = 1_700_000_000_123_456_789
@@ -48,3 +50,42 @@ def test_every_subscriber_gets_the_same_line_until_it_leaves() -> None:
 
     assert second == [encode_event(Stopped(), NOW_NS)]
     assert first == [encode_event(Stopped(), NOW_NS), encode_event(Resumed(), NOW_NS)]
+
+
+def actuals(lines: list[bytes]) -> list[int]:
+    return [json.loads(line)["data"]["actual"] for line in lines]
+
+
+async def test_a_balloon_change_is_told_once_a_second_the_latest_last(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    hub, lines = MonitorEvents(), list[bytes]()
+    hub.subscribe(lines.append)
+    nursery.start_soon(hub.run)
+
+    for actual in (5, 4, 3):
+        hub.emit(BalloonChange(actual))
+    assert actuals(lines) == [5]
+    await trio.sleep(0.9)
+    assert actuals(lines) == [5]
+    await trio.sleep(0.2)
+    assert actuals(lines) == [5, 3]
+
+    hub.emit(BalloonChange(2))
+    assert actuals(lines) == [5, 3]
+    await trio.sleep(1)
+    assert actuals(lines) == [5, 3, 2]
+    await trio.sleep(5)
+    hub.emit(BalloonChange(1))
+    assert actuals(lines) == [5, 3, 2, 1]
+
+
+async def test_other_events_do_not_wait_behind_one_that_is_held_back(nursery: trio.Nursery) -> None:
+    hub, lines = MonitorEvents(), list[bytes]()
+    hub.subscribe(lines.append)
+    nursery.start_soon(hub.run)
+
+    for event in (BalloonChange(2), BalloonChange(1), Stopped(), Stopped()):
+        hub.emit(event)
+
+    assert [json.loads(line)["event"] for line in lines] == ["BALLOON_CHANGE", "STOP", "STOP"]

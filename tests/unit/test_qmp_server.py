@@ -19,6 +19,7 @@ import trio
 from deploy.qmp_client import QmpRefusal, execute
 from protocol.errors import HostFault
 from services.qemu.qmp import (
+    BalloonChange,
     Monitored,
     MonitorEvents,
     Resumed,
@@ -70,6 +71,12 @@ class Machine:
     async def status(self) -> RunState:
         self.status_calls += 1
         return self.state
+
+    async def balloon(self) -> int:
+        return 0
+
+    async def set_balloon(self, target_bytes: int) -> None:
+        self.events.emit(BalloonChange(target_bytes))
 
 
 class Served:

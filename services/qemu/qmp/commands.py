@@ -3,7 +3,7 @@
 Decoding, the refusal of unknown arguments, `query-commands` and the documentation follow from the declarations. A
 later part of the device model adds its own commands with `CommandTable.extended`.
 
-Source: QEMU `qapi/control.json`, `qapi/misc.json`, `qapi/run-state.json`.
+Source: QEMU `qapi/control.json`, `qapi/misc.json`, `qapi/run-state.json`, `qapi/machine.json`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, Generic, TypeVar
 from services.qemu.qmp.machine import CommandFailed, Monitored
 from services.qemu.qmp.schema import (
     VERSION,
+    BalloonInfo,
+    BalloonTarget,
     Capabilities,
     CommandInfo,
     ErrorClass,
@@ -148,6 +150,19 @@ async def quit_machine(context: Context, _arguments: Nothing) -> Nothing:
     return Nothing()
 
 
+async def balloon(context: Context, arguments: BalloonTarget) -> Nothing:
+    """Say how much memory the guest is to have; more than there is means all of it."""
+    if arguments.value <= 0:
+        raise CommandFailed("Parameter 'target' expects a size")
+    await context.monitored.machine.set_balloon(arguments.value)
+    return Nothing()
+
+
+async def query_balloon(context: Context, _arguments: Nothing) -> BalloonInfo:
+    """How much memory the guest has."""
+    return BalloonInfo(actual=await context.monitored.machine.balloon())
+
+
 COMMANDS = CommandTable(
     Command("qmp_capabilities", Capabilities, Nothing, qmp_capabilities, Phase.NEGOTIATION),
     Command("query-commands", Nothing, list[CommandInfo], query_commands),
@@ -158,5 +173,7 @@ COMMANDS = CommandTable(
     Command("cont", Nothing, Nothing, cont),
     Command("system_reset", Nothing, Nothing, system_reset),
     Command("quit", Nothing, Nothing, quit_machine),
+    Command("balloon", BalloonTarget, Nothing, balloon),
+    Command("query-balloon", Nothing, BalloonInfo, query_balloon),
 )
 """The commands of every pefbox machine."""

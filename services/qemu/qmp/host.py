@@ -49,6 +49,7 @@ async def serve_monitors(
     with _listening(user_socket) as user, _listening(own_socket) as own:
         async with open_loop() as loop, trio.open_nursery() as nursery:
             loop.set_exception_handler(_Report(monitored))
+            nursery.start_soon(monitored.events.run)
             nursery.start_soon(_Monitor("user", monitored, commands, USER_SESSIONS).serve, user)
             nursery.start_soon(_Monitor("own", monitored, commands, OWN_SESSIONS).serve, own)
             task_status.started()

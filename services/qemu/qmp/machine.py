@@ -42,6 +42,13 @@ class MachineControl(Protocol):
         """What the machine does now."""
         ...
 
+    async def balloon(self) -> int:
+        """How many bytes of memory the guest has; DeviceNotActive when the machine has no balloon."""
+        ...
+
+    async def set_balloon(self, target_bytes: int) -> None:
+        """The guest is to have so many bytes of memory; as `balloon`, and refused when the balloon has stopped."""
+
 
 @dataclass(frozen=True, slots=True)
 class Monitored:

@@ -1,6 +1,6 @@
 """The data that QMP commands take and return, named as in QEMU.
 
-Source: QEMU `qapi/run-state.json`, `qapi/control.json`, `qapi/misc.json`.
+Source: QEMU `qapi/run-state.json`, `qapi/control.json`, `qapi/misc.json`, `qapi/machine.json`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class ErrorClass(enum.StrEnum):
     GENERIC = "GenericError"
     COMMAND_NOT_FOUND = "CommandNotFound"
     DEVICE_NOT_FOUND = "DeviceNotFound"
+    DEVICE_NOT_ACTIVE = "DeviceNotActive"
 
 
 class RunState(enum.StrEnum):
@@ -102,6 +103,18 @@ class NameInfo(Schema, frozen=True):
     """Result of query-name: the name of the virtual machine."""
 
     name: str
+
+
+class BalloonTarget(Schema, frozen=True):
+    """Arguments of balloon: how many bytes of memory the guest is to have."""
+
+    value: int
+
+
+class BalloonInfo(Schema, frozen=True):
+    """Result of query-balloon: how many bytes of memory the guest has."""
+
+    actual: int
 
 
 _MAJOR, _MINOR, _MICRO = QEMU_RELEASE

@@ -13,7 +13,9 @@ from typing import Any, cast
 
 import trio
 
+from protocol import messages as m
 from protocol.codes import HCode
+from protocol.geometry import PAGE_SHIFT
 from protocol.roles import Role
 from services.qemu import service, virtio_device
 from services.qemu.board import Board
@@ -139,12 +141,28 @@ class LyingBoard(Board):
 
 
 class HostileQemu(Qemu):
-    """The query `lie` changes its mind; the others have it send on its network links."""
+    """The query `lie` changes its mind, `discard` has kvm asked for all frames; the others send on network links."""
 
     def queries(self) -> dict[str, Query]:
         """The real one's, and those of this one."""
-        more = {"lie": self._begin, "network.lie": self._send_lie, "network.flood": self._flood_networks}
+        more = {
+            "lie": self._begin,
+            "discard": self._discard,
+            "network.lie": self._send_lie,
+            "network.flood": self._flood_networks,
+        }
         return {**super().queries(), **more}
+
+    async def _discard(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """Every frame of RAM, as if it were in the balloon; kvm's answers."""
+        assert self._vm is not None
+        assert self._link is not None
+        n_pages = self._vm.memory_bytes >> PAGE_SHIFT
+        codes = []
+        for first in range(0, n_pages, m.MAX_PAGES):
+            body = m.PagesBody(list(range(first, min(first + m.MAX_PAGES, n_pages))))
+            codes.append((await self._link.call(m.PAGES_DISCARD, body)).code)
+        return {"codes": codes}
 
     def _network_links(self) -> list[Link]:
         assert self._networks is not None
