@@ -113,19 +113,26 @@ async def _measure_exposure(running: RunningCluster, trial: Trial, outcome: Outc
         outcome.shared_pages = ultravisor["pages"]["shared"]
 
 
+async def wait_ready(vm: Vm) -> None:
+    """Return when the VM's model kernel obeys commands; raises PefboxError when it does not come so far."""
+    await _console_until(vm, lambda text: READY in text)
+
+
 async def _rounds(vm: Vm, trial: Trial, workload: Workload) -> list[Round]:
     n_rounds = TIMED_ROUNDS if trial.purpose is Purpose.TIME else 1
-    rounds = []
-    for _ in range(n_rounds):
-        before = await _lookups(vm)
-        answer = await _ask(vm, REQUESTS[workload].command)
-        found = _IO.search(answer)
-        if found is None:
-            raise _Failed(answer.removeprefix("error ")[:200])
-        n_requests, n_bytes, ns, p50_ns, p99_ns, bounced = (int(number) for number in found.groups()[:6])
-        lookups = await _lookups(vm) - before
-        rounds.append(Round(n_requests, n_bytes, ns, p50_ns, p99_ns, bounced, _counts(found[7]), lookups))
-    return rounds
+    return [await time_requests(vm, REQUESTS[workload].command) for _ in range(n_rounds)]
+
+
+async def time_requests(vm: Vm, command: str) -> Round:
+    """An `io` command at the prompt of a model kernel; raises PefboxError when it does not end well."""
+    before = await _lookups(vm)
+    answer = await _ask(vm, command)
+    found = _IO.search(answer)
+    if found is None:
+        raise _Failed(answer.removeprefix("error ")[:200])
+    n_requests, n_bytes, ns, p50_ns, p99_ns, bounced = (int(number) for number in found.groups()[:6])
+    lookups = await _lookups(vm) - before
+    return Round(n_requests, n_bytes, ns, p50_ns, p99_ns, bounced, _counts(found[7]), lookups)
 
 
 async def _lookups(vm: Vm) -> int:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from protocol.errors import UserError
-from tests.bench import boot, calls, disk, engine, pages, starting
+from tests.bench import boot, calls, disk, dma, engine, pages, starting
 from tests.bench.figure import Budget, Figure, Kind, Measurement
 
 RESULT = Path("build/bench.json")
@@ -27,6 +27,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "null_hypercall": calls.measure,
     "page_move": pages.measure,
     "blk_read": disk.measure,
+    "dma_seq_read": dma.measure,
     "up_two_hosts": starting.measure_up,
     "idle_rss": starting.measure_rss,
     "mips_loop": engine.measure,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
 
 from tests.bench.figure import Budget, Figure, Kind, Round
+from tests.bench.floors.program import FloorProgram
 from tests.bench.machine import CLUSTERS, job, running
 
 N_CALLS = 500
@@ -24,43 +21,17 @@ _FLOORS = ("direct", "relayed", "pingpong")
 _NS_PER_US = 1000
 
 
-class CallFloor:
-    """One floor program (tests.bench.floors.call_floor)."""
-
-    def __init__(self, topology: str, directory: str) -> None:
-        command = [sys.executable, "-m", "tests.bench.floors.call_floor", topology, directory]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def times_ns(self) -> list[int]:
-        """N_CALLS calls."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{N_CALLS}\n")
-        self._process.stdin.flush()
-        times_ns: list[int] = json.loads(self._process.stdout.readline())
-        return times_ns
-
-    def close(self) -> None:
-        """End its processes."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-
-
 @asynccontextmanager
-async def floors() -> AsyncIterator[dict[str, CallFloor]]:
+async def floors() -> AsyncIterator[dict[str, FloorProgram]]:
     """All three, started and warm."""
-    with tempfile.TemporaryDirectory(prefix="pefbox-floor-") as directory:
-        programs = {topology: CallFloor(topology, directory) for topology in _FLOORS}
-        try:
-            for program in programs.values():
-                await trio.to_thread.run_sync(program.times_ns)
-            yield programs
-        finally:
-            for program in programs.values():
-                program.close()
+    programs = {topology: FloorProgram("call_floor", topology) for topology in _FLOORS}
+    try:
+        for program in programs.values():
+            await trio.to_thread.run_sync(program.times_ns, N_CALLS)
+        yield programs
+    finally:
+        for program in programs.values():
+            program.close()
 
 
 async def measure(n_rounds: int) -> list[Figure]:
@@ -78,7 +49,7 @@ async def measure(n_rounds: int) -> list[Figure]:
                 for name, guest in guests.items():
                     times_ns[name] += await job(guest, "hypercalls", n=N_CALLS)
                 for topology, program in programs.items():
-                    times_ns[topology] += await trio.to_thread.run_sync(program.times_ns)
+                    times_ns[topology] += await trio.to_thread.run_sync(program.times_ns, N_CALLS)
             rows.append({name: statistics.median(times) / _NS_PER_US for name, times in times_ns.items()})
 
     def paired(value: str, floor: str) -> list[Round]:
