@@ -84,7 +84,8 @@ class DdwRtas:
 
     async def reset(self, args: Sequence[int]) -> list[int]:
         """ibm,reset-pe-dma-window: the default window alone, and empty."""
-        await self._to_default(self._domain(args))
+        domain = self._domain(args)
+        await self._remake(domain)
         return []
 
     async def to_default(self) -> None:
@@ -94,8 +95,10 @@ class DdwRtas:
 
     async def _to_default(self, domain: DmaDomain) -> None:
         """A domain for which no other window was made keeps its table, which kvm empties at a reset."""
-        if domain.windows_in_use == [domain.default_window]:
-            return
+        if domain.windows_in_use != [domain.default_window]:
+            await self._remake(domain)
+
+    async def _remake(self, domain: DmaDomain) -> None:
         for liobn in domain.liobns_in_use:
             await self._port.remove_window(liobn)
         await self._make_default(domain)

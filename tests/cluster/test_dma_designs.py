@@ -11,11 +11,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deploy.compare.measure import Outcome, run_trial
+from deploy.api import Vm, cluster
+from deploy.compare.measure import Outcome, run_trial, time_requests, wait_ready
 from deploy.compare.plan import Purpose, Trial, Workload
 from deploy.compare.report import Report
 from deploy.compare.results import Works
+from deploy.compare.vm_files import write_trial
 from shared.dma_designs import DmaDesign as D
+from tests.cluster.vm_files import PROMPT, answer_of, console_until
 
 FEATURES_OK = "the device refuses the features (FEATURES_OK)"
 NO_ANSWER = "queue 0: no answer within 2 s"
@@ -115,6 +118,51 @@ async def test_only_a_device_that_demands_the_bit_shuts_out_who_does_not_know_it
 
     assert outcome.works is (design is not D.IOMMU_ALWAYS)
     assert outcome.failure == ("" if outcome.works else FEATURES_OK)
+
+
+LIVES = [D.QUIRK, D.IOMMU_ALWAYS, D.BYPASS_PROPERTY, D.IDENTITY_ADDRESS, D.DDW_IDENTITY, D.RUNTIME_SWITCH, D.GUEST_POKE]
+
+
+@pytest.mark.parametrize("design", LIVES)
+async def test_a_secure_kernel_takes_over_the_devices_that_firmware_and_a_first_kernel_used(
+    tmp_path: Path, design: D
+) -> None:
+    """Firmware and boot loader read the disk, a normal kernel does, then it starts the secure image in its place."""
+    files = write_trial(Trial(design, Purpose.COUNT, False, design), tmp_path, {})
+    async with cluster(files.cluster_file, state_dir=files.state_dir) as running:
+        vm = running.vm("vm1")
+        await wait_ready(vm)
+        before = await time_requests(vm, "io randread 4096 8 32")
+        assert "secure=0" in await console_text(vm)
+
+        await vm.console_write(b"esm\r")
+        await console_until(vm, "secure=1")
+        await console_until(vm, PROMPT, since=(await console_text(vm)).index("secure=1"))
+
+        after = await time_requests(vm, "io randread 4096 8 32")
+        assert after.bounced_bytes == 32 * 4096
+        assert before.bounced_bytes == 0
+        assert answer_of(await vm.console_command("hash")) == f"ok {files.disk_sha256} {files.disk.stat().st_size}"
+        assert (await vm.row()).secure
+
+
+async def test_a_kernel_whose_esm_is_refused_goes_on_with_its_devices(tmp_path: Path) -> None:
+    trial = Trial(D.IDENTITY_ADDRESS, Purpose.COUNT, False, D.IDENTITY_ADDRESS)
+    files = write_trial(trial, tmp_path, {})
+    text = files.cluster_file.read_text()
+    files.cluster_file.write_text(text.replace("tell_secure", "secure = false\ntell_secure"))
+    async with cluster(files.cluster_file, state_dir=files.state_dir) as running:
+        vm = running.vm("vm1")
+        await wait_ready(vm)
+
+        assert answer_of(await vm.console_command("esm")) == "error U_PARAMETER"
+
+        assert answer_of(await vm.console_command("hash")) == f"ok {files.disk_sha256} {files.disk.stat().st_size}"
+        assert not (await vm.row()).secure
+
+
+async def console_text(vm: Vm) -> str:
+    return (await vm.console_read())[0].decode(errors="replace")
 
 
 async def test_counts_are_the_same_in_every_run() -> None:

@@ -121,6 +121,13 @@ async def test_a_reset_brings_back_a_default_window_that_was_given_up(rig: Rig) 
     assert rig.windows() == [(FIRST, 0)]
 
 
+async def test_reset_leaves_the_default_window_empty(rig: Rig) -> None:
+    rig.board.bridge.bus_domain.windows[0].store(5, 0x10003)
+    assert (await rig.rtas("ibm,reset-pe-dma-window", DEVICE, 1))[0] == OK
+    assert rig.windows() == [(FIRST, 0)]
+    assert rig.board.bridge.bus_domain.windows[0].entry(5) == 0
+
+
 async def test_reset_leaves_the_default_window_alone(rig: Rig) -> None:
     await rig.create(16, 28)
     assert (await rig.rtas("ibm,reset-pe-dma-window", DEVICE, 1))[0] == OK

@@ -204,7 +204,13 @@ class Commands:
             raise Refused("no kernel was loaded")
         if state.blk.ready and state.blk.requests:
             raise Refused("the disk is in use")
-        raise Refused((yield from call_esm(self._parts)))
+        yield from self._parts.quiesce()
+        refusal = yield from call_esm(self._parts)
+        # Still the old kernel: it goes on with its devices.
+        state.n_started, state.phase = 0, Phase.KERNEL_DMA
+        for driver in self._parts.extras:
+            driver.state.present = False
+        raise Refused(refusal)
 
     def _reboot(self, _: list[str]) -> Step[str]:
         return (yield from self._end_vm("system-reboot", ()))

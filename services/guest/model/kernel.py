@@ -271,8 +271,9 @@ class Kernel:
         return read_partitions(self._parts, self._up)
 
     def _up(self) -> None:
-        self.state.phase = Phase.RUN
-        if self.state.workload is Workload.PROMPT:
+        state = self.state
+        was_up, state.up, state.phase = state.up, True, Phase.RUN
+        if state.workload is Workload.PROMPT and not was_up:
             self._parts.console.say("pefbox: ready")
             self._parts.console.prompt()
 

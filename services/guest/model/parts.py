@@ -128,6 +128,16 @@ class Parts:
         except NoDevice as error:
             self._no_disk(str(error))
 
+    def quiesce(self) -> Step[None]:
+        """Stop what touches memory by itself, before another kernel takes over: devices, then DMA windows."""
+        for driver in self.extras:
+            if driver.state.ready:
+                yield from driver.quiesce()
+        if self.state.blk.ready:
+            yield from self.blk.quiesce()
+        if self.state.blk.present:
+            yield from self.wide.give_back(self.state.blk.pci.config_addr)
+
     def start_extra(self, driver: ExtraDriver) -> Step[bool]:
         """The next step on the way to a device beside the disk; True when it runs or never will."""
         state = driver.state

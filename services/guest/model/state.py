@@ -454,6 +454,8 @@ class KernelState(Struct):
     interrupts_on: bool = False
     line: bool = False
     kbase: int = 0
+    up: bool = False
+    """Whether the kernel has come up once."""
     n_started: int = 0
     """Devices beside the disk that the kernel is done with starting."""
     pidr: int = 0

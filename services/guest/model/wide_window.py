@@ -41,6 +41,13 @@ class WideWindows:
             return self._create(config_addr, at_zero)
         return self._map_some() if state.liobn and state.n_mapped < self._n_tces else None
 
+    def give_back(self, config_addr: int) -> Step[None]:
+        """Leave the windows as the machine starts with them, for whoever comes next; devices are quiet."""
+        if self._state.tried:
+            buid = self._machine.buid
+            yield from self._cpu.rtas("ibm,reset-pe-dma-window", (config_addr, buid >> 32, buid & _WORD), 1)
+            self._state.tried, self._state.liobn, self._state.n_mapped = False, 0, 0
+
     @property
     def _n_tces(self) -> int:
         return -(-self._machine.memory_bytes >> self._state.page_shift)
