@@ -33,7 +33,12 @@ CHAINS_BETWEEN_CHECKPOINTS = 8
 """A guest that never lets its queue run empty does not starve the other tasks of the process."""
 
 POLL_NS = 1_000_000
-"""So long a queue that was busy is looked at before the device asks for a kick: about what a kick costs the guest."""
+"""So long a queue that was busy is looked at before the device asks for a kick: about what a kick costs the guest.
+
+Busy is a queue with several requests at once, or one request after another with no longer between them than this.
+"""
+
+_LONG_AGO_NS = -(1 << 62)
 
 _DRIVER_BITS = (
     DeviceStatus.ACKNOWLEDGE
@@ -101,6 +106,8 @@ class VirtioDevice(ABC):
         self.on_fault: Callable[[str, str], None] | None = None
         self.poll_ns = POLL_NS
         self._kicks = [trio.Event() for _ in self.queues]
+        self._served_ns = [_LONG_AGO_NS] * len(self.queues)
+        """When a queue last ran empty."""
         self._finished: list[deque[tuple[Chain, int]]] = [deque() for _ in self.queues]
         self._nursery: trio.Nursery | None = None
         self._working = 0
@@ -327,6 +334,7 @@ class VirtioDevice(ABC):
         if self.serving:
             await queue.pause_notifications()
         n_chains = 0
+        comes_often = time.monotonic_ns() - self._served_ns[queue.index] < self.poll_ns
         while self.serving:
             await self._publish_finished(queue)
             if not self.wants(queue):
@@ -335,7 +343,8 @@ class VirtioDevice(ABC):
             chain = await queue.pop()
             if chain is None:
                 await self._signal(queue)
-                if n_chains > 1 and await self._poll(queue):
+                self._served_ns[queue.index] = time.monotonic_ns()
+                if (comes_often or n_chains > 1) and await self._poll(queue):
                     continue
                 if not self._finished[queue.index] and not await queue.resume_notifications():
                     return

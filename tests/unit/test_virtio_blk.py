@@ -493,6 +493,19 @@ async def test_after_a_lonely_request_the_device_asks_for_a_kick_at_once(make_ri
     assert rig.ring.used_idx() == 1
 
 
+async def test_requests_that_follow_each_other_need_no_kick_after_the_second(make_rig: MakeRig) -> None:
+    rig = await make_rig(vm_entry(time="wall"))
+    rig.blk.poll_ns = 60_000_000_000
+    with trio.fail_after(5):
+        for slot in range(2):
+            rig.ring.put_chain([rig.header(BlkRequest.IN, slot, slot), *read_into(slot)], first=8 * slot)
+            await rig.driver.kick()
+            await until(lambda: rig.ring.used_idx() == slot + 1)  # noqa: B023
+            assert rig.blk.busy is (slot == 1)
+        rig.ring.put_chain([rig.header(BlkRequest.IN, 2, 2), *read_into(2)], first=16)
+        await until(lambda: rig.ring.used_idx() == 3)
+
+
 async def test_a_reset_does_not_wait_for_the_looking(make_rig: MakeRig) -> None:
     rig = await with_two_reads(make_rig)
     with trio.fail_after(5):
