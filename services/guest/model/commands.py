@@ -16,9 +16,10 @@ from services.guest.model import xics
 from services.guest.model.boot import call_esm
 from services.guest.model.cpu import NoDevice, Step
 from services.guest.model.demo import Demo, start_hash, start_write
-from services.guest.model.io_run import MAX_BUFFER_BYTES, MAX_DEPTH, MAX_REQUESTS, IoKind
+from services.guest.model.io_run import MAX_BUFFER_BYTES, MAX_DEPTH, IoKind
 from services.guest.model.pages import PageUse
 from services.guest.model.parts import Parts
+from services.guest.model.run_tally import MAX_REQUESTS
 from services.guest.model.state import Phase
 from services.guest.model.virtio_rng import MAX_BYTES as MAX_RNG_BYTES
 from shared.virtio_blk import SECTOR_BYTES, BlkRequest

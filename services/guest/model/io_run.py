@@ -1,28 +1,23 @@
 """A measured run of disk requests: so many, of one size, so many at a time, each timed from submission to its taking.
 
-Positions of a random run follow from a seed, so the same run makes the same requests. Times lie in guest RAM, a u32 of
-nanoseconds a request.
+Positions of a random run follow from a seed, so the same run makes the same requests.
 """
 
 from __future__ import annotations
 
-import struct
 from enum import StrEnum
 
-from protocol.hcalls import H_GET_TERM_CHAR, H_PUT_TERM_CHAR
 from services.guest.model.cpu import Busy, Cpu, Step
 from services.guest.model.pages import PageAllocator, PageUse, pages_for
 from services.guest.model.random_numbers import next_random
+from services.guest.model.run_tally import RunTally
 from services.guest.model.state import IoRun, Owner, Pool
 from services.guest.model.virtio_blk import BlkDriver, Finished
 from shared.virtio_blk import SECTOR_BYTES, BlkRequest
 
-MAX_REQUESTS = 1 << 16
 MAX_DEPTH = 32
 MAX_BUFFER_BYTES = 8 << 20
-_NOT_OF_THE_RUN = frozenset({H_GET_TERM_CHAR.name, H_PUT_TERM_CHAR.name})
 _SEED = 0x9E3779B97F4A7C15
-_MAX_NS = (1 << 32) - 1
 
 
 class IoKind(StrEnum):
@@ -39,9 +34,9 @@ class IoRunner:
     def __init__(self, cpu: Cpu, pages: PageAllocator, pool: Pool, blk: BlkDriver, state: IoRun) -> None:
         self._cpu = cpu
         self._pages = pages
-        self._pool = pool
         self._blk = blk
         self._state = state
+        self._tally = RunTally(cpu, pages, pool, state.tally)
 
     def start(self, kind: IoKind, first_sector: int, n_sectors: int, block_bytes: int, depth: int, count: int) -> None:
         """Begin `count` requests of `block_bytes` in the given range of the disk, `depth` at a time."""
@@ -54,20 +49,18 @@ class IoRunner:
             state.buffers = self._pages.must_alloc(n_buffer_pages, PageUse.BUFFER)
             state.n_buffer_pages = n_buffer_pages
             self._cpu.fill(state.buffers, depth * block_bytes, 0x5A)
-        state.times = state.times or self._pages.must_alloc(pages_for(4 * MAX_REQUESTS), PageUse.BUFFER)
         state.kind, state.first_sector, state.block_bytes = kind, first_sector, block_bytes
         state.n_blocks, state.depth, state.count = n_sectors * SECTOR_BYTES // block_bytes, depth, count
-        state.n_issued = state.n_done = 0
+        state.n_issued = 0
         state.random, state.error, state.free = _SEED, "", list(range(depth))
         state.submitted = {}
-        state.calls_before, state.bounced_before = dict(self._cpu.calls.counts), self._pool.bytes_bounced
-        state.began_ns = state.ended_ns = self._cpu.clock.now_ns()
+        self._tally.begin()
 
     @property
     def finished(self) -> bool:
         """Whether all requests have come back, or none will."""
         state = self._state
-        return bool(state.count) and not state.submitted and (state.n_done == state.count or bool(state.error))
+        return bool(state.count) and not state.submitted and (state.tally.n_done == state.count or bool(state.error))
 
     def work(self) -> Step[None] | None:
         """Issue what fits."""
@@ -109,20 +102,10 @@ class IoRunner:
         if submitted_ns is None:
             return
         state.error = state.error or finished.error
-        state.ended_ns = self._cpu.clock.now_ns()
-        took_ns = min(state.ended_ns - submitted_ns, _MAX_NS)
-        self._cpu.memory.store(state.times + 4 * state.n_done, took_ns.to_bytes(4, "little"))
-        state.n_done += 1
+        self._tally.done(submitted_ns)
         state.free.append(finished.cookie)
-        if state.n_done == state.count:
-            self._add_up()
-
-    def _add_up(self) -> None:
-        """What the run cost; the terminal's calls are not its own."""
-        state = self._state
-        spent = {name: n - state.calls_before.get(name, 0) for name, n in self._cpu.calls.counts.items()}
-        state.calls = {name: n for name, n in sorted(spent.items()) if n and name not in _NOT_OF_THE_RUN}
-        state.bounced_bytes = self._pool.bytes_bounced - state.bounced_before
+        if state.tally.n_done == state.count:
+            self._tally.end()
 
     def fail(self, error: str) -> None:
         """The queue is broken: nothing more will come."""
@@ -131,13 +114,5 @@ class IoRunner:
             self._state.submitted = {}
 
     def describe(self) -> str:
-        """The result line: requests, bytes, how long it took, the median and the 99th percentile of a request, bytes
-        that were bounced, calls by name."""
-        state = self._state
-        times = sorted(struct.unpack(f"<{state.n_done}I", self._cpu.memory.load(state.times, 4 * state.n_done)))
-        p50, p99 = times[len(times) // 2], times[len(times) * 99 // 100]
-        total_ns = state.ended_ns - state.began_ns
-        n_bytes = state.n_done * state.block_bytes
-        calls = " ".join(f"{name}={n}" for name, n in state.calls.items())
-        timing = f"requests {state.n_done} bytes {n_bytes} ns {total_ns} p50_ns {p50} p99_ns {p99}"
-        return f"{timing} bounced {state.bounced_bytes} calls {calls}"
+        """The result line, as RunTally.describe."""
+        return self._tally.describe(self._state.tally.n_done * self._state.block_bytes)

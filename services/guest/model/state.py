@@ -387,6 +387,22 @@ class Demo(Struct):
     shared_page: int = 0
 
 
+class Tally(Struct):
+    """What a measured run of requests costs."""
+
+    times: int = 0
+    """u32 nanoseconds a request, in guest RAM."""
+    n_done: int = 0
+    began_ns: int = 0
+    ended_ns: int = 0
+    calls_before: dict[str, int] = {}
+    """Calls made before the run, by name."""
+    bounced_before: int = 0
+    calls: dict[str, int] = {}
+    """Those of the run, once it is over."""
+    bounced_bytes: int = 0
+
+
 class IoRun(Struct):
     """A measured run of disk requests; `count` is 0 when there is none."""
 
@@ -398,23 +414,13 @@ class IoRun(Struct):
     count: int = 0
     buffers: int = 0
     n_buffer_pages: int = 0
-    times: int = 0
-    """u32 nanoseconds a request, in guest RAM."""
     n_issued: int = 0
-    n_done: int = 0
     random: int = 1
     free: list[int] = []
     """Buffers in no request."""
     submitted: dict[int, int] = {}
     """Buffer -> when its request was submitted."""
-    began_ns: int = 0
-    ended_ns: int = 0
-    calls_before: dict[str, int] = {}
-    """Calls made before the run, by name."""
-    bounced_before: int = 0
-    calls: dict[str, int] = {}
-    """Those of the run, once it is over."""
-    bounced_bytes: int = 0
+    tally: Tally = msgspec.field(default_factory=Tally)
     error: str = ""
 
 
