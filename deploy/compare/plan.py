@@ -29,7 +29,11 @@ class Requests:
     @property
     def command(self) -> str:
         """What is typed at the guest's prompt."""
-        return f"io {self.kind} {self.block_bytes} {self.depth} {self.count}"
+        return self.with_count(self.count)
+
+    def with_count(self, count: int) -> str:
+        """As `command`, with so many requests."""
+        return f"io {self.kind} {self.block_bytes} {self.depth} {count}"
 
 
 REQUESTS: dict[Workload, Requests] = {
@@ -37,6 +41,10 @@ REQUESTS: dict[Workload, Requests] = {
     Workload.WRITE: Requests("write", 64 << 10, 8, 64),
     Workload.RANDREAD: Requests("randread", 4 << 10, 32, 512),
 }
+MAX_REQUESTS = 1 << 16
+"""As the guest's `io` command has it."""
+ROUND_NS = 300_000_000
+"""A timed round is not shorter, where MAX_REQUESTS allow: what else the machine does is then a part of every round."""
 TIMED_ROUNDS = 5
 """How often each timed run is repeated; the median and the spread of these are reported."""
 

@@ -69,6 +69,7 @@ def as_html(report: Report, about: str = "") -> str:
         costs=msgspec.structs.asdict(comparison.costs),
         kinds_of=kinds_of,
         spread=_spread,
+        percent=_percent,
         tce_calls=_tce_calls,
         bars_of=lambda workload: bars_of(comparison, workload),
         scale_of=lambda workload: scale_of(comparison, workload),
@@ -82,12 +83,12 @@ def as_table(report: Report) -> Table:
     table = Table(title="DMA designs", show_lines=False)
     for title in ("#", "design", "normal", "secure", "old guest", "old firmware", "changed"):
         table.add_column(title)
-    for title in (f"calls/{first}", "secure", "MiB/s", "secure"):
+    for title in (f"calls/{first}", "secure", "of bypass", "secure"):
         table.add_column(title, justify="right")
     for row in comparison.designs:
         verdicts = (row.normal.verdict, row.secure.verdict, row.old_guest, row.old_firmware)
-        figures = [_calls(row.normal, first), _calls(row.secure, first), _speed(row.normal, first),
-                   _speed(row.secure, first)]  # fmt: skip
+        figures = [_calls(row.normal, first), _calls(row.secure, first), _share(row.normal, first),
+                   _share(row.secure, first)]  # fmt: skip
         changed = ", ".join(row.changes) or "nothing"
         table.add_row(str(row.number), row.design, *map(_mark, verdicts), changed, *figures)
     return table
@@ -142,6 +143,11 @@ def _spread(values: tuple[float, float, float]) -> str:
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def _percent(values: tuple[float, float, float]) -> str:
+    median, low, high = (100 * value for value in values)
+    return f"{median:.0f}% ({low:.0f} to {high:.0f})"
+
+
 def _tce_calls(calls: dict[str, int]) -> int:
     return sum(n for name, n in calls.items() if "_TCE" in name)
 
@@ -157,6 +163,6 @@ def _calls(kind: KindResult, workload: str) -> str:
     return f"{measured.work.hypercalls + measured.work.ultracalls:.2f}"
 
 
-def _speed(kind: KindResult, workload: str) -> str:
+def _share(kind: KindResult, workload: str) -> str:
     measured = kind.workloads.get(workload)
-    return "" if measured is None or measured.timing is None else f"{measured.timing.mib_per_second[0]:.0f}"
+    return "" if measured is None or measured.timing is None else f"{100 * measured.timing.of_bypass[0]:.0f}%"

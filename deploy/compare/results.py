@@ -9,7 +9,7 @@ import msgspec
 
 from deploy.compare.costs import Costs, Work, estimate_ns, work_of
 from deploy.compare.measure import Outcome, Round
-from deploy.compare.plan import BASELINE, Purpose, Trial, Workload
+from deploy.compare.plan import Purpose, Trial, Workload
 from shared.dma_designs import DESIGNS, DmaDesign
 
 
@@ -35,8 +35,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     requests_per_second: tuple[float, float, float]
     p50_us: tuple[float, float, float]
     p99_us: tuple[float, float, float]
-    relative_to_bypass: float | None = None
-    """Median throughput against that of the bypass in the same run."""
+    of_bypass: tuple[float, float, float]
+    """Throughput by that of a VM past the IOMMU that ran in turn with it."""
 
 
 class Measured(msgspec.Struct, kw_only=True):
@@ -87,13 +87,11 @@ class Comparison(msgspec.Struct, kw_only=True):
 def compile_results(outcomes: list[tuple[Trial, Outcome]], workloads: tuple[Workload, ...], costs: Costs) -> Comparison:
     """Rows in the order of the discussion."""
     designs = sorted({trial.design for trial, _ in outcomes}, key=list(DmaDesign).index)
-    comparison = Comparison(
+    return Comparison(
         costs=costs,
         workloads=[str(workload) for workload in workloads],
         designs=[_row(design, outcomes, costs) for design in designs],
     )
-    _relate(comparison)
-    return comparison
 
 
 def _row(design: DmaDesign, outcomes: list[tuple[Trial, Outcome]], costs: Costs) -> DesignResult:
@@ -144,34 +142,24 @@ def _enter_counts(result: KindResult, trial: Trial, outcome: Outcome, costs: Cos
 def _enter_times(result: KindResult, outcome: Outcome) -> None:
     result.boot_ms = outcome.boot_ns / 1e6
     for workload, rounds in outcome.rounds.items():
-        result.workloads.setdefault(workload, Measured()).timing = _timing(rounds)
+        timing = _timing(rounds, outcome.bypass_rounds[workload])
+        result.workloads.setdefault(workload, Measured()).timing = timing
 
 
-def _timing(rounds: list[Round]) -> Timing:
+def _timing(rounds: list[Round], bypass: list[Round]) -> Timing:
     return Timing(
-        mib_per_second=_spread([one.bytes / (1 << 20) / (one.ns / 1e9) for one in rounds]),
+        mib_per_second=_spread([_rate(one) / (1 << 20) for one in rounds]),
         requests_per_second=_spread([one.requests / (one.ns / 1e9) for one in rounds]),
         p50_us=_spread([one.p50_ns / 1000 for one in rounds]),
         p99_us=_spread([one.p99_ns / 1000 for one in rounds]),
+        of_bypass=_spread([_rate(one) / _rate(other) for one, other in zip(rounds, bypass, strict=True)]),
     )
+
+
+def _rate(one: Round) -> float:
+    """Bytes a second."""
+    return one.bytes / (one.ns / 1e9)
 
 
 def _spread(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
-
-
-def _relate(comparison: Comparison) -> None:
-    """Put each timing in relation to the bypass, when the run has one."""
-    base = next((row for row in comparison.designs if row.design == BASELINE), None)
-    if base is None:
-        return
-    for workload, bypass in base.normal.workloads.items():
-        if bypass.timing is None:
-            continue
-        reference = bypass.timing.mib_per_second[0]
-        for row in comparison.designs:
-            for kind in (row.normal, row.secure):
-                measured = kind.workloads.get(workload)
-                if measured is not None and measured.timing is not None:
-                    share = measured.timing.mib_per_second[0] / reference
-                    measured.timing = msgspec.structs.replace(measured.timing, relative_to_bypass=share)

@@ -16,6 +16,8 @@ from services.ultravisor.identity import ensure_keys
 from shared.dma_designs import DESIGNS
 
 HOST, VM = "alpha", "vm1"
+BYPASS_VM = "bypass"
+"""Runs beside a VM that is timed, and is timed in turn with it: a normal VM whose device passes the IOMMU by."""
 MEMORY_BYTES = 64 << 20
 DATA_BYTES = 16 << 20
 SCRATCH_BYTES = 4 << 20
@@ -50,6 +52,19 @@ identity_address = {identity_address}
 bypass_switch = {bypass_switch}
 iommu_switch = {iommu_switch}
 """
+_BYPASS = """
+[vms.{name}]
+host = "alpha"
+memory = {memory}
+time = "wall"
+
+[vms.{name}.guest]
+dma = "nothing"
+command_line = "svm=off"
+
+[vms.{name}.disks.root]
+path = "{disk}"
+"""
 _ACCESS_PLATFORM = {
     AccessPlatform.NO: "false",
     AccessPlatform.REQUIRED: "true",
@@ -73,10 +88,10 @@ def write_trial(trial: Trial, directory: Path, options: dict[str, int | bool]) -
     file.write_text(cluster_text(trial, disk, options))
     state_dir.mkdir()
     ensure_keys(state_dir, HOST)
-    (vm,) = read_cluster_file(file).vms
     data = io.BytesIO(random.Random(_SEED).randbytes(DATA_BYTES))
-    with disk.open("w+b") as image:
-        write_model_disk(vm, state_dir, image, data, SCRATCH_BYTES)
+    for vm in read_cluster_file(file).vms:
+        with Path(vm.disks[0].path).open("w+b") as image:
+            write_model_disk(vm, state_dir, image, data, SCRATCH_BYTES)
     with disk.open("rb") as image:
         digest = hashlib.file_digest(image, "sha256").hexdigest()
     return TrialFiles(file, state_dir, disk, digest)
@@ -85,7 +100,8 @@ def write_trial(trial: Trial, directory: Path, options: dict[str, int | bool]) -
 def cluster_text(trial: Trial, disk: Path, options: dict[str, int | bool]) -> str:
     """The cluster file of `trial`: the devices and the machine of its design, the drivers of `trial.driver`."""
     facts = DESIGNS[trial.design]
-    return _CLUSTER.format(
+    beside = _BYPASS.format(name=BYPASS_VM, memory=MEMORY_BYTES, disk=disk.with_name("bypass.img"))
+    text = _CLUSTER.format(
         memory=MEMORY_BYTES,
         time=trial.time,
         tell_secure=_flag(facts.machine.tell_secure),
@@ -101,6 +117,7 @@ def cluster_text(trial: Trial, disk: Path, options: dict[str, int | bool]) -> st
         bypass_switch=_flag(facts.offer.bypass_switch),
         iommu_switch=_flag(facts.offer.iommu_switch),
     )
+    return text + beside if trial.purpose is Purpose.TIME else text
 
 
 def _flag(value: bool) -> str:
