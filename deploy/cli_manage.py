@@ -57,12 +57,13 @@ def _host_lines(host: dict[str, Any]) -> list[str]:
 
 
 def _device_lines(devices: dict[str, Any]) -> list[str]:
-    """The features of each kind, those that every kind may offer apart."""
+    """The features of each kind, those that every virtio device may offer apart."""
     features = {kind: offer["features"] for kind, offer in devices.items()}
-    common = set.intersection(*map(set, features.values()))
-    every = [name for name in next(iter(features.values())) if name in common]
+    virtio = [names for names in features.values() if names]
+    common = set.intersection(*map(set, virtio)) if virtio else set()
+    every = [name for name in virtio[0] if name in common] if virtio else []
     own = {kind: [name for name in names if name not in common] for kind, names in features.items()}
-    return [f"  {kind:<15}{' '.join(names)}".rstrip() for kind, names in ({"every device": every} | own).items()]
+    return [f"  {kind:<15}{' '.join(names)}".rstrip() for kind, names in ({"every virtio": every} | own).items()]
 
 
 def _sizes(sizes: list[int]) -> str:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.capabilities_xml import capabilities_xml
+from deploy.cli_manage import _device_lines
 from deploy.cluster_devices import KEYS_OF
 from deploy.cluster_file import parse_cluster
 from deploy.cluster_run import ClusterRun, LaunchOptions
@@ -399,3 +400,11 @@ async def test_the_schema_notices_a_wrong_value(path: str, attribute: str) -> No
 
     with pytest.raises(AssertionError, match="fails to validate"):
         check(root, "domain.rng")
+
+
+def test_features_that_every_virtio_device_may_offer_are_told_once() -> None:
+    lines = _device_lines({kind: {"features": declared.may_offer()} for kind, declared in DEVICE_KINDS.items()})
+    assert lines[0].split()[:2] == ["every", "virtio"]
+    assert "ACCESS_PLATFORM" in lines[0].split()
+    assert not [line for line in lines[1:] if "VERSION_1" in line]
+    assert "  edu" in lines
