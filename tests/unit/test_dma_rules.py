@@ -18,7 +18,7 @@ from services.guest.model.designs import IDENTITY, NO_TRANSLATION, PLATFORM, Rul
 from services.guest.model.dma import Dma
 from services.guest.model.iommu import IoWindow
 from services.guest.model.pages import PageAllocator
-from services.guest.model.state import Address, Bounce, DmaPath, KernelState, Phase
+from services.guest.model.state import Address, Bounce, BusWindow, DmaPath, KernelState, Phase
 from services.guest.model.swiotlb import SLOT_BYTES, Direction, Swiotlb
 from services.guest.model.wide_window import WideWindows
 from shared.dma_designs import DESIGNS, DmaDesign
@@ -215,9 +215,8 @@ class Mapper(Kernel):
         self.pages.set_up(RAM_BYTES, [])
         self.pool = Swiotlb(self.cpu, self.state.pool)
         self.pool.set_up(self.pages, 1, 1)
-        self.window = IoWindow(self.cpu, self.state.machine, self.state.window)
-        self.state.machine.window_bytes = 1 << 30
-        self.window.set_up(self.pages)
+        self.window = IoWindow(self.cpu, self.state.window)
+        self.window.set_up(self.pages, BusWindow(n_bytes=1 << 30))
         self.dma = Dma(self.cpu, self.pages, self.pool, self.window)
 
     def address(self, path: DmaPath, gpa: int) -> int:

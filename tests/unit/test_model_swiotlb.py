@@ -15,7 +15,7 @@ from services.guest.exits import Exit, Hypercall, Pause
 from services.guest.model.cpu import IMMEDIATE_TRIES, Busy, Cpu, Panic
 from services.guest.model.iommu import IO_PAGE_BYTES, IoWindow
 from services.guest.model.pages import PageAllocator, PageUse
-from services.guest.model.state import Pages, Pool, Window
+from services.guest.model.state import BusWindow, Pages, Pool, Window
 from services.guest.model.swiotlb import (
     MIN_SLOTS,
     SEGMENT_BYTES,
@@ -231,10 +231,9 @@ def drive(step: Generator[Exit, list[int], T], answers: dict[int, int], log: lis
 
 def make_window() -> tuple[IoWindow, Window]:
     cpu = make_cpu()
-    cpu.machine.liobn, cpu.machine.window_bytes = 0x80000000, 1 << 30
     state = Window()
-    window = IoWindow(cpu, cpu.machine, state)
-    window.set_up(make_pages(cpu))
+    window = IoWindow(cpu, state)
+    window.set_up(make_pages(cpu), BusWindow(liobn=0x80000000, n_bytes=1 << 30))
     return window, state
 
 

@@ -24,13 +24,18 @@ MAX_IOMMU_BYTES = SEGMENT_BYTES
 
 
 class Dma:
-    """Mappings for one bus."""
+    """Mappings for the devices behind one DMA window."""
 
     def __init__(self, cpu: Cpu, pages: PageAllocator, pool: Swiotlb, window: IoWindow) -> None:
         self._cpu = cpu
         self._pages = pages
         self._pool = pool
         self._window = window
+
+    @property
+    def liobn(self) -> int:
+        """The window's table."""
+        return self._window.liobn
 
     @staticmethod
     def max_bytes(path: DmaPath) -> int:

@@ -1,4 +1,4 @@
-"""The 32-bit DMA window: IO pages of 4 KiB, a byte a page in guest RAM, mapped by H_PUT_TCE.
+"""A 32-bit DMA window: IO pages of 4 KiB, a byte a page in guest RAM, mapped by H_PUT_TCE.
 
 H_PUT_TCE_INDIRECT is not used: its list page is private memory in an SVM. Source: PAPR 14.5.4; Linux
 arch/powerpc/kernel/iommu.c.
@@ -10,7 +10,7 @@ from protocol.codes import HCode
 from protocol.hcalls import H_PUT_TCE, H_STUFF_TCE
 from services.guest.model.cpu import Busy, Cpu, Panic, Step
 from services.guest.model.pages import PageAllocator, pages_for
-from services.guest.model.state import Machine, Window
+from services.guest.model.state import BusWindow, Window
 from services.guest.model.swiotlb import Direction
 
 IO_PAGE_SHIFT = 12
@@ -29,20 +29,24 @@ _PERMISSION = {
 
 
 class IoWindow:
-    """The window that `ibm,dma-window` names; `map` and `unmap` make the hypercalls."""
+    """A window that some `ibm,dma-window` names; `map` and `unmap` make the hypercalls."""
 
-    def __init__(self, cpu: Cpu, machine: Machine, state: Window) -> None:
+    def __init__(self, cpu: Cpu, state: Window) -> None:
         self._cpu = cpu
-        self._machine = machine
         self._state = state
 
-    def set_up(self, pages: PageAllocator) -> None:
-        """Make the table of free IO pages; the first page stays unused, so that no bus address is 0."""
-        n_io_pages = min(self._machine.window_bytes >> IO_PAGE_SHIFT, MAX_IO_PAGES)
+    @property
+    def liobn(self) -> int:
+        """The window's table; 0 when there is no window."""
+        return self._state.liobn
+
+    def set_up(self, pages: PageAllocator, where: BusWindow) -> None:
+        """Take the window `where`, all of it free; its first page stays unused, so that no bus address is 0."""
+        n_io_pages = min(where.n_bytes >> IO_PAGE_SHIFT, MAX_IO_PAGES)
         if n_io_pages < 2:
-            raise Panic("the host bridge has no DMA window")
+            raise Panic(f"the DMA window of liobn {where.liobn:#x} has no room")
         state = self._state
-        state.n_io_pages, state.hint = n_io_pages, 1
+        state.liobn, state.base, state.n_io_pages, state.hint = where.liobn, where.base, n_io_pages, 1
         state.table = pages.must_alloc(pages_for(n_io_pages))
         self._cpu.fill(state.table, n_io_pages)
         self._cpu.fill(state.table, 1, 1)
@@ -51,7 +55,7 @@ class IoWindow:
         """Forget whatever an earlier stage left mapped; at most 32 hypercalls."""
         for first in range(0, self._state.n_io_pages, MAX_STUFFED_TCES):
             count = min(MAX_STUFFED_TCES, self._state.n_io_pages - first)
-            yield from self._clear(self._machine.window_base + (first << IO_PAGE_SHIFT), count)
+            yield from self._clear(self._state.base + (first << IO_PAGE_SHIFT), count)
 
     @staticmethod
     def n_io_pages(gpa: int, n_bytes: int) -> int:
@@ -64,12 +68,12 @@ class IoWindow:
         first = self._alloc(count)
         if first is None:
             return None
-        ioba = self._machine.window_base + (first << IO_PAGE_SHIFT)
+        ioba = self._state.base + (first << IO_PAGE_SHIFT)
         tce = gpa & -IO_PAGE_BYTES | _PERMISSION[direction]
         for n_mapped in range(count):
             step = n_mapped << IO_PAGE_SHIFT
             try:
-                code, *_ = yield from self._cpu.hcall(H_PUT_TCE, self._machine.liobn, ioba + step, tce + step)
+                code, *_ = yield from self._cpu.hcall(H_PUT_TCE, self._state.liobn, ioba + step, tce + step)
             except Busy:
                 yield from self._clear(ioba, n_mapped)
                 self._free(first, count)
@@ -82,12 +86,12 @@ class IoWindow:
         """Take `count` IO pages of a mapping from the device."""
         ioba = addr & -IO_PAGE_BYTES
         yield from self._clear(ioba, count)
-        self._free((ioba - self._machine.window_base) >> IO_PAGE_SHIFT, count)
+        self._free((ioba - self._state.base) >> IO_PAGE_SHIFT, count)
 
     def _clear(self, ioba: int, count: int) -> Step[None]:
         if not count:
             return
-        liobn = self._machine.liobn
+        liobn = self._state.liobn
         try:
             code, *_ = yield from self._cpu.hcall(H_STUFF_TCE, liobn, ioba, 0, count)
         except Busy:

@@ -146,7 +146,7 @@ class Kernel:
         source = xirr & xics.SOURCE_MASK
         if not source:
             return
-        extra = next((driver for driver in self._parts.extras if driver.state.pci.irq == source), None)
+        extra = next((driver for driver in self._parts.extras if driver.irq == source), None)
         if source == self.state.blk.pci.irq:
             yield from self._parts.guarded(self._parts.collect())
         elif extra is not None:

@@ -2,17 +2,19 @@
 
 Read: /memory@*/reg, /chosen (bootargs, linux,initrd-start, linux,initrd-end, qemu,boot-kernel), /rtas (every one-cell
 property is a token; linux,rtas-base), /vdevice/vty (reg, interrupts), the node with device_type "pci" (reg = BUID,
-ranges, ibm,dma-window), and the memory reservations. Source: LoPAR; QEMU hw/ppc/spapr.c; Linux prom_init.c.
+ranges, ibm,dma-window) and its children (reg, ibm,dma-window), and the memory reservations. Source: LoPAR; QEMU
+hw/ppc/spapr.c; Linux prom_init.c.
 """
 
 from __future__ import annotations
 
+from itertools import islice
 from struct import Struct
 
 from protocol.errors import GuestFault
 from protocol.geometry import PAGE_BYTES
 from services.guest.model.cpu import RTAS_AREA_BYTES, Cpu, Panic
-from services.guest.model.state import Machine
+from services.guest.model.state import BusWindow, Machine
 from shared.esm_digest import RTAS_TEXT
 from shared.fdt_reader import BOOT_LIMITS, FdtNode, FdtTree, fdt_total_bytes, read_fdt
 from shared.fdt_values import add_node, cells, quads
@@ -20,6 +22,8 @@ from shared.pci import OfSpace
 from shared.virtio import BYPASS_PROPERTY
 
 MIN_MEMORY_BYTES = 16 << 20
+MAX_OWN_WINDOWS = 32
+"""A bus has no more slots."""
 _NO_RTAS_TOKEN = frozenset({"rtas-size", "linux,rtas-base", "linux,rtas-entry", "phandle", "linux,phandle"})
 
 
@@ -106,17 +110,25 @@ def _read_bridge(root: FdtNode, machine: Machine) -> None:
     bridge = next((node for node in root.children.values() if node.text("device_type") == "pci"), None)
     if bridge is None:
         return
-    reg, window = property_cells(bridge, "reg"), property_cells(bridge, "ibm,dma-window")
+    reg = property_cells(bridge, "reg")
     if len(reg) < 2:
         return
     machine.has_bridge = True
     machine.buid = reg[0] << 32 | reg[1]
-    if len(window) == 5:
-        machine.liobn = window[0]
-        machine.window_base = window[1] << 32 | window[2]
-        machine.window_bytes = window[3] << 32 | window[4]
+    machine.window = _dma_window(bridge) or BusWindow()
+    windows = ((_config_addr(node), _dma_window(node)) for node in bridge.children.values())
+    own = ((config_addr, window) for config_addr, window in windows if window is not None)
+    machine.own_windows = dict(islice(own, MAX_OWN_WINDOWS))
     machine.mmio = _mmio_windows(property_cells(bridge, "ranges"))
     machine.bypassable = [_config_addr(node) for node in bridge.children.values() if BYPASS_PROPERTY in node.properties]
+
+
+def _dma_window(node: FdtNode) -> BusWindow | None:
+    """What a node's `ibm,dma-window` says; None when it has none."""
+    window = property_cells(node, "ibm,dma-window")
+    if len(window) != 5:
+        return None
+    return BusWindow(liobn=window[0], base=window[1] << 32 | window[2], n_bytes=window[3] << 32 | window[4])
 
 
 def _config_addr(node: FdtNode) -> int:

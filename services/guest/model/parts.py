@@ -11,6 +11,7 @@ from services.guest.model.designs import rules_for
 from services.guest.model.disk_hash import DiskHasher
 from services.guest.model.disk_load import DiskWorkload
 from services.guest.model.dma import Dma
+from services.guest.model.extra_driver import ExtraDriver
 from services.guest.model.io_run import IoRunner
 from services.guest.model.iommu import IoWindow
 from services.guest.model.pages import PageAllocator
@@ -19,7 +20,7 @@ from services.guest.model.region_writer import RegionWriter
 from services.guest.model.state import KernelState, Owner
 from services.guest.model.swiotlb import Swiotlb
 from services.guest.model.virtio_blk import BlkDriver, Finished
-from services.guest.model.virtio_driver import ExtraDriver, VirtioDriver
+from services.guest.model.virtio_driver import VirtioDriver
 from services.guest.model.virtio_rng import RngDriver
 from services.guest.model.virtqueue import QueueBroken, QueueError
 from services.guest.model.wide_window import WideWindows
@@ -36,7 +37,7 @@ class Parts:
         self.console = Console(self.cpu, state.machine, state.console)
         self.pages = PageAllocator(self.cpu, state.pages)
         self.pool = Swiotlb(self.cpu, state.pool)
-        self.window = IoWindow(self.cpu, state.machine, state.window)
+        self.window = IoWindow(self.cpu, state.window)
         self.wide = WideWindows(self.cpu, state.machine, state.wide)
         self.rules = rules_for(self.cpu, state, self.wide)
         self.dma = Dma(self.cpu, self.pages, self.pool, self.window)
@@ -148,7 +149,7 @@ class Parts:
             yield from driver.start()
         except NoDevice as error:
             state.ready, state.error = False, str(error)
-            self.console.say(f"pefbox: {driver.device.name.lower()}: {error}")
+            self.console.say(f"pefbox: {driver.name}: {error}")
         return True
 
     def guard_extra(self, driver: ExtraDriver, step: Step[None]) -> Step[None]:
@@ -166,5 +167,5 @@ class Parts:
     def set_up_memory(self) -> None:
         """The page allocator, and the DMA window's table where there is a window."""
         self.pages.set_up(self.machine.memory_bytes, self.machine.reserved)
-        if self.machine.window_bytes:
-            self.window.set_up(self.pages)
+        if self.machine.window.n_bytes:
+            self.window.set_up(self.pages, self.machine.window)

@@ -12,7 +12,7 @@ import msgspec
 
 from shared.dma_designs import DmaDesign
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 MAX_STATE_BYTES = 64 * 1024
 
 
@@ -83,6 +83,14 @@ class Struct(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Base of the state Structs."""
 
 
+class BusWindow(Struct):
+    """A DMA window as the device tree names it: table, first bus address, length (0 when there is none)."""
+
+    liobn: int = 0
+    base: int = 0
+    n_bytes: int = 0
+
+
 class Machine(Struct):
     """What the device tree and the bus told."""
 
@@ -102,9 +110,10 @@ class Machine(Struct):
     console_irq: int = 0
     has_bridge: bool = False
     buid: int = 0
-    liobn: int = 0
-    window_base: int = 0
-    window_bytes: int = 0
+    window: BusWindow = msgspec.field(default_factory=BusWindow)
+    """That of the bridge, for every function that has none of its own."""
+    own_windows: dict[int, BusWindow] = {}
+    """Those of functions, by configuration address."""
     mmio: list[tuple[int, int, int]] = []
     """Memory windows of the bridge: (PCI address, gpa, bytes)."""
     functions: list[tuple[int, int, int]] = []
@@ -149,8 +158,10 @@ class Pool(Struct):
 
 
 class Window(Struct):
-    """The IO pages of the DMA window under this kernel's care: a byte a page at `table`."""
+    """The IO pages of a DMA window under this kernel's care: a byte a page at `table`."""
 
+    liobn: int = 0
+    base: int = 0
     table: int = 0
     n_io_pages: int = 0
     hint: int = 1
@@ -255,10 +266,15 @@ class ExtraDevice(Struct):
     error: str = ""
     submitted_ns: int = 0
     """When the request was made that is still unanswered; 0 when there is none."""
+
+
+class VirtioExtra(ExtraDevice):
+    """One that is a virtio device."""
+
     pci: VirtioPci = msgspec.field(default_factory=VirtioPci)
 
 
-class Rng(ExtraDevice):
+class Rng(VirtioExtra):
     """The virtio entropy driver."""
 
     queue: Queue = msgspec.field(default_factory=Queue)

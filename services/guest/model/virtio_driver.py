@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 from services.guest.model.cpu import Cpu, NoDevice, Step
 from services.guest.model.designs import Rules
 from services.guest.model.dma import Dma
+from services.guest.model.extra_driver import ExtraDriver
 from services.guest.model.pci import Bus, Function
-from services.guest.model.state import ExtraDevice, VirtioPci
+from services.guest.model.state import DmaPath, VirtioExtra, VirtioPci
 from services.guest.model.virtio_pci import Transport
-from services.guest.model.virtqueue import ANSWER_LIMIT_NS, QueueError, Virtqueue
+from services.guest.model.virtqueue import Virtqueue
 from shared.virtio import DeviceId, Feature, feature_mask, has_feature
 from shared.virtio_pci import MODERN_DEVICE_BASE, VENDOR_ID
 
@@ -74,25 +73,30 @@ class VirtioDriver:
         self._pci.irq = yield from self._bus.enable_msix(self._pci.config_addr, self._pci.msix_cap)
 
 
-class ExtraDriver(VirtioDriver):
-    """A device beside the disk, driven by interrupts: the kernel finds it, starts it and calls it when one comes.
-
-    A device that breaks its rules, or does not answer within ANSWER_LIMIT_NS, is given up by name; the kernel goes on.
-    """
+class VirtioExtraDriver(VirtioDriver, ExtraDriver):
+    """A virtio device beside the disk."""
 
     device: DeviceId
 
-    def __init__(self, cpu: Cpu, bus: Bus, dma: Dma, rules: Rules, state: ExtraDevice) -> None:
-        super().__init__(cpu, bus, dma, rules, state.pci)
-        self.state = state
+    def __init__(self, cpu: Cpu, bus: Bus, dma: Dma, rules: Rules, state: VirtioExtra) -> None:
+        VirtioDriver.__init__(self, cpu, bus, dma, rules, state.pci)
+        ExtraDriver.__init__(self, cpu.clock, state)
+        self.name = self.device.name.lower()
 
-    @abstractmethod
-    def bring_up(self) -> Step[None]:
-        """Negotiate, lay out the queues, take an interrupt, go; raises NoDevice with the reason."""
+    @property
+    def irq(self) -> int:
+        """As ExtraDriver."""
+        return self._pci.irq
 
-    @abstractmethod
-    def interrupted(self) -> Step[None]:
-        """The device has something to say."""
+    @property
+    def path(self) -> DmaPath:
+        """As ExtraDriver."""
+        return self._pci.path
+
+    @property
+    def liobn(self) -> int:
+        """As ExtraDriver."""
+        return self._dma.liobn
 
     def find(self) -> Step[None]:
         """Take the first function of this kind."""
@@ -102,29 +106,7 @@ class ExtraDriver(VirtioDriver):
                 self.state.present = True
                 return
 
-    def start(self) -> Step[None]:
-        """As `bring_up`, and ready after it."""
-        self.state.ready, self.state.error = False, ""
-        yield from self.bring_up()
-        self.state.ready = True
-
     def quiesce(self) -> Step[None]:
         """Reset the device so that it touches no memory any more."""
         self.state.ready = False
         yield from self.transport.reset()
-
-    def deadline_ns(self) -> int | None:
-        """When what the device was asked counts as unanswered; None while nothing is."""
-        state = self.state
-        return state.submitted_ns + ANSWER_LIMIT_NS if state.ready and state.submitted_ns else None
-
-    def overdue(self) -> Step[None]:
-        """The limit is over: an interrupt may have been lost, so look before giving up."""
-        yield from self.interrupted()
-        deadline_ns = self.deadline_ns()
-        if deadline_ns is not None and self._cpu.clock.now_ns() >= deadline_ns:
-            self.give_up(QueueError.NO_ANSWER.value)
-
-    def give_up(self, reason: str) -> None:
-        """No more of this device; its memory stays taken, since it may still write to it."""
-        self.state.ready, self.state.error, self.state.submitted_ns = False, reason, 0

@@ -8,7 +8,7 @@ from services.guest.model.dma import Dma
 from services.guest.model.pci import Bus
 from services.guest.model.state import Rng
 from services.guest.model.swiotlb import Direction
-from services.guest.model.virtio_driver import COMMON_FEATURES, ExtraDriver
+from services.guest.model.virtio_driver import COMMON_FEATURES, VirtioExtraDriver
 from services.guest.model.virtqueue import QueueBroken, Virtqueue
 from shared.virtio import DeviceId
 
@@ -18,7 +18,7 @@ _TABLE_AT = 0x800
 """Where the indirect table is in the ring's page."""
 
 
-class RngDriver(ExtraDriver):
+class RngDriver(VirtioExtraDriver):
     """Fills a buffer with random bytes over `state`."""
 
     device = DeviceId.RNG

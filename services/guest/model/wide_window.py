@@ -64,7 +64,7 @@ class WideWindows:
         if 1 << window_shift - page_shift > largest_tces:
             return
         if at_zero:
-            yield from self._cpu.rtas("ibm,remove-pe-dma-window", (self._machine.liobn,), 1)
+            yield from self._cpu.rtas("ibm,remove-pe-dma-window", (self._machine.window.liobn,), 1)
         shifts = (page_shift, window_shift)
         status, liobn, high, low = yield from self._cpu.rtas("ibm,create-pe-dma-window", (*where, *shifts), 4)
         if status == RtasStatus.SUCCESS:
