@@ -32,6 +32,10 @@ class Dma:
         self._pool = pool
         self._window = window
 
+    def through(self, window: IoWindow) -> Dma:
+        """The same for the devices behind another window."""
+        return Dma(self._cpu, self._pages, self._pool, window)
+
     @property
     def liobn(self) -> int:
         """The window's table."""

@@ -40,13 +40,16 @@ class IoWindow:
         """The window's table; 0 when there is no window."""
         return self._state.liobn
 
-    def set_up(self, pages: PageAllocator, where: BusWindow) -> None:
-        """Take the window `where`, all of it free; its first page stays unused, so that no bus address is 0."""
+    def set_up(self, pages: PageAllocator, where: BusWindow, *, hint: int = 1) -> None:
+        """Take the window `where`, all of it free; its first page stays unused, so that no bus address is 0.
+
+        The search for the first mapping begins at IO page `hint`.
+        """
         n_io_pages = min(where.n_bytes >> IO_PAGE_SHIFT, MAX_IO_PAGES)
         if n_io_pages < 2:
             raise Panic(f"the DMA window of liobn {where.liobn:#x} has no room")
         state = self._state
-        state.liobn, state.base, state.n_io_pages, state.hint = where.liobn, where.base, n_io_pages, 1
+        state.liobn, state.base, state.n_io_pages, state.hint = where.liobn, where.base, n_io_pages, hint
         state.table = pages.must_alloc(pages_for(n_io_pages))
         self._cpu.fill(state.table, n_io_pages)
         self._cpu.fill(state.table, 1, 1)

@@ -11,6 +11,9 @@ from services.guest.model.designs import rules_for
 from services.guest.model.disk_hash import DiskHasher
 from services.guest.model.disk_load import DiskWorkload
 from services.guest.model.dma import Dma
+from services.guest.model.dma_domains import Domain
+from services.guest.model.edu import EduDriver
+from services.guest.model.edu_copy import EduCopier
 from services.guest.model.extra_driver import ExtraDriver
 from services.guest.model.io_run import IoRunner
 from services.guest.model.iommu import IoWindow
@@ -44,12 +47,19 @@ class Parts:
         self.bus = Bus(self.cpu, state.machine)
         self.blk = BlkDriver(self.cpu, self.bus, self.dma, state.blk, self.rules)
         self.rng = RngDriver(self.cpu, self.bus, self.dma, self.rules, state.rng)
-        self.extras: list[ExtraDriver] = [self.rng]
+        self.edus = [self._edu(number) for number in range(len(state.edus))]
+        self.edu_copier = EduCopier(self.cpu, self.pages, self.edus, state.edu_copy)
+        self.extras: list[ExtraDriver] = [self.rng, *self.edus]
         self.reader = BulkReader(self.blk, state.bulk)
         self.hasher = DiskHasher(self.cpu, self.pages, self.reader, state.bulk, state.disk_hash)
         self.writer = RegionWriter(self.cpu, self.pages, self.blk, state.writer)
         self.io_run = IoRunner(self.cpu, self.pages, state.pool, self.blk, state.io_run)
         self.load = DiskWorkload(self.cpu, self.pages, self.blk, state.disk_load)
+
+    def _edu(self, number: int) -> EduDriver:
+        state = self.state.edus[number]
+        domain = Domain(self.cpu, self.state, self.wide, self.dma, state.window)
+        return EduDriver(self.cpu, self.bus, self.pages, domain, state, number)
 
     def open_interrupts(self) -> Step[None]:
         """Take interrupts of every priority, the terminal's among them."""

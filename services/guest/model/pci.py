@@ -15,20 +15,22 @@ from shared.pci import (
     BAR_IO,
     BAR_TYPE_64,
     CONFIG_BYTES,
+    MSI_ENABLE,
     MSIX_ENABLE,
     N_BARS,
     STATUS_CAPABILITIES,
     Capability,
     Command,
     Config,
+    MsiField,
     Msix,
     devfn_of,
 )
 
 MAX_CAPABILITIES = 48
 N_SLOTS = 32
-MSIX_FUNCTION = 4
-"""Function number of ibm,change-msi that asks for MSI-X vectors."""
+MSI_FUNCTION, MSIX_FUNCTION = 3, 4
+"""Function numbers of ibm,change-msi that ask for messages of the two kinds."""
 DEFAULT_PRIORITY = 5
 _ALL_ONES = 0xFFFFFFFF
 
@@ -165,29 +167,44 @@ class Bus:
         """Let the function answer memory accesses and master the bus."""
         yield from self.write(config_addr, Config.COMMAND, 2, Command.MEMORY | Command.MASTER)
 
+    def take_mastery(self, config_addr: int) -> Step[None]:
+        """Let the function answer memory accesses and reach no memory itself."""
+        yield from self.write(config_addr, Config.COMMAND, 2, Command.MEMORY)
+
     # -- interrupts ---------------------------------------------------------------------------------------------
 
     def enable_msix(self, config_addr: int, msix_cap: int) -> Step[int]:
         """One MSI-X vector: its interrupt source, unmasked; raises NoDevice."""
+        source = yield from self._message(config_addr, MSIX_FUNCTION)
+        control = yield from self.read(config_addr, msix_cap + Msix.CONTROL, 2)
+        yield from self.write(config_addr, msix_cap + Msix.CONTROL, 2, control | MSIX_ENABLE)
+        return source
+
+    def enable_msi(self, config_addr: int, msi_cap: int) -> Step[int]:
+        """The first message of a function with MSI: its interrupt source, unmasked; raises NoDevice."""
+        source = yield from self._message(config_addr, MSI_FUNCTION)
+        control = yield from self.read(config_addr, msi_cap + MsiField.CONTROL, 2)
+        yield from self.write(config_addr, msi_cap + MsiField.CONTROL, 2, control | MSI_ENABLE)
+        return source
+
+    def _message(self, config_addr: int, kind: int) -> Step[int]:
         buid = self._machine.buid
         where = (config_addr, buid >> 32, buid & _ALL_ONES)
-        rets = yield from self._cpu.rtas("ibm,change-msi", (*where, MSIX_FUNCTION, 1, 0), 4)
+        rets = yield from self._cpu.rtas("ibm,change-msi", (*where, kind, 1, 0), 4)
         if rets[0] != RtasStatus.SUCCESS or rets[1] < 1:
-            raise NoDevice(f"PCI function {config_addr:#x} gets no MSI-X vector")
+            raise NoDevice(f"PCI function {config_addr:#x} gets no message interrupt")
         source = yield from self._cpu.rtas("ibm,query-interrupt-source-number", (*where, 0), 3)
         if source[0] != RtasStatus.SUCCESS:
             raise NoDevice(f"PCI function {config_addr:#x} has no interrupt source")
         yield from unmask(self._cpu, source[1])
-        control = yield from self.read(config_addr, msix_cap + Msix.CONTROL, 2)
-        yield from self.write(config_addr, msix_cap + Msix.CONTROL, 2, control | MSIX_ENABLE)
         return source[1]
 
-    def msix_cap(self, config_addr: int) -> Step[int]:
-        """Where the MSI-X capability is; raises NoDevice."""
+    def capability(self, config_addr: int, wanted: Capability) -> Step[int]:
+        """Where a capability is; raises NoDevice."""
         for kind, at in (yield from self.capabilities(config_addr)):
-            if kind == Capability.MSIX:
+            if kind == wanted:
                 return at
-        raise NoDevice(f"PCI function {config_addr:#x} has no MSI-X")
+        raise NoDevice(f"PCI function {config_addr:#x} has no {wanted.name} capability")
 
 
 def unmask(cpu: Cpu, source: int) -> Step[None]:

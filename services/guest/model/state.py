@@ -288,6 +288,34 @@ class Rng(VirtioExtra):
     """Bytes that somebody at the prompt waits for."""
 
 
+class Edu(ExtraDevice):
+    """One educational device."""
+
+    config_addr: int = 0
+    bar: int = 0
+    irq: int = 0
+    window: Window = msgspec.field(default_factory=Window)
+    """Its own, where it has one."""
+    to_ram: bool = False
+    """Which way the transfer goes that it was asked for last."""
+
+
+class EduCopy(Struct):
+    """A copy through the buffer of an edu: how far it is, and where its two buffers are."""
+
+    n_bytes: int = 0
+    """Nothing is copied when 0."""
+    device: int = 0
+    mapper: int = 0
+    """Through whose window the buffers are mapped."""
+    stage: int = 0
+    pages: list[int] = []
+    addresses: list[int] = []
+    """What the device was given for each of them."""
+    mapping: Mapping | None = None
+    error: str = ""
+
+
 class Blk(Struct):
     """The virtio block driver."""
 
@@ -498,6 +526,8 @@ class KernelState(Struct):
     wide: WideWindow = msgspec.field(default_factory=WideWindow)
     blk: Blk = msgspec.field(default_factory=Blk)
     rng: Rng = msgspec.field(default_factory=Rng)
+    edus: list[Edu] = msgspec.field(default_factory=lambda: [Edu(), Edu()])
+    edu_copy: EduCopy = msgspec.field(default_factory=EduCopy)
     bulk: Bulk = msgspec.field(default_factory=Bulk)
     disk_hash: DiskHash = msgspec.field(default_factory=DiskHash)
     partitions: Partitions = msgspec.field(default_factory=Partitions)
