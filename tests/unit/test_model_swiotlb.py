@@ -249,6 +249,21 @@ def test_a_mapping_sets_one_tce_for_each_io_page_and_keeps_the_offset() -> None:
     assert window.n_used() == 0
 
 
+def test_a_page_is_mapped_to_itself_where_nothing_else_is_and_the_window_reaches() -> None:
+    window, state = make_window()
+    log: list[tuple[int, tuple[int, ...]]] = []
+    gpa = 5 * IO_PAGE_BYTES
+
+    assert drive(window.map_to_itself(gpa, 2 * IO_PAGE_BYTES, Direction.BIDIRECTIONAL), {}, log) is True
+    assert log == [(0x20, (0x80000000, at, at | 3)) for at in (gpa, gpa + IO_PAGE_BYTES)]
+    log.clear()
+    for taken in (gpa - IO_PAGE_BYTES, gpa + IO_PAGE_BYTES, 0, (state.n_io_pages - 1) * IO_PAGE_BYTES):
+        assert drive(window.map_to_itself(taken, 2 * IO_PAGE_BYTES, Direction.BIDIRECTIONAL), {}, log) is False
+    assert (log, window.n_used()) == ([], 2)
+    drive(window.unmap(gpa, 2), {}, log)
+    assert window.n_used() == 0
+
+
 def test_without_stuff_tce_each_entry_is_cleared_alone() -> None:
     window, _ = make_window()
     log: list[tuple[int, tuple[int, ...]]] = []

@@ -10,6 +10,7 @@ from services.guest.model.cpu import NoDevice, Step
 from services.guest.model.pages import PageUse
 from services.guest.model.parts import Parts
 from services.guest.model.state import Address, Bounce, DmaPath
+from services.guest.model.vfio import Lending
 from services.guest.model.virtio_rng import MAX_BYTES as MAX_RNG_BYTES
 from shared.edu import BUFFER_BYTES
 
@@ -17,6 +18,7 @@ DEVICE_HELP = (
     "rng N                    N random bytes (at most 4096) from the virtio-rng: their SHA-256",
     "edu [N] BYTES [M]        copy BYTES into edu N and back, by bus addresses that are mapped for edu M (N)",
     "dma                      how buffers reach each device",
+    "vfio                     lend the virtio-rng to a process, which has it write a page of the kernel",
 )
 
 
@@ -26,23 +28,27 @@ class DeviceCommands:
     def __init__(self, parts: Parts, answer: Callable[[str], None]) -> None:
         self._parts = parts
         self._answer = answer
+        self._lending = Lending(parts)
         self.commands: dict[str, Callable[[list[str]], Step[str]]] = {
             "rng": self._rng,
             "edu": self._edu,
             "dma": self._dma,
+            "vfio": self._vfio,
         }
 
     @property
     def waiting(self) -> bool:
         """Whether a command is not done yet."""
         state = self._parts.state
-        return bool(state.rng.n_asked or state.edu_copy.n_bytes)
+        return bool(state.rng.n_asked or state.edu_copy.n_bytes or self._lending.active)
 
     def work(self) -> Step[None] | None:
         """The next step of the command that is not done, if it does not have to wait."""
         state, copier = self._parts.state, self._parts.edu_copier
         if state.rng.n_asked:
             return self._end_rng() if state.rng.n_written >= 0 or not state.rng.ready else None
+        if self._lending.active:
+            return self._lending.work() or self._end_vfio()
         if copier.finished:
             return self._end_edu()
         step = copier.work()
@@ -102,6 +108,21 @@ class DeviceCommands:
         where = f"by {addresses} of liobn {liobn:#x}"
         self._answer(f"error {error}, {where}" if error else f"ok {state.n_bytes} bytes came back, {where}")
         state.n_bytes = 0
+        return
+        yield
+
+    # -- a device lent to a process ---------------------------------------------------------------------------------
+
+    def _vfio(self, _: list[str]) -> Step[str]:
+        state = self._parts.state.rng
+        if not state.ready:
+            raise Refused(state.error or "no virtio-rng")
+        self._lending.begin()
+        return ""
+        yield
+
+    def _end_vfio(self) -> Step[None]:
+        self._answer(self._lending.outcome())
         return
         yield
 

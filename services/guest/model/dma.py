@@ -101,6 +101,11 @@ class Dma:
             raise Panic("the DMA window is full")
         return ioba
 
+    def close_coherent(self, path: DmaPath, addr: int) -> Step[None]:
+        """Take back the way to a page that `open_coherent` gave the address `addr`; a shared page stays shared."""
+        if path.address is Address.WINDOW:
+            yield from self._window.unmap(addr, self._window.n_io_pages(addr, PAGE_BYTES))
+
 
 def _is_bounced(path: DmaPath, gpa: int, n_bytes: int) -> bool:
     if path.bounce is Bounce.ABOVE_LIMIT:

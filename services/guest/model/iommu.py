@@ -71,6 +71,23 @@ class IoWindow:
         first = self._alloc(count)
         if first is None:
             return None
+        yield from self._map_at(first, count, gpa, direction)
+        return self._state.base + (first << IO_PAGE_SHIFT) | gpa & IO_PAGE_BYTES - 1
+
+    def map_to_itself(self, gpa: int, n_bytes: int, direction: Direction) -> Step[bool]:
+        """Map `n_bytes` at `gpa` so that their bus address is `gpa`; False when that is taken or outside the window.
+
+        Raises Busy, with nothing mapped.
+        """
+        count = self.n_io_pages(gpa, n_bytes)
+        first = gpa - self._state.base >> IO_PAGE_SHIFT
+        if not self._take(first, count):
+            return False
+        yield from self._map_at(first, count, gpa, direction)
+        return True
+
+    def _map_at(self, first: int, count: int, gpa: int, direction: Direction) -> Step[None]:
+        """Store the entries of IO pages that were taken; raises Busy, with nothing mapped and nothing taken."""
         ioba = self._state.base + (first << IO_PAGE_SHIFT)
         tce = gpa & -IO_PAGE_BYTES | _PERMISSION[direction]
         for n_mapped in range(count):
@@ -83,7 +100,6 @@ class IoWindow:
                 raise
             if code != HCode.H_SUCCESS:
                 raise Panic(f"H_PUT_TCE of {ioba + step:#x} gave {code}")
-        return ioba | gpa & IO_PAGE_BYTES - 1
 
     def unmap(self, addr: int, count: int) -> Step[None]:
         """Take `count` IO pages of a mapping from the device."""
@@ -120,6 +136,13 @@ class IoWindow:
         self._cpu.fill(state.table + found, count, 1)
         state.hint = found + count
         return found
+
+    def _take(self, first: int, count: int) -> bool:
+        state = self._state
+        if first < 1 or first + count > state.n_io_pages or any(self._cpu.load(state.table + first, count)):
+            return False
+        self._cpu.fill(state.table + first, count, 1)
+        return True
 
     def _free(self, first: int, count: int) -> None:
         self._cpu.fill(self._state.table + first, count)

@@ -316,6 +316,25 @@ class EduCopy(Struct):
     error: str = ""
 
 
+class Vfio(Struct):
+    """A device lent to a process: how far that is, the process's pages, and what it saw."""
+
+    stage: int = 0
+    refusal: str = ""
+    error: str = ""
+    pages: list[int] = []
+    """Ring, buffer, and a page that is none of the process's."""
+    mapped: list[int] = []
+    """Those of them that VFIO mapped."""
+    queue: Queue = msgspec.field(default_factory=Queue)
+    taken: int = 0
+    """Which ways to memory the process's driver took."""
+    asked_ns: int = 0
+    n_overwritten: int = 0
+    after: str = ""
+    """The first bytes of the page that is not its own, in the end."""
+
+
 class Blk(Struct):
     """The virtio block driver."""
 
@@ -527,6 +546,7 @@ class KernelState(Struct):
     blk: Blk = msgspec.field(default_factory=Blk)
     rng: Rng = msgspec.field(default_factory=Rng)
     edus: list[Edu] = msgspec.field(default_factory=lambda: [Edu(), Edu()])
+    vfio: Vfio = msgspec.field(default_factory=Vfio)
     edu_copy: EduCopy = msgspec.field(default_factory=EduCopy)
     bulk: Bulk = msgspec.field(default_factory=Bulk)
     disk_hash: DiskHash = msgspec.field(default_factory=DiskHash)

@@ -157,6 +157,10 @@ class Transport:
         queue.notify_gpa = self.state.notify + offset
         yield from self._write(CommonCfg.QUEUE_ENABLE, 1)
 
+    def needs_reset(self) -> Step[bool]:
+        """Whether the device gave up."""
+        return bool((yield from self._read(CommonCfg.DEVICE_STATUS)) & DeviceStatus.NEEDS_RESET)
+
     def start(self) -> Step[None]:
         """DRIVER_OK."""
         status = _STATUS_DRIVER | DeviceStatus.FEATURES_OK | DeviceStatus.DRIVER_OK

@@ -39,6 +39,16 @@ class RngDriver(VirtioExtraDriver):
         yield from self.transport.enable_queue(state.queue, vector=0)
         yield from self.transport.start()
 
+    def release(self) -> Step[None]:
+        """Let somebody else drive the device, with no way left to this driver's memory; `start` takes it back."""
+        state = self.state
+        if state.mapping is not None:
+            raise NoDevice("the device is busy")
+        yield from self.quiesce()
+        addr, state.ring_addr = state.ring_addr, 0
+        if addr:
+            yield from self._dma.close_coherent(state.pci.path, addr)
+
     def ask(self, gpa: int, n_bytes: int) -> Step[None]:
         """Have the device fill `n_bytes` at `gpa`; raises NoDevice when it cannot be asked now."""
         state = self.state

@@ -30,6 +30,11 @@ class WideWindows:
         self._state = state
 
     @property
+    def leads_anywhere(self) -> bool:
+        """Whether there is such a window."""
+        return bool(self._state.liobn)
+
+    @property
     def leads_to_itself(self) -> bool:
         """Whether every bus address is the guest address behind it."""
         return bool(self._state.liobn) and self._state.base == 0

@@ -1,0 +1,93 @@
+"""The model kernel's commands for devices beside the disk, saved and loaded at every safe point on the way."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from protocol.startup import PLATFORM_OFFER, DeviceEntry, IommuDomain
+from services.guest.model.image import build_image
+from services.guest.model.state import MAX_STATE_BYTES
+from shared.boot_partition import build_boot_partition, write_disk
+from tests.cluster.board_world import BoardWorld
+
+MAX_EXITS_A_STEP = 100
+DEVICES = [
+    DeviceEntry(kind="virtio-rng", offer=PLATFORM_OFFER),
+    DeviceEntry(kind="edu", name="shared"),
+    DeviceEntry(kind="edu", name="own", iommu_domain=IommuDomain.OWN),
+]
+BUS, OWN = 0x80000000, 0x80000008
+RING_IO_PAGES = 16
+MAX_STEPS = 50_000
+
+
+@asynccontextmanager
+async def prompt_world(disk: Path, devices: list[DeviceEntry], command_line: str) -> AsyncIterator[BoardWorld]:
+    with disk.open("w+b") as file:
+        write_disk(file, build_boot_partition(build_image("prompt"), b"initrd", command_line), data=io.BytesIO(b"d"))
+    world = BoardWorld(disk, access_platform=False, devices=devices)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.board.run)
+        await world.power_on()
+        yield world
+        nursery.cancel_scope.cancel()
+    world.close()
+
+
+async def until_prompt(world: BoardWorld) -> None:
+    """Run to the next prompt, with a new engine at each safe point; no step may be too long, no state too large."""
+    n_exits = 0
+    for _ in range(MAX_STEPS):
+        if world.console.endswith("\n> "):
+            return
+        assert not world.crash, world.crash
+        await world.step()
+        n_exits += 1
+        assert n_exits <= MAX_EXITS_A_STEP
+        if world.engine.at_safe_point:
+            n_exits = 0
+            assert len(world.reload_kernel()) <= MAX_STATE_BYTES
+    raise AssertionError(f"no prompt: {world.console[-400:]}")
+
+
+async def ask(world: BoardWorld, line: str) -> str:
+    world.console, world.typed = "", line.encode() + b"\r"
+    world.xics.set_irq(world.console_source, True)
+    await until_prompt(world)
+    return world.console.split("\r\n")[-2]
+
+
+@pytest.mark.parametrize("command_line", ["svm=off", "svm=on"], ids=["normal", "secure"])
+async def test_every_command_ends_the_same_when_the_kernel_is_loaded_anew_at_each_safe_point(
+    tmp_path: Path, command_line: str
+) -> None:
+    async with prompt_world(tmp_path / "disk", DEVICES, command_line) as world:
+        await until_prompt(world)
+
+        for _ in range(2):
+            assert (await ask(world, "rng 4096")).startswith("ok 4096 ")
+            for line, liobn in (("edu 4096", BUS), ("edu 1 100", OWN)):
+                assert (await ask(world, line)).endswith(f" of liobn {liobn:#x}")
+            assert (await ask(world, "edu 1 4096 0")).startswith("error other bytes came back")
+        assert len((await ask(world, "dma")).split(";")) == 4
+        assert world.secure is (command_line == "svm=on")
+
+
+async def test_a_device_is_lent_and_taken_back_when_the_kernel_is_loaded_anew_at_each_safe_point(
+    tmp_path: Path,
+) -> None:
+    async with prompt_world(tmp_path / "disk", DEVICES[:1], "svm=off") as world:
+        await until_prompt(world)
+
+        for _ in range(2):
+            assert (await ask(world, "vfio")).startswith("ok own buffer filled, canary intact")
+            assert (await ask(world, "rng 4096")).startswith("ok 4096 ")
+        table = world.tces.get(BUS)
+        assert table is not None
+        assert len(table.nonzero()) == RING_IO_PAGES, "the kernel's own ring and nothing else"
