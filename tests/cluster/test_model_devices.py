@@ -13,6 +13,8 @@ import trio
 from protocol.startup import PLATFORM_OFFER, DeviceEntry, IommuDomain
 from services.guest.model.image import build_image
 from services.guest.model.state import MAX_STATE_BYTES
+from services.guest.model.virtqueue import ANSWER_LIMIT_NS, QueueError
+from services.qemu.edu import Edu
 from shared.boot_partition import build_boot_partition, write_disk
 from tests.cluster.board_world import BoardWorld
 
@@ -91,3 +93,32 @@ async def test_a_device_is_lent_and_taken_back_when_the_kernel_is_loaded_anew_at
         table = world.tces.get(BUS)
         assert table is not None
         assert len(table.nonzero()) == RING_IO_PAGES, "the kernel's own ring and nothing else"
+
+
+async def test_an_interrupt_that_is_lost_costs_time_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with prompt_world(tmp_path / "disk", DEVICES, "svm=off") as world:
+        await until_prompt(world)
+        monkeypatch.setattr(world.board.functions[2], "interrupt", lambda: None)
+
+        began_ns = world.clock.ns
+        assert (await ask(world, "edu 0 64")).startswith("ok 64 bytes came back")
+        assert world.clock.ns - began_ns > ANSWER_LIMIT_NS
+
+
+async def test_an_edu_that_never_ends_a_transfer_is_given_up_and_the_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never_ends(_: Edu) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async with prompt_world(tmp_path / "disk", DEVICES, "svm=off") as world:
+        await until_prompt(world)
+        monkeypatch.setattr(Edu, "_transfer", never_ends)
+
+        assert (await ask(world, "edu 0 64")).startswith(f"error {QueueError.NO_ANSWER}, by 0x1")
+        assert await ask(world, "edu 0 64") == f"error {QueueError.NO_ANSWER}"
+        monkeypatch.undo()
+        assert (await ask(world, "edu 1 64")).startswith("ok 64 bytes came back")
+        assert (await ask(world, "rng 64")).startswith("ok 64 ")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from protocol.codes import UCode
 from protocol.declare import Space
 from protocol.errors import ImageRefused
-from protocol.geometry import PAGE_BYTES
+from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from protocol.ucalls import UV_ESM
 from services.guest.model import image
 from services.guest.model.bulk import CHUNK_BYTES
@@ -22,15 +22,18 @@ from services.guest.model.cpu import RTAS_AREA_BYTES, NoDevice, Step
 from services.guest.model.machine import has_boot_arg, load_tree, place, read_machine, write_bypass, write_chosen
 from services.guest.model.pages import PageUse, pages_for
 from services.guest.model.parts import Parts
-from services.guest.model.state import Phase, Workload
+from services.guest.model.state import Owner, Phase, Workload
 from shared import boot_partition
 from shared.boot_partition import PartitionType
 from shared.esm_digest import RTAS_TEXT
 from shared.fdt_writer import write_fdt
 from shared.virtio import Feature, has_feature
-from shared.virtio_blk import SECTOR_BYTES
+from shared.virtio_blk import SECTOR_BYTES, BlkRequest
 
 DEMO_NORMAL_BYTES = 1 << 20
+LEFT_READS = 16
+LEFT_READ_BYTES = 1 << 20
+"""Of each request that the boot stage leaves behind when it does not quiesce the disk."""
 
 
 class BootStage:
@@ -200,7 +203,11 @@ class BootStage:
         state = self._state
         if state.console.out:
             return None
-        return self._go() if state.kbase else self._nothing_to_boot()
+        if not state.kbase:
+            return self._nothing_to_boot()
+        if state.blk.ready and state.boot.n_left < LEFT_READS and not self._quiesces():
+            return self._leave_read()
+        return self._go()
 
     def _nothing_to_boot(self) -> Step[None]:
         self._parts.console.say("pefbox: no kernel to boot; this is the boot stage")
@@ -214,7 +221,7 @@ class BootStage:
         self._write_tree()
         if state.blk.ready:
             try:
-                yield from parts.blk.quiesce()
+                yield from (parts.blk.kick() if state.boot.n_left else parts.blk.quiesce())
             except NoDevice as error:
                 parts.console.say(f"pefbox: disk: {error}")
         if not has_boot_arg(state.machine, "svm=on", "svm=1"):
@@ -223,6 +230,26 @@ class BootStage:
         result = yield from call_esm(parts)
         parts.console.say(f"pefbox: UV_ESM failed: {result}; going on as a normal VM")
         self._enter_kernel()
+
+    def _quiesces(self) -> bool:
+        """Whether the kernel's image wants the disk stopped before it is entered."""
+        try:
+            header = image.parse_header(self._parts.cpu.load(self._state.kbase, PAGE_BYTES))
+        except ImageRefused:
+            return True
+        return bool(header.settings.options.get("quiesce", True))
+
+    def _leave_read(self) -> Step[None]:
+        """What a careless boot loader does: it goes, and the disk still has requests."""
+        parts, blk, boot = self._parts, self._state.blk, self._state.boot
+        n_bytes = min(LEFT_READ_BYTES, parts.blk.max_bytes, blk.sectors * SECTOR_BYTES)
+        if not boot.left_buffer:
+            boot.left_buffer = parts.pages.must_alloc_apart(pages_for(n_bytes), PageUse.BUFFER)
+            gfns = [gpa >> PAGE_SHIFT for gpa in (boot.left_buffer, blk.command_page, blk.ring_page)]
+            at = "buffer {:#x}, commands {:#x}, ring {:#x}".format(*gfns)
+            parts.console.say(f"pefbox: boot: {LEFT_READS} reads are left behind: {at}")
+        yield from parts.blk.submit(BlkRequest.IN, 0, boot.left_buffer, n_bytes, Owner.NONE, 0)
+        boot.n_left += 1
 
     def _write_tree(self) -> None:
         machine, parts = self._state.machine, self._parts

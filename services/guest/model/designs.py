@@ -30,6 +30,8 @@ class Rules:
     """Whether a secure VM of this design has a swiotlb pool."""
     pool_at_top = False
     """Whether it lies above all that is allocated later."""
+    rings_apart = False
+    """Whether rings and command blocks lie apart from all that is allocated otherwise."""
     wants_identity: bool | None = None
     """Whether all of RAM is mapped through a dynamic window before devices are used: True at bus address 0 and
     nowhere else, False beside the 32-bit window, None not at all."""
@@ -74,7 +76,12 @@ class Rules:
 
 
 class Firmware(Rules):
-    """The boot stage: it takes ACCESS_PLATFORM where it is offered and bounces nothing, since the VM is normal."""
+    """The boot stage: it takes ACCESS_PLATFORM where it is offered and bounces nothing, since the VM is normal.
+
+    Its rings lie where no kernel comes up, so that what a disk writes late does not end there.
+    """
+
+    rings_apart = True
 
     def choose(self, offered: int) -> int:
         return 0 if self._state.old_firmware else offered & PLATFORM

@@ -87,6 +87,10 @@ class Dma:
         """A page for rings and command blocks; raises Panic. `open_coherent` then lets the device reach it."""
         return self._pages.must_alloc(1, PageUse.SHARED)
 
+    def alloc_coherent_apart(self) -> int:
+        """As `alloc_coherent`, apart from what a kernel allocates first."""
+        return self._pages.must_alloc_apart(1, PageUse.SHARED)
+
     def open_coherent(self, path: DmaPath, gpa: int) -> Step[int]:
         """Share and map a page of `alloc_coherent`, fill it with zeros and give its device address."""
         if path.shares:

@@ -54,6 +54,7 @@ OPTIONS: dict[str, type] = {
     "dma_offset": int,
     "poke_unchecked": bool,
     "vfio_rule": bool,
+    "quiesce": bool,
     "swiotlb_slots": int,
     "swiotlb_areas": int,
     "page_cache": bool,

@@ -66,8 +66,11 @@ class PageAllocator:
 
     def alloc_top(self, n_pages: int, use: PageUse) -> int | None:
         """As `alloc`, of the highest run there is."""
+        return self._alloc_below(self._state.n_pages, n_pages, use)
+
+    def _alloc_below(self, end: int, n_pages: int, use: PageUse) -> int | None:
         state = self._state
-        found = self._cpu.load(state.table, state.n_pages).rfind(bytes(n_pages))
+        found = self._cpu.load(state.table, end).rfind(bytes(n_pages))
         if found < 0:
             return None
         self.mark(found, n_pages, use)
@@ -77,6 +80,13 @@ class PageAllocator:
     def must_alloc(self, n_pages: int, use: PageUse = PageUse.KERNEL) -> int:
         """As `alloc`; raises Panic."""
         gpa = self.alloc(n_pages, use)
+        if gpa is None:
+            raise Panic(f"out of memory: {n_pages} pages wanted, {self._state.n_free} free")
+        return gpa
+
+    def must_alloc_apart(self, n_pages: int, use: PageUse) -> int:
+        """As `must_alloc`, at the end of the first three quarters of memory: apart from what is taken at either end."""
+        gpa = self._alloc_below(self._state.n_pages * 3 // 4, n_pages, use)
         if gpa is None:
             raise Panic(f"out of memory: {n_pages} pages wanted, {self._state.n_free} free")
         return gpa

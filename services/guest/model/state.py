@@ -413,6 +413,9 @@ class Boot(Struct):
     loading: bool = False
     command_line: tuple[int, int] = (0, 0)
     """gpa and length of the command line that was read; length 0 when there is none."""
+    left_buffer: int = 0
+    n_left: int = 0
+    """Reads that the disk is left with on purpose, and where they go."""
 
 
 class Console(Struct):

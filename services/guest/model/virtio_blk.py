@@ -130,8 +130,8 @@ class BlkDriver:
             self._cpu.fill(state.ring_page, Virtqueue.bytes_for(QUEUE_SIZE))
             return
         if not state.ring_page:
-            state.ring_page = self._dma.alloc_coherent()
-            state.command_page = self._dma.alloc_coherent()
+            state.ring_page = self._driver.alloc_page()
+            state.command_page = self._driver.alloc_page()
         state.ring_addr = yield from self._driver.open_page(state.ring_page)
         state.command_addr = yield from self._driver.open_page(state.command_page)
 

@@ -46,8 +46,12 @@ class VirtioDriver:
         self._pci.path = yield from self._rules.open(self._pci)
         return self._pci.features
 
+    def alloc_page(self) -> int:
+        """A page for rings or command blocks; `open_page` lets the device reach it."""
+        return self._dma.alloc_coherent_apart() if self._rules.rings_apart else self._dma.alloc_coherent()
+
     def open_page(self, gpa: int) -> Step[int]:
-        """Let the device reach a page of `Dma.alloc_coherent`: its device address."""
+        """Let the device reach a page of `alloc_page`: its device address."""
         return (yield from self._dma.open_coherent(self._pci.path, gpa))
 
     def set_up_queue(self, queue: Virtqueue, index: int, size: int, gpa: int, addr: int) -> Step[None]:

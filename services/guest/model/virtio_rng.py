@@ -32,7 +32,7 @@ class RngDriver(VirtioExtraDriver):
         """As ExtraDriver."""
         state = self.state
         yield from self.negotiate(COMMON_FEATURES)
-        state.ring_page = state.ring_page or self._dma.alloc_coherent()
+        state.ring_page = state.ring_page or self.alloc_page()
         state.ring_addr = yield from self.open_page(state.ring_page)
         yield from self.set_up_queue(self._queue, 0, QUEUE_SIZE, state.ring_page, state.ring_addr)
         yield from self.enable_interrupt()
