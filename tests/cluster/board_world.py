@@ -188,6 +188,10 @@ class BoardWorld:
     async def step(self) -> None:
         """Up to the next safe point or exit, and serve it."""
         self.engine.set_line(self.xics.line(0))
+        await self.serve_one()
+
+    async def serve_one(self) -> None:
+        """As `step`, with the interrupt line as the engine knows it."""
         await self._serve(self.engine.run(0))
 
     @property

@@ -12,7 +12,7 @@ import trio
 
 from protocol.startup import PLATFORM_OFFER, DeviceEntry, IommuDomain
 from services.guest.model.image import build_image
-from services.guest.model.state import MAX_STATE_BYTES
+from services.guest.model.state import MAX_STATE_BYTES, Phase
 from services.guest.model.virtqueue import ANSWER_LIMIT_NS, QueueError
 from services.qemu.edu import Edu
 from shared.boot_partition import build_boot_partition, write_disk
@@ -122,3 +122,22 @@ async def test_an_edu_that_never_ends_a_transfer_is_given_up_and_the_others_are_
         monkeypatch.undo()
         assert (await ask(world, "edu 1 64")).startswith("ok 64 bytes came back")
         assert (await ask(world, "rng 64")).startswith("ok 64 ")
+
+
+async def test_an_interrupt_that_comes_as_the_kernel_is_entered_is_taken_by_the_kernel(tmp_path: Path) -> None:
+    """The line stays up until somebody accepts, and is told of once: whoever forgets it never hears anything again."""
+    async with prompt_world(tmp_path / "disk", [], "svm=off") as world:
+        raised = told = False
+        for _ in range(MAX_STEPS):
+            entering = world.engine._kernel.state.phase is Phase.BOOT_ENTER and not world.engine.at_safe_point
+            if entering and not raised:
+                raised = True
+                world.xics.set_irq(world.console_source, True)
+            level = world.xics.line(0)
+            if level != told:
+                told = level
+                world.engine.set_line(level)
+            await world.serve_one()
+            if raised and not world.xics.line(0):
+                return
+        raise AssertionError("the interrupt was never accepted")

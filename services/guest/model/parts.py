@@ -66,7 +66,8 @@ class Parts:
         yield from xics.open_interrupts(self.cpu)
         if self.machine.console_irq:
             yield from unmask(self.cpu, self.machine.console_irq)
-        self.state.interrupts_on = True
+        # The line may be up since before there was this kernel, and it is told of only when it changes: look once.
+        self.state.interrupts_on = self.state.line = True
 
     # -- the disk's outcomes, handed to whoever asked --------------------------------------------------------------
 
