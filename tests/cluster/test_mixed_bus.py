@@ -181,3 +181,19 @@ async def test_a_device_that_is_not_there_is_refused_by_name(tmp_path: Path) -> 
         assert await ask(vm, "edu 64") == "error no edu 0"
         assert await ask(vm, "edu 2 64") == "error no edu 2"
         assert await ask(vm, "dma") == "ok disk guest addresses"
+
+
+async def test_devices_work_again_after_a_switch_that_was_refused(tmp_path: Path) -> None:
+    guest = 'dma = "quirk"\ncommand_line = "svm=off"'
+    extra = _DEVICES.format(disk=UNTRANSLATED)
+    files = make_vm_files(tmp_path, vm='time = "wall"\nsecure = false', guest=guest, extra=extra)
+    async with cluster(files.cluster_file, state_dir=files.state_dir) as running:
+        vm = running.vm("vm1")
+        await console_until(vm, PROMPT)
+
+        for _ in range(2):
+            assert (await ask(vm, "esm")).startswith("error U_")
+            for number in (BUS_EDU, OWN_EDU):
+                assert (await ask(vm, f"edu {number} {N_BYTES}")).startswith(f"ok {N_BYTES} bytes came back")
+            assert (await ask(vm, "rng 4096")).startswith("ok 4096 ")
+        assert faults_in(vm) == []
