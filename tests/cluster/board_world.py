@@ -11,6 +11,7 @@ import os
 import random
 import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,7 @@ from protocol.codes import HCode, UCode
 from protocol.errors import GuestFault
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from protocol.messages import Access, TceWindowBody
-from protocol.startup import NO_OFFER, PLATFORM_OFFER, DiskEntry, VmEntry
+from protocol.startup import NO_OFFER, PLATFORM_OFFER, DeviceEntry, DiskEntry, VmEntry
 from protocol.ucalls import UV_ESM, UV_SHARE_PAGE, UV_UNSHARE_PAGE
 from services.guest.address_space import AddressSpace
 from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Ultracall
@@ -96,19 +97,16 @@ class XicsPort(TestPort):
         self.xics.set_irq(source, True)
 
 
-def vm_entry(disk: Path, *, access_platform: bool) -> VmEntry:
-    """The VM: one disk, instruction time."""
-    return board_entry(
-        [DiskEntry(name="root", path=str(disk))],
-        memory_bytes=RAM_BYTES,
-        offer=PLATFORM_OFFER if access_platform else NO_OFFER,
-    )
+def vm_entry(disk: Path, devices: Sequence[DeviceEntry], *, access_platform: bool) -> VmEntry:
+    """The VM: one disk, `devices` after it, instruction time."""
+    first = DeviceEntry(kind="virtio-blk", disk="root", offer=PLATFORM_OFFER if access_platform else NO_OFFER)
+    return board_entry([DiskEntry(name="root", path=str(disk))], [first, *devices], memory_bytes=RAM_BYTES)
 
 
 class BoardWorld:
     """One VM in memory. `ram` is normal RAM and secure memory, one behind the other, so that it is saved as one."""
 
-    def __init__(self, disk: Path, *, access_platform: bool) -> None:
+    def __init__(self, disk: Path, *, access_platform: bool, devices: Sequence[DeviceEntry] = ()) -> None:
         self.disk = disk
         self.ram = bytearray(2 * RAM_BYTES)
         ram = memoryview(self.ram)
@@ -126,7 +124,8 @@ class BoardWorld:
         self.port = XicsPort()
         self.port.xics = self.xics
         accessor = GuestRam(self.normal, memoryview(self.host_view), self._want)
-        self.board = Board(vm_entry(disk, access_platform=access_platform), accessor, {"root": self.fd}, self.port)
+        entry = vm_entry(disk, devices, access_platform=access_platform)
+        self.board = Board(entry, accessor, {"root": self.fd}, self.port)
         self.console, self.typed = "", b""
         self.secure, self.asked, self.crash = False, False, ""
         for gfn in range(N_PAGES):
@@ -135,9 +134,9 @@ class BoardWorld:
     async def power_on(self) -> None:
         """Interrupt sources, DMA window, device tree, boot stage."""
         await self.board.start()
-        (window,) = self.board.default_windows()
-        assert self.tces.create(window) is HCode.H_SUCCESS
-        self._plug_window(window.liobn)
+        for window in self.board.default_windows():
+            assert self.tces.create(window) is HCode.H_SUCCESS
+            self._plug_window(window.liobn)
         tree = self.board.device_tree(BootFacts(bootargs=""))
         self.normal[FDT_GPA : FDT_GPA + len(tree)] = tree
         self.engine.start(0x100, {3: FDT_GPA}, secure=False)
@@ -189,6 +188,10 @@ class BoardWorld:
     async def step(self) -> None:
         """Up to the next safe point or exit, and serve it."""
         self.engine.set_line(self.xics.line(0))
+        await self.serve_one()
+
+    async def serve_one(self) -> None:
+        """As `step`, with the interrupt line as the engine knows it."""
         await self._serve(self.engine.run(0))
 
     @property

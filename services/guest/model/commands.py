@@ -35,6 +35,7 @@ HELP = (
     "pid N                    go on as process N: a file is read by one process alone",
     "io KIND BLOCK DEPTH N    N requests (read, write, randread) of BLOCK bytes, DEPTH at a time, timed",
     "rng N                    N random bytes (at most 4096) from the virtio-rng: their SHA-256",
+    "balloon                  pages of 64 KiB that the host wants in the balloon, and those that are in it",
     "null N                   time N hypercalls that do nothing (median in ns)",
 )
 MAX_FILE_CALLS = 64
@@ -76,6 +77,7 @@ class Commands:
             "file": self._file,
             "pid": self._pid,
             "rng": self._rng,
+            "balloon": self._balloon,
             "io": self._io,
             "null": self._null,
         }
@@ -348,6 +350,14 @@ class Commands:
         data = self._parts.cpu.load(state.buffer, max(state.n_written, 0))
         self._answer(f"error {state.error}" if state.error else f"ok {len(data)} {hashlib.sha256(data).hexdigest()}")
         return
+        yield
+
+    def _balloon(self, words: list[str]) -> Step[str]:
+        _numbers(words, 0)
+        state = self._parts.state.balloon
+        if not state.ready:
+            raise Refused(state.error or "no virtio-balloon")
+        return f"target {state.target} actual {state.n_pages} pages"
         yield
 
     # -- timing -----------------------------------------------------------------------------------------------------

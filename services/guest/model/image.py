@@ -53,6 +53,7 @@ OPTIONS: dict[str, type] = {
     "dma_mask": int,
     "dma_offset": int,
     "poke_unchecked": bool,
+    "balloon_quirk": bool,
     "swiotlb_slots": int,
     "swiotlb_areas": int,
     "page_cache": bool,
