@@ -9,16 +9,19 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
+import pytest
 import trio
 
 from protocol.geometry import PAGE_BYTES
 from protocol.startup import DeviceEntry
 from services.guest.model.image import build_image
-from services.guest.model.state import MAX_STATE_BYTES
-from services.guest.model.virtqueue import ANSWER_LIMIT_NS
+from services.guest.model.state import MAX_STATE_BYTES, Balloon, decode_state
+from services.guest.model.virtqueue import ANSWER_LIMIT_NS, QueueError
 from services.qemu.virtio_balloon import VirtioBalloon
+from services.qemu.virtqueue import Chain, Virtqueue
 from shared.boot_partition import build_boot_partition, write_disk
 from shared.virtio import DeviceStatus
+from shared.vring import RING_IDX, USED_ELEM, used_entry
 from tests.cluster.board_world import RAM_BYTES, BoardWorld, SavedWorld
 
 DEVICES = [DeviceEntry(kind="virtio-rng"), DeviceEntry(kind="virtio-balloon")]
@@ -131,3 +134,39 @@ async def test_a_device_that_gave_up_is_given_up_and_its_pages_are_never_used(tm
         assert await ask(world, "balloon") == "error the device needs a reset"
         assert f" balloon={N_PAGES}" in await ask(world, "pages")
         assert (await ask(world, "hash")).startswith("ok ")
+
+
+LIES = {
+    QueueError.NO_ANSWER: (0, 0, 0),
+    QueueError.BAD_ID: (1, 9, 0),
+    QueueError.NOT_A_HEAD: (1, 1, 0),
+    QueueError.USED_LENGTH: (1, 0, 4),
+    QueueError.INDEX_JUMP: (1000, 0, 0),
+}
+"""By what the driver calls it: used index, head and length that it finds; its first request has head 0."""
+
+
+@pytest.mark.parametrize("error", LIES)
+async def test_a_device_that_lies_is_given_up_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: QueueError
+) -> None:
+    async def never(_self: VirtioBalloon, _queue: Virtqueue, _chain: Chain) -> None:
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(VirtioBalloon, "handle", never)
+    async with prompt_world(tmp_path / "disk") as world:
+        balloon_of(world).set_target(HALF)
+        await until(world, lambda: world.engine.at_safe_point and bool(state_of(world).submitted_ns))
+        index, head, n_bytes = LIES[error]
+        used = state_of(world).inflate.used
+        world.memory.store(used + used_entry(0), USED_ELEM.pack(head, n_bytes))
+        world.memory.store_u16(used + RING_IDX, index)
+
+        await until(world, lambda: f"balloon: {error.value}" in world.console)
+
+        assert await ask(world, "balloon") == f"error {error.value}"
+        assert " balloon=16" in await ask(world, "pages")
+
+
+def state_of(world: BoardWorld) -> Balloon:
+    return decode_state(world.engine.save()).balloon
