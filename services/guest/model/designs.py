@@ -50,6 +50,11 @@ class Rules:
         """Whether the drivers' devices can address a window beyond 32 bits."""
         return int(self._state.options.get("dma_mask", FULL_MASK_BITS)) >= FULL_MASK_BITS
 
+    @property
+    def gives_pages(self) -> bool:
+        """Whether the balloon's driver gives pages to the host; the option `balloon_quirk` is its quirk."""
+        return not (self._secure and self._state.options.get("balloon_quirk", True))
+
     def prepare(self, transport: Transport) -> Step[None]:
         """What comes before the features are read; raises NoDevice when the driver will not go on."""
         return

@@ -16,6 +16,7 @@ from shared.edu import BUFFER_BYTES
 
 DEVICE_HELP = (
     "rng N                    N random bytes (at most 4096) from the virtio-rng: their SHA-256",
+    "balloon                  pages of 64 KiB that the host wants in the balloon, and those that are in it",
     "edu [N] BYTES [M]        copy BYTES into edu N and back, by bus addresses that are mapped for edu M (N)",
     "dma                      how buffers reach each device",
     "vfio                     lend the virtio-rng to a process, which has it write a page of the kernel",
@@ -31,6 +32,7 @@ class DeviceCommands:
         self._lending = Lending(parts)
         self.commands: dict[str, Callable[[list[str]], Step[str]]] = {
             "rng": self._rng,
+            "balloon": self._balloon,
             "edu": self._edu,
             "dma": self._dma,
             "vfio": self._vfio,
@@ -78,6 +80,16 @@ class DeviceCommands:
         data = self._parts.cpu.load(state.buffer, max(state.n_written, 0))
         self._answer(f"error {state.error}" if state.error else f"ok {len(data)} {hashlib.sha256(data).hexdigest()}")
         return
+        yield
+
+    # -- virtio-balloon ---------------------------------------------------------------------------------------------
+
+    def _balloon(self, words: list[str]) -> Step[str]:
+        numbers(words, 0)
+        state = self._parts.state.balloon
+        if not state.ready:
+            raise Refused(state.error or "no virtio-balloon")
+        return f"target {state.target} actual {state.n_pages} pages"
         yield
 
     # -- edu --------------------------------------------------------------------------------------------------------

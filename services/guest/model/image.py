@@ -55,6 +55,7 @@ OPTIONS: dict[str, type] = {
     "poke_unchecked": bool,
     "vfio_rule": bool,
     "quiesce": bool,
+    "balloon_quirk": bool,
     "swiotlb_slots": int,
     "swiotlb_areas": int,
     "page_cache": bool,

@@ -286,6 +286,7 @@ class Kernel:
             or parts.reader.work()
             or parts.writer.work()
             or parts.io_run.work()
+            or parts.ballooning.work()
             or self._workload()
             or self._commands.work()
         )

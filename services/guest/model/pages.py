@@ -23,6 +23,8 @@ class PageUse(IntEnum):
     SECRET = 5
     LENT = 6
     """Shared from the prompt."""
+    BALLOON = 7
+    """In the balloon, or on its way in or out: not the kernel's to touch."""
 
 
 class PageAllocator:
@@ -112,6 +114,26 @@ class PageAllocator:
         self._state.n_free += uses.count(old) * ((new is PageUse.FREE) - (old is PageUse.FREE))
         if uses:
             self._cpu.store(self._state.table + gfn, uses.replace(bytes([old]), bytes([new])))
+
+    @property
+    def n_pages(self) -> int:
+        """Pages of RAM."""
+        return self._state.n_pages
+
+    @property
+    def n_free(self) -> int:
+        """Pages that nobody uses."""
+        return self._state.n_free
+
+    def find(self, use: PageUse, n_pages: int) -> list[int]:
+        """The gpas of the first `n_pages` pages of this use, or of fewer when there are no more."""
+        uses = self._cpu.load(self._state.table, self._state.n_pages)
+        found: list[int] = []
+        gfn = uses.find(use)
+        while gfn >= 0 and len(found) < n_pages:
+            found.append(gfn << PAGE_SHIFT)
+            gfn = uses.find(use, gfn + 1)
+        return found
 
     def use_of(self, gfn: int) -> PageUse:
         """What a page is used for."""

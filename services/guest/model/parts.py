@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from services.guest.address_space import AddressSpace
 from services.guest.model import xics
+from services.guest.model.balloon import Ballooning
 from services.guest.model.bulk import BulkReader
 from services.guest.model.console import Console
 from services.guest.model.cpu import Clock, Cpu, NoDevice, Step
@@ -22,6 +23,7 @@ from services.guest.model.pci import Bus, unmask
 from services.guest.model.region_writer import RegionWriter
 from services.guest.model.state import KernelState, Owner
 from services.guest.model.swiotlb import Swiotlb
+from services.guest.model.virtio_balloon import BalloonDriver
 from services.guest.model.virtio_blk import BlkDriver, Finished
 from services.guest.model.virtio_driver import VirtioDriver
 from services.guest.model.virtio_rng import RngDriver
@@ -49,7 +51,9 @@ class Parts:
         self.rng = RngDriver(self.cpu, self.bus, self.dma, self.rules, state.rng)
         self.edus = [self._edu(number) for number in range(len(state.edus))]
         self.edu_copier = EduCopier(self.cpu, self.pages, self.edus, state.edu_copy)
-        self.extras: list[ExtraDriver] = [self.rng, *self.edus]
+        balloon = BalloonDriver(self.cpu, self.bus, self.dma, self.rules, state.balloon)
+        self.extras: list[ExtraDriver] = [self.rng, *self.edus, balloon]
+        self.ballooning = Ballooning(self.pages, self.console, balloon)
         self.reader = BulkReader(self.blk, state.bulk)
         self.hasher = DiskHasher(self.cpu, self.pages, self.reader, state.bulk, state.disk_hash)
         self.writer = RegionWriter(self.cpu, self.pages, self.blk, state.writer)

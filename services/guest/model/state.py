@@ -12,7 +12,7 @@ import msgspec
 
 from shared.dma_designs import DmaDesign
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 MAX_STATE_BYTES = 64 * 1024
 
 
@@ -335,6 +335,31 @@ class Vfio(Struct):
     """The first bytes of the page that is not its own, in the end."""
 
 
+class Balloon(VirtioExtra):
+    """The virtio balloon driver; pages are those of the allocator, 64 KiB."""
+
+    inflate: Queue = msgspec.field(default_factory=Queue)
+    deflate: Queue = msgspec.field(default_factory=Queue)
+    ring_page: int = 0
+    ring_addr: int = 0
+    target: int = 0
+    """Pages that the host wants in the balloon."""
+    n_pages: int = 0
+    """Those that are in it, as the device was told."""
+    asked: list[int] = []
+    """gpa of the pages that the last request is about; empty when it is settled."""
+    inflating: bool = False
+    """Whether they go in."""
+    answered: bool = False
+    """Whether the device has taken note of them."""
+    emptied: bool = False
+    """Whether the device was reset, and with it the balloon, since the kernel has looked."""
+    refused: int = 0
+    """The target that cannot be followed, as was said."""
+    unsaid: str = ""
+    """Why the device was given up, until it is said."""
+
+
 class Blk(Struct):
     """The virtio block driver."""
 
@@ -551,6 +576,7 @@ class KernelState(Struct):
     edus: list[Edu] = msgspec.field(default_factory=lambda: [Edu(), Edu()])
     vfio: Vfio = msgspec.field(default_factory=Vfio)
     edu_copy: EduCopy = msgspec.field(default_factory=EduCopy)
+    balloon: Balloon = msgspec.field(default_factory=Balloon)
     bulk: Bulk = msgspec.field(default_factory=Bulk)
     disk_hash: DiskHash = msgspec.field(default_factory=DiskHash)
     partitions: Partitions = msgspec.field(default_factory=Partitions)

@@ -42,13 +42,17 @@ class VirtioDriver:
         offered = yield from self.transport.read_features()
         if not has_feature(offered, Feature.VERSION_1):
             raise NoDevice("the device does not offer VERSION_1")
-        yield from self.transport.accept_features(offered & wanted | self._rules.choose(offered))
+        yield from self.transport.accept_features(offered & wanted | self.choose_access(offered))
         self._pci.path = yield from self._rules.open(self._pci)
         return self._pci.features
 
     def alloc_page(self) -> int:
         """A page for rings or command blocks; `open_page` lets the device reach it."""
         return self._dma.alloc_coherent_apart() if self._rules.rings_apart else self._dma.alloc_coherent()
+
+    def choose_access(self, offered: int) -> int:
+        """Which of the bits about access to memory it takes; raises NoDevice when it will not go on."""
+        return self._rules.choose(offered)
 
     def open_page(self, gpa: int) -> Step[int]:
         """Let the device reach a page of `alloc_page`: its device address."""

@@ -98,6 +98,12 @@ class Transport:
         high = yield from self._cpu.mmio_load(self.state.device + offset + 4, 4)
         return high << 32 | low
 
+    def store_device_config(self, offset: int, size: int, value: int) -> Step[None]:
+        """Write a field of it, of at most 4 bytes; raises NoDevice."""
+        if offset + size > self.state.device_bytes:
+            raise NoDevice("the device configuration is too short")
+        yield from self._cpu.mmio_store(self.state.device + offset, size, value)
+
     def reset(self) -> Step[None]:
         """Reset the device; raises Busy while it has not ended its requests, NoDevice when it never does."""
         yield from self._write(CommonCfg.DEVICE_STATUS, 0)
@@ -136,6 +142,12 @@ class Transport:
             yield from self.fail()
             raise NoDevice("the device refuses the features (FEATURES_OK)")
         self.state.features = features
+
+    def set_config_vector(self, vector: int) -> Step[None]:
+        """Which MSI-X vector tells of a changed configuration or status; raises NoDevice."""
+        yield from self._write(CommonCfg.CONFIG_MSIX_VECTOR, vector)
+        if (yield from self._read(CommonCfg.CONFIG_MSIX_VECTOR)) != vector:
+            raise NoDevice("the device refuses its MSI-X vector")
 
     def queue_size(self, index: int) -> Step[int]:
         """Select a queue and read its largest size; 0 when there is none."""

@@ -78,3 +78,4 @@ class RngDriver(VirtioExtraDriver):
             mapping, state.mapping = state.mapping, None
             yield from self._dma.unmap(mapping, used[1])
             state.n_written, state.submitted_ns = used[1], 0
+            self._queue.ask_for_interrupt()
