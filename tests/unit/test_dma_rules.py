@@ -154,11 +154,8 @@ def test_a_slot_has_its_address_plus_the_base_of_the_64_bit_window() -> None:
     assert path.offset + 0x1234000 == 0x0800000001234000
 
 
-def test_without_the_window_private_pages_are_mapped_although_the_rings_are_shared() -> None:
-    assert Kernel(DmaDesign.DDW_IDENTITY, secure=True).settle(PLATFORM) == (
-        PLATFORM,
-        DmaPath(address=Address.WINDOW, bounce=Bounce.NEVER, shares=True),
-    )
+def test_without_the_window_private_pages_are_mapped_rings_and_all() -> None:
+    assert Kernel(DmaDesign.DDW_IDENTITY, secure=True).settle(PLATFORM) == (PLATFORM, WINDOW)
 
 
 @pytest.mark.parametrize(("mask", "reaches"), [(64, True), (32, False), (40, False)])
@@ -198,6 +195,7 @@ def test_a_secure_vm_with_what_its_design_wants_shares_its_rings_or_is_one_of_th
     design: DmaDesign,
 ) -> None:
     kernel = Kernel(design, secure=True)
+    kernel.state.wide.liobn, kernel.state.wide.base = 0x80000001, DDW_BASE
     offered = offered_by(design) | (PLATFORM if design in (DmaDesign.RUNTIME_SWITCH, DmaDesign.GUEST_POKE) else 0)
     _, path = kernel.settle(offered)
     assert path.shares is (design is not DmaDesign.NOTHING)

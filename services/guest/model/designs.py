@@ -183,7 +183,8 @@ class DmaLimit(Rules):
 class DdwIdentity(Rules):
     """All of RAM behind a 64-bit window, and slots of the pool given by their address in it.
 
-    A device that cannot address the window gets its buffers mapped one by one, and not bounced.
+    A device that cannot address the window gets its rings and buffers mapped one by one, neither shared nor bounced:
+    Linux shares and bounces in the direct path alone.
     """
 
     has_pool = True
@@ -197,7 +198,7 @@ class DdwIdentity(Rules):
             return DmaPath()
         if self._state.wide.liobn:
             return self._bounced(Address.OFFSET, self._state.wide.base)
-        return DmaPath(address=Address.WINDOW, shares=self._secure)
+        return DmaPath(address=Address.WINDOW)
         yield
 
 
