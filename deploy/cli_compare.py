@@ -9,7 +9,7 @@ import click
 
 @click.command("compare")
 @click.option("--designs", default="", help="Only these, with commas between; all when left out.")
-@click.option("--workload", "workloads", default="", help="Of read, write, randread, boot; all when left out.")
+@click.option("--workload", "workloads", default="", help="Of read, write, randread, net, boot; all when left out.")
 @click.option("--normal", is_flag=True, help="Normal VMs only.")
 @click.option("--secure", is_flag=True, help="Secure VMs only.")
 @click.option("--cost", "costs", multiple=True, metavar="NAME=NS", help="A cost of the model, in nanoseconds.")

@@ -131,10 +131,8 @@ def bars_of(comparison: Comparison, workload: str) -> list[Bar]:
 
 
 def _describe(workload: Workload) -> str:
-    asked = REQUESTS[workload]
-    return (
-        f"{asked.count} requests of {asked.block_bytes >> 10} KiB, {asked.depth} at a time; figures are of one request"
-    )
+    counted = ", counted in the first timed round" if workload is Workload.NET else ""
+    return f"{REQUESTS[workload].title}; figures are of one request{counted}"
 
 
 def _spread(values: tuple[float, float, float]) -> str:
@@ -143,7 +141,9 @@ def _spread(values: tuple[float, float, float]) -> str:
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def _percent(values: tuple[float, float, float]) -> str:
+def _percent(values: tuple[float, float, float] | None) -> str:
+    if values is None:
+        return ""
     median, low, high = (100 * value for value in values)
     return f"{median:.0f}% ({low:.0f} to {high:.0f})"
 
@@ -165,4 +165,6 @@ def _calls(kind: KindResult, workload: str) -> str:
 
 def _share(kind: KindResult, workload: str) -> str:
     measured = kind.workloads.get(workload)
-    return "" if measured is None or measured.timing is None else f"{100 * measured.timing.of_bypass[0]:.0f}%"
+    if measured is None or measured.timing is None or measured.timing.of_bypass is None:
+        return ""
+    return f"{100 * measured.timing.of_bypass[0]:.0f}%"

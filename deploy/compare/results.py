@@ -35,7 +35,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     requests_per_second: tuple[float, float, float]
     p50_us: tuple[float, float, float]
     p99_us: tuple[float, float, float]
-    of_bypass: tuple[float, float, float]
+    of_bypass: tuple[float, float, float] | None
     """Throughput by that of a VM past the IOMMU that ran in turn with it."""
 
 
@@ -117,7 +117,7 @@ def _enter(row: DesignResult, trial: Trial, outcome: Outcome, costs: Costs) -> N
         case Purpose.COUNT:
             _enter_counts(row.secure if trial.secure else row.normal, trial, outcome, costs)
         case Purpose.TIME:
-            _enter_times(row.secure if trial.secure else row.normal, outcome)
+            _enter_times(row.secure if trial.secure else row.normal, outcome, costs)
 
 
 def _verdict(outcome: Outcome) -> Verdict:
@@ -134,25 +134,31 @@ def _enter_counts(result: KindResult, trial: Trial, outcome: Outcome, costs: Cos
         result.shared_pages = outcome.shared_pages
         result.reach_pages, result.plain_pages = outcome.reach_pages, outcome.plain_pages
     for workload, (only, *_) in outcome.rounds.items():
-        work = work_of(only.calls, only.bounced_bytes, only.device_lookups, requests=only.requests, secure=trial.secure)
-        measured = result.workloads.setdefault(workload, Measured())
-        measured.work, measured.estimate_us = work, estimate_ns(work, costs) / 1000
+        _enter_work(result.workloads.setdefault(workload, Measured()), only, costs, secure=trial.secure)
 
 
-def _enter_times(result: KindResult, outcome: Outcome) -> None:
+def _enter_work(measured: Measured, one: Round, costs: Costs, *, secure: bool) -> None:
+    work = work_of(one.calls, one.bounced_bytes, one.device_lookups, requests=max(one.requests, 1), secure=secure)
+    measured.work, measured.estimate_us = work, estimate_ns(work, costs) / 1000
+
+
+def _enter_times(result: KindResult, outcome: Outcome, costs: Costs) -> None:
     result.boot_ms = outcome.boot_ns / 1e6
     for workload, rounds in outcome.rounds.items():
-        timing = _timing(rounds, outcome.bypass_rounds[workload])
-        result.workloads.setdefault(workload, Measured()).timing = timing
+        measured = result.workloads.setdefault(workload, Measured())
+        measured.timing = _timing(rounds, outcome.bypass_rounds.get(workload))
+        if workload == Workload.NET:
+            _enter_work(measured, rounds[0], costs, secure=outcome.secure)
 
 
-def _timing(rounds: list[Round], bypass: list[Round]) -> Timing:
+def _timing(rounds: list[Round], bypass: list[Round] | None) -> Timing:
+    pairs = [] if bypass is None else list(zip(rounds, bypass, strict=True))
     return Timing(
         mib_per_second=_spread([_rate(one) / (1 << 20) for one in rounds]),
         requests_per_second=_spread([one.requests / (one.ns / 1e9) for one in rounds]),
         p50_us=_spread([one.p50_ns / 1000 for one in rounds]),
         p99_us=_spread([one.p99_ns / 1000 for one in rounds]),
-        of_bypass=_spread([_rate(one) / _rate(other) for one, other in zip(rounds, bypass, strict=True)]),
+        of_bypass=_spread([_rate(one) / _rate(other) for one, other in pairs]) if pairs else None,
     )
 
 

@@ -9,12 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.cluster_file import read_cluster_file
-from deploy.compare.plan import Purpose, Trial
+from deploy.compare.plan import PEER_MAC, Purpose, Trial, Workload
 from deploy.demo_files import write_model_disk
 from protocol.startup import AccessPlatform
 from services.ultravisor.identity import ensure_keys
 from shared.dma_designs import DESIGNS
 
+_NETWORK = """
+[networks.lan]
+
+[[vms.vm1.devices]]
+kind = "virtio-net"
+network = "lan"
+mac = "52:54:00:00:00:01"
+{offer}
+[[vms.{peer}.devices]]
+kind = "virtio-net"
+network = "lan"
+mac = "{mac}"
+"""
 HOST, VM = "alpha", "vm1"
 BYPASS_VM = "bypass"
 """Runs beside a VM that is timed, and is timed in turn with it: a normal VM whose device passes the IOMMU by."""
@@ -46,7 +59,8 @@ path = "{disk}"
 [[vms.vm1.devices]]
 kind = "virtio-blk"
 disk = "root"
-access_platform = {access_platform}
+{offer}"""
+_OFFER = """access_platform = {access_platform}
 no_translation = {no_translation}
 identity_address = {identity_address}
 bypass_switch = {bypass_switch}
@@ -100,7 +114,13 @@ def write_trial(trial: Trial, directory: Path, options: dict[str, int | bool]) -
 def cluster_text(trial: Trial, disk: Path, options: dict[str, int | bool]) -> str:
     """The cluster file of `trial`: the devices and the machine of its design, the drivers of `trial.driver`."""
     facts = DESIGNS[trial.design]
-    beside = _BYPASS.format(name=BYPASS_VM, memory=MEMORY_BYTES, disk=disk.with_name("bypass.img"))
+    offer = _OFFER.format(
+        access_platform=_ACCESS_PLATFORM[facts.offer.access_platform],
+        no_translation=_flag(facts.offer.no_translation),
+        identity_address=_flag(facts.offer.identity_address),
+        bypass_switch=_flag(facts.offer.bypass_switch),
+        iommu_switch=_flag(facts.offer.iommu_switch),
+    )
     text = _CLUSTER.format(
         memory=MEMORY_BYTES,
         time=trial.time,
@@ -111,13 +131,14 @@ def cluster_text(trial: Trial, disk: Path, options: dict[str, int | bool]) -> st
         old_firmware=_flag(trial.purpose is Purpose.OLD_FIRMWARE),
         options="{ " + ", ".join(f"{name} = {str(value).lower()}" for name, value in options.items()) + " }",
         disk=disk,
-        access_platform=_ACCESS_PLATFORM[facts.offer.access_platform],
-        no_translation=_flag(facts.offer.no_translation),
-        identity_address=_flag(facts.offer.identity_address),
-        bypass_switch=_flag(facts.offer.bypass_switch),
-        iommu_switch=_flag(facts.offer.iommu_switch),
+        offer=offer,
     )
-    return text + beside if trial.purpose is Purpose.TIME else text
+    if trial.purpose is not Purpose.TIME:
+        return text
+    text += _BYPASS.format(name=BYPASS_VM, memory=MEMORY_BYTES, disk=disk.with_name("bypass.img"))
+    if Workload.NET in trial.workloads:
+        text += _NETWORK.format(offer=offer, peer=BYPASS_VM, mac=PEER_MAC)
+    return text
 
 
 def _flag(value: bool) -> str:
