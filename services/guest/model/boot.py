@@ -218,12 +218,12 @@ class BootStage:
 
     def _go(self) -> Step[None]:
         parts, state = self._parts, self._state
-        self._write_tree()
         if state.blk.ready:
             try:
                 yield from (parts.blk.kick() if state.boot.n_left else parts.blk.quiesce())
             except NoDevice as error:
                 parts.console.say(f"pefbox: disk: {error}")
+        self._write_tree()
         if not has_boot_arg(state.machine, "svm=on", "svm=1"):
             self._enter_kernel()
             return

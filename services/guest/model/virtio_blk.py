@@ -136,9 +136,13 @@ class BlkDriver:
         state.command_addr = yield from self._driver.open_page(state.command_page)
 
     def quiesce(self) -> Step[None]:
-        """Reset the device so that it touches no memory any more."""
+        """Reset the device so that it touches no memory any more; raises Busy until then, NoDevice when it never ends."""
+        try:
+            yield from self._transport.reset()
+        except NoDevice:
+            self.state.ready = False
+            raise
         self.state.ready = False
-        yield from self._transport.reset()
 
     # -- requests -------------------------------------------------------------------------------------------------
 

@@ -115,6 +115,10 @@ class VirtioExtraDriver(VirtioDriver, ExtraDriver):
                 return
 
     def quiesce(self) -> Step[None]:
-        """Reset the device so that it touches no memory any more."""
+        """Reset the device so that it touches no memory any more; raises Busy until then, NoDevice when it never ends."""
+        try:
+            yield from self.transport.reset()
+        except NoDevice:
+            self.give_up("the device does not finish its reset")
+            raise
         self.state.ready = False
-        yield from self.transport.reset()

@@ -1,0 +1,133 @@
+"""Steps of the model kernel that end in Busy are run again from their beginning, and come to the same end."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from protocol.codes import HCode, RtasStatus
+from protocol.hcalls import H_EOI, H_PUT_TCE, H_RTAS, H_XIRR
+from services.guest.exits import Hypercall, MmioLoad, MmioStore, Ultracall
+from services.guest.model.cpu import IMMEDIATE_TRIES, RTAS_ARGS_OFFSET, Busy, NoDevice
+from services.guest.model.kernel import Kernel
+from services.guest.model.parts import Parts
+from services.guest.model.state import KernelState, Mapping, Phase
+from services.guest.model.virtio_pci import MAX_RESET_ROUNDS, RESET_POLLS
+from services.guest.model.wide_window import WideWindows
+from shared.virtio_pci import CommonCfg
+from tests.unit.model_cpu import RAM_BYTES, StillClock, make_cpu
+
+BLK_COMMON, RNG_COMMON = 1 << 40, 2 << 40
+RUNNING = 15
+DDW = {"ibm,query-pe-dma-window": 1, "ibm,create-pe-dma-window": 2, "ibm,remove-pe-dma-window": 3,
+       "ibm,reset-pe-dma-window": 4}  # fmt: skip
+
+
+class Machine:
+    """A kernel's parts, and a host for their exits. `busy` hypercalls or RTAS services are busy so many more times."""
+
+    def __init__(self) -> None:
+        self.state = KernelState(phase=Phase.RUN, up=True)
+        self.memory = make_cpu().memory
+        self.parts = Parts(self.memory, StillClock(), self.state)
+        self.state.blk.pci.common, self.state.rng.pci.common = BLK_COMMON, RNG_COMMON
+        self.state.machine.memory_bytes = RAM_BYTES
+        self.state.machine.rtas_tokens = DDW
+        self.resets: dict[int, int] = {}
+        """Polls after which the device with this common configuration has finished its reset."""
+        self.busy: dict[int | str, int] = {}
+        self.hcalls: list[int] = []
+        self.services: list[str] = []
+        self.created = [RtasStatus.SUCCESS, 0x80000000, 0, 0]
+        self.query = [RtasStatus.SUCCESS, 1, 1 << 24, 1 << 1, 0]
+
+    def run(self, step: Generator[Any, list[int], Any]) -> None:
+        """Run a step to its end."""
+        result = None
+        try:
+            while True:
+                exit_ = next(step) if result is None else step.send(result)
+                result = self.answer(exit_)
+        except StopIteration:
+            return
+
+    def run_again(self, make_step: Any) -> int:
+        """Run a step until it ends without Busy; how often it was busy."""
+        for n_busy in range(2 * MAX_RESET_ROUNDS):
+            try:
+                self.run(make_step())
+            except Busy:
+                continue
+            return n_busy
+        raise AssertionError("the step never ends")
+
+    def answer(self, exit_: object) -> list[int]:
+        match exit_:
+            case Hypercall() if exit_.number == H_RTAS.number:
+                return self.rtas()
+            case Hypercall() | Ultracall():
+                if self.is_busy(exit_.number):
+                    return [HCode.H_BUSY]
+                self.hcalls.append(exit_.number)
+                return [HCode.H_SUCCESS, 5]
+            case MmioLoad():
+                return [HCode.H_SUCCESS, self.status(exit_.gpa - CommonCfg.DEVICE_STATUS.offset)]
+            case MmioStore():
+                return [HCode.H_SUCCESS]
+        return []
+
+    def status(self, common: int) -> int:
+        left = self.resets.get(common, 0)
+        self.resets[common] = max(0, left - 1)
+        return RUNNING if left else 0
+
+    def is_busy(self, what: int | str) -> bool:
+        left = self.busy.get(what, 0)
+        self.busy[what] = max(0, left - 1)
+        return left > 0
+
+    def rtas(self) -> list[int]:
+        block = self.state.machine.rtas_base + RTAS_ARGS_OFFSET
+        token, n_args, n_rets = (int.from_bytes(self.memory.load(block + at, 4), "big") for at in (0, 4, 8))
+        name = next(name for name, number in DDW.items() if number == token)
+        rets = {"ibm,query-pe-dma-window": self.query, "ibm,create-pe-dma-window": self.created}.get(name, [0])
+        if self.is_busy(name):
+            rets = [RtasStatus.BUSY, *[0] * (n_rets - 1)]
+        else:
+            self.services.append(name)
+        data = b"".join(int(word & 0xFFFFFFFF).to_bytes(4, "big") for word in rets)
+        self.memory.store(block + 12 + 4 * n_args, data)
+        return [HCode.H_SUCCESS]
+
+
+# -- quiet devices ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("common", [BLK_COMMON, RNG_COMMON])
+def test_devices_are_quiet_only_once_their_resets_are_complete(common: int) -> None:
+    machine = Machine()
+    state = machine.state
+    state.blk.present = state.blk.ready = state.rng.present = state.rng.ready = True
+    machine.resets[common] = 3 * RESET_POLLS
+
+    assert machine.run_again(machine.parts.quiesce) == 3
+
+    assert machine.resets[common] == 0
+    assert not state.blk.ready
+    assert not state.rng.ready
+
+
+def test_a_device_that_never_finishes_its_reset_is_given_up_by_name() -> None:
+    machine = Machine()
+    state = machine.state
+    state.blk.present = state.blk.ready = state.rng.present = state.rng.ready = True
+    machine.resets[RNG_COMMON] = 1 << 20
+
+    with pytest.raises(NoDevice, match="does not finish its reset"):
+        machine.run_again(machine.parts.quiesce)
+
+    assert not state.rng.ready
+    machine.run_again(machine.parts.quiesce)
+    assert not state.blk.ready
