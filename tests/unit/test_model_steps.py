@@ -13,7 +13,7 @@ from services.guest.exits import Hypercall, MmioLoad, MmioStore, Ultracall
 from services.guest.model.cpu import IMMEDIATE_TRIES, RTAS_ARGS_OFFSET, Busy, NoDevice
 from services.guest.model.kernel import Kernel
 from services.guest.model.parts import Parts
-from services.guest.model.state import KernelState, Mapping, Phase
+from services.guest.model.state import KernelState, Phase
 from services.guest.model.virtio_pci import MAX_RESET_ROUNDS, RESET_POLLS
 from services.guest.model.wide_window import WideWindows
 from shared.virtio_pci import CommonCfg
@@ -131,3 +131,80 @@ def test_a_device_that_never_finishes_its_reset_is_given_up_by_name() -> None:
     assert not state.rng.ready
     machine.run_again(machine.parts.quiesce)
     assert not state.blk.ready
+
+
+# -- the wide window -------------------------------------------------------------------------------------------------
+
+
+def make_window(machine: Machine, wide: WideWindows, *, at_zero: bool) -> None:
+    """Every step until there is a window or none can be had."""
+
+    def next_step() -> Generator[Any, list[int], Any]:
+        step = wide.work(1 << 11, at_zero=at_zero)
+        return iter_nothing() if step is None else step
+
+    while wide.work(1 << 11, at_zero=at_zero) is not None:
+        machine.run_again(next_step)
+
+
+def iter_nothing() -> Generator[Any, list[int], None]:
+    return
+    yield
+
+
+@pytest.mark.parametrize("service", [*list(DDW)[:3], H_PUT_TCE.number])
+def test_the_wide_window_is_made_although_a_call_is_busy_at_first(service: int | str) -> None:
+    machine = Machine()
+    machine.busy[service] = IMMEDIATE_TRIES + 1
+
+    make_window(machine, machine.parts.wide, at_zero=True)
+
+    assert machine.parts.wide.leads_to_itself
+    assert machine.services.count("ibm,create-pe-dma-window") == 1
+
+
+@pytest.mark.parametrize("base", [(1 << 64) - 0x10000, (1 << 64) - RAM_BYTES + 0x10000, 0x8000])
+def test_a_window_at_an_address_that_none_can_have_is_not_used(base: int) -> None:
+    machine = Machine()
+    machine.created = [RtasStatus.SUCCESS, 0x80000001, base >> 32, base & 0xFFFFFFFF]
+
+    make_window(machine, machine.parts.wide, at_zero=False)
+
+    assert not machine.state.wide.liobn
+    assert H_PUT_TCE.number not in machine.hcalls
+
+
+@pytest.mark.parametrize("wrong", ["create", "base"])
+def test_the_32_bit_window_comes_back_when_none_takes_its_place(wrong: str) -> None:
+    machine = Machine()
+    base = 1 << 59 if wrong == "base" else 0
+    status = RtasStatus.HARDWARE_ERROR if wrong == "create" else RtasStatus.SUCCESS
+    machine.created = [status, 0x80000000, base >> 32, 0]
+
+    make_window(machine, machine.parts.wide, at_zero=True)
+
+    assert not machine.parts.wide.leads_to_itself
+    assert machine.services[-1] == "ibm,reset-pe-dma-window"
+
+
+# -- interrupts ------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_is_ended_although_the_work_that_it_brings_is_busy() -> None:
+    machine = Machine()
+    kernel = Kernel(machine.memory, StillClock(), machine.state)
+    machine.state.rng.pci.irq, machine.state.rng.ready = 5, True
+    machine.state.line = machine.state.interrupts_on = True
+
+    def busy() -> Generator[Any, list[int], None]:
+        raise Busy("a call")
+        yield
+
+    kernel._parts.rng.interrupted = busy  # type: ignore[method-assign]
+    step = kernel.next_step()
+    assert isinstance(step, Generator)
+
+    with pytest.raises(Busy):
+        machine.run(step)
+
+    assert machine.hcalls == [H_XIRR.number, H_EOI.number]

@@ -218,18 +218,25 @@ class BootStage:
 
     def _go(self) -> Step[None]:
         parts, state = self._parts, self._state
-        if state.blk.ready:
-            try:
-                yield from (parts.blk.kick() if state.boot.n_left else parts.blk.quiesce())
-            except NoDevice as error:
-                parts.console.say(f"pefbox: disk: {error}")
+        if not state.boot.n_left:
+            yield from self._stop_disk()
         self._write_tree()
+        if state.boot.n_left:
+            yield from parts.blk.kick()
         if not has_boot_arg(state.machine, "svm=on", "svm=1"):
             self._enter_kernel()
             return
         result = yield from call_esm(parts)
         parts.console.say(f"pefbox: UV_ESM failed: {result}; going on as a normal VM")
         self._enter_kernel()
+
+    def _stop_disk(self) -> Step[None]:
+        parts = self._parts
+        if parts.state.blk.ready:
+            try:
+                yield from parts.blk.quiesce()
+            except NoDevice as error:
+                parts.console.say(f"pefbox: disk: {error}")
 
     def _quiesces(self) -> bool:
         """Whether the kernel's image wants the disk stopped before it is entered."""

@@ -146,6 +146,8 @@ class Kernel:
         source = xirr & xics.SOURCE_MASK
         if not source:
             return
+        # Sources are edges: ended first, so that others come although the work of this one may be busy.
+        yield from xics.end(self._parts.cpu, xirr)
         extra = next((driver for driver in self._parts.extras if driver.irq == source), None)
         if source == self.state.blk.pci.irq:
             yield from self._parts.guarded(self._parts.collect())
@@ -153,7 +155,6 @@ class Kernel:
             yield from self._parts.guard_extra(extra, extra.interrupted())
         elif source == self.state.machine.console_irq:
             self.state.console.check = True
-        yield from xics.end(self._parts.cpu, xirr)
 
     def _overdue(self) -> Step[None]:
         """The oldest request is over its limit: an interrupt may have been lost, so look before giving up."""

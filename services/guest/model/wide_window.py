@@ -49,8 +49,7 @@ class WideWindows:
     def give_back(self, config_addr: int) -> Step[None]:
         """Leave the windows as the machine starts with them, for whoever comes next; devices are quiet."""
         if self._state.tried:
-            buid = self._machine.buid
-            yield from self._cpu.rtas("ibm,reset-pe-dma-window", (config_addr, buid >> 32, buid & _WORD), 1)
+            yield from self._reset(config_addr)
             self._state.tried, self._state.liobn, self._state.n_mapped = False, 0, 0
 
     @property
@@ -58,22 +57,44 @@ class WideWindows:
         return -(-self._machine.memory_bytes >> self._state.page_shift)
 
     def _create(self, config_addr: int, at_zero: bool) -> Step[None]:
-        state, buid = self._state, self._machine.buid
-        where = (config_addr, buid >> 32, buid & _WORD)
-        state.tried = True
-        status, n_left, largest_tces, page_mask, _ = yield from self._cpu.rtas("ibm,query-pe-dma-window", where, 5)
+        """May be run again from its beginning, until it counts as tried."""
+        shifts = yield from self._shifts(config_addr, at_zero)
+        if shifts is not None:
+            if at_zero:
+                yield from self._cpu.rtas("ibm,remove-pe-dma-window", (self._machine.window.liobn,), 1)
+            made = yield from self._make(config_addr, shifts, at_zero)
+            if at_zero and not made:
+                yield from self._reset(config_addr)
+        self._state.tried = True
+
+    def _shifts(self, config_addr: int, at_zero: bool) -> Step[tuple[int, int] | None]:
+        """Page shift and window shift of a window for all of RAM; None when none can be had."""
+        rets = yield from self._cpu.rtas("ibm,query-pe-dma-window", self._device(config_addr), 5)
+        status, n_left, largest_tces, page_mask, _ = rets
         page_shift = max((shift for bit, shift in PAGE_SHIFTS.items() if page_mask & bit), default=0)
         if status != RtasStatus.SUCCESS or not page_shift or not (n_left or at_zero):
-            return
+            return None
         window_shift = max(page_shift, (self._machine.memory_bytes - 1).bit_length())
-        if 1 << window_shift - page_shift > largest_tces:
-            return
-        if at_zero:
-            yield from self._cpu.rtas("ibm,remove-pe-dma-window", (self._machine.window.liobn,), 1)
-        shifts = (page_shift, window_shift)
-        status, liobn, high, low = yield from self._cpu.rtas("ibm,create-pe-dma-window", (*where, *shifts), 4)
-        if status == RtasStatus.SUCCESS:
-            state.liobn, state.base, state.page_shift = liobn, high << 32 | low, page_shift
+        return (page_shift, window_shift) if 1 << window_shift - page_shift <= largest_tces else None
+
+    def _make(self, config_addr: int, shifts: tuple[int, int], at_zero: bool) -> Step[bool]:
+        """Whether there is a window now, at a bus address that such a window can have."""
+        args = (*self._device(config_addr), *shifts)
+        status, liobn, high, low = yield from self._cpu.rtas("ibm,create-pe-dma-window", args, 4)
+        page_shift, window_shift = shifts
+        base = high << 32 | low
+        fits = base % (1 << page_shift) == 0 and base + (1 << window_shift) <= 1 << MAX_ADDRESS_BITS
+        if status != RtasStatus.SUCCESS or not fits or (at_zero and base):
+            return False
+        self._state.liobn, self._state.base, self._state.page_shift = liobn, base, page_shift
+        return True
+
+    def _reset(self, config_addr: int) -> Step[None]:
+        yield from self._cpu.rtas("ibm,reset-pe-dma-window", self._device(config_addr), 1)
+
+    def _device(self, config_addr: int) -> tuple[int, int, int]:
+        buid = self._machine.buid
+        return config_addr, buid >> 32, buid & _WORD
 
     def _map_some(self) -> Step[None]:
         state = self._state
