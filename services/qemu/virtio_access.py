@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-from protocol.errors import GuestFault
 from protocol.startup import AccessPlatform, DmaOffer
 from services.qemu.dma import BypassSpace, DmaSpace, IommuSpace
 from shared.virtio import Feature, feature_mask, has_feature
@@ -78,16 +77,22 @@ class MemoryAccess:
             return "the driver does not accept VIRTIO_F_ACCESS_PLATFORM"
         return None
 
+    def broken_promise(self, chosen: int) -> str | None:
+        """What a driver that accepted `chosen` promised and does not hold, to be asked as the device starts and then
+        alone: what the guest maps afterwards is its own affair."""
+        if (
+            has_feature(chosen, Feature.ACCESS_PLATFORM_IDENTITY_ADDRESS)
+            and not self._memory.platform.maps_ram_to_itself()
+        ):
+            return "ACCESS_PLATFORM_IDENTITY_ADDRESS was promised, and RAM is not mapped to itself"
+        return None
+
     def space(self, chosen: int) -> DmaSpace:
-        """The memory of a device whose driver accepted `chosen`, as it starts; raises GuestFault for a promise that
-        does not hold. A promise is looked at here alone: what the guest maps afterwards is its own affair."""
+        """The memory of a device whose driver accepted `chosen`, and keeps its promise."""
         if not has_feature(chosen, Feature.ACCESS_PLATFORM):
             return self._memory.bypass
-        if has_feature(chosen, Feature.ACCESS_PLATFORM_IDENTITY_ADDRESS):
-            if not self._memory.platform.maps_ram_to_itself():
-                raise GuestFault("ACCESS_PLATFORM_IDENTITY_ADDRESS was promised, and RAM is not mapped to itself")
-            return self._memory.bypass
-        return self._memory.bypass if self.state.bypassed else self._memory.platform
+        past = self.state.bypassed or has_feature(chosen, Feature.ACCESS_PLATFORM_IDENTITY_ADDRESS)
+        return self._memory.bypass if past else self._memory.platform
 
     def put_behind_iommu(self) -> None:
         """From now on the device uses bus addresses alone."""

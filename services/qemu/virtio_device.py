@@ -188,7 +188,8 @@ class VirtioDevice(ABC):
 
     def reach(self) -> frozenset[int]:
         """The GFNs that the device could read or write now, should it turn against its driver; none unless it runs."""
-        return self.access.space(self.state.driver_features).reach() if self.serving else frozenset()
+        running = next((queue for queue in self.queues if queue.running), None) if self.serving else None
+        return frozenset() if running is None else running.dma.reach()
 
     # Life of the device.
 
@@ -295,6 +296,10 @@ class VirtioDevice(ABC):
         self.state.status |= DeviceStatus.DRIVER_OK
         if not self.state.status & DeviceStatus.FEATURES_OK:
             self.fail("DRIVER_OK without FEATURES_OK")
+            return
+        broken = self.access.broken_promise(self.state.driver_features)
+        if broken is not None:
+            self.fail(broken)
             return
         self._start_queues()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from services.guest.exits import Hypercall, MmioLoad, MmioStore, Ultracall
 from services.guest.model.cpu import IMMEDIATE_TRIES, RTAS_ARGS_OFFSET, Busy, NoDevice
 from services.guest.model.kernel import Kernel
 from services.guest.model.parts import Parts
-from services.guest.model.state import KernelState, Phase
+from services.guest.model.state import KernelState, Mapping, Phase
 from services.guest.model.virtio_pci import MAX_RESET_ROUNDS, RESET_POLLS
 from services.guest.model.wide_window import WideWindows
 from shared.virtio_pci import CommonCfg
@@ -53,7 +53,7 @@ class Machine:
         except StopIteration:
             return
 
-    def run_again(self, make_step: Any) -> int:
+    def run_again(self, make_step: Callable[[], Generator[Any, list[int], Any]]) -> int:
         """Run a step until it ends without Busy; how often it was busy."""
         for n_busy in range(2 * MAX_RESET_ROUNDS):
             try:
@@ -208,3 +208,18 @@ def test_an_interrupt_is_ended_although_the_work_that_it_brings_is_busy() -> Non
         machine.run(step)
 
     assert machine.hcalls == [H_XIRR.number, H_EOI.number]
+
+
+# -- a device that was given up --------------------------------------------------------------------------------------
+
+
+def test_an_entropy_device_that_was_given_up_may_be_asked_again_once_it_is_started_anew() -> None:
+    machine = Machine()
+    rng = machine.parts.rng
+    rng.state.ready, rng.state.mapping = True, Mapping(addr=1, orig=1, n_bytes=1, direction=0)
+    rng.give_up("no answer within 2 s")
+
+    with pytest.raises(NoDevice, match="VERSION_1"):
+        machine.run(rng.start())
+
+    assert rng.state.mapping is None

@@ -136,7 +136,7 @@ class BlkDriver:
         state.command_addr = yield from self._driver.open_page(state.command_page)
 
     def quiesce(self) -> Step[None]:
-        """Reset the device so that it touches no memory any more; raises Busy until then, NoDevice when it never ends."""
+        """Reset the device so that it touches no memory any more; Busy until then, NoDevice when it never does."""
         try:
             yield from self._transport.reset()
         except NoDevice:

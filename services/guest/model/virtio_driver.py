@@ -115,7 +115,7 @@ class VirtioExtraDriver(VirtioDriver, ExtraDriver):
                 return
 
     def quiesce(self) -> Step[None]:
-        """Reset the device so that it touches no memory any more; raises Busy until then, NoDevice when it never ends."""
+        """Reset the device so that it touches no memory any more; Busy until then, NoDevice when it never does."""
         try:
             yield from self.transport.reset()
         except NoDevice:

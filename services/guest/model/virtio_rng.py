@@ -31,6 +31,8 @@ class RngDriver(VirtioExtraDriver):
     def bring_up(self) -> Step[None]:
         """As ExtraDriver."""
         state = self.state
+        # What a device that was given up still had stays taken, and is nobody's any more.
+        state.mapping = None
         yield from self.negotiate(COMMON_FEATURES)
         state.ring_page = state.ring_page or self.alloc_page()
         state.ring_addr = yield from self.open_page(state.ring_page)
