@@ -31,6 +31,9 @@ class ClaimResult(msgspec.Struct, frozen=True):
     evidence: str
 
 
+PAGE_INTEGRITY = "page-integrity"
+"""Why a VM ends when a device wrote over the image of a private page."""
+
 Check = Callable[[Comparison], tuple[bool, str] | None]
 """Whether the claim holds, and the figures; None when the run does not have what it takes to say."""
 
@@ -83,7 +86,8 @@ def _quirk_is_fastest(comparison: Comparison) -> tuple[bool, str] | None:
         least = min(_exits(other) + other.device_lookups for other in others.values())
         slower = slower and _exits(work) + work.device_lookups <= least
         figures.append(
-            f"{name}: {_exits(work):.2f} calls and no lookups a request, the least of the others {least:.2f}"
+            f"{name}: {_exits(work):.2f} calls and {work.device_lookups:.2f} lookups a request, the others at least "
+            f"{least:.2f} in all"
         )
     return slower, "; ".join(figures)
 
@@ -161,16 +165,20 @@ def _nothing_fails(comparison: Comparison) -> tuple[bool, str] | None:
     nothing = _find(comparison, DmaDesign.NOTHING)
     if nothing is None or nothing.secure.verdict.works is Works.NOT_RUN:
         return None
-    holds = nothing.normal.verdict.works is not Works.NO and nothing.secure.verdict.works is Works.NO
-    faults = ", ".join(nothing.secure.device_faults) or "none"
-    return holds, f"guest: {nothing.secure.verdict.reason}; device: {faults}"
+    secure = nothing.secure
+    # What the device took for a ring was none, and the kernel came as far as its prompt all the same.
+    garbled, came_up = bool(secure.device_faults), bool(secure.boot_calls)
+    fails = nothing.normal.verdict.works is not Works.NO and secure.verdict.works is Works.NO
+    faults = ", ".join(secure.device_faults) or "none"
+    return fails and garbled and came_up, f"guest: {secure.verdict.reason}; device: {faults}"
 
 
 def _limit_is_no_range(comparison: Comparison) -> tuple[bool, str] | None:
     limit, pool = _find(comparison, DmaDesign.DMA_LIMIT), _find(comparison, DmaDesign.DMA_POOL)
     if limit is None or pool is None or limit.secure.verdict.works is Works.NOT_RUN:
         return None
-    holds = limit.secure.verdict.works is Works.NO and pool.secure.verdict.works is Works.YES
+    overwritten = limit.secure.verdict.works is Works.NO and PAGE_INTEGRITY in limit.secure.verdict.reason
+    holds = overwritten and pool.secure.verdict.works is Works.YES
     return holds, f"limit: {limit.secure.verdict.reason or 'works'}; range: {pool.secure.verdict.works}"
 
 

@@ -28,8 +28,9 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     """A translation in the emulated IOMMU, by the device model."""
 
 
-USER_EXITS = frozenset({"MMIO_LOAD", "MMIO_STORE", "H_RTAS", "H_SET_DMA_BYPASS"})
-"""What the device model in user space answers. Doorbells are not: the hypervisor's kernel takes them (ioeventfd)."""
+USER_EXITS = frozenset({"MMIO_LOAD", "H_RTAS", "H_SET_DMA_BYPASS"})
+"""What the device model in user space answers. Stores of a run are not: they go to the notify registers of running
+queues, which the hypervisor's kernel takes (ioeventfd)."""
 _ULTRACALLS = frozenset(call.name for call in UCALLS)
 
 
@@ -51,8 +52,7 @@ def work_of(calls: dict[str, int], bounced_bytes: int, device_lookups: int, *, r
     """The counts of a run, by request."""
     ultracalls = sum(n for name, n in calls.items() if name in _ULTRACALLS)
     hypercalls = sum(calls.values()) - ultracalls
-    # A store to a running queue's notify register is answered in the hypervisor's kernel.
-    user_exits = sum(n for name, n in calls.items() if name in USER_EXITS - {"MMIO_STORE"})
+    user_exits = sum(n for name, n in calls.items() if name in USER_EXITS)
     tce_calls = sum(n for name, n in calls.items() if name.endswith("_TCE") or name.endswith("_TCE_INDIRECT"))
     return Work(
         hypercalls=hypercalls / requests,

@@ -143,10 +143,11 @@ async def _run_requests(running: RunningCluster, trial: Trial, workload: Workloa
         outcome.rounds[workload] = [await time_requests(vm, command) for _ in range(TIMED_ROUNDS)]
         return
     commands = [await _long_enough(one, REQUESTS[workload]) for one in (vm, bypass)]
-    outcome.rounds[workload], outcome.bypass_rounds[workload] = [], []
+    rounds = []
     for _ in range(TIMED_ROUNDS):
-        outcome.rounds[workload].append(await time_requests(vm, commands[0]))
-        outcome.bypass_rounds[workload].append(await time_requests(bypass, commands[1]))
+        rounds.append([await time_requests(one, command) for one, command in zip((vm, bypass), commands, strict=True)])
+    # All of them, or none: a VM that fails on the way was not timed.
+    outcome.rounds[workload], outcome.bypass_rounds[workload] = [list(each) for each in zip(*rounds, strict=True)]
 
 
 async def _long_enough(vm: Vm, requests: Requests) -> str:

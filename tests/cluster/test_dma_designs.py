@@ -99,7 +99,7 @@ async def test_the_hook_of_the_architecture_gives_a_wrong_address_on_a_bus_with_
     assert not outcome.works
     assert outcome.failure == NO_ANSWER or "page-integrity" in outcome.failure
     if dma_offset > 64 << 20:
-        assert [fault for fault in outcome.device_faults if f"{dma_offset >> 28:x}" in fault]
+        assert [fault for fault in outcome.device_faults if f"gpa {dma_offset >> 28:#x}" in fault]
 
 
 async def test_an_old_device_model_ignores_the_poke_and_takes_bus_addresses_for_guest_addresses() -> None:
