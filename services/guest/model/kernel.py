@@ -243,10 +243,10 @@ class Kernel:
 
     def _dma(self) -> Step[None]:
         """The dynamic DMA window, where the design has one and devices can address it."""
-        state, at_zero = self.state, self._parts.rules.wants_identity
-        step = None
-        if at_zero is not None and state.blk.present and (at_zero or self._parts.rules.reaches_window):
-            step = self._parts.wide.work(state.blk.pci.config_addr, at_zero=at_zero)
+        state, parts = self.state, self._parts
+        at_zero, function, step = parts.rules.wants_identity, parts.window_function, None
+        if at_zero is not None and function is not None and (at_zero or parts.rules.reaches_window):
+            step = parts.wide.work(function, at_zero=at_zero)
         if step is None:
             state.phase = Phase.KERNEL_DISK
             return

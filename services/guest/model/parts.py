@@ -24,6 +24,7 @@ from services.guest.model.virtio_rng import RngDriver
 from services.guest.model.virtqueue import QueueBroken, QueueError
 from services.guest.model.wide_window import WideWindows
 from shared.virtio import DeviceId
+from shared.virtio_pci import VENDOR_ID
 
 
 class Parts:
@@ -108,6 +109,12 @@ class Parts:
         if self.machine.has_bridge:
             yield from self.bus.probe()
 
+    @property
+    def window_function(self) -> int | None:
+        """Configuration address of a virtio function, for which the bridge's DMA windows are asked."""
+        found = (function for function in self.bus.functions if function.vendor == VENDOR_ID)
+        return next((function.config_addr for function in found), None)
+
     def find_disk(self) -> Step[None]:
         """Look for the first disk; what is wrong with it is said, and the kernel goes on without."""
         disks = (function for function in self.bus.functions if VirtioDriver.is_function(function, DeviceId.BLOCK))
@@ -135,8 +142,8 @@ class Parts:
                 yield from driver.quiesce()
         if self.state.blk.ready:
             yield from self.blk.quiesce()
-        if self.state.blk.present:
-            yield from self.wide.give_back(self.state.blk.pci.config_addr)
+        if self.window_function is not None:
+            yield from self.wide.give_back(self.window_function)
 
     def start_extra(self, driver: ExtraDriver) -> Step[bool]:
         """The next step on the way to a device beside the disk; True when it runs or never will."""
