@@ -8,15 +8,16 @@ from collections.abc import Callable
 
 from protocol.codes import UCode
 from protocol.declare import Call, Space
-from protocol.errors import PefboxError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from protocol.hcalls import H_CPPR
 from protocol.ucalls import ESM_FILE_CHUNK_BYTES, UV_ESMB_GET_FILE, UV_SHARE_PAGE, UV_UNSHARE_PAGE
-from services.guest.model import xics
+from services.guest.model import net_commands, xics
+from services.guest.model.arguments import Refused, numbers_of
 from services.guest.model.boot import call_esm
 from services.guest.model.cpu import NoDevice, Step
 from services.guest.model.demo import Demo, start_hash, start_write
 from services.guest.model.io_run import MAX_BUFFER_BYTES, MAX_DEPTH, IoKind
+from services.guest.model.net_commands import NetCommands
 from services.guest.model.pages import PageUse
 from services.guest.model.parts import Parts
 from services.guest.model.run_tally import MAX_REQUESTS
@@ -35,6 +36,7 @@ HELP = (
     "pid N                    go on as process N: a file is read by one process alone",
     "io KIND BLOCK DEPTH N    N requests (read, write, randread) of BLOCK bytes, DEPTH at a time, timed",
     "rng N                    N random bytes (at most 4096) from the virtio-rng: their SHA-256",
+    *net_commands.HELP,
     "null N                   time N hypercalls that do nothing (median in ns)",
 )
 MAX_FILE_CALLS = 64
@@ -45,16 +47,13 @@ NULL_CALLS_A_STEP = 50
 MAX_NULL_CALLS = PAGE_BYTES // 4
 
 
-class Refused(PefboxError):
-    """A command that cannot be obeyed; the text follows `error`."""
-
-
 class Commands:
     """Obeys lines from the console."""
 
     def __init__(self, parts: Parts, demo: Demo) -> None:
         self._parts = parts
         self._demo = demo
+        self._net = NetCommands(parts)
         self._commands: dict[str, Callable[[list[str]], Step[str]]] = {
             "help": self._help,
             "pages": self._pages,
@@ -78,6 +77,7 @@ class Commands:
             "rng": self._rng,
             "io": self._io,
             "null": self._null,
+            **self._net.by_name,
         }
 
     def work(self) -> Step[None] | None:
@@ -89,6 +89,8 @@ class Commands:
             return None if state.writer.stage != 5 else self._end_write()
         if state.io_run.count:
             return self._end_io() if self._parts.io_run.finished else None
+        if state.net_run.count:
+            return self._end_net() if self._parts.net_run.finished else None
         if state.null_calls.n_calls:
             return self._null_step()
         if state.rng.n_asked:
@@ -229,7 +231,7 @@ class Commands:
     def _file(self, words: list[str]) -> Step[str]:
         if not words:
             raise Refused("wrong number of arguments; try help")
-        (start,) = _numbers(words[1:], 0, (0,))
+        (start,) = numbers_of(words[1:], 0, (0,))
         content = b""
         for _ in range(MAX_FILE_CALLS):
             chunk = yield from self._file_chunk(words[0], start + len(content))
@@ -239,7 +241,7 @@ class Commands:
         return f"{len(content)} {hashlib.sha256(content).hexdigest()}"
 
     def _pid(self, words: list[str]) -> Step[str]:
-        (pid,) = _numbers(words, 1)
+        (pid,) = numbers_of(words, 1)
         if pid > MAX_PID:
             raise Refused(f"a process is 0 to {MAX_PID}")
         self._parts.state.pidr = pid
@@ -263,7 +265,7 @@ class Commands:
         return (yield from self._page_call(UV_UNSHARE_PAGE, words))
 
     def _page_call(self, call: Call, words: list[str]) -> Step[str]:
-        gfn, n_pages = _numbers(words, 1, (1,))
+        gfn, n_pages = numbers_of(words, 1, (1,))
         code, *_ = yield from self._parts.cpu.ucall_once(call, gfn, n_pages)
         if code != UCode.U_SUCCESS:
             raise Refused(Space.UCALL.code(code))
@@ -293,7 +295,7 @@ class Commands:
         yield
 
     def _gfn(self, words: list[str], n_more: int = 0) -> list[int]:
-        numbers = _numbers(words, 1 + n_more)
+        numbers = numbers_of(words, 1 + n_more)
         if not 0 <= numbers[0] < self._parts.state.pages.n_pages:
             raise Refused("no such page")
         return numbers
@@ -302,7 +304,7 @@ class Commands:
 
     def _io(self, words: list[str]) -> Step[str]:
         kind = _io_kind(words)
-        block_bytes, depth, count = _numbers(words[1:], 3)
+        block_bytes, depth, count = numbers_of(words[1:], 3)
         state = self._parts.state
         if not state.blk.ready:
             raise Refused(state.blk.error or "no disk")
@@ -327,7 +329,7 @@ class Commands:
     # -- other devices ----------------------------------------------------------------------------------------------
 
     def _rng(self, words: list[str]) -> Step[str]:
-        (n_bytes,) = _numbers(words, 1)
+        (n_bytes,) = numbers_of(words, 1)
         state = self._parts.state.rng
         if not state.ready:
             raise Refused(state.error or "no virtio-rng")
@@ -350,10 +352,15 @@ class Commands:
         return
         yield
 
+    def _end_net(self) -> Step[None]:
+        self._answer(self._net.answer())
+        return
+        yield
+
     # -- timing -----------------------------------------------------------------------------------------------------
 
     def _null(self, words: list[str]) -> Step[str]:
-        (n_calls,) = _numbers(words, 1)
+        (n_calls,) = numbers_of(words, 1)
         if not 1 <= n_calls <= MAX_NULL_CALLS:
             raise Refused(f"1 to {MAX_NULL_CALLS} calls")
         state = self._parts.state.null_calls
@@ -383,17 +390,3 @@ def _io_kind(words: list[str]) -> IoKind:
         return IoKind(words[0])
     except (IndexError, ValueError):
         raise Refused(f"what to do is one of: {', '.join(IoKind)}") from None
-
-
-def _numbers(words: list[str], n_wanted: int, defaults: tuple[int, ...] = ()) -> list[int]:
-    """The arguments as numbers (0x... too), `defaults` for the last ones when left out; raises Refused."""
-    n_missing = n_wanted + len(defaults) - len(words)
-    if not 0 <= n_missing <= len(defaults):
-        raise Refused("wrong number of arguments; try help")
-    try:
-        numbers = [int(word, 0) for word in words]
-    except ValueError:
-        raise Refused("not a number") from None
-    if any(not 0 <= number < 1 << 64 for number in numbers):
-        raise Refused("not a 64-bit number")
-    return numbers + list(defaults[len(defaults) - n_missing :])

@@ -13,6 +13,7 @@ from services.guest.model.disk_load import DiskWorkload
 from services.guest.model.dma import Dma
 from services.guest.model.io_run import IoRunner
 from services.guest.model.iommu import IoWindow
+from services.guest.model.net_run import NetRunner
 from services.guest.model.pages import PageAllocator
 from services.guest.model.pci import Bus, unmask
 from services.guest.model.region_writer import RegionWriter
@@ -20,6 +21,7 @@ from services.guest.model.state import KernelState, Owner
 from services.guest.model.swiotlb import Swiotlb
 from services.guest.model.virtio_blk import BlkDriver, Finished
 from services.guest.model.virtio_driver import ExtraDriver, VirtioDriver
+from services.guest.model.virtio_net import NetDriver
 from services.guest.model.virtio_rng import RngDriver
 from services.guest.model.virtqueue import QueueBroken, QueueError
 from services.guest.model.wide_window import WideWindows
@@ -44,11 +46,13 @@ class Parts:
         self.bus = Bus(self.cpu, state.machine)
         self.blk = BlkDriver(self.cpu, self.bus, self.dma, state.blk, self.rules)
         self.rng = RngDriver(self.cpu, self.bus, self.dma, self.rules, state.rng)
-        self.extras: list[ExtraDriver] = [self.rng]
+        self.net = NetDriver(self.cpu, self.bus, self.dma, self.rules, self.pages, state.net)
+        self.extras: list[ExtraDriver] = [self.rng, self.net]
         self.reader = BulkReader(self.blk, state.bulk)
         self.hasher = DiskHasher(self.cpu, self.pages, self.reader, state.bulk, state.disk_hash)
         self.writer = RegionWriter(self.cpu, self.pages, self.blk, state.writer)
         self.io_run = IoRunner(self.cpu, self.pages, state.pool, self.blk, state.io_run)
+        self.net_run = NetRunner(self.cpu, self.pages, state.pool, self.net, state.net_run)
         self.load = DiskWorkload(self.cpu, self.pages, self.blk, state.disk_load)
 
     def open_interrupts(self) -> Step[None]:
