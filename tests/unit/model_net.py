@@ -6,6 +6,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from protocol.codes import UCode
 from protocol.geometry import PAGE_SHIFT
 from services.guest.model.echo import EchoKind, parse_echo
 from services.guest.model.virtio_net import NetDrop
@@ -85,11 +86,11 @@ class FakeNet(FakeDisk):
 class NetWorld(World):
     """A VM with a card; every byte of guest memory that the card touches is looked at."""
 
-    def __init__(self, disk: FakeDisk, net: FakeNet) -> None:
+    def __init__(self, disk: FakeDisk, net: FakeNet, *, esm: UCode = UCode.U_SUCCESS) -> None:
         self.net = net
         self.private_touches: list[int] = []
         """Gfns of a secure VM that the card touched and that are not shared."""
-        super().__init__(disk)
+        super().__init__(disk, esm=esm)
 
     def _function(self, config_addr: int) -> FakeDisk | None:
         return self.net if config_addr >> 8 == _DEVFN else super()._function(config_addr)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol.codes import UCode
 from protocol.geometry import PAGE_BYTES
 from services.guest.exits import Pause
 from services.guest.model.cpu import Cpu
@@ -18,7 +19,7 @@ from services.guest.model.state import MAX_STATE_BYTES, Calls, Machine
 from services.guest.model.swiotlb import SLOT_BYTES, Direction, Swiotlb
 from services.guest.model.virtio_net import N_BUFFERS, N_SLOTS, NetDrop
 from services.guest.model.virtqueue import QueueError
-from tests.unit.model_net import OWN, PEER, PEER_TEXT, FakeNet, NetWorld, echo_peer, nobody
+from tests.unit.model_net import NET_SOURCE, OWN, PEER, PEER_TEXT, FakeNet, NetWorld, echo_peer, nobody
 from tests.unit.test_model_kernel import SLICE_NS, decoded_at_safe_point, make_disk
 
 BROADCAST = b"\xff" * 6
@@ -175,13 +176,16 @@ def test_lost_requests_are_counted_and_a_run_without_any_reply_ends() -> None:
 
 def test_a_card_that_takes_no_frame_costs_its_slots_and_works_again_when_it_does() -> None:
     world = boot(FakeNet())
+    assert world.ask(f"ping {PEER_TEXT}").startswith("ok replies 3 of 3 ")
     world.net.stuck = True
     assert world.ask(f"blast {PEER_TEXT} 100 64 32") == "error no reply for 5 s"
     world.deliver(*(request(n) for n in range(5)))
     world.run(lambda: not world.pending)
     assert world.dropped(NetDrop.NO_SLOT) == 5
-    world.net.stuck = False
+    world.net.stuck, world.net.network = False, nobody
     world._notify(world.net)
+    assert NET_SOURCE in world.pending, "with no slot free the driver asks to be told"
+    world.net.network = echo_peer
     assert world.ask(f"ping {PEER_TEXT}").startswith("ok replies 3 of 3 ")
 
 
@@ -271,15 +275,16 @@ def test_of_a_secure_vms_pages_the_card_sees_the_frames_and_nothing_beside_them(
     world = boot(FakeNet(access_platform=access_platform), access_platform=access_platform)
     state = decoded_at_safe_point(world)
     secret = b"SECRET!" * 4
-    pages = [state.net.slots, state.net.buffers, state.net.assembly]
-    for gpa in pages:
-        world.memory.store(gpa, (secret * (PAGE_BYTES // len(secret) + 1))[:PAGE_BYTES])
+    last_slot = state.net.slots + (N_SLOTS - 1) * state.net.slot_bytes
+    regions = [(state.net.slots, N_SLOTS * state.net.slot_bytes), (state.net.buffers, N_BUFFERS * SLOT_BYTES)]
+    for gpa, n_bytes in (*regions, (state.net.assembly, PAGE_BYTES)):
+        world.memory.store(gpa, (secret * (n_bytes // len(secret) + 1))[:n_bytes])
 
     world.deliver(request(1, b"from outside" * 10))
     assert world.ask(f"ping {PEER_TEXT} 3 100").startswith("ok replies 3 of 3 ")
     assert world.ask(f"blast {PEER_TEXT} 100 700").startswith("ok requests 100 ")
 
-    assert world.memory.load(state.net.slots + state.net.slot_bytes - 28, 28) in (secret * 2)
+    assert secret in world.memory.load(last_slot + 1000, 1000), "behind the frame, in the slot that was used"
     assert not world.private_touches
     assert secret[:7] not in bytes(world.ram)
     assert not [packet for packet in world.net.packets if secret[:7] in packet]
@@ -318,6 +323,18 @@ def test_no_step_of_the_driver_makes_more_than_85_exits(access_platform: bool) -
         if "blast" in world.console and len(net.sent) < 30:
             world.deliver(request(1, b"r" * 8900))
     assert 20 < longest <= 85
+
+
+def test_a_card_that_is_started_again_keeps_none_of_its_former_mappings() -> None:
+    net = FakeNet(access_platform=True)
+    world = NetWorld(make_disk("prompt", command_line="quiet", access_platform=True), net, esm=UCode.U_PARAMETER)
+    world.wait_for("ready\r\n> ")
+    assert world.ask(f"blast {PEER_TEXT} 100 64 32").startswith("ok requests 100 ")
+    mapped = len(world.tces)
+    for _ in range(3):
+        assert world.ask("esm") == "error U_PARAMETER"
+        assert world.ask(f"blast {PEER_TEXT} 100 64 32").startswith("ok requests 100 ")
+    assert len(world.tces) <= mapped + N_SLOTS
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
