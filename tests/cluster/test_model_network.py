@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from deploy.api import RunningCluster, Vm
-from shared.dma_designs import DmaDesign
+from shared.dma_designs import DESIGNS, DmaDesign
 from tests.cluster.two_hosts import running_hosts, vm_text
 from tests.cluster.vm_files import answer_of
 
-DESIGNS = [DmaDesign.QUIRK, DmaDesign.IOMMU_ALWAYS, DmaDesign.DDW_IDENTITY]
+ALL_PAIRS = [DmaDesign.QUIRK, DmaDesign.IOMMU_ALWAYS, DmaDesign.DDW_IDENTITY]
+OTHER_DESIGNS = [dma for dma in DmaDesign if dma not in (*ALL_PAIRS, DmaDesign.DMA_LIMIT, DmaDesign.NOTHING)]
+"""That a secure VM works with: a limit lets the device have everything below it."""
 MACS = {name: f"52:54:00:00:00:{number:02x}" for number, name in enumerate(("vm1", "vm2", "vm3", "vm4"), 1)}
 """vm1 and vm2 are normal, vm3 and vm4 secure; the odd ones are on alpha."""
 PAIRS = [("vm1", "vm2"), ("vm3", "vm4"), ("vm1", "vm4"), ("vm3", "vm2")]
@@ -52,7 +54,7 @@ async def ask(vm: Vm, line: str, seconds: float = 20.0) -> str:
     return answer_of(await vm.console_command(line, seconds=seconds))
 
 
-@pytest.mark.parametrize("dma", DESIGNS)
+@pytest.mark.parametrize("dma", ALL_PAIRS)
 async def test_normal_and_secure_kernels_answer_each_other_by_every_way(tmp_path: Path, dma: DmaDesign) -> None:
     async with running_hosts(tmp_path, four_vms(dma)) as running:
         for asks, answers in PAIRS:
@@ -66,6 +68,23 @@ async def test_normal_and_secure_kernels_answer_each_other_by_every_way(tmp_path
             assert row.secure
             # The card was never given the address of a private page: that would have paged it out.
             assert row.pages["paged_out"] == 0
+
+
+async def test_a_secure_kernel_of_every_other_design_that_works_reaches_its_network(tmp_path: Path) -> None:
+    """One VM for each, all on one network; the last one answers them."""
+    text = 'make = "demo"\n[networks.lan]\n[hosts.alpha]\nsecure_memory = "1G"\n'
+    macs = {f"{dma}": f"52:54:00:00:01:{number:02x}" for number, dma in enumerate(OTHER_DESIGNS)}
+    for name, mac in macs.items():
+        tell_secure = f"secure = true\ntell_secure = {str(DESIGNS[DmaDesign(name)].machine.tell_secure).lower()}"
+        vm = vm_text(name, "alpha").replace("secure = true", tell_secure)
+        text += vm + _CARD.format(vm=name, dma=name, mac=mac)
+    async with running_hosts(tmp_path, text + with_card("vm1", "alpha", secure=False)) as running:
+        for name, mac in macs.items():
+            vm = running.vm(name)
+            assert (await ask(vm, f"ping {MACS['vm1']} 3 1400")).startswith("ok replies 3 of 3 "), name
+            assert (await ask(running.vm("vm1"), f"blast {mac} 20 1400")).startswith("ok requests 20 "), name
+            row = await vm.row()
+            assert (row.secure, row.pages["paged_out"]) == (True, 0), name
 
 
 async def check_pair(running: RunningCluster, asks: str, answers: str) -> None:
