@@ -148,7 +148,8 @@ class World:
         self.random = random.Random(SEED)
         self.console = ""
         self.typed = b""
-        self.pending = self.secure = self.off = False
+        self.pending: set[int] = set()
+        self.secure = self.off = False
         self.tces: dict[int, int] = {}
         self.tce_pages: list[int] = []
         self.hcalls: list[tuple[int, tuple[int, ...]]] = []
@@ -209,7 +210,7 @@ class World:
                     device.store(offset, size, value)
                 self.engine.resume([0 if device else HCode.H_PARAMETER])
             case Pause():
-                if self.pending:
+                if self.pending or self.typed:
                     self.engine.set_line(True)
 
     def wait_for(self, text: str) -> None:
@@ -241,8 +242,7 @@ class World:
                 words = [int.from_bytes(half.ljust(8, b"\0"), "big") for half in (part[:8], part[8:])]
                 return [0, len(part), *words]
             case 0x74:
-                source = MSI_SOURCE if self.pending else 0x1100 if self.typed else 0
-                self.pending = False
+                source = self.pending.pop() if self.pending else 0x1100 if self.typed else 0
                 return [0, 0xFF000000 | source]
             case 0x300:
                 return [0, self.random.getrandbits(64)]
@@ -269,18 +269,25 @@ class World:
         rets = [0] * n_rets
         match TOKENS[token - 0x2100]:
             case "ibm,read-pci-config":
-                found = args[0] >> 8 == 0x10 and self.disk
-                rets[1] = self.disk.read_config(args[0] & 0xFF, args[3]) if found and self.disk else 0xFFFFFFFF
+                found = self._function(args[0])
+                rets[1] = found.read_config(args[0] & 0xFF, args[3]) if found else 0xFFFFFFFF
             case "ibm,write-pci-config":
-                assert self.disk
-                self.disk.write_config(args[0] & 0xFF, args[3], args[4])
+                found = self._function(args[0])
+                assert found
+                found.write_config(args[0] & 0xFF, args[3], args[4])
             case "ibm,change-msi":
                 rets[1] = 1
             case "ibm,query-interrupt-source-number":
-                rets[1] = MSI_SOURCE
+                rets[1] = self._msi_source(args[0])
             case "power-off":
                 self.off = True
         self.memory.store(block + 12 + 4 * n_args, struct.pack(f">{n_rets}I", *rets))
+
+    def _function(self, config_addr: int) -> FakeDisk | None:
+        return self.disk if config_addr >> 8 == 0x10 else None
+
+    def _msi_source(self, config_addr: int) -> int:
+        return MSI_SOURCE
 
     def _ucall(self, number: int, args: tuple[int, ...]) -> None:
         if number == 0xF110 and self.esm_result == UCode.U_SUCCESS:
@@ -358,7 +365,7 @@ class World:
             written = self._serve_chain(disk, head)
             self._push_used(disk, head, written)
         self._write(disk, queue["device"] + 4 + 8 * queue["size"], struct.pack("<H", idx))
-        self.pending = True
+        self.pending.add(MSI_SOURCE)
 
     def _push_used(self, disk: FakeDisk, head: int, written: int) -> None:
         queue, lie = disk.queue, disk.lie

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from protocol.errors import PefboxError
+from protocol.ethernet import MAC_BYTES, MULTICAST
 
 
 class Refused(PefboxError):
@@ -21,3 +22,17 @@ def numbers(words: list[str], n_wanted: int, defaults: tuple[int, ...] = ()) -> 
     if any(not 0 <= number < 1 << 64 for number in found):
         raise Refused("not a 64-bit number")
     return found + list(defaults[len(defaults) - n_missing :])
+
+
+def station_of(words: list[str]) -> bytes:
+    """The first argument as the address of one station, six bytes in hexadecimal with colons; raises Refused."""
+    parts = words[0].split(":") if words else []
+    if len(parts) != MAC_BYTES or not all(len(part) == 2 for part in parts):
+        raise Refused("the first argument is an address as 52:54:00:00:00:01")
+    try:
+        mac = bytes(int(part, 16) for part in parts)
+    except ValueError:
+        raise Refused("the first argument is an address as 52:54:00:00:00:01") from None
+    if mac[0] & MULTICAST:
+        raise Refused("that is the address of a group")
+    return mac

@@ -11,13 +11,14 @@ from protocol.declare import Call, Space
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from protocol.hcalls import H_CPPR
 from protocol.ucalls import ESM_FILE_CHUNK_BYTES, UV_ESMB_GET_FILE, UV_SHARE_PAGE, UV_UNSHARE_PAGE
-from services.guest.model import xics
+from services.guest.model import net_commands, xics
 from services.guest.model.arguments import Refused, numbers
 from services.guest.model.boot import call_esm
 from services.guest.model.cpu import Step
 from services.guest.model.demo import Demo, start_hash, start_write
 from services.guest.model.device_commands import DEVICE_HELP, DeviceCommands
 from services.guest.model.io_run import MAX_BUFFER_BYTES, MAX_DEPTH, IoKind
+from services.guest.model.net_commands import NetCommands
 from services.guest.model.pages import PageUse
 from services.guest.model.parts import Parts
 from services.guest.model.run_tally import MAX_REQUESTS
@@ -34,6 +35,7 @@ HELP = (
     "file NAME [OFFSET]       read a file of the ESM blob, once: bytes read (at most 4096) and their SHA-256",
     "pid N                    go on as process N: a file is read by one process alone",
     "io KIND BLOCK DEPTH N    N requests (read, write, randread) of BLOCK bytes, DEPTH at a time, timed",
+    *net_commands.HELP,
     "null N                   time N hypercalls that do nothing (median in ns)",
     *DEVICE_HELP,
 )
@@ -52,6 +54,7 @@ class Commands:
         self._parts = parts
         self._demo = demo
         self._devices = DeviceCommands(parts, self._answer)
+        self._net = NetCommands(parts)
         self._commands: dict[str, Callable[[list[str]], Step[str]]] = {
             "help": self._help,
             "pages": self._pages,
@@ -75,6 +78,7 @@ class Commands:
             "io": self._io,
             "null": self._null,
             **self._devices.commands,
+            **self._net.by_name,
         }
 
     def work(self) -> Step[None] | None:
@@ -86,6 +90,8 @@ class Commands:
             return None if state.writer.stage != 5 else self._end_write()
         if state.io_run.count:
             return self._end_io() if self._parts.io_run.finished else None
+        if state.net_run.count:
+            return self._end_net() if self._parts.net_run.finished else None
         if state.null_calls.n_calls:
             return self._null_step()
         if self._devices.waiting:
@@ -318,6 +324,13 @@ class Commands:
         state = self._parts.state.io_run
         self._answer(f"error {state.error}" if state.error else f"ok {self._parts.io_run.describe()}")
         state.count = 0
+        return
+        yield
+
+    # -- network ----------------------------------------------------------------------------------------------------
+
+    def _end_net(self) -> Step[None]:
+        self._answer(self._net.answer())
         return
         yield
 

@@ -58,8 +58,16 @@ class ExtraDriver(ABC):
         yield from self.bring_up()
         self.state.ready = True
 
+    def work(self) -> Step[None] | None:
+        """What is to do without an interrupt, in one step; None when there is nothing."""
+        return None
+
+    def rest(self) -> Step[None] | None:
+        """The kernel is about to idle: `work`, and None once an interrupt tells of the next."""
+        return self.work()
+
     def deadline_ns(self) -> int | None:
-        """When what the device was asked counts as unanswered; None while nothing is."""
+        """When the device is `overdue`, as what it was asked counts as unanswered; None while nothing is."""
         state = self.state
         return state.submitted_ns + ANSWER_LIMIT_NS if state.ready and state.submitted_ns else None
 

@@ -87,7 +87,13 @@ class Kernel:
             return Idle(state.wake_ns, device_open=self._device_open)
         if state.phase is Phase.OFF:
             return Idle(None)
-        step = self._urgent(now_ns) or self._parts.console.work(now_ns) or self._phase_step() or self._poll(now_ns)
+        step = (
+            self._urgent(now_ns)
+            or self._extra_step()
+            or self._parts.console.work(now_ns)
+            or self._phase_step()
+            or self._poll(now_ns)
+        )
         if step is None:
             return Idle(self._deadline_ns(), device_open=self._device_open)
         if not self._parts.hasher.rebuilding:
@@ -114,12 +120,32 @@ class Kernel:
                 return self._parts.guard_extra(driver, driver.overdue())
         return None
 
+    def _extra_step(self) -> Step[None] | None:
+        """The devices beside the disk have every other step at most: one that is never quiet holds up nothing else."""
+        state = self.state
+        if state.extra_served:
+            state.extra_served = False
+            return None
+        for driver in self._parts.extras:
+            step = driver.work()
+            if step is not None:
+                state.extra_served = True
+                return self._parts.guard_extra(driver, step)
+        return None
+
     def _poll(self, now_ns: int) -> Step[None] | None:
         """Nothing else is to do: look at the disk's ring, until an interrupt is asked for and the kernel may idle."""
         look = self._parts.blk.look(now_ns)
         if look is Look.SLEEP:
-            return None
+            return self._rest()
         return self._parts.guarded(self._parts.collect()) if look is Look.TAKE else self._look_again()
+
+    def _rest(self) -> Step[None] | None:
+        for driver in self._parts.extras:
+            step = driver.rest()
+            if step is not None:
+                return self._parts.guard_extra(driver, step)
+        return None
 
     def _look_again(self) -> Step[None]:
         """A step that only takes time."""
@@ -135,8 +161,9 @@ class Kernel:
         return self._parts.guarded(step) if step is not None else None
 
     def _deadline_ns(self) -> int | None:
-        times = [self._parts.console.deadline_ns(), self._parts.blk.deadline_ns()]
-        times += [driver.deadline_ns() for driver in self._parts.extras]
+        parts = self._parts
+        times = [parts.console.deadline_ns(), parts.blk.deadline_ns(), parts.net_run.deadline_ns()]
+        times += [driver.deadline_ns() for driver in parts.extras]
         return min((time for time in times if time is not None), default=None)
 
     def _interrupt(self) -> Step[None]:
@@ -244,10 +271,10 @@ class Kernel:
 
     def _dma(self) -> Step[None]:
         """The dynamic DMA window, where the design has one and devices can address it."""
-        state, at_zero = self.state, self._parts.rules.wants_identity
-        step = None
-        if at_zero is not None and state.blk.present and (at_zero or self._parts.rules.reaches_window):
-            step = self._parts.wide.work(state.blk.pci.config_addr, at_zero=at_zero)
+        state, parts = self.state, self._parts
+        at_zero, function, step = parts.rules.wants_identity, parts.window_function, None
+        if at_zero is not None and function is not None and (at_zero or parts.rules.reaches_window):
+            step = parts.wide.work(function, at_zero=at_zero)
         if step is None:
             state.phase = Phase.KERNEL_DISK
             return
@@ -288,6 +315,7 @@ class Kernel:
             or parts.writer.work()
             or parts.io_run.work()
             or parts.ballooning.work()
+            or parts.net_run.work()
             or self._workload()
             or self._commands.work()
         )

@@ -18,6 +18,7 @@ from services.guest.model.edu_copy import EduCopier
 from services.guest.model.extra_driver import ExtraDriver
 from services.guest.model.io_run import IoRunner
 from services.guest.model.iommu import IoWindow
+from services.guest.model.net_run import NetRunner
 from services.guest.model.pages import PageAllocator
 from services.guest.model.pci import Bus, unmask
 from services.guest.model.region_writer import RegionWriter
@@ -26,10 +27,12 @@ from services.guest.model.swiotlb import Swiotlb
 from services.guest.model.virtio_balloon import BalloonDriver
 from services.guest.model.virtio_blk import BlkDriver, Finished
 from services.guest.model.virtio_driver import VirtioDriver
+from services.guest.model.virtio_net import NetDriver
 from services.guest.model.virtio_rng import RngDriver
 from services.guest.model.virtqueue import QueueBroken, QueueError
 from services.guest.model.wide_window import WideWindows
 from shared.virtio import DeviceId
+from shared.virtio_pci import VENDOR_ID
 
 
 class Parts:
@@ -49,15 +52,17 @@ class Parts:
         self.bus = Bus(self.cpu, state.machine)
         self.blk = BlkDriver(self.cpu, self.bus, self.dma, state.blk, self.rules)
         self.rng = RngDriver(self.cpu, self.bus, self.dma, self.rules, state.rng)
+        self.net = NetDriver(self.cpu, self.bus, self.dma, self.rules, self.pages, state.net)
         self.edus = [self._edu(number) for number in range(len(state.edus))]
         self.edu_copier = EduCopier(self.cpu, self.pages, self.edus, state.edu_copy)
         balloon = BalloonDriver(self.cpu, self.bus, self.dma, self.rules, state.balloon)
-        self.extras: list[ExtraDriver] = [self.rng, *self.edus, balloon]
+        self.extras: list[ExtraDriver] = [self.rng, self.net, *self.edus, balloon]
         self.ballooning = Ballooning(self.pages, self.console, balloon)
         self.reader = BulkReader(self.blk, state.bulk)
         self.hasher = DiskHasher(self.cpu, self.pages, self.reader, state.bulk, state.disk_hash)
         self.writer = RegionWriter(self.cpu, self.pages, self.blk, state.writer)
         self.io_run = IoRunner(self.cpu, self.pages, state.pool, self.blk, state.io_run)
+        self.net_run = NetRunner(self.cpu, self.pages, state.pool, self.net, state.net_run)
         self.load = DiskWorkload(self.cpu, self.pages, self.blk, state.disk_load)
 
     def _edu(self, number: int) -> EduDriver:
@@ -124,6 +129,12 @@ class Parts:
         if self.machine.has_bridge:
             yield from self.bus.probe()
 
+    @property
+    def window_function(self) -> int | None:
+        """Configuration address of a virtio function, for which the bridge's DMA windows are asked."""
+        found = (function for function in self.bus.functions if function.vendor == VENDOR_ID)
+        return next((function.config_addr for function in found), None)
+
     def find_disk(self) -> Step[None]:
         """Look for the first disk; what is wrong with it is said, and the kernel goes on without."""
         disks = (function for function in self.bus.functions if VirtioDriver.is_function(function, DeviceId.BLOCK))
@@ -151,8 +162,8 @@ class Parts:
                 yield from driver.quiesce()
         if self.state.blk.ready:
             yield from self.blk.quiesce()
-        if self.state.blk.present:
-            yield from self.wide.give_back(self.state.blk.pci.config_addr)
+        if self.window_function is not None:
+            yield from self.wide.give_back(self.window_function)
 
     def start_extra(self, driver: ExtraDriver) -> Step[bool]:
         """The next step on the way to a device beside the disk; True when it runs or never will."""

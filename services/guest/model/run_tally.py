@@ -50,8 +50,13 @@ class RunTally:
         """The result line: requests, bytes, how long it took, the median and the 99th percentile of a request, bytes
         that were bounced, calls by name."""
         state = self._state
-        times = sorted(struct.unpack(f"<{state.n_done}I", self._cpu.memory.load(state.times, 4 * state.n_done)))
-        p50, p99 = (times[len(times) // 2], times[len(times) * 99 // 100]) if times else (0, 0)
+        p50, p99 = self.percentiles()
         timing = f"requests {state.n_done} bytes {n_bytes} ns {state.ended_ns - state.began_ns}"
         calls = " ".join(f"{name}={n}" for name, n in state.calls.items())
         return f"{timing} p50_ns {p50} p99_ns {p99} bounced {state.bounced_bytes} calls {calls}"
+
+    def percentiles(self) -> tuple[int, int]:
+        """The median and the 99th percentile of a request, in nanoseconds; 0 when none was done."""
+        n_done = self._state.n_done
+        times = sorted(struct.unpack(f"<{n_done}I", self._cpu.memory.load(self._state.times, 4 * n_done)))
+        return (times[len(times) // 2], times[len(times) * 99 // 100]) if times else (0, 0)

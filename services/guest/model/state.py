@@ -12,7 +12,7 @@ import msgspec
 
 from shared.dma_designs import DmaDesign
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 MAX_STATE_BYTES = 64 * 1024
 
 
@@ -360,6 +360,48 @@ class Balloon(VirtioExtra):
     """Why the device was given up, until it is said."""
 
 
+class Net(VirtioExtra):
+    """The virtio network driver."""
+
+    mac: bytes = b""
+    mtu: int = 0
+    mergeable: bool = False
+    """Whether a packet may lie in several receive buffers."""
+    receive: Queue = msgspec.field(default_factory=Queue)
+    transmit: Queue = msgspec.field(default_factory=Queue)
+    ring_page: int = 0
+    ring_addr: int = 0
+    buffers: int = 0
+    """gpa of the receive buffers."""
+    slots: int = 0
+    """gpa of the transmit slots, `slot_bytes` each."""
+    slot_bytes: int = 0
+    assembly: int = 0
+    """gpa where a frame out of several buffers is put together."""
+    idle_buffers: list[int] = []
+    receiving: dict[int, tuple[int, Mapping]] = {}
+    """Head -> (receive buffer, its mapping)."""
+    free_slots: list[int] = []
+    queued: list[tuple[int, int]] = []
+    """Slots that the device was not told of yet: (slot, bytes)."""
+    sending: dict[int, tuple[int, Mapping]] = {}
+    """Head -> (transmit slot, its mapping)."""
+    stale: list[Mapping] = []
+    """Mappings of a former start, to be taken from the device."""
+    parts_left: int = 0
+    """Buffers to come of the packet that is being received."""
+    part_bytes: int = 0
+    """Bytes of its frame so far."""
+    retry_ns: int = 0
+    """Nothing is mapped before this time, as the pool or the window was full."""
+    frames_in: int = 0
+    bytes_in: int = 0
+    frames_out: int = 0
+    bytes_out: int = 0
+    dropped: dict[str, int] = {}
+    """Frames by why they were dropped."""
+
+
 class Blk(Struct):
     """The virtio block driver."""
 
@@ -515,6 +557,26 @@ class IoRun(Struct):
     error: str = ""
 
 
+class NetRun(Struct):
+    """A measured run of echo requests; `count` is 0 when there is none."""
+
+    ping: bool = False
+    peer: bytes = b""
+    payload_bytes: int = 0
+    depth: int = 0
+    count: int = 0
+    n_issued: int = 0
+    n_lost: int = 0
+    sequence: int = 0
+    """Of the last request; it goes on from run to run, so that a late reply is none of this run's."""
+    open: dict[int, int] = {}
+    """Sequence number -> when its request was made."""
+    heard_ns: int = 0
+    """When the run began or the last reply came."""
+    tally: Tally = msgspec.field(default_factory=Tally)
+    error: str = ""
+
+
 class NullCalls(Struct):
     """A run of null hypercalls; their times (u32, ns) lie in guest RAM at `times`."""
 
@@ -555,6 +617,8 @@ class KernelState(Struct):
     """Whether the kernel has come up once."""
     n_started: int = 0
     """Devices beside the disk that the kernel is done with starting."""
+    extra_served: bool = False
+    """Whether the last step was of such a device."""
     pidr: int = 0
     """Process that the processor runs."""
     workload: Workload = Workload.PROMPT
@@ -577,6 +641,8 @@ class KernelState(Struct):
     vfio: Vfio = msgspec.field(default_factory=Vfio)
     edu_copy: EduCopy = msgspec.field(default_factory=EduCopy)
     balloon: Balloon = msgspec.field(default_factory=Balloon)
+    net: Net = msgspec.field(default_factory=Net)
+    net_run: NetRun = msgspec.field(default_factory=NetRun)
     bulk: Bulk = msgspec.field(default_factory=Bulk)
     disk_hash: DiskHash = msgspec.field(default_factory=DiskHash)
     partitions: Partitions = msgspec.field(default_factory=Partitions)

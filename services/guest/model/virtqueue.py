@@ -42,6 +42,7 @@ class QueueError(StrEnum):
     NOT_A_HEAD = "used id is not the head of a request"
     USED_LENGTH = "used length is larger than the writable part of the request"
     INDEX_JUMP = "used index moved past what was made available"
+    PACKET_PARTS = "a received packet claims more buffers than the queue has, or none"
     NO_ANSWER = "no answer within 2 s"
     NO_DEVICE = "the device is gone"
 
@@ -126,6 +127,11 @@ class Virtqueue:
 
     def _store_desc(self, index: int, addr: int, n_bytes: int, flags: int, following: int) -> None:
         self._cpu.store(self.state.desc + DESC_BYTES * index, DESC.pack(addr, n_bytes, flags, following))
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something was added since the last `must_kick`."""
+        return self.state.kicked_idx != self.state.avail_idx
 
     def must_kick(self) -> bool:
         """Whether the device wants to be told of what was added since the last time; counts as told."""
