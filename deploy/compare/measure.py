@@ -22,7 +22,7 @@ from deploy.compare.plan import (
     Trial,
     Workload,
 )
-from deploy.compare.vm_files import BYPASS_VM, HOST, VM, TrialFiles, write_trial
+from deploy.compare.vm_files import BYPASS_VM, DISK, HOST, VM, TrialFiles, write_trial
 from protocol.errors import PefboxError, UserError
 
 BOOT_SECONDS = 30.0
@@ -116,7 +116,7 @@ async def _work(running: RunningCluster, trial: Trial, files: TrialFiles, outcom
 
 
 async def _measure_exposure(running: RunningCluster, trial: Trial, outcome: Outcome) -> None:
-    (states,) = (await running.vm(VM).qemu.query("dma.reach")).values()
+    states = (await running.vm(VM).qemu.query("dma.reach"))[f"{VM}/{DISK}"]
     outcome.reach_pages = sum(states.values())
     outcome.plain_pages = states["SHARED" if trial.secure else "PRESENT"]
     if trial.secure:

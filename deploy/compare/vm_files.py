@@ -28,7 +28,7 @@ kind = "virtio-net"
 network = "lan"
 mac = "{mac}"
 """
-HOST, VM = "alpha", "vm1"
+HOST, VM, DISK = "alpha", "vm1", "root"
 BYPASS_VM = "bypass"
 """Runs beside a VM that is timed, and is timed in turn with it: a normal VM whose device passes the IOMMU by."""
 MEMORY_BYTES = 64 << 20
