@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.codes import UCode
+from protocol.codes import HCode, UCode
 from protocol.geometry import PAGE_BYTES
-from services.guest.exits import Pause
-from services.guest.model.cpu import Cpu
+from protocol.hcalls import H_PUT_TCE
+from services.guest.exits import Exit, Idle, Pause
+from services.guest.model.cpu import IMMEDIATE_TRIES, LATER_NS, Cpu
 from services.guest.model.echo import ECHO_HEADER_BYTES, Echo, EchoKind, parse_echo, payload_of
 from services.guest.model.engine import ModelEngine
 from services.guest.model.state import MAX_STATE_BYTES, Calls, Machine
@@ -335,6 +336,40 @@ def test_a_card_that_is_started_again_keeps_none_of_its_former_mappings() -> Non
         assert world.ask("esm") == "error U_PARAMETER"
         assert world.ask(f"blast {PEER_TEXT} 100 64 32").startswith("ok requests 100 ")
     assert len(world.tces) <= mapped + N_SLOTS
+
+
+class BusyWorld(NetWorld):
+    """kvm finds H_PUT_TCE busy now and then, for longer than a step waits."""
+
+    busy_left = 0
+
+    def serve(self, exit_: Exit) -> None:
+        # After a busy call the kernel waits, and takes no interrupt meanwhile.
+        if isinstance(exit_, Idle) and exit_.until_ns is not None and exit_.until_ns <= self.clock.now + LATER_NS:
+            self.clock.now = max(self.clock.now, exit_.until_ns)
+        super().serve(exit_)
+
+    def _hcall(self, number: int, args: tuple[int, ...]) -> list[int]:
+        if number == H_PUT_TCE.number and "blast" in self.console:
+            if not self.busy_left and self.random.random() < 0.1:
+                self.busy_left = 2 * IMMEDIATE_TRIES + 1
+            if self.busy_left:
+                self.busy_left -= 1
+                return [HCode.H_BUSY]
+        return super()._hcall(number, args)
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["normal", "secure"])
+def test_a_busy_call_in_the_middle_of_a_step_loses_no_frame_and_no_mapping(secure: bool) -> None:
+    command_line = "svm=on" if secure else "quiet"
+    disk = make_disk("prompt", command_line=command_line, access_platform=True)
+    world = BusyWorld(disk, FakeNet(access_platform=True, mtu=9000))
+    world.wait_for("ready\r\n> ")
+    assert world.ask(f"blast {PEER_TEXT} 200 5000 6").startswith("ok requests 200 ")
+    state = decoded_at_safe_point(world)
+    assert state.calls.counts["H_PUT_TCE"] > 1.5 * (200 * 2 + 200 * 3)
+    assert len(world.tces) <= N_BUFFERS + 3 * len(state.net.sending) + 2 * 16 + 1
+    assert world.ask("net").endswith("dropped none")
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------

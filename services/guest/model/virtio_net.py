@@ -39,7 +39,7 @@ from shared.virtio_net import (
 N_BUFFERS = 64
 BUFFER_BYTES = SLOT_BYTES
 """A receive buffer takes one slot of the pool and lies in one IO page."""
-N_SLOTS = 32
+N_SLOTS = 64
 A_STEP = 6
 """Buffers of each kind that one step moves: with the 32-bit window each costs hypercalls, up to 1 for a buffer taken
 back and 3 for a frame of 9000 bytes given to the device."""
@@ -214,8 +214,9 @@ class NetDriver(VirtioExtraDriver):
     def _serve(self) -> Step[None]:
         """A little of everything; a busy call ends it, and what was done stays done."""
         try:
-            yield from self._receive()
+            # First what was sent, since what is received may be answered.
             yield from self._take_back()
+            yield from self._receive()
             yield from self._transmit()
             yield from self._kick(self._transmit_queue)
             yield from self._fill()
