@@ -22,7 +22,7 @@ from tests.unit.model_cpu import RAM_BYTES, StillClock, make_cpu
 BLK_COMMON, RNG_COMMON = 1 << 40, 2 << 40
 RUNNING = 15
 DDW = {"ibm,query-pe-dma-window": 1, "ibm,create-pe-dma-window": 2, "ibm,remove-pe-dma-window": 3,
-       "ibm,reset-pe-dma-window": 4}  # fmt: skip
+       "ibm,reset-pe-dma-window": 4, "ibm,write-pci-config": 5}  # fmt: skip
 
 
 class Machine:
@@ -117,6 +117,18 @@ def test_devices_are_quiet_only_once_their_resets_are_complete(common: int) -> N
     assert machine.resets[common] == 0
     assert not state.blk.ready
     assert not state.rng.ready
+
+
+def test_an_edu_is_quiet_only_once_it_has_no_mastery_of_the_bus() -> None:
+    machine = Machine()
+    edu = machine.parts.edus[0]
+    edu.state.present = edu.state.ready = True
+    machine.busy["ibm,write-pci-config"] = IMMEDIATE_TRIES + 1
+
+    assert machine.run_again(machine.parts.quiesce) == 1
+
+    assert machine.services == ["ibm,write-pci-config"]
+    assert not edu.state.ready
 
 
 def test_a_device_that_never_finishes_its_reset_is_given_up_by_name() -> None:

@@ -72,8 +72,12 @@ class EduDriver(ExtraDriver):
 
     def quiesce(self) -> Step[None]:
         """The device has no reset; without mastery of the bus it reaches no memory."""
+        try:
+            yield from self._bus.take_mastery(self.state.config_addr)
+        except NoDevice as error:
+            self.give_up(str(error))
+            raise
         self.state.ready, self.state.submitted_ns = False, 0
-        yield from self._bus.take_mastery(self.state.config_addr)
 
     def transfer(self, addr: int, n_bytes: int, *, to_ram: bool) -> Step[None]:
         """Have the device copy between `addr`, as it knows it, and its buffer; it is over when nothing is submitted."""
