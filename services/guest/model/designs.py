@@ -96,8 +96,8 @@ class Firmware(Rules):
         yield
 
 
-class Quirk(Rules):
-    """The virtio core asks whether this is a secure VM, and uses the DMA API then."""
+class DmaApi(Rules):
+    """The bit is taken where it is offered, and buffers go by the DMA API."""
 
     has_pool = True
 
@@ -109,7 +109,11 @@ class Quirk(Rules):
         yield
 
 
-class IommuAlways(Quirk):
+class Quirk(DmaApi):
+    """The virtio core asks whether this is a secure VM, and uses the DMA API then."""
+
+
+class IommuAlways(DmaApi):
     """Only devices that demand ACCESS_PLATFORM are driven."""
 
     def choose(self, offered: int) -> int:
@@ -128,13 +132,11 @@ class BypassProperty(IommuAlways):
         return self._bounced(Address.PHYSICAL) if code == HCode.H_SUCCESS else self._by_bit(pci)
 
 
-class NoTranslation(Rules):
+class NoTranslation(DmaApi):
     """The DMA API, for a device that promises not to translate; one without the promise gets addresses as they are."""
 
-    has_pool = True
-
     def choose(self, offered: int) -> int:
-        return NO_TRANSLATION if offered & NO_TRANSLATION else offered & PLATFORM
+        return NO_TRANSLATION if offered & NO_TRANSLATION else super().choose(offered)
 
     def open(self, pci: VirtioPci) -> Step[DmaPath]:
         return self._by_bit(pci) if pci.features & (NO_TRANSLATION | PLATFORM) else DmaPath()
@@ -155,17 +157,13 @@ class IdentityAddress(IommuAlways):
         yield
 
 
-class DmaLimit(Rules):
+class DmaLimit(DmaApi):
     """Addresses that a device cannot reach are bounced, and what it can reach is all below a limit.
 
     The limit must let the pool be reached, wherever it lies; with it goes everything below.
     """
 
-    has_pool = True
     pool_at_top = True
-
-    def choose(self, offered: int) -> int:
-        return offered & PLATFORM
 
     def open(self, pci: VirtioPci) -> Step[DmaPath]:
         path = self._by_bit(pci)
@@ -180,18 +178,14 @@ class DmaLimit(Rules):
         return pool.base + pool.n_slots * SLOT_BYTES
 
 
-class DdwIdentity(Rules):
+class DdwIdentity(DmaApi):
     """All of RAM behind a 64-bit window, and slots of the pool given by their address in it.
 
     A device that cannot address the window gets its rings and buffers mapped one by one, neither shared nor bounced:
     Linux shares and bounces in the direct path alone.
     """
 
-    has_pool = True
     wants_identity = False
-
-    def choose(self, offered: int) -> int:
-        return offered & PLATFORM
 
     def open(self, pci: VirtioPci) -> Step[DmaPath]:
         if not pci.features & PLATFORM:
@@ -202,13 +196,8 @@ class DdwIdentity(Rules):
         yield
 
 
-class RuntimeSwitch(Rules):
+class RuntimeSwitch(DmaApi):
     """The device is found behind the IOMMU once the VM is secure, and driven as it offers itself."""
-
-    has_pool = True
-
-    def choose(self, offered: int) -> int:
-        return offered & PLATFORM
 
     def open(self, pci: VirtioPci) -> Step[DmaPath]:
         return self._by_bit(pci) if pci.features & PLATFORM else DmaPath()
@@ -239,16 +228,11 @@ class GuestPoke(RuntimeSwitch):
         return bool(self._state.options.get("poke_unchecked", False))
 
 
-class ArchHook(Rules):
+class ArchHook(DmaApi):
     """`arch_virtio_wants_dma_ops()`: the DMA API whatever the device offers, and with it the offset of the bus.
 
     The option `dma_offset` is that of the bus; 0 as on pseries.
     """
-
-    has_pool = True
-
-    def choose(self, offered: int) -> int:
-        return offered & PLATFORM
 
     def open(self, pci: VirtioPci) -> Step[DmaPath]:
         offset = int(self._state.options.get("dma_offset", 0))
@@ -258,17 +242,11 @@ class ArchHook(Rules):
         yield
 
 
-class OptionalPlatform(Rules):
+class OptionalPlatform(RuntimeSwitch):
     """The platform says that a secure VM takes the bit; a normal one leaves it."""
 
-    has_pool = True
-
     def choose(self, offered: int) -> int:
-        return offered & PLATFORM if self._secure else 0
-
-    def open(self, pci: VirtioPci) -> Step[DmaPath]:
-        return self._by_bit(pci) if pci.features & PLATFORM else DmaPath()
-        yield
+        return super().choose(offered) if self._secure else 0
 
 
 class RestrictedMemory(OptionalPlatform):
