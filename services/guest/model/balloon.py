@@ -8,7 +8,7 @@ content lost to the guest.
 from __future__ import annotations
 
 from services.guest.model.console import Console
-from services.guest.model.cpu import NoDevice, Step
+from services.guest.model.cpu import Step
 from services.guest.model.pages import PageAllocator, PageUse
 from services.guest.model.state import Balloon
 from services.guest.model.virtio_balloon import MAX_PAGES, BalloonDriver
@@ -32,13 +32,7 @@ class Ballooning:
     def work(self) -> Step[None] | None:
         """The next step towards the target, or None when there is nothing to do or the device has to answer first."""
         step = self._next()
-        return None if step is None else self._guarded(step)
-
-    def _guarded(self, step: Step[None]) -> Step[None]:
-        try:
-            yield from step
-        except NoDevice as error:
-            self._driver.give_up(str(error))
+        return None if step is None else self._driver.guarded(step)
 
     def _next(self) -> Step[None] | None:
         state = self._state

@@ -54,7 +54,7 @@ class DeviceCommands:
         if copier.finished:
             return self._end_edu()
         step = copier.work()
-        return self._parts.guard_extra(copier.device, step) if step is not None else None
+        return copier.device.guarded(step) if step is not None else None
 
     # -- virtio-rng -------------------------------------------------------------------------------------------------
 

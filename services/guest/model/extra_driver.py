@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from services.guest.model.cpu import Clock, Step
+from services.guest.model.cpu import Clock, NoDevice, Step
 from services.guest.model.state import DmaPath, ExtraDevice
 from services.guest.model.virtqueue import ANSWER_LIMIT_NS, QueueError
 
@@ -77,6 +77,13 @@ class ExtraDriver(ABC):
         deadline_ns = self.deadline_ns()
         if deadline_ns is not None and self._clock.now_ns() >= deadline_ns:
             self.give_up(QueueError.NO_ANSWER.value)
+
+    def guarded(self, step: Step[None]) -> Step[None]:
+        """Run a step that uses the device; one that is gone is given up."""
+        try:
+            yield from step
+        except NoDevice as error:
+            self.give_up(str(error))
 
     def give_up(self, reason: str) -> None:
         """No more of this device; its memory stays taken, since it may still write to it."""

@@ -117,7 +117,7 @@ class Kernel:
         for driver in self._parts.extras:
             deadline_ns = driver.deadline_ns()
             if deadline_ns is not None and now_ns >= deadline_ns:
-                return self._parts.guard_extra(driver, driver.overdue())
+                return driver.guarded(driver.overdue())
         return None
 
     def _extra_step(self) -> Step[None] | None:
@@ -130,7 +130,7 @@ class Kernel:
             step = driver.work()
             if step is not None:
                 state.extra_served = True
-                return self._parts.guard_extra(driver, step)
+                return driver.guarded(step)
         return None
 
     def _poll(self, now_ns: int) -> Step[None] | None:
@@ -144,7 +144,7 @@ class Kernel:
         for driver in self._parts.extras:
             step = driver.rest()
             if step is not None:
-                return self._parts.guard_extra(driver, step)
+                return driver.guarded(step)
         return None
 
     def _look_again(self) -> Step[None]:
@@ -179,7 +179,7 @@ class Kernel:
         if source == self.state.blk.pci.irq:
             yield from self._parts.guarded(self._parts.collect())
         elif extra is not None:
-            yield from self._parts.guard_extra(extra, extra.interrupted())
+            yield from extra.guarded(extra.interrupted())
         elif source == self.state.machine.console_irq:
             self.state.console.check = True
 

@@ -178,13 +178,6 @@ class Parts:
             self.console.say(f"pefbox: {driver.name}: {error}")
         return True
 
-    def guard_extra(self, driver: ExtraDriver, step: Step[None]) -> Step[None]:
-        """Run a step of a driver beside the disk; a device that is gone is given up."""
-        try:
-            yield from step
-        except NoDevice as error:
-            driver.give_up(str(error))
-
     def _no_disk(self, reason: str) -> None:
         self.state.blk.ready = False
         self.state.blk.error = reason
