@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from protocol.errors import UserError
+
 
 @click.command("compare")
 @click.option("--designs", default="", help="Only these, with commas between; all when left out.")
@@ -39,7 +41,6 @@ def compare(
 
     from deploy.compare.claims import Borne
     from deploy.compare.costs import read_costs
-    from deploy.compare.measure import check_kinds, parse_names
     from deploy.compare.plan import Trial, Workload, plan
     from deploy.compare.report import as_table, claim_lines, write_report
     from deploy.compare.run import run_comparison
@@ -68,3 +69,19 @@ def compare(
     for file in files:
         click.echo(f"written: {file}", err=True)
     raise SystemExit(1 if any(claim.verdict is Borne.NOT for claim in report.claims) else 0)
+
+
+def check_kinds(normal: bool, secure: bool) -> tuple[bool, ...]:
+    """The kinds of VM that a user asked for; both when nothing was said."""
+    kinds = tuple(kind for kind, asked in ((False, normal), (True, secure)) if asked)
+    return kinds or (False, True)
+
+
+def parse_names(names: str, allowed: type, what: str) -> tuple[str, ...]:
+    """The names of a list with commas; raises UserError for one that does not exist."""
+    chosen = tuple(name.strip() for name in names.split(",") if name.strip())
+    known = [str(value) for value in allowed]  # type: ignore[attr-defined]
+    for name in chosen:
+        if name not in known:
+            raise UserError(f'no {what} "{name}"; there is: {", ".join(known)}')
+    return chosen

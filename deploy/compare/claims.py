@@ -11,6 +11,7 @@ from enum import StrEnum
 import msgspec
 
 from deploy.compare.costs import Work
+from deploy.compare.plan import BASELINE
 from deploy.compare.results import Comparison, DesignResult, KindResult, Works
 from shared.dma_designs import DmaDesign
 
@@ -54,10 +55,6 @@ def _find(comparison: Comparison, design: DmaDesign) -> DesignResult | None:
     return next((row for row in comparison.designs if row.design == design), None)
 
 
-def _exits(work: Work) -> float:
-    return work.hypercalls + work.ultracalls
-
-
 def _works(result: KindResult) -> dict[str, Work]:
     return {workload: measured.work for workload, measured in result.workloads.items() if measured.work is not None}
 
@@ -65,7 +62,7 @@ def _works(result: KindResult) -> dict[str, Work]:
 def _compare(ours: KindResult, theirs: KindResult) -> list[tuple[str, float, float]]:
     """(workload, our exits a request, theirs) of the workloads that both have."""
     mine, other = _works(ours), _works(theirs)
-    return [(name, _exits(work), _exits(other[name])) for name, work in mine.items() if name in other]
+    return [(name, work.all_calls, other[name].all_calls) for name, work in mine.items() if name in other]
 
 
 def _say(rows: list[tuple[str, float, float]], mine: str, other: str) -> str:
@@ -83,10 +80,10 @@ def _quirk_is_fastest(comparison: Comparison) -> tuple[bool, str] | None:
     slower, figures = True, []
     for name, work in _works(quirk.secure).items():
         others = {row.design: _works(row.secure)[name] for row in rivals if name in _works(row.secure)}
-        least = min(_exits(other) + other.device_lookups for other in others.values())
-        slower = slower and _exits(work) + work.device_lookups <= least
+        least = min(other.all_calls + other.device_lookups for other in others.values())
+        slower = slower and work.all_calls + work.device_lookups <= least
         figures.append(
-            f"{name}: {_exits(work):.2f} calls and {work.device_lookups:.2f} lookups a request, the others at least "
+            f"{name}: {work.all_calls:.2f} calls and {work.device_lookups:.2f} lookups a request, the others at least "
             f"{least:.2f} in all"
         )
     return slower, "; ".join(figures)
@@ -105,7 +102,7 @@ def _quirk_is_contained(comparison: Comparison) -> tuple[bool, str] | None:
 
 def _iommu_is_slower(comparison: Comparison) -> tuple[bool, str] | None:
     iommu, quirk = _find(comparison, DmaDesign.IOMMU_ALWAYS), _find(comparison, DmaDesign.QUIRK)
-    base = _find(comparison, DmaDesign.NOTHING)
+    base = _find(comparison, BASELINE)
     if iommu is None or quirk is None or base is None:
         return None
     normal, secure = _compare(iommu.normal, base.normal), _compare(iommu.secure, quirk.secure)
@@ -125,7 +122,7 @@ def _iommu_refuses_old(comparison: Comparison) -> tuple[bool, str] | None:
 
 
 def _bypass_recovers(comparison: Comparison) -> tuple[bool, str] | None:
-    bypass, base = _find(comparison, DmaDesign.BYPASS_PROPERTY), _find(comparison, DmaDesign.NOTHING)
+    bypass, base = _find(comparison, DmaDesign.BYPASS_PROPERTY), _find(comparison, BASELINE)
     quirk = _find(comparison, DmaDesign.QUIRK)
     if bypass is None or base is None or quirk is None:
         return None
@@ -146,7 +143,7 @@ def _unpatched_keep_cost(comparison: Comparison) -> tuple[bool, str] | None:
 
 
 def _ddw_is_no_bypass(comparison: Comparison) -> tuple[bool, str] | None:
-    ddw, base = _find(comparison, DmaDesign.DDW_IDENTITY), _find(comparison, DmaDesign.NOTHING)
+    ddw, base = _find(comparison, DmaDesign.DDW_IDENTITY), _find(comparison, BASELINE)
     if ddw is None or base is None:
         return None
     works, bypass = _works(ddw.normal), _works(base.normal)

@@ -47,19 +47,28 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     bounced_bytes: float
     device_lookups: float
 
+    @property
+    def all_calls(self) -> float:
+        """Every way out of the VM."""
+        return self.hypercalls + self.ultracalls
+
+
+def tce_calls(calls: dict[str, int]) -> int:
+    """The calls among `calls` that change a table of the IOMMU."""
+    return sum(n for name, n in calls.items() if name.endswith(("_TCE", "_TCE_INDIRECT")))
+
 
 def work_of(calls: dict[str, int], bounced_bytes: int, device_lookups: int, *, requests: int, secure: bool) -> Work:
     """The counts of a run, by request."""
     ultracalls = sum(n for name, n in calls.items() if name in _ULTRACALLS)
     hypercalls = sum(calls.values()) - ultracalls
     user_exits = sum(n for name, n in calls.items() if name in USER_EXITS)
-    tce_calls = sum(n for name, n in calls.items() if name.endswith("_TCE") or name.endswith("_TCE_INDIRECT"))
     return Work(
         hypercalls=hypercalls / requests,
         user_exits=user_exits / requests,
         ultracalls=ultracalls / requests,
         world_switches=2 * hypercalls / requests if secure else 0.0,
-        tce_calls=tce_calls / requests,
+        tce_calls=tce_calls(calls) / requests,
         bounced_bytes=bounced_bytes / requests,
         device_lookups=device_lookups / requests,
     )

@@ -13,7 +13,6 @@ import trio
 
 from deploy.api import RunningCluster, Vm, cluster
 from deploy.compare.plan import (
-    MAX_REQUESTS,
     REQUESTS,
     ROUND_NS,
     TIMED_ROUNDS,
@@ -23,7 +22,8 @@ from deploy.compare.plan import (
     Workload,
 )
 from deploy.compare.vm_files import BYPASS_VM, DISK, HOST, VM, TrialFiles, write_trial
-from protocol.errors import PefboxError, UserError
+from protocol.errors import PefboxError
+from services.guest.model.run_tally import MAX_REQUESTS
 
 BOOT_SECONDS = 30.0
 COMMAND_SECONDS = 60.0
@@ -219,19 +219,3 @@ def _faults(log: str) -> list[str]:
     """Why devices gave up their drivers, as qemu's log says it."""
     entries = [json.loads(line) for line in log.splitlines() if _FAULT in line]
     return [str(entry["reason"]) for entry in entries if entry.get("event") == _FAULT]
-
-
-def check_kinds(normal: bool, secure: bool) -> tuple[bool, ...]:
-    """The kinds of VM that a user asked for; both when nothing was said."""
-    kinds = tuple(kind for kind, asked in ((False, normal), (True, secure)) if asked)
-    return kinds or (False, True)
-
-
-def parse_names(names: str, allowed: type, what: str) -> tuple[str, ...]:
-    """The names of a list with commas; raises UserError for one that does not exist."""
-    chosen = tuple(name.strip() for name in names.split(",") if name.strip())
-    known = [str(value) for value in allowed]  # type: ignore[attr-defined]
-    for name in chosen:
-        if name not in known:
-            raise UserError(f'no {what} "{name}"; there is: {", ".join(known)}')
-    return chosen

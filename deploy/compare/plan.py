@@ -47,10 +47,9 @@ REQUESTS: dict[Workload, Requests] = {
         f"blast {PEER_MAC} {{count}} 1400 8", 256, "echo requests of 1400 bytes to another VM, 8 at a time"
     ),
 }
-MAX_REQUESTS = 1 << 16
-"""As the guest's `io` command has it."""
 ROUND_NS = 300_000_000
-"""A timed round is not shorter, where MAX_REQUESTS allow: what else the machine does is then a part of every round."""
+"""A timed round is not shorter, where a command takes so many requests: what else the machine does is then a part of
+every round."""
 TIMED_ROUNDS = 5
 """How often each timed run is repeated; the median and the spread of these are reported."""
 
@@ -93,7 +92,7 @@ class Trial:
 
 
 BASELINE = DmaDesign.NOTHING
-"""Its normal VM is the bypass that everything is relative to."""
+"""Its normal VM goes past the IOMMU: the counts of others are held against its counts."""
 
 
 def trials_of(design: DmaDesign, kinds: tuple[bool, ...], workloads: tuple[Workload, ...]) -> list[Trial]:

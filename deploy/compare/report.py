@@ -9,6 +9,7 @@ import msgspec
 from rich.table import Table
 
 from deploy.compare.claims import Borne, ClaimResult
+from deploy.compare.costs import tce_calls
 from deploy.compare.plan import REQUESTS, TIMED_ROUNDS, Workload
 from deploy.compare.results import Comparison, DesignResult, KindResult, Verdict, Works
 from deploy.compare.vm_files import MEMORY_BYTES
@@ -70,7 +71,7 @@ def as_html(report: Report, about: str = "") -> str:
         kinds_of=kinds_of,
         spread=_spread,
         percent=_percent,
-        tce_calls=_tce_calls,
+        tce_calls=tce_calls,
         bars_of=lambda workload: bars_of(comparison, workload),
         scale_of=lambda workload: scale_of(comparison, workload),
     )
@@ -148,10 +149,6 @@ def _percent(values: tuple[float, float, float] | None) -> str:
     return f"{median:.0f}% ({low:.0f} to {high:.0f})"
 
 
-def _tce_calls(calls: dict[str, int]) -> int:
-    return sum(n for name, n in calls.items() if "_TCE" in name)
-
-
 def _mark(verdict: Verdict) -> str:
     return _MARKS[verdict.works]
 
@@ -160,7 +157,7 @@ def _calls(kind: KindResult, workload: str) -> str:
     measured = kind.workloads.get(workload)
     if measured is None or measured.work is None:
         return ""
-    return f"{measured.work.hypercalls + measured.work.ultracalls:.2f}"
+    return f"{measured.work.all_calls:.2f}"
 
 
 def _share(kind: KindResult, workload: str) -> str:

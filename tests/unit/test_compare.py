@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.cli_compare import compare
+from deploy.cli_compare import check_kinds, compare, parse_names
 from deploy.cluster_file import parse_cluster
 from deploy.compare.claims import CLAIMS, Borne, judge
 from deploy.compare.costs import Costs, estimate_ns, read_costs, work_of
-from deploy.compare.measure import Outcome, Round, check_kinds, parse_names
+from deploy.compare.measure import Outcome, Round
 from deploy.compare.plan import BASELINE, REQUESTS, Purpose, Trial, Workload, plan
 from deploy.compare.report import Report, as_html, as_table, bars_of, claim_lines, write_report
 from deploy.compare.results import Comparison, DesignResult, KindResult, Verdict, Works, compile_results
