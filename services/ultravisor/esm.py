@@ -25,7 +25,7 @@ from protocol.codes import HCode
 from protocol.declare import Call
 from protocol.errors import CallTimeout, HostFault, ImageRefused, PefboxError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
-from protocol.hcalls import H_PAGE_IN_NONSHARED, H_PAGE_IN_SHARED, H_SVM_INIT_DONE, H_SVM_INIT_START, H_SVM_PAGE_IN
+from protocol.hcalls import H_PAGE_IN_NONSHARED, H_PAGE_IN_SHARED, H_SVM_INIT_DONE, H_SVM_INIT_START
 from protocol.messages import SVM_START, StartBody
 from services.ultravisor.boot_layout import (
     MAX_FDT_BYTES,
@@ -38,9 +38,10 @@ from services.ultravisor.boot_layout import (
 from services.ultravisor.esm_files import EsmFiles
 from services.ultravisor.hypervisor import Hypervisor
 from services.ultravisor.measure import OpenedBlob, check_image, open_blob
+from services.ultravisor.page_requests import ask_page_in, for_each_page
 from services.ultravisor.page_state import PageEvent
 from services.ultravisor.partition import Partition
-from services.ultravisor.sharing import SvmBroken, for_each
+from services.ultravisor.sharing import SvmBroken
 from services.ultravisor.svm import Svm, SvmPhase
 from shared.esm_digest import SecureImage
 from shared.fdt_reader import FdtTree, fdt_total_bytes, read_fdt
@@ -51,7 +52,6 @@ BOUNCE_PAGES = 5
 """One page for RTAS argument blocks and four for buffers."""
 
 _FDT_HEADER_BYTES = 40
-_OPEN_PAGE_INS = 32
 _START_SECONDS = 5.0
 
 
@@ -134,11 +134,11 @@ class EsmSwitch:
         refused: list[int] = []
 
         async def take_page(gfn: int) -> None:
-            result = await self._ask(H_SVM_PAGE_IN, [gpa_of(gfn), H_PAGE_IN_NONSHARED, PAGE_SHIFT])
-            if result[0] != HCode.H_SUCCESS or gfn not in self._svm.taken_in:
+            code = await self._ask_page_in(gfn, H_PAGE_IN_NONSHARED)
+            if code != HCode.H_SUCCESS or gfn not in self._svm.taken_in:
                 refused.append(gfn)
 
-        await for_each(gfns, take_page, _OPEN_PAGE_INS)
+        await for_each_page(gfns, take_page)
         if refused:
             raise ImageRefused(f"hypervisor: did not give {len(refused)} pages, gfn {refused[0]:#x} first")
 
@@ -191,8 +191,7 @@ class EsmSwitch:
                 raise ImageRefused(f"RTAS area: {fault}") from None
 
     async def _ask_shared(self, gfn: int, what: str) -> None:
-        result = await self._ask(H_SVM_PAGE_IN, [gpa_of(gfn), H_PAGE_IN_SHARED, PAGE_SHIFT])
-        self._expect(result[0], f"H_SVM_PAGE_IN of {what}")
+        self._expect(await self._ask_page_in(gfn, H_PAGE_IN_SHARED), f"H_SVM_PAGE_IN of {what}")
 
     def _edit_tree(self, tree: FdtTree, layout: BootLayout, parts: list[Extent], bounce: list[int]) -> bytes:
         tree.reservations.append((gpa_of(bounce[0]), len(bounce) * PAGE_BYTES))
@@ -244,6 +243,12 @@ class EsmSwitch:
 
     def _bytes(self, extent: Extent) -> memoryview:
         return self._svm.memory.buffer[extent.gpa : extent.end]
+
+    async def _ask_page_in(self, gfn: int, flags: int) -> int:
+        try:
+            return await ask_page_in(self._hypervisor, self._partition.lpid, gfn, flags, self._cause)
+        except CallTimeout as timeout:
+            raise ImageRefused(f"hypervisor: {timeout}") from None
 
     async def _ask(self, call: Call, args: list[int]) -> list[int]:
         try:

@@ -9,26 +9,22 @@ that already is in the asked state keeps its content (the document and the real 
 
 from __future__ import annotations
 
-import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import trio
 
 from protocol.codes import HCode, UCode
 from protocol.errors import CallTimeout, HostFault, PefboxError
-from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
-from protocol.hcalls import H_PAGE_IN_NONSHARED, H_PAGE_IN_SHARED, H_SVM_PAGE_IN
+from protocol.geometry import PAGE_BYTES
+from protocol.hcalls import H_PAGE_IN_NONSHARED, H_PAGE_IN_SHARED
 from services.ultravisor.hypervisor import Hypervisor
+from services.ultravisor.page_requests import always, ask_page_in, for_each_page
 from services.ultravisor.page_state import TRANSIENT, GfnState, PageEvent
 from services.ultravisor.partition import Partition
 from services.ultravisor.svm import Svm
 
-MAX_OPEN_PAGE_INS = 32
 MAX_REFUSALS = 3
 _PAGES_AT_ONCE = 64
-_BUSY_TRIES = 150
-_BUSY_SECONDS = 0.002
-"""About. kvm meets our transient page and tries again too: the same pause on both sides could keep them in step."""
 
 _SMALL_PAGES = PAGE_BYTES >> 12
 """Pages of 4 KiB in one of ours."""
@@ -247,15 +243,11 @@ async def _page_in_all(partition: Partition, hypervisor: Hypervisor, gfns: list[
     async def one(page: int) -> None:
         codes.add(await _page_in_one(partition, hypervisor, page, flags, cause))
 
-    await for_each(gfns, one, MAX_OPEN_PAGE_INS)
+    await for_each_page(gfns, one)
     refusals = codes - {HCode.H_SUCCESS, HCode.H_BUSY}
     if refusals:
         return min(refusals)
     return HCode.H_BUSY if HCode.H_BUSY in codes else HCode.H_SUCCESS
-
-
-def _always() -> bool:
-    return True
 
 
 async def _page_in_one(
@@ -264,41 +256,9 @@ async def _page_in_one(
     gfn: int,
     flags: int,
     cause: int,
-    still_wanted: Callable[[], bool] = _always,
+    still_wanted: Callable[[], bool] = always,
 ) -> int:
-    """H_SVM_PAGE_IN, again while kvm is busy with the page and `still_wanted`.
-
-    Where no transient state holds the page, somebody else's call may change it meanwhile: asked again for a secure
-    page that is shared by then, kvm would drop the shared frame.
-    """
-    args = [gpa_of(gfn), flags, PAGE_SHIFT]
-    for _ in range(_BUSY_TRIES):
-        if not still_wanted():
-            return HCode.H_BUSY
-        try:
-            result = await hypervisor.ask(partition.lpid, H_SVM_PAGE_IN, args, cause)
-        except CallTimeout as timeout:
-            raise SvmBroken(f"hypervisor-silent: {timeout}") from None
-        if result[0] != HCode.H_BUSY:
-            return result[0]
-        await trio.sleep(_BUSY_SECONDS * random.uniform(0.5, 1.5))
-    return HCode.H_BUSY
-
-
-async def for_each(items: list[int], work: Callable[[int], Awaitable[None]], at_once: int) -> None:
-    """Run `work` for every item, at most `at_once` of them open; the first PefboxError ends them all and is raised."""
-    queue = iter(items)
-
-    async def worker() -> None:
-        for item in queue:
-            await work(item)
-
-    if len(items) == 1:
-        await work(items[0])
-        return
     try:
-        async with trio.open_nursery() as nursery:
-            for _ in range(min(at_once, len(items))):
-                nursery.start_soon(worker)
-    except* PefboxError as group:
-        raise group.exceptions[0] from None
+        return await ask_page_in(hypervisor, partition.lpid, gfn, flags, cause, still_wanted)
+    except CallTimeout as timeout:
+        raise SvmBroken(f"hypervisor-silent: {timeout}") from None

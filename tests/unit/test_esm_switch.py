@@ -133,6 +133,26 @@ async def test_a_hypervisor_that_does_not_share_the_rtas_area_gets_no_secure_vm(
     await expect_refusal(rig, image, "hypervisor: H_SVM_PAGE_IN of the RTAS area returned H_PARAMETER")
 
 
+@pytest.mark.parametrize("flags", [h.H_PAGE_IN_SHARED, h.H_PAGE_IN_NONSHARED])
+async def test_a_page_that_the_host_just_touches_does_not_refuse_the_switch(
+    rig: UltravisorRig, image: PlayedImage, flags: int
+) -> None:
+    rig.load(image)
+    obey = rig.kvm.obey(h.H_SVM_PAGE_IN.number)
+    touched: set[int] = set()
+
+    async def busy_once(args: Registers) -> Registers | None:
+        if args[1] == flags and args[0] not in touched:
+            touched.add(args[0])
+            return [HCode.H_BUSY]
+        return await obey(args)
+
+    rig.kvm.lies[h.H_SVM_PAGE_IN.number] = busy_once
+
+    assert await rig.esm(image) == UCode.U_SUCCESS
+    assert len(touched) > 1
+
+
 async def test_the_bounce_pages_are_zero_shared_implicitly_and_reserved_in_the_tree(
     rig: UltravisorRig, image: PlayedImage
 ) -> None:
