@@ -7,7 +7,7 @@
         await c.process("alpha/kvm").kill()
 
 The launcher runs in a process of its own, as with `pefbox up --detach`, so that nothing of the caller's program can
-hold up its heartbeat. Everything here runs under trio.
+hold up its heartbeat. It ends with the program, however that ends. Everything here runs under trio.
 """
 
 from __future__ import annotations
@@ -279,6 +279,7 @@ async def cluster(
     does not come up.
     """
     own_state = Path(tempfile.mkdtemp(prefix="pefbox-state-")) if state_dir is None else None
+    owner_fd, held_fd = os.pipe()
     start = DetachedStart(
         cluster_file=Path(cluster_file),
         name=name or f"api-{secrets.token_hex(3)}",
@@ -286,6 +287,7 @@ async def cluster(
         record=record,
         debug=debug,
         service_module=service_module,
+        owner_fd=owner_fd,
     )
     try:
         started, launcher = await trio.to_thread.run_sync(functools.partial(start_detached, start))
@@ -297,6 +299,8 @@ async def cluster(
             with trio.CancelScope(shield=True):
                 await running.down()
     finally:
+        os.close(owner_fd)
+        os.close(held_fd)
         if own_state is not None:
             shutil.rmtree(own_state, ignore_errors=True)
 

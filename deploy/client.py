@@ -119,6 +119,8 @@ class DetachedStart:
     record: bool = False
     debug: bool = False
     service_module: str | None = None
+    owner_fd: int | None = None
+    """The read end of a pipe whose other end an owner holds; the cluster ends with it."""
 
     def command(self, ready_fd: int) -> list[str]:
         """The command line of the launcher."""
@@ -129,6 +131,7 @@ class DetachedStart:
         command += ["--record"] if self.record else []
         command += ["--debug"] if self.debug else []
         command += ["--service-module", self.service_module] if self.service_module is not None else []
+        command += ["--owner-fd", str(self.owner_fd)] if self.owner_fd is not None else []
         return command
 
 
@@ -149,7 +152,7 @@ def start_detached(start: DetachedStart) -> tuple[str, subprocess.Popen[bytes]]:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
-                pass_fds=(writing,),
+                pass_fds=(writing, *((start.owner_fd,) if start.owner_fd is not None else ())),
                 start_new_session=True,
                 cwd="/",
                 env=child_environment(os.environ),

@@ -38,6 +38,8 @@ class LaunchRequest:
     name: str | None
     state_dir: Path | None
     options: LaunchOptions
+    owner_fd: int | None = None
+    """A pipe that becomes readable when whoever owns the cluster is gone; None: it belongs to nobody's life."""
 
 
 def prepare(request: LaunchRequest) -> tuple[ClusterRun, list[Lock]]:
@@ -72,19 +74,21 @@ def launch(request: LaunchRequest, on_healthy: Callable[[ClusterRun], None], on_
     run.on_event = on_event
     _protect_secrets(request.options.debug)
     try:
-        failure = trio.run(_live, run, on_healthy)
+        failure = trio.run(_live, run, on_healthy, request.owner_fd)
     finally:
         remove_everything(run, locks)
     if failure is not None:
         raise failure
 
 
-async def _live(run: ClusterRun, on_healthy: Callable[[ClusterRun], None]) -> PefboxError | None:
+async def _live(run: ClusterRun, on_healthy: Callable[[ClusterRun], None], owner_fd: int | None) -> PefboxError | None:
     failure: list[PefboxError] = []
     async with trio.open_nursery() as nursery:
         run.nursery = nursery
         await nursery.start(watch_signals, run)
         await nursery.start(_watch_orders_to_end, run)
+        if owner_fd is not None:
+            nursery.start_soon(_end_with_owner, run, owner_fd)
         await nursery.start(OperatorSocket(run).serve)
         nursery.start_soon(heartbeat, run)
         nursery.start_soon(_start, run, on_healthy, failure)
@@ -115,6 +119,13 @@ async def _watch_orders_to_end(run: ClusterRun, task_status: trio.TaskStatus[Non
         task_status.started()
         async for _ in signals:
             run.stop_requested.set()
+
+
+async def _end_with_owner(run: ClusterRun, owner_fd: int) -> None:
+    await trio.lowlevel.wait_readable(owner_fd)
+    if not run.stopping:
+        run.log.warning("the program that started this cluster is gone")
+    run.stop_requested.set()
 
 
 def _make_files(cluster: Cluster, state_dir: Path) -> None:

@@ -28,7 +28,7 @@ def main() -> int:
     """Launch; the exit status is 0 when the cluster came up and was stopped in good order."""
     arguments = _arguments()
     options = LaunchOptions(record=arguments.record, debug=arguments.debug, service_module=arguments.service_module)
-    request = LaunchRequest(arguments.cluster_file, arguments.name, arguments.state, options)
+    request = LaunchRequest(arguments.cluster_file, arguments.name, arguments.state, options, arguments.owner_fd)
 
     def say(outcome: Outcome) -> None:
         try:
@@ -53,6 +53,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="deploy.launcher_main", description="The launcher of a pefbox cluster.")
     parser.add_argument("cluster_file", type=Path)
     parser.add_argument("--ready-fd", type=int, required=True, help="inherited pipe for the outcome of the start")
+    parser.add_argument("--owner-fd", type=int, help="inherited pipe; the cluster stops when its other end is closed")
     parser.add_argument("--name", help="name of the cluster; default: as in the file")
     parser.add_argument("--state", type=Path, help="state directory")
     parser.add_argument("--record", action="store_true", help="record every frame of every link")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ import trio
 
 from deploy.api import RunningCluster, processes_of
 from deploy.memory_segments import SHM_DIR
+from deploy.run_dirs import runtime_root
 from protocol.errors import UserError
+from tests.cluster.conftest import MINIMAL
 from tests.cluster.two_hosts import (
     children_of,
     cluster_text,
@@ -27,7 +30,22 @@ from tests.cluster.two_hosts import (
 
 CHECKOUT = Path(__file__).parents[2]
 DEATH_SECONDS = 2.0
+OWNER_GONE_SECONDS = 10.0
 ONE_HOST = cluster_text({"alpha": "vm1"})
+OWNED = "owned"
+OWNER = f"""
+import sys
+from pathlib import Path
+import trio
+from deploy.api import cluster
+
+async def main():
+    async with cluster(sys.argv[1], name="{OWNED}", state_dir=Path(sys.argv[2])) as running:
+        print(running.launcher_pid, flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
 
 
 @dataclass(frozen=True)
@@ -116,6 +134,28 @@ async def test_down_ends_stopped_and_half_dead_clusters(tmp_path: Path) -> None:
         assert await running.down() == 0
 
         assert traces.left == []
+
+
+async def test_a_program_that_is_killed_leaves_no_cluster_of_its_own(tmp_path: Path) -> None:
+    """The owner of a cluster gets no chance to stop it; its launcher sees that by itself."""
+    owner = await trio.lowlevel.open_process(
+        [sys.executable, "-c", OWNER, str(MINIMAL), str(tmp_path / "own-state")], cwd=CHECKOUT, stdout=subprocess.PIPE
+    )
+    assert owner.stdout is not None
+    async with owner.stdout:
+        launcher = int(await owner.stdout.receive_some())
+    run_dir = runtime_root() / OWNED
+    processes = frozenset({launcher, *children_of(launcher)})
+    traces = Traces(processes, segments_of(OWNED), sockets_below(run_dir), run_dir)
+    assert len(processes) > 1
+    assert traces.segments
+
+    owner.kill()
+    await owner.wait()
+
+    await until(lambda: not traces.left, "nothing is left", OWNER_GONE_SECONDS)
+    log = (tmp_path / "own-state" / "log" / "launcher.log").read_text()
+    assert "the program that started this cluster is gone" in log
 
 
 async def test_killed_launcher_takes_all_with_it_and_clean_removes_the_rest(tmp_path: Path) -> None:
