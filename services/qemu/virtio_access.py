@@ -38,7 +38,7 @@ class DeviceMemory:
 
 
 class AccessState(msgspec.Struct):
-    """What outlives a reset of the device, and ends with a reset of the machine."""
+    """Where the device is put. `bypassed` ends with a reset of the device, `behind_iommu` with one of the machine."""
 
     behind_iommu: bool = False
     bypassed: bool = False
@@ -104,6 +104,10 @@ class MemoryAccess:
             return False
         self.state.bypassed = on
         return True
+
+    def device_reset(self) -> None:
+        """The driver is done with the device; the next may be of a kernel that knows nothing of the bypass."""
+        self.state.bypassed = False
 
     def power_on(self) -> None:
         """The machine was reset."""

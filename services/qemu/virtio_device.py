@@ -408,6 +408,7 @@ class VirtioDevice(ABC):
             finished.clear()
         self.state = VirtioState([queue.state for queue in self.queues])
         self._resetting = False
+        self.access.device_reset()
         self.was_reset()
         if self.transport is not None:
             self.transport.device_reset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 import trio
@@ -175,9 +175,14 @@ class Rig:
     async def bypass(self, enable: int, *, buid: int = BUID, config_addr: int = CONFIG_ADDR) -> HCode:
         return await self.board.hcalls.call(H_SET_DMA_BYPASS.number, [buid, config_addr, enable])
 
-    async def start(self, features: int, offset: int = 0) -> bool:
-        """Whether the device serves a driver that accepts VERSION_1 and `features`."""
+    async def start(self, features: int, offset: int = 0, bypass: Sequence[int] = ()) -> bool:
+        """Whether the device serves a driver that accepts VERSION_1 and `features`.
+
+        H_SET_DMA_BYPASS is called for each of `bypass` before DRIVER_OK.
+        """
         served = await self.driver.negotiate(1 << Feature.VERSION_1 | features)
+        for enable in bypass:
+            assert await self.bypass(enable) == HCode.H_SUCCESS
         if served:
             self.ring.avail_idx = 0
             self.ram.bytes[RING:HEADER] = bytes(HEADER - RING)
@@ -227,7 +232,7 @@ def map_ram(rig: Rig, base: int) -> None:
         table.store((base + gpa) // table.page_bytes, tce(gpa, BOTH))
 
 
-async def test_the_bypass_takes_a_device_out_of_the_iommu_and_puts_it_back(make_rig: MakeRig) -> None:
+async def test_the_bypass_takes_a_device_out_of_the_iommu_until_it_is_reset(make_rig: MakeRig) -> None:
     rig = await make_rig(BYPASS_OFFER)
     map_ram(rig, 0x10_0000)
     assert await rig.start(PLATFORM, offset=0x10_0000)
@@ -235,20 +240,25 @@ async def test_the_bypass_takes_a_device_out_of_the_iommu_and_puts_it_back(make_
     assert await rig.bypass(1) == HCode.H_IN_USE
 
     await rig.driver.store(CommonCfg.DEVICE_STATUS, 0)
-    assert await rig.bypass(1) == HCode.H_SUCCESS
-    assert await rig.start(PLATFORM)
+    assert await rig.start(PLATFORM, bypass=(1,))
     assert await rig.read()
     assert rig.board.n_iommu_lookups
 
     await rig.driver.store(CommonCfg.DEVICE_STATUS, 0)
-    assert await rig.bypass(0) == HCode.H_SUCCESS
     assert await rig.start(PLATFORM, offset=0x10_0000)
+    assert await rig.read(0x10_0000)
+
+
+async def test_the_bypass_is_taken_back_by_the_call_that_switched_it_on(make_rig: MakeRig) -> None:
+    rig = await make_rig(BYPASS_OFFER)
+    map_ram(rig, 0x10_0000)
+    assert await rig.start(PLATFORM, offset=0x10_0000, bypass=(1, 0))
     assert await rig.read(0x10_0000)
 
 
 async def test_the_bypass_ends_with_a_reset_of_the_machine(make_rig: MakeRig) -> None:
     rig = await make_rig(BYPASS_OFFER)
-    assert await rig.bypass(1) == HCode.H_SUCCESS
+    assert await rig.start(PLATFORM, bypass=(1,))
     await rig.board.reset()
     rig.board.bridge.assign_bars()
     assert await rig.start(PLATFORM)
@@ -345,9 +355,8 @@ async def test_a_promise_broken_later_is_not_looked_at_again(make_rig: MakeRig) 
 
 async def test_where_a_device_is_is_saved_and_loaded(make_rig: MakeRig) -> None:
     rig, other = await make_rig(BYPASS_OFFER), await make_rig(BYPASS_OFFER)
-    assert await rig.bypass(1) == HCode.H_SUCCESS
+    assert await rig.start(PLATFORM, bypass=(1,))
     other.board.load(rig.board.save())
-    assert await other.start(PLATFORM)
     assert await other.read()
 
 
