@@ -18,10 +18,12 @@ from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from protocol.messages import Access
 from services.guest.address_space import AddressSpace
 from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
+from services.guest.model.cpu import Cpu
 from services.guest.model.engine import ModelEngine
 from services.guest.model.image import Option, build_image
 from services.guest.model.region_writer import region_pattern
 from services.guest.model.state import MAX_STATE_BYTES, STATE_VERSION, KernelState, decode_state
+from services.guest.model.swiotlb import SEGMENT_BYTES, SLOT_BYTES, Direction, Swiotlb
 from services.guest.model.virtqueue import QueueError
 from shared.boot_partition import build_boot_partition, write_disk
 from shared.fdt_reader import FdtNode, FdtTree, read_fdt
@@ -565,6 +567,36 @@ def test_a_hostile_device_ends_its_queue_in_a_named_error_within_two_seconds(lie
     assert answer == f"error queue 0: {error.value}"
     assert world.clock.now - begin_ns < 2_100_000_000
     assert world.ask("write") == "error no disk"
+
+
+def fill_pool(world: World) -> None:
+    """Take every slot of the swiotlb pool, as a device does that gives none back."""
+    state = decoded_at_safe_point(world)
+    pool = Swiotlb(Cpu(world.memory, world.clock, state.machine, state.calls), state.pool)
+    for n_bytes in (SEGMENT_BYTES, SLOT_BYTES):
+        while pool.map(0x1F0_0000, n_bytes, Direction.FROM_DEVICE) is not None:
+            pass
+
+
+@pytest.mark.parametrize("command", ["hash", "write", "id", "io read 4096 1 1", "io randread 4096 8 100"])
+def test_a_pool_that_stays_full_ends_the_request_and_not_the_kernel(command: str) -> None:
+    world = World(make_disk("prompt"))
+    world.wait_for("ready")
+    fill_pool(world)
+    assert world.ask(command) == "error no room in the DMA pool"
+    assert world.ask("pages").startswith("ok free=")
+
+
+def test_a_pool_that_stays_full_ends_the_disk_workload_and_not_the_kernel() -> None:
+    world = World(make_disk("disk"))
+
+    def idle() -> bool:
+        return world.engine.at_safe_point and (load := decoded(world).disk_load).started and not load.busy
+
+    world.run(idle, slice_ns=0)
+    fill_pool(world)
+    world.wait_for("pefbox: disk workload: no room in the DMA pool")
+    assert not world.crash
 
 
 def decoded(world: World) -> KernelState:

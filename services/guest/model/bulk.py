@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from services.guest.model.cpu import Busy, Step
+from services.guest.model.cpu import Step
 from services.guest.model.state import Bulk, Owner
-from services.guest.model.virtio_blk import BlkDriver, Finished
+from services.guest.model.virtio_blk import BlkDriver, Finished, NoRoom
 from shared.virtio_blk import SECTOR_BYTES, BlkRequest
 
 CHUNK_BYTES = 256 * 1024
@@ -81,7 +81,7 @@ class BulkReader:
             sector = state.first_sector + state.issued * state.chunk_bytes // SECTOR_BYTES
             if not (yield from self._blk.submit(BlkRequest.IN, sector, gpa, n_bytes, Owner.BULK, state.issued)):
                 if not state.in_flight:
-                    raise Busy("the DMA pool")
+                    raise NoRoom(self.fail)
                 break
             state.issued += 1
             state.in_flight += 1

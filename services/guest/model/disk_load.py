@@ -9,7 +9,7 @@ from services.guest.model.cpu import Busy, Cpu, Step
 from services.guest.model.pages import PageAllocator, PageUse, pages_for
 from services.guest.model.random_numbers import next_random
 from services.guest.model.state import DiskLoad, Owner
-from services.guest.model.virtio_blk import BlkDriver, Finished
+from services.guest.model.virtio_blk import BlkDriver, Finished, NoRoom
 from shared.virtio_blk import SECTOR_BYTES, BlkRequest
 
 BLOCK_BYTES = 32 * 1024
@@ -77,7 +77,7 @@ class DiskWorkload:
         kind = BlkRequest.OUT if writes else BlkRequest.IN
         sector = first_sector + block * BLOCK_SECTORS
         if not (yield from self._blk.submit(kind, sector, gpa, BLOCK_BYTES, Owner.DISK, buffer)):
-            raise Busy("the DMA pool")
+            raise Busy("the disk") if state.busy else NoRoom(self.fail)
         if writes:
             state.generation += 1
             self._cpu.store(state.table + 8 * block, (_WRITTEN | zlib.crc32(data)).to_bytes(8, "little"))

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from services.guest.model.cpu import Busy, Cpu, Step
+from services.guest.model.cpu import Cpu, Step
 from services.guest.model.pages import PageAllocator, PageUse, pages_for
 from services.guest.model.random_numbers import next_random
 from services.guest.model.run_tally import RunTally
 from services.guest.model.state import IoRun, Owner, Pool
-from services.guest.model.virtio_blk import BlkDriver, Finished
+from services.guest.model.virtio_blk import BlkDriver, Finished, NoRoom
 from shared.virtio_blk import SECTOR_BYTES, BlkRequest
 
 MAX_DEPTH = 32
@@ -78,7 +78,7 @@ class IoRunner:
             gpa = state.buffers + buffer * state.block_bytes
             if not (yield from self._blk.submit(kind, sector, gpa, state.block_bytes, Owner.IO_RUN, buffer)):
                 if not state.submitted:
-                    raise Busy("the DMA pool")
+                    raise NoRoom(self.fail)
                 break
             state.free.pop()
             state.random = random

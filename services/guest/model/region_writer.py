@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 
-from services.guest.model.cpu import Busy, Cpu, Step
+from services.guest.model.cpu import Cpu, Step
 from services.guest.model.pages import PageAllocator, PageUse
 from services.guest.model.state import Owner, Writer
-from services.guest.model.virtio_blk import BlkDriver, Finished
+from services.guest.model.virtio_blk import BlkDriver, Finished, NoRoom
 from shared.virtio_blk import ID_BYTES, SECTOR_BYTES, BlkRequest
 
 REGION_BYTES = 64 * 1024
@@ -63,7 +63,7 @@ class RegionWriter:
         kind = BlkRequest(state.kind) if state.stage == 1 else BlkRequest.FLUSH
         gpa = state.buffer + BUFFER_OFFSET
         if not (yield from self._blk.submit(kind, state.sector, gpa, state.n_bytes, Owner.WRITER, state.stage)):
-            raise Busy("the DMA pool")
+            raise NoRoom(self.fail)
         state.stage += 1
         yield from self._blk.kick()
 

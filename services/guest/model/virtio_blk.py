@@ -8,6 +8,7 @@ Source: VIRTIO 1.4, section 5.2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -59,6 +60,14 @@ class Look(Enum):
     TAKE = "something has finished"
     AGAIN = "look again soon"
     SLEEP = "an interrupt will tell"
+
+
+class NoRoom(Busy):
+    """A request found no room although none is in flight that could make some; `fail` ends what made it."""
+
+    def __init__(self, fail: Callable[[str], None]) -> None:
+        super().__init__("the DMA pool")
+        self.fail = fail
 
 
 @dataclass(frozen=True, slots=True)
