@@ -24,6 +24,7 @@ from deploy.demo_report import SHARED_ON_PURPOSE, DemoGuest, DemoReport, Say, Vm
 from deploy.run_dirs import default_paths
 from protocol.errors import PefboxError
 from protocol.roles import Role
+from shared.first_error import first_error_nursery
 
 CLUSTER_NAME = "demo"
 
@@ -63,7 +64,7 @@ class _Demo:
     async def work(self, running: RunningCluster) -> dict[str, Written | None]:
         """Until every VM is secure and has done its work; the region that each wrote."""
         written: dict[str, Written | None] = {}
-        async with trio.open_nursery() as nursery:
+        async with first_error_nursery() as nursery:
             for vm in self._spec.vms:
                 nursery.start_soon(self._work_of, running.vm(vm.name), written)
         return written

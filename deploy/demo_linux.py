@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import trio
-
 from deploy.api import RunningCluster, Vm
 from deploy.cluster_file import VmSpec
 from deploy.demo_host import are_ciphertext, press, read_as_host, secure_state
@@ -17,6 +15,7 @@ from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from protocol.roles import Role
 from services.runtime.page_query import MAX_PAGES_A_QUERY
+from shared.first_error import first_error_nursery
 
 PRESSURE_SHARE = 0.3
 _REGION_OFFSET_BYTES = 8 << 20
@@ -51,6 +50,8 @@ class LinuxGuest:
         """As DemoGuest."""
         shell = self._shells[vm.name] = LinuxShell(vm)
         await shell.until_prompt()
+        # A message of the kernel in the middle of an output would spoil it.
+        await shell.run("dmesg -n 1")
         if await shell.run("cat /sys/devices/system/cpu/svm") != "1":
             raise UserError(f"{vm.name}: Linux does not believe itself secure")
         report.disk_bytes = int(await shell.run("cat /sys/block/vda/size")) * _SECTOR_BYTES
@@ -93,7 +94,7 @@ class LinuxGuest:
         async def checksum() -> None:
             digests.append(await shell.run("sha256sum /tmp/ballast /bin/busybox"))
 
-        async with trio.open_nursery() as nursery:
+        async with first_error_nursery() as nursery:
             nursery.start_soon(checksum)
             report.pages_under_pressure = await press(running, spec, PRESSURE_SHARE)
         digests.append(await shell.run("sha256sum /tmp/ballast /bin/busybox"))

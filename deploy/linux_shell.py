@@ -29,7 +29,7 @@ class LinuxShell:
     async def until_prompt(self, since: int = 0) -> str:
         """What the VM wrote from character `since` to its prompt; raises UserError when it ends before."""
         self._since = since
-        return await self._read_until(lambda text: text.endswith(PROMPT), "its shell's prompt", BOOT_SECONDS)
+        return await self._read_until(lambda text: PROMPT in text, "its shell's prompt", BOOT_SECONDS)
 
     async def run(self, command: str) -> str:
         """The output of one command line; raises UserError when it does not end."""
@@ -38,7 +38,10 @@ class LinuxShell:
         # Written so that the echo of the line is not taken for the marks.
         await self._vm.console_write(f"echo out''put {number}; {command}; echo do''ne {number}\r".encode())
         text = await self._read_until(
-            lambda text: end in text and text.endswith(PROMPT), f"the end of {command!r}", COMMAND_SECONDS
+            # The kernel may write after the prompt.
+            lambda text: PROMPT in text.partition(end)[2],
+            f"the end of {command!r}",
+            COMMAND_SECONDS,
         )
         return text.partition(begin)[2].partition(end)[0].removesuffix("\n")
 

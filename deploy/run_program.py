@@ -17,6 +17,7 @@ from deploy.calls_view import count_calls
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES
 from shared.elf_program import Program
+from shared.first_error import first_error_nursery
 
 STATUS_TIMEOUT = 124
 STATUS_FAILED = 125
@@ -129,18 +130,11 @@ def program_blob(program: Program, order: RunOrder, state_dir: Path) -> Path:
 async def _run(order: RunOrder, cluster_file: Path, state_dir: Path, out: Out) -> RunReport:
     report = RunReport(exit_status=STATUS_INTERRUPTED, outcome="interrupted")
     name = f"run-{secrets.token_hex(3)}"
-    refused: UserError | None = None
-    async with trio.open_nursery() as nursery:
+    async with first_error_nursery() as nursery:
         await nursery.start(_cancel_on_signal, nursery.cancel_scope)
-        try:
-            async with cluster(cluster_file, name=name, state_dir=state_dir, record=order.count_calls) as running:
-                await _Run(running, order, out, report).follow()
-        except UserError as error:
-            # Kept for outside the nursery, which would wrap it.
-            refused = error
+        async with cluster(cluster_file, name=name, state_dir=state_dir, record=order.count_calls) as running:
+            await _Run(running, order, out, report).follow()
         nursery.cancel_scope.cancel()
-    if refused is not None:
-        raise refused
     return report
 
 

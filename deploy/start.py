@@ -9,8 +9,8 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import trio
@@ -24,11 +24,12 @@ from deploy.gifts import release_held
 from deploy.plan import KeyRing, LinkPlan, ProcessPlan
 from deploy.supervise import serve_child
 from protocol import control
-from protocol.errors import PeerGone, PefboxError, UserError
+from protocol.errors import PeerGone, UserError
 from protocol.roles import Role
 from protocol.startup import Keys, VmEntry
 from services.ultravisor.audit import open_audit_file
 from services.ultravisor.identity import ensure_keys
+from shared.first_error import first_error_nursery
 
 START_SECONDS = 30.0
 _STDERR_TAIL_BYTES = 4096
@@ -139,7 +140,7 @@ def entry_of(run: ClusterRun, vm: str) -> VmEntry:
 
 async def configure(run: ClusterRun, children: list[Child], ring: KeyRing, files: OpenFiles) -> None:
     """Give each process its configuration and files; returns when all are confined."""
-    async with _first_error() as nursery:
+    async with first_error_nursery() as nursery:
         for child in children:
             nursery.start_soon(_configure_one, run, child, ring, files)
 
@@ -189,7 +190,7 @@ async def hand_over_keys(run: ClusterRun, children: list[Child], ring: KeyRing) 
             child.channel.send(control.TakeKeys(keys))
             child.has_keys = True
             release_held(child)
-        async with _first_error() as nursery:
+        async with first_error_nursery() as nursery:
             for child in group:
                 nursery.start_soon(_wait, run, child, child.ready)
 
@@ -207,22 +208,6 @@ async def _wait(run: ClusterRun, child: Child, event: trio.Event) -> None:
         nursery.cancel_scope.cancel()
     if not event.is_set():
         raise StartFailed(f"{child.target} did not start: {child.detail}{_stderr_tail(run, child)}")
-
-
-@asynccontextmanager
-async def _first_error() -> AsyncIterator[trio.Nursery]:
-    """A nursery whose first error of our own comes out as it is, not in a group."""
-    try:
-        async with trio.open_nursery() as nursery:
-            yield nursery
-    except BaseExceptionGroup as group:
-        ours, others = group.split(PefboxError)
-        if ours is None or others is not None:
-            raise
-        error: BaseException = ours
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
 
 
 def _stderr_tail(run: ClusterRun, child: Child) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable, Iterable
 import trio
 
 from protocol.codes import HCode
-from protocol.errors import PefboxError
 from protocol.geometry import PAGE_SHIFT, gpa_of
 from protocol.hcalls import H_SVM_PAGE_IN
 from services.ultravisor.hypervisor import Hypervisor
+from shared.first_error import first_error_nursery
 
 MAX_OPEN_PAGE_INS = 32
 _BUSY_TRIES = 150
@@ -58,9 +58,6 @@ async def for_each_page(gfns: Iterable[int], work: Callable[[int], Awaitable[Non
         for gfn in rest:
             await work(gfn)
 
-    try:
-        async with trio.open_nursery() as nursery:
-            for _ in range(min(MAX_OPEN_PAGE_INS, len(queue))):
-                nursery.start_soon(worker)
-    except* PefboxError as group:
-        raise group.exceptions[0] from None
+    async with first_error_nursery() as nursery:
+        for _ in range(min(MAX_OPEN_PAGE_INS, len(queue))):
+            nursery.start_soon(worker)
