@@ -477,6 +477,21 @@ def test_without_svm_on_the_vm_stays_normal_and_esm_can_be_asked_for() -> None:
     assert world.secure and not world.crash
 
 
+@pytest.mark.parametrize("access_platform", [False, True])
+def test_after_a_refused_esm_the_old_kernel_opens_its_devices_anew_and_leaks_nothing(access_platform: bool) -> None:
+    disk = make_disk("prompt", command_line="quiet", access_platform=access_platform)
+    world = World(disk, esm=UCode.U_PARAMETER)
+    world.wait_for("\n> ")
+    digest = hashlib.sha256(disk.content).hexdigest()
+    n_mapped, pages = len(world.tces), world.ask("pages")
+    for _ in range(3):
+        assert world.ask("esm") == "error U_PARAMETER"
+        assert world.ask("hash").startswith(f"ok {digest}")
+        assert len(world.tces) == n_mapped
+    assert bool(n_mapped) == access_platform
+    assert world.ask("pages") == pages
+
+
 def test_a_vm_without_disk_and_kernel_stays_in_the_boot_stage() -> None:
     world = World(None)
     world.wait_for("no kernel to boot")

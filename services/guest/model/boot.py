@@ -219,7 +219,7 @@ class BootStage:
     def _go(self) -> Step[None]:
         parts, state = self._parts, self._state
         if not state.boot.n_left:
-            yield from self._stop_disk()
+            yield from parts.stop_disk()
         self._write_tree()
         if state.boot.n_left:
             yield from parts.blk.kick()
@@ -229,14 +229,6 @@ class BootStage:
         result = yield from call_esm(parts)
         parts.console.say(f"pefbox: UV_ESM failed: {result}; going on as a normal VM")
         self._enter_kernel()
-
-    def _stop_disk(self) -> Step[None]:
-        parts = self._parts
-        if parts.state.blk.ready:
-            try:
-                yield from parts.blk.quiesce()
-            except NoDevice as error:
-                parts.console.say(f"pefbox: disk: {error}")
 
     def _quiesces(self) -> bool:
         """Whether the kernel's image wants the disk stopped before it is entered."""
@@ -252,7 +244,7 @@ class BootStage:
         n_bytes = min(LEFT_READ_BYTES, parts.blk.max_bytes, blk.sectors * SECTOR_BYTES)
         if not boot.left_buffer:
             boot.left_buffer = parts.pages.must_alloc_apart(pages_for(n_bytes), PageUse.BUFFER)
-            gfns = [gpa >> PAGE_SHIFT for gpa in (boot.left_buffer, blk.command_page, blk.ring_page)]
+            gfns = [gpa >> PAGE_SHIFT for gpa in (boot.left_buffer, blk.commands.gpa, blk.ring.gpa)]
             at = "buffer {:#x}, commands {:#x}, ring {:#x}".format(*gfns)
             parts.console.say(f"pefbox: boot: {LEFT_READS} reads are left behind: {at}")
         yield from parts.blk.submit(BlkRequest.IN, 0, boot.left_buffer, n_bytes, Owner.NONE, 0)

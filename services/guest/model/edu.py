@@ -13,7 +13,7 @@ from services.guest.model.extra_driver import ExtraDriver
 from services.guest.model.pages import PageAllocator
 from services.guest.model.pci import Bus
 from services.guest.model.state import DmaPath, Edu
-from shared.edu import BUFFER_ADDRESS, DEVICE_ID, FIRST_WIDE, IDENTIFICATION, VENDOR_ID, EduDma, EduIrq, EduRegister
+from shared.edu import BUFFER_ADDRESS, DEVICE_ID, FIRST_WIDE, IDENTIFICATION, VENDOR_ID, EduDma, EduRegister
 from shared.pci import Capability
 
 MMIO_BAR = 0
@@ -94,7 +94,8 @@ class EduDriver(ExtraDriver):
         """Acknowledge, and look whether the transfer is over."""
         causes = yield from self._load(EduRegister.IRQ_STATUS)
         yield from self._store(EduRegister.IRQ_ACKNOWLEDGE, causes)
-        if causes & EduIrq.DMA and not (yield from self._load(EduRegister.DMA_COMMAND)) & EduDma.RUN:
+        # Whatever the cause: it is gone when the step was busy here and runs again.
+        if not (yield from self._load(EduRegister.DMA_COMMAND)) & EduDma.RUN:
             self.state.submitted_ns = 0
 
     def _load(self, register: EduRegister) -> Step[int]:

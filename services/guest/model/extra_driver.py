@@ -71,6 +71,11 @@ class ExtraDriver(ABC):
         state = self.state
         return state.submitted_ns + ANSWER_LIMIT_NS if state.ready and state.submitted_ns else None
 
+    def attend(self) -> Step[None]:
+        """Look at a device that `calls`; Busy leaves it calling."""
+        yield from self.interrupted()
+        self.state.calls = False
+
     def overdue(self) -> Step[None]:
         """The limit is over: an interrupt may have been lost, so look before giving up."""
         yield from self.interrupted()
@@ -87,4 +92,5 @@ class ExtraDriver(ABC):
 
     def give_up(self, reason: str) -> None:
         """No more of this device; its memory stays taken, since it may still write to it."""
-        self.state.ready, self.state.error, self.state.submitted_ns = False, reason, 0
+        state = self.state
+        state.ready, state.error, state.calls, state.submitted_ns = False, reason, False, 0

@@ -127,7 +127,7 @@ class Kernel:
             state.extra_served = False
             return None
         for driver in self._parts.extras:
-            step = driver.work()
+            step = driver.attend() if driver.state.calls else driver.work()
             if step is not None:
                 state.extra_served = True
                 return driver.guarded(step)
@@ -142,7 +142,7 @@ class Kernel:
 
     def _rest(self) -> Step[None] | None:
         for driver in self._parts.extras:
-            step = driver.rest()
+            step = driver.attend() if driver.state.calls else driver.rest()
             if step is not None:
                 return driver.guarded(step)
         return None
@@ -179,7 +179,8 @@ class Kernel:
         if source == self.state.blk.pci.irq:
             yield from self._parts.guarded(self._parts.collect())
         elif extra is not None:
-            yield from extra.guarded(extra.interrupted())
+            extra.state.calls = True
+            yield from extra.guarded(extra.attend())
         elif source == self.state.machine.console_irq:
             self.state.console.check = True
 

@@ -22,7 +22,7 @@ from services.guest.model.net_run import NetRunner
 from services.guest.model.pages import PageAllocator
 from services.guest.model.pci import Bus, unmask
 from services.guest.model.region_writer import RegionWriter
-from services.guest.model.state import KernelState, Owner
+from services.guest.model.state import Blk, ExtraDevice, KernelState, Owner
 from services.guest.model.swiotlb import Swiotlb
 from services.guest.model.virtio_balloon import BalloonDriver
 from services.guest.model.virtio_blk import BlkDriver, Finished, NoRoom
@@ -163,14 +163,30 @@ class Parts:
             self._no_disk(str(error))
 
     def quiesce(self) -> Step[None]:
-        """Stop what touches memory by itself, before another kernel takes over: devices, then DMA windows."""
+        """Stop what touches memory by itself, before another kernel takes over: devices, then DMA windows.
+
+        One that does not stop is said: it reaches what it reached before, and the next kernel does not take it.
+        """
         for driver in self.extras:
-            if driver.state.ready:
-                yield from driver.quiesce()
-        if self.state.blk.ready:
-            yield from self.blk.quiesce()
+            if driver.state.present:
+                yield from self._stop(driver.name, driver.state, driver.quiesce())
+        yield from self.stop_disk()
         if self.window_function is not None:
             yield from self.wide.give_back(self.window_function)
+
+    def stop_disk(self) -> Step[None]:
+        """As `quiesce`, of the disk alone."""
+        if self.state.blk.present:
+            yield from self._stop("disk", self.state.blk, self.blk.quiesce())
+
+    def _stop(self, name: str, state: ExtraDevice | Blk, quiesce: Step[None]) -> Step[None]:
+        said = state.error
+        try:
+            yield from quiesce
+        except NoDevice as error:
+            state.ready, state.error = False, str(error)
+            if state.error != said:
+                self.console.say(f"pefbox: {name}: {error}")
 
     def start_extra(self, driver: ExtraDriver) -> Step[bool]:
         """The next step on the way to a device beside the disk; True when it runs or never will."""

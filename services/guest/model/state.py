@@ -12,7 +12,7 @@ import msgspec
 
 from shared.dma_designs import DmaDesign
 
-STATE_VERSION = 6
+STATE_VERSION = 7
 MAX_STATE_BYTES = 64 * 1024
 
 
@@ -203,6 +203,15 @@ class Mapping(Struct, array_like=True):
     n_io_pages: int = 0
 
 
+class DmaPage(Struct, array_like=True):
+    """A page for rings and command blocks."""
+
+    gpa: int = 0
+    """0 until it is allocated."""
+    addr: int = 0
+    """What the device is given for it; 0 while no way leads to it."""
+
+
 class Request(Struct, array_like=True):
     """A disk request in flight."""
 
@@ -264,6 +273,8 @@ class ExtraDevice(Struct):
     present: bool = False
     ready: bool = False
     error: str = ""
+    calls: bool = False
+    """Whether it interrupted, and the driver has not looked yet."""
     submitted_ns: int = 0
     """When the request was made that is still unanswered; 0 when there is none."""
 
@@ -272,14 +283,13 @@ class VirtioExtra(ExtraDevice):
     """One that is a virtio device."""
 
     pci: VirtioPci = msgspec.field(default_factory=VirtioPci)
+    ring: DmaPage = msgspec.field(default_factory=DmaPage)
 
 
 class Rng(VirtioExtra):
     """The virtio entropy driver."""
 
     queue: Queue = msgspec.field(default_factory=Queue)
-    ring_page: int = 0
-    ring_addr: int = 0
     mapping: Mapping | None = None
     n_written: int = -1
     """Bytes that the last request brought; -1 while it is open."""
@@ -340,8 +350,6 @@ class Balloon(VirtioExtra):
 
     inflate: Queue = msgspec.field(default_factory=Queue)
     deflate: Queue = msgspec.field(default_factory=Queue)
-    ring_page: int = 0
-    ring_addr: int = 0
     target: int = 0
     """Pages that the host wants in the balloon."""
     n_pages: int = 0
@@ -369,8 +377,6 @@ class Net(VirtioExtra):
     """Whether a packet may lie in several receive buffers."""
     receive: Queue = msgspec.field(default_factory=Queue)
     transmit: Queue = msgspec.field(default_factory=Queue)
-    ring_page: int = 0
-    ring_addr: int = 0
     buffers: int = 0
     """gpa of the receive buffers."""
     slots: int = 0
@@ -410,10 +416,8 @@ class Blk(Struct):
     error: str = ""
     pci: VirtioPci = msgspec.field(default_factory=VirtioPci)
     queue: Queue = msgspec.field(default_factory=Queue)
-    ring_page: int = 0
-    ring_addr: int = 0
-    command_page: int = 0
-    command_addr: int = 0
+    ring: DmaPage = msgspec.field(default_factory=DmaPage)
+    commands: DmaPage = msgspec.field(default_factory=DmaPage)
     sectors: int = 0
     max_segment_bytes: int = 0
     read_only: bool = False

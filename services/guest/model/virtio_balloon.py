@@ -56,8 +56,7 @@ class BalloonDriver(VirtioExtraDriver):
         yield from self.negotiate(COMMON_FEATURES)
         state.emptied, state.answered = True, False
         if self.gives_pages:
-            state.ring_page = state.ring_page or self.alloc_page()
-            state.ring_addr = yield from self.open_page(state.ring_page)
+            yield from self.open_page(state.ring)
         yield from self.enable_interrupt()
         yield from self.transport.set_config_vector(0)
         if self.gives_pages:
@@ -69,7 +68,7 @@ class BalloonDriver(VirtioExtraDriver):
         state = self.state
         for index, at in enumerate(_RINGS_AT):
             queue = self._queues[index]
-            yield from self.set_up_queue(queue, index, QUEUE_SIZE, state.ring_page + at, state.ring_addr + at)
+            yield from self.set_up_queue(queue, index, QUEUE_SIZE, state.ring.gpa + at, state.ring.addr + at)
             yield from self.transport.enable_queue(queue.state, vector=0)
 
     def give(self, gpas: list[int]) -> Step[None]:
@@ -83,9 +82,9 @@ class BalloonDriver(VirtioExtraDriver):
     def _ask(self, index: int, gpas: list[int]) -> Step[None]:
         state, queue = self.state, self._queues[index]
         pfns = [(gpa >> PFN_SHIFT) + n for gpa in gpas for n in range(PFNS_PER_PAGE)]
-        self._cpu.store(state.ring_page + _PFNS_AT, struct.pack(f"<{len(pfns)}I", *pfns))
-        segment = (state.ring_addr + _PFNS_AT, PFN_BYTES * len(pfns), False)
-        queue.add([segment], state.ring_page + _TABLE_AT, state.ring_addr + _TABLE_AT)
+        self._cpu.store(state.ring.gpa + _PFNS_AT, struct.pack(f"<{len(pfns)}I", *pfns))
+        segment = (state.ring.addr + _PFNS_AT, PFN_BYTES * len(pfns), False)
+        queue.add([segment], state.ring.gpa + _TABLE_AT, state.ring.addr + _TABLE_AT)
         state.asked, state.inflating, state.answered = gpas, index == INFLATE_QUEUE, False
         state.submitted_ns = self._cpu.clock.now_ns()
         if queue.must_kick():

@@ -113,8 +113,9 @@ class BlkDriver:
         state.ready, state.error, state.requests = False, "", {}
         yield from self._driver.negotiate(_WANTED)
         yield from self._read_config()
-        yield from self._open_memory()
-        yield from self._driver.set_up_queue(self._queue, 0, QUEUE_SIZE, state.ring_page, state.ring_addr)
+        for page in (state.ring, state.commands):
+            yield from self._driver.open_page(page)
+        yield from self._driver.set_up_queue(self._queue, 0, QUEUE_SIZE, state.ring.gpa, state.ring.addr)
         yield from self._driver.enable_interrupt()
         yield from self._transport.enable_queue(state.queue, vector=0)
         yield from self._transport.start()
@@ -132,26 +133,10 @@ class BlkDriver:
         state.discard = has_feature(features, BlkFeature.DISCARD)
         state.write_zeroes = has_feature(features, BlkFeature.WRITE_ZEROES)
 
-    def _open_memory(self) -> Step[None]:
-        """Pages for ring and commands, once; they survive a renegotiation of the same kind."""
-        state = self.state
-        if state.ring_addr and state.command_addr:
-            self._cpu.fill(state.ring_page, Virtqueue.bytes_for(QUEUE_SIZE))
-            return
-        if not state.ring_page:
-            state.ring_page = self._driver.alloc_page()
-            state.command_page = self._driver.alloc_page()
-        state.ring_addr = yield from self._driver.open_page(state.ring_page)
-        state.command_addr = yield from self._driver.open_page(state.command_page)
-
     def quiesce(self) -> Step[None]:
         """Reset the device so that it touches no memory any more; Busy until then, NoDevice when it never does."""
-        try:
-            yield from self._transport.reset()
-        except NoDevice:
-            self.state.ready = False
-            raise
         self.state.ready = False
+        yield from self._driver.stop([self.state.ring, self.state.commands])
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -178,7 +163,7 @@ class BlkDriver:
     def _make_available(self, kind: BlkRequest, sector: int, n_bytes: int, mapping: Mapping | None) -> int:
         # The next head is the one on top of the free list: its command block is free too.
         at = _COMMAND_BYTES * self.state.queue.free[-1]
-        page, addr = self.state.command_page + at, self.state.command_addr + at
+        page, addr = self.state.commands.gpa + at, self.state.commands.addr + at
         is_range = kind in (BlkRequest.DISCARD, BlkRequest.WRITE_ZEROES)
         block = REQUEST_HEADER.pack(kind, 0, 0 if is_range else sector)
         block += RANGE.pack(sector, n_bytes // SECTOR_BYTES, 0) if is_range else bytes(RANGE_BYTES)
@@ -241,7 +226,7 @@ class BlkDriver:
 
     def _finish(self, head: int, written_bytes: int) -> Step[Finished]:
         request = self.state.requests.pop(head)
-        status = self._cpu.load(self.state.command_page + _COMMAND_BYTES * head + _STATUS_AT, 1)[0]
+        status = self._cpu.load(self.state.commands.gpa + _COMMAND_BYTES * head + _STATUS_AT, 1)[0]
         error = "" if status == BlkStatus.OK else _status_name(status)
         mapping = request.mapping
         if mapping is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from protocol.geometry import PAGE_BYTES
 from services.guest.model.cpu import Cpu, NoDevice, Step
 from services.guest.model.designs import Rules
 from services.guest.model.dma import Dma
 from services.guest.model.extra_driver import ExtraDriver
 from services.guest.model.pci import Bus, Function
-from services.guest.model.state import DmaPath, VirtioExtra, VirtioPci
+from services.guest.model.state import DmaPage, DmaPath, VirtioExtra, VirtioPci
 from services.guest.model.virtio_pci import Transport
 from services.guest.model.virtqueue import Virtqueue
 from shared.virtio import DeviceId, Feature, feature_mask, has_feature
@@ -46,17 +49,27 @@ class VirtioDriver:
         self._pci.path = yield from self._rules.open(self._pci)
         return self._pci.features
 
-    def alloc_page(self) -> int:
-        """A page for rings or command blocks; `open_page` lets the device reach it."""
-        return self._dma.alloc_coherent_apart() if self._rules.rings_apart else self._dma.alloc_coherent()
-
     def choose_access(self, offered: int) -> int:
         """Which of the bits about access to memory it takes; raises NoDevice when it will not go on."""
         return self._rules.choose(offered)
 
-    def open_page(self, gpa: int) -> Step[int]:
-        """Let the device reach a page of `alloc_page`: its device address."""
-        return (yield from self._dma.open_coherent(self._pci.path, gpa))
+    def open_page(self, page: DmaPage) -> Step[None]:
+        """Let the device reach a page full of zeros; it is allocated once, and stays open until `stop`."""
+        if not page.gpa:
+            page.gpa = self._dma.alloc_coherent_apart() if self._rules.rings_apart else self._dma.alloc_coherent()
+        if page.addr:
+            # The step was busy further on.
+            self._cpu.fill(page.gpa, PAGE_BYTES)
+            return
+        page.addr = yield from self._dma.open_coherent(self._pci.path, page.gpa)
+
+    def stop(self, pages: Iterable[DmaPage]) -> Step[None]:
+        """Reset the device, and leave it no way to `pages`; Busy until then, NoDevice when it never ends its reset."""
+        yield from self.transport.reset()
+        for page in pages:
+            if page.addr:
+                yield from self._dma.close_coherent(self._pci.path, page.addr)
+                page.addr = 0
 
     def set_up_queue(self, queue: Virtqueue, index: int, size: int, gpa: int, addr: int) -> Step[None]:
         """Lay out queue `index` with at most `size` entries at `gpa`, which the device knows as `addr`.
@@ -89,6 +102,7 @@ class VirtioExtraDriver(VirtioDriver, ExtraDriver):
     def __init__(self, cpu: Cpu, bus: Bus, dma: Dma, rules: Rules, state: VirtioExtra) -> None:
         VirtioDriver.__init__(self, cpu, bus, dma, rules, state.pci)
         ExtraDriver.__init__(self, cpu.clock, state)
+        self.state: VirtioExtra = state
         self.name = self.device.name.lower()
 
     @property
@@ -116,9 +130,9 @@ class VirtioExtraDriver(VirtioDriver, ExtraDriver):
 
     def quiesce(self) -> Step[None]:
         """Reset the device so that it touches no memory any more; Busy until then, NoDevice when it never does."""
-        try:
-            yield from self.transport.reset()
-        except NoDevice:
-            self.give_up("the device does not finish its reset")
-            raise
         self.state.ready = False
+        try:
+            yield from self.stop([self.state.ring])
+        except NoDevice as error:
+            self.give_up(str(error))
+            raise

@@ -101,8 +101,7 @@ class NetDriver(VirtioExtraDriver):
         self._forget_mappings()
         yield from self._read_config()
         self._take_memory()
-        if not state.ring_addr:
-            state.ring_addr = yield from self.open_page(state.ring_page)
+        yield from self.open_page(state.ring)
         yield from self.enable_interrupt()
         yield from self._start_queue(self._receive_queue, RECEIVE_QUEUE, N_BUFFERS, 0)
         yield from self._start_queue(self._transmit_queue, TRANSMIT_QUEUE, N_SLOTS, _TRANSMIT_RING_AT)
@@ -138,17 +137,16 @@ class NetDriver(VirtioExtraDriver):
     def _take_memory(self) -> None:
         """Once, for the longest frame there is: the MTU may be another after a renegotiation."""
         state, alloc = self.state, self._pages.must_alloc
-        if not state.ring_page:
+        if not state.buffers:
             state.slot_bytes = -(-(NET_HEADER_BYTES + MAX_FRAME_BYTES) // BUFFER_BYTES) * BUFFER_BYTES
             state.buffers = alloc(pages_for(N_BUFFERS * BUFFER_BYTES), PageUse.BUFFER)
             state.slots = alloc(pages_for(N_SLOTS * state.slot_bytes), PageUse.BUFFER)
             state.assembly = alloc(pages_for(MAX_FRAME_BYTES), PageUse.BUFFER)
-            state.ring_page = self.alloc_page()
 
     def _start_queue(self, queue: Virtqueue, index: int, size: int, at: int) -> Step[None]:
         state = self.state
-        self._cpu.fill(state.ring_page + at, _TRANSMIT_RING_AT)
-        yield from self.set_up_queue(queue, index, size, state.ring_page + at, state.ring_addr + at)
+        self._cpu.fill(state.ring.gpa + at, _TRANSMIT_RING_AT)
+        yield from self.set_up_queue(queue, index, size, state.ring.gpa + at, state.ring.addr + at)
         yield from self.transport.enable_queue(queue.state, vector=0)
 
     # -- what there is to do ----------------------------------------------------------------------------------------

@@ -34,22 +34,17 @@ class RngDriver(VirtioExtraDriver):
         # What a device that was given up still had stays taken, and is nobody's any more.
         state.mapping = None
         yield from self.negotiate(COMMON_FEATURES)
-        state.ring_page = state.ring_page or self.alloc_page()
-        state.ring_addr = yield from self.open_page(state.ring_page)
-        yield from self.set_up_queue(self._queue, 0, QUEUE_SIZE, state.ring_page, state.ring_addr)
+        yield from self.open_page(state.ring)
+        yield from self.set_up_queue(self._queue, 0, QUEUE_SIZE, state.ring.gpa, state.ring.addr)
         yield from self.enable_interrupt()
         yield from self.transport.enable_queue(state.queue, vector=0)
         yield from self.transport.start()
 
     def release(self) -> Step[None]:
         """Let somebody else drive the device, with no way left to this driver's memory; `start` takes it back."""
-        state = self.state
-        if state.mapping is not None:
+        if self.state.mapping is not None:
             raise NoDevice("the device is busy")
         yield from self.quiesce()
-        addr, state.ring_addr = state.ring_addr, 0
-        if addr:
-            yield from self._dma.close_coherent(state.pci.path, addr)
 
     def ask(self, gpa: int, n_bytes: int) -> Step[None]:
         """Have the device fill `n_bytes` at `gpa`; raises NoDevice when it cannot be asked now."""
@@ -60,7 +55,7 @@ class RngDriver(VirtioExtraDriver):
         if state.mapping is None:
             raise NoDevice("no room in the DMA pool")
         state.n_written = -1
-        table = (state.ring_page + _TABLE_AT, state.ring_addr + _TABLE_AT)
+        table = (state.ring.gpa + _TABLE_AT, state.ring.addr + _TABLE_AT)
         self._queue.add([(state.mapping.addr, n_bytes, True)], *table)
         state.submitted_ns = self._cpu.clock.now_ns()
         if self._queue.must_kick():

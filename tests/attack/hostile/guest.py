@@ -40,7 +40,7 @@ class OddDriver(BlkDriver):
         if odd is None or mapping is None:
             return super()._make_available(kind, sector, n_bytes, mapping)
         at = _COMMAND_BYTES * self.state.queue.free[-1]
-        page, addr = self.state.command_page + at, self.state.command_addr + at
+        page, addr = self.state.commands.gpa + at, self.state.commands.addr + at
         number = _UNKNOWN_TYPE if odd is OddRequest.TYPE else kind
         first = self.state.sectors if odd is OddRequest.SECTOR else sector
         self._cpu.store(page, REQUEST_HEADER.pack(number, 0, first).ljust(_STATUS_AT, b"\0") + b"\xff")
