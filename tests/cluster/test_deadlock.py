@@ -23,7 +23,7 @@ import trio
 
 from protocol.codes import HCode, UCode
 from protocol.errors import PeerGone
-from protocol.geometry import gpa_of
+from protocol.geometry import PAGE_BYTES, gpa_of
 from services.testing.calls import Span
 from services.testing.host import RealHost, real_host
 from services.testing.image import RTAS_GFN, PlayedImage, make_image
@@ -36,7 +36,7 @@ WANTED = 50
 MOST_TRIES = 250
 LONGEST_SECONDS = 1.0
 HANGS_SECONDS = 10.0
-MEMORY_BYTES = 4 << 20
+MEMORY_BYTES = 40 * PAGE_BYTES
 KERNEL = bytes(range(1, 256)) * 500
 PAGES = range(12, 28)
 SEED = 20191106
