@@ -74,6 +74,9 @@ def _quirk_is_fastest(comparison: Comparison) -> tuple[bool, str] | None:
     quirk = _find(comparison, DmaDesign.QUIRK)
     if quirk is None or quirk.secure.verdict.works is not Works.YES or not _works(quirk.secure):
         return None
+    if {row.design for row in comparison.designs} != set(DmaDesign):
+        # "Of all" is said of every design or not at all.
+        return None
     rivals = [row for row in comparison.designs if row is not quirk and row.secure.verdict.works is Works.YES]
     if not rivals:
         return None

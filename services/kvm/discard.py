@@ -31,6 +31,8 @@ class Discards:
         self._marks = marks
         self._log = log
         self._told_refusal = False
+        self._taken: list[set[int]] = []
+        """For each open call the frames that it is about to take, busy because of it; a reset empties them."""
 
     async def discard(self, gfns: list[int], cause: int) -> HCode:
         """Take the frames of `gfns` away, as PAGES_DISCARD says; waits at most a second for the guest."""
@@ -42,26 +44,37 @@ class Discards:
             return HCode.H_PERMISSION
         if self._secure.switch is Switch.START or not self._memory.busy.isdisjoint(wanted):
             return HCode.H_BUSY
-        taken = [gfn for gfn in wanted if self._memory.state(gfn) is KvmState.NORMAL]
-        self._memory.busy.update(taken)
+        taken = {gfn for gfn in wanted if self._memory.state(gfn) is KvmState.NORMAL}
+        self._memory.busy |= taken
+        self._taken.append(taken)
         try:
             return await self._take(taken, cause)
         finally:
-            self._memory.busy.difference_update(taken)
-            for gfn in taken:
-                self._memory.show(gfn)
+            self._let_be(taken)
+            self._taken.remove(taken)
+
+    def _let_be(self, taken: set[int]) -> None:
+        """The call works on these no longer."""
+        self._memory.busy -= taken
+        for gfn in taken:
+            self._memory.show(gfn)
+        taken.clear()
 
     def reset(self) -> None:
-        """The machine is reset: its frames are ordinary ones."""
+        """The machine is reset: its frames are ordinary ones, those too that a call was about to take."""
+        for taken in self._taken:
+            self._let_be(taken)
         self._memory.bring_back(range(self._memory.n_pages))
         self._told_refusal = False
 
-    async def _take(self, gfns: list[int], cause: int) -> HCode:
+    async def _take(self, taken: set[int], cause: int) -> HCode:
+        gfns = sorted(taken)
         for gfn in gfns:
             self._memory.map.clear(gfn)
             self._memory.hide(gfn)
-        # Between the two the VM may have begun to turn secure, or been reset: then they are no longer ours.
-        if not await self._let_go(gfns, cause) or self._secure.switch is not Switch.NONE:
+        let_go = await self._let_go(gfns, cause)
+        # Meanwhile the VM may have begun to turn secure, or been reset: then they are no longer ours.
+        if not let_go or self._secure.switch is not Switch.NONE or len(taken) < len(gfns):
             return HCode.H_BUSY
         try:
             self._memory.discard(gfns)

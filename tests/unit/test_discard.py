@@ -178,6 +178,26 @@ async def test_a_vm_that_turns_secure_meanwhile_keeps_its_frames(rig: KvmRig, mo
     assert not rig.memory.busy
 
 
+async def test_a_machine_that_is_reset_meanwhile_keeps_its_frames(rig: KvmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    acknowledge, frames = rig.guest.call, list[bytes]()
+
+    async def reset_and_touch(message: Any, body: Any, cause: int = 0) -> m.Status:  # noqa: ANN401
+        if not frames:
+            frames.append(b"")
+            await rig.qemu.deliver(m.VM_RESET, m.Empty())
+            assert await touch(rig, 5) == HCode.H_SUCCESS
+        return await acknowledge(message, body, cause)
+
+    monkeypatch.setattr(rig.guest, "call", reset_and_touch)
+
+    assert await discard(rig, 5, 6) == HCode.H_BUSY
+
+    assert not rig.memory.busy
+    assert rig.memory.map[5] != 0
+    assert [rig.memory.host_view[gfn] for gfn in (5, 6)] == [HostState.PRESENT] * 2
+    assert frame(rig, 5) == frame(rig, 6) == CONTENT
+
+
 async def test_a_touch_while_a_frame_goes_comes_again(rig: KvmRig, monkeypatch: pytest.MonkeyPatch) -> None:
     acknowledge, codes = rig.guest.call, list[int]()
 

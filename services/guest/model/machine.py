@@ -22,7 +22,7 @@ from shared.pci import OfSpace
 from shared.virtio import BYPASS_PROPERTY
 
 MIN_MEMORY_BYTES = 16 << 20
-MAX_OWN_WINDOWS = 32
+MAX_FUNCTIONS = 32
 """A bus has no more slots."""
 _NO_RTAS_TOKEN = frozenset({"rtas-size", "linux,rtas-base", "linux,rtas-entry", "phandle", "linux,phandle"})
 
@@ -118,9 +118,10 @@ def _read_bridge(root: FdtNode, machine: Machine) -> None:
     machine.window = _dma_window(bridge) or BusWindow()
     windows = ((_config_addr(node), _dma_window(node)) for node in bridge.children.values())
     own = ((config_addr, window) for config_addr, window in windows if window is not None)
-    machine.own_windows = dict(islice(own, MAX_OWN_WINDOWS))
+    machine.own_windows = dict(islice(own, MAX_FUNCTIONS))
     machine.mmio = _mmio_windows(property_cells(bridge, "ranges"))
-    machine.bypassable = [_config_addr(node) for node in bridge.children.values() if BYPASS_PROPERTY in node.properties]
+    bypassable = (_config_addr(node) for node in bridge.children.values() if BYPASS_PROPERTY in node.properties)
+    machine.bypassable = list(islice(bypassable, MAX_FUNCTIONS))
 
 
 def _dma_window(node: FdtNode) -> BusWindow | None:
