@@ -14,7 +14,7 @@ RUN := $(VENV)/bin
 # Most tests wait more than they compute. Each worker takes whole files.
 IN_PARALLEL ?= --numprocesses=2 --dist=loadfile
 PACKAGES := protocol shared services deploy tests
-QUICK_TESTS := tests/unit tests/cluster/test_page_life.py tests/cluster/test_disk.py
+QUICK_TESTS := tests/unit tests/cluster/test_disk.py
 
 .PHONY: help setup demo linux-demo test test-other-python soak lint bench docs clean
 

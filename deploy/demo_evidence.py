@@ -8,16 +8,16 @@ or in hexadecimal, whole or in the 8-byte words in which registers travel.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.manifest import read_manifest
 from deploy.run_dirs import Paths
+from deploy.secret_search import SecretSearch
 from protocol.errors import UserError
 
 SEGMENT_DIR = Path("/dev/shm")
-_WORD_BYTES = 8
 _CHUNK_BYTES = 16 << 20
 _OVERLAP_BYTES = 128
 
@@ -34,10 +34,14 @@ class Evidence:
         """Bytes in all copies."""
         return sum(len(piece) for pieces in self.copies.values() for piece in pieces)
 
-    def where(self, secret: bytes) -> list[str]:
-        """The copies that hold `secret` in any of its forms."""
-        needles = _needles(secret)
-        return [what for what, pieces in self.copies.items() if any(_holds(piece, needles) for piece in pieces)]
+    def where(self, secrets: Mapping[str, bytes]) -> dict[str, list[str]]:
+        """For each of `secrets` the copies that hold it in any of its forms."""
+        search = SecretSearch(secrets)
+        places: dict[str, list[str]] = {name: [] for name in secrets}
+        for what, pieces in self.copies.items():
+            for name in search.names_in(pieces):
+                places[name].append(what)
+        return places
 
 
 def take_evidence(paths: Paths, host_targets: dict[str, int]) -> Evidence:
@@ -56,18 +60,6 @@ def take_evidence(paths: Paths, host_targets: dict[str, int]) -> Evidence:
             continue
         evidence.copies[f"memory of {target}"] = list(_process_memory(pid))
     return evidence
-
-
-def _needles(secret: bytes) -> list[bytes]:
-    words = [secret[at : at + _WORD_BYTES] for at in range(0, len(secret), _WORD_BYTES)]
-    forms = []
-    for word in words:
-        forms += [word, word[::-1], word.hex().encode()]
-    return forms
-
-
-def _holds(piece: bytes, needles: list[bytes]) -> bool:
-    return any(needle in piece for needle in needles)
 
 
 def _data_of(path: Path) -> Iterator[bytes]:
