@@ -11,7 +11,7 @@ from enum import StrEnum
 import msgspec
 
 from deploy.compare.costs import Work
-from deploy.compare.plan import BASELINE
+from deploy.compare.plan import BASELINE, Workload
 from deploy.compare.results import Comparison, DesignResult, KindResult, Works
 from shared.dma_designs import DmaDesign
 
@@ -56,7 +56,12 @@ def _find(comparison: Comparison, design: DmaDesign) -> DesignResult | None:
 
 
 def _works(result: KindResult) -> dict[str, Work]:
-    return {workload: measured.work for workload, measured in result.workloads.items() if measured.work is not None}
+    """What was counted exactly: of a VM on a network no run repeats."""
+    return {
+        workload: measured.work
+        for workload, measured in result.workloads.items()
+        if measured.work is not None and workload != Workload.NET
+    }
 
 
 def _compare(ours: KindResult, theirs: KindResult) -> list[tuple[str, float, float]]:

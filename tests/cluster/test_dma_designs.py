@@ -81,6 +81,16 @@ async def test_a_device_model_without_the_bypass_costs_what_the_iommu_costs() ->
     assert calls_a_request(without) > 50 * calls_a_request(with_bypass)
 
 
+async def test_firmware_says_of_every_device_that_demands_the_bit_that_it_can_be_taken_out_of_the_iommu() -> None:
+    """Of the network card, too, which firmware does not drive."""
+    trial = Trial(D.BYPASS_PROPERTY, Purpose.TIME, True, D.BYPASS_PROPERTY, (Workload.NET,))
+
+    outcome = await run_trial(trial, {})
+
+    assert outcome.works, outcome.failure
+    assert all(sum(one.calls.values()) < one.requests for one in outcome.rounds["net"])
+
+
 async def test_without_dynamic_windows_no_identity_is_promised_and_every_mapping_is_a_call() -> None:
     with_windows = await run(D.IDENTITY_ADDRESS, secure=True)
     trial = Trial(D.IDENTITY_ADDRESS, Purpose.COUNT, True, D.IDENTITY_ADDRESS, READ, ddw=False)

@@ -22,13 +22,16 @@ from services.guest.model.cpu import RTAS_AREA_BYTES, NoDevice, Step
 from services.guest.model.machine import has_boot_arg, load_tree, place, read_machine, write_bypass, write_chosen
 from services.guest.model.pages import PageUse, pages_for
 from services.guest.model.parts import Parts
-from services.guest.model.state import Owner, Phase, Workload
+from services.guest.model.pci import Function
+from services.guest.model.state import Owner, Phase, VirtioPci, Workload
+from services.guest.model.virtio_pci import Transport
 from shared import boot_partition
 from shared.boot_partition import PartitionType
 from shared.esm_digest import RTAS_TEXT
 from shared.fdt_writer import write_fdt
 from shared.virtio import Feature, has_feature
 from shared.virtio_blk import SECTOR_BYTES, BlkRequest
+from shared.virtio_pci import MODERN_DEVICE_BASE, VENDOR_ID
 
 DEMO_NORMAL_BYTES = 1 << 20
 LEFT_READS = 16
@@ -207,7 +210,30 @@ class BootStage:
             return self._nothing_to_boot()
         if state.blk.ready and state.boot.n_left < LEFT_READS and not self._quiesces():
             return self._leave_read()
-        return self._go()
+        return self._ask_next() or self._go()
+
+    def _ask_next(self) -> Step[None] | None:
+        """A step for a device that the boot stage does not drive: whether it offers ACCESS_PLATFORM."""
+        parts, disk = self._parts, self._state.blk.pci.config_addr
+        modern = (one for one in parts.bus.functions if one.vendor == VENDOR_ID and one.device >= MODERN_DEVICE_BASE)
+        others = [function for function in modern if function.config_addr != disk]
+        if self._state.old_firmware or self._state.boot.n_asked >= len(others):
+            return None
+        return self._ask(others[self._state.boot.n_asked])
+
+    def _ask(self, function: Function) -> Step[None]:
+        boot = self._state.boot
+        transport = Transport(self._parts.cpu, self._parts.bus, boot.asked)
+        try:
+            yield from transport.find(function)
+            offered = yield from transport.read_features()
+            yield from transport.reset()
+        except NoDevice as error:
+            self._parts.console.say(f"pefbox: boot: {error}")
+            offered = 0
+        if has_feature(offered, Feature.ACCESS_PLATFORM):
+            boot.demanding.append(function.config_addr)
+        boot.n_asked, boot.asked = boot.n_asked + 1, VirtioPci()
 
     def _nothing_to_boot(self) -> Step[None]:
         self._parts.console.say("pefbox: no kernel to boot; this is the boot stage")
@@ -255,9 +281,10 @@ class BootStage:
         tree, _ = load_tree(parts.cpu, machine.fdt)
         write_chosen(tree, machine)
         pci = self._state.blk.pci
-        if has_feature(pci.features, Feature.ACCESS_PLATFORM):
-            # What the device demands is known to firmware alone: it is not in what the device model describes.
-            write_bypass(tree, pci.config_addr)
+        disk = [pci.config_addr] if has_feature(pci.features, Feature.ACCESS_PLATFORM) else []
+        # What a device demands is known to firmware alone: it is not in what the device model describes.
+        for config_addr in disk + self._state.boot.demanding:
+            write_bypass(tree, config_addr)
         data = write_fdt(tree)
         # The ultravisor adds its reservations to the tree in place: leave it a page.
         n_pages = pages_for(len(data)) + 1

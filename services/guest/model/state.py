@@ -487,6 +487,12 @@ class Boot(Struct):
     left_buffer: int = 0
     n_left: int = 0
     """Reads that the disk is left with on purpose, and where they go."""
+    n_asked: int = 0
+    """Devices beside the disk that were asked what they offer."""
+    asked: VirtioPci = msgspec.field(default_factory=VirtioPci)
+    """The one that is being asked."""
+    demanding: list[int] = []
+    """Configuration addresses of those that offer ACCESS_PLATFORM."""
 
 
 class Console(Struct):

@@ -142,8 +142,6 @@ class Lending:
             return "the pages of a process are private in a secure VM, and no device reads or writes them"
         if not (yield from parts.rng.transport.read_features()) & PLATFORM:
             return "the device does not offer ACCESS_PLATFORM and reaches all of memory"
-        if parts.rng.state.pci.config_addr in parts.machine.bypassable:
-            return "the device can be taken out of the IOMMU"
         for bits in (0, NO_TRANSLATION):
             if (yield from try_features(parts.rng.transport, bits)):
                 return f"the device serves a driver that takes {_BIT_NAMES[bits]} and reaches all of memory then"
