@@ -2,8 +2,9 @@
 
 Management sets how many pages it wants (`set_target`); the driver inflates or deflates and writes how many there are.
 A frame of 64 KiB of which all pages are in the balloon goes back to the host through kvm, the only one that may take
-it. What is deflated the guest just uses: its next touch brings a zeroed frame. When kvm says that the VM is secure the
-device stops (NEEDS_RESET), since nothing that it does could be of use.
+it. What is deflated the guest uses once the device has taken note: its next touch brings a zeroed frame. A driver that
+does not promise to wait for that (MUST_TELL_HOST) keeps its frames, as it may use one in the moment it is taken. When
+kvm says that the VM is secure the device stops (NEEDS_RESET), since nothing that it does could be of use.
 
 Source: VIRTIO 1.4, section 5.5.
 """
@@ -25,7 +26,7 @@ from services.qemu.segments import gather, pieces, split
 from services.qemu.virtio_access import DeviceMemory
 from services.qemu.virtio_device import VirtioDevice
 from services.qemu.virtqueue import Chain, Virtqueue
-from shared.virtio import DeviceId, DeviceStatus, feature_mask
+from shared.virtio import DeviceId, DeviceStatus, feature_mask, has_feature
 from shared.virtio_balloon import (
     BALLOON_CONFIG,
     DEFLATE_QUEUE,
@@ -82,7 +83,7 @@ class BalloonStatus(msgspec.Struct):
 class VirtioBalloon(VirtioDevice):
     """The balloon of a VM with `memory_bytes` of RAM."""
 
-    MAY_OFFER = feature_mask((BalloonFeature.STATS_VQ,))
+    MAY_OFFER = feature_mask((BalloonFeature.MUST_TELL_HOST, BalloonFeature.STATS_VQ))
     FEATURE_BITS = BalloonFeature
 
     def __init__(
@@ -101,6 +102,8 @@ class VirtioBalloon(VirtioDevice):
         self._pages = BalloonedPages(memory_bytes >> PAGE_SHIFT)
         self._owed: set[int] = set()
         """Whole frames that kvm had no time for."""
+        self._moving = trio.Lock()
+        """While kvm takes frames no deflation is acknowledged: each queue has a worker of its own."""
         self._num_pages = 0
         self._actual = 0
         self._stats: dict[int, int] = {}
@@ -176,7 +179,7 @@ class VirtioBalloon(VirtioDevice):
             if queue.index == INFLATE_QUEUE:
                 await self._inflate(pfns)
             elif queue.index == DEFLATE_QUEUE:
-                self._deflate(pfns)
+                await self._deflate(pfns)
             await trio.lowlevel.checkpoint()
         return 0
 
@@ -214,7 +217,13 @@ class VirtioBalloon(VirtioDevice):
             self._port.balloon_changed(self.actual_bytes)
 
     async def _inflate(self, pfns: tuple[int, ...]) -> None:
-        self._owed.update(self._pages.put(pfns))
+        async with self._moving:
+            whole = self._pages.put(pfns)
+            if has_feature(self.state.driver_features, BalloonFeature.MUST_TELL_HOST):
+                self._owed.update(whole)
+                await self._give_owed()
+
+    async def _give_owed(self) -> None:
         if not self._owed:
             return
         gfns = sorted(self._owed)
@@ -226,9 +235,10 @@ class VirtioBalloon(VirtioDevice):
         elif code != HCode.H_BUSY:
             raise GuestFault(f"kvm does not take frames from gfn {gfns[0]:#x} on: code {code}")
 
-    def _deflate(self, pfns: tuple[int, ...]) -> None:
-        self._pages.take(pfns)
-        self._owed = {gfn for gfn in self._owed if self._pages.is_whole(gfn)}
+    async def _deflate(self, pfns: tuple[int, ...]) -> None:
+        async with self._moving:
+            self._pages.take(pfns)
+            self._owed = {gfn for gfn in self._owed if self._pages.is_whole(gfn)}
 
     async def _take_stats(self, queue: Virtqueue, chain: Chain) -> None:
         """The buffer stays here until somebody asks for statistics anew."""

@@ -86,8 +86,8 @@ def pages_of(*gfns: int) -> list[int]:
     return [gfn * PAGES_PER_FRAME + page for gfn in gfns for page in range(PAGES_PER_FRAME)]
 
 
-async def start_driver(rig: Rig) -> None:
-    assert await rig.driver.negotiate()
+async def start_driver(rig: Rig, features: int | None = None) -> None:
+    assert await rig.driver.negotiate(features)
     rig.rings = [TestRing.at(rig.ram.bytes, SIZE, at) for at in RINGS]
     for index, ring in enumerate(rig.rings):
         rig.ram.bytes[ring.desc : ring.desc + 0x1000] = bytes(0x1000)
@@ -126,7 +126,7 @@ async def test_it_is_a_modern_balloon_of_class_other_with_statistics(make_rig: M
     assert function.read_config(Config.VENDOR_ID, 4) == 0x10451AF4
     assert function.read_config(Config.CLASS - 1, 2) == 0x00FF
     offered = await rig.driver.features()
-    assert offered & 0xFFFFFF == 1 << BalloonFeature.STATS_VQ
+    assert offered & 0xFFFFFF == feature_mask((BalloonFeature.MUST_TELL_HOST, BalloonFeature.STATS_VQ))
     assert not has_feature(offered, Feature.ACCESS_PLATFORM)
     assert rig.driver.load(CommonCfg.NUM_QUEUES) == 3
     assert [queue.max_size for queue in rig.balloon.queues] == [QUEUE_SIZE] * 3
@@ -223,6 +223,39 @@ async def test_a_frame_that_kvm_has_no_time_for_is_asked_for_again(make_rig: Mak
     await rig.name(INFLATE_QUEUE, pages_of(9)[0])
 
     assert rig.port.discarded == [[5, 6], [5, 7]]
+
+
+async def test_a_deflation_is_not_acknowledged_while_kvm_takes_the_frame(make_rig: MakeRig) -> None:
+    rig = await make_rig()
+    taking, taken = trio.Event(), trio.Event()
+
+    async def discard(gfns: list[int]) -> int:
+        rig.port.discarded.append(gfns)
+        taking.set()
+        await taken.wait()
+        return HCode.H_SUCCESS
+
+    rig.port.discard = discard  # type: ignore[method-assign]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.name, INFLATE_QUEUE, *pages_of(5))
+        await taking.wait()
+        nursery.start_soon(rig.name, DEFLATE_QUEUE, *pages_of(5))
+        await trio.testing.wait_all_tasks_blocked()
+        assert rig.rings[DEFLATE_QUEUE].take_used() == []
+        taken.set()
+
+    await rig.board.drained()
+    assert rig.rings[DEFLATE_QUEUE].take_used() == [(0, 0)]
+
+
+async def test_a_driver_that_does_not_promise_to_tell_first_keeps_its_frames(make_rig: MakeRig) -> None:
+    rig = await make_rig()
+    await start_driver(rig, feature_mask((Feature.VERSION_1, BalloonFeature.STATS_VQ)))
+
+    await rig.name(INFLATE_QUEUE, *pages_of(5))
+
+    assert rig.rings[INFLATE_QUEUE].take_used() == [(0, 0)]
+    assert rig.discarded() == []
 
 
 async def test_a_secure_vm_stops_the_balloon_and_the_operator_is_told_why(make_rig: MakeRig) -> None:

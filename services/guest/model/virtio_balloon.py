@@ -19,7 +19,7 @@ from services.guest.model.state import Balloon
 from services.guest.model.virtio_driver import COMMON_FEATURES, VirtioExtraDriver
 from services.guest.model.virtqueue import QueueBroken, Virtqueue
 from shared.virtio import DeviceId
-from shared.virtio_balloon import DEFLATE_QUEUE, INFLATE_QUEUE, PFN_BYTES, PFN_SHIFT, BalloonConfig
+from shared.virtio_balloon import DEFLATE_QUEUE, INFLATE_QUEUE, PFN_BYTES, PFN_SHIFT, BalloonConfig, BalloonFeature
 
 QUEUE_SIZE = 4
 PFNS_PER_PAGE = 1 << PAGE_SHIFT - PFN_SHIFT
@@ -53,7 +53,7 @@ class BalloonDriver(VirtioExtraDriver):
     def bring_up(self) -> Step[None]:
         """As ExtraDriver. The balloon is empty then, as a reset leaves it."""
         state = self.state
-        yield from self.negotiate(COMMON_FEATURES)
+        yield from self.negotiate(COMMON_FEATURES | 1 << BalloonFeature.MUST_TELL_HOST)
         state.emptied, state.answered = True, False
         if self.gives_pages:
             yield from self.open_page(state.ring)
