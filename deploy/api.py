@@ -7,7 +7,8 @@
         await c.process("alpha/kvm").kill()
 
 The launcher runs in a process of its own, as with `pefbox up --detach`, so that nothing of the caller's program can
-hold up its heartbeat. It ends with the program, however that ends. Everything here runs under trio.
+hold up its heartbeat. It ends with the program, however that ends; of a program that is killed a state directory that
+was made for it stays. Everything here runs under trio.
 """
 
 from __future__ import annotations

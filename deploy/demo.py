@@ -24,7 +24,7 @@ from deploy.demo_report import SHARED_ON_PURPOSE, DemoGuest, DemoReport, Say, Vm
 from deploy.run_dirs import default_paths
 from protocol.errors import PefboxError
 from protocol.roles import Role
-from shared.first_error import first_error_nursery
+from services.runtime.first_error import first_error_nursery
 
 CLUSTER_NAME = "demo"
 

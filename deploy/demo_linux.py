@@ -14,8 +14,8 @@ from deploy.linux_shell import LinuxShell
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from protocol.roles import Role
+from services.runtime.first_error import first_error_nursery
 from services.runtime.page_query import MAX_PAGES_A_QUERY
-from shared.first_error import first_error_nursery
 
 PRESSURE_SHARE = 0.3
 _REGION_OFFSET_BYTES = 8 << 20

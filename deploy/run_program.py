@@ -16,8 +16,8 @@ from deploy.boot_parts import BootParts, parts_blob, read_program_file
 from deploy.calls_view import count_calls
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES
+from services.runtime.first_error import first_error_nursery
 from shared.elf_program import Program
-from shared.first_error import first_error_nursery
 
 STATUS_TIMEOUT = 124
 STATUS_FAILED = 125

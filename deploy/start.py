@@ -27,9 +27,9 @@ from protocol import control
 from protocol.errors import PeerGone, UserError
 from protocol.roles import Role
 from protocol.startup import Keys, VmEntry
+from services.runtime.first_error import first_error_nursery
 from services.ultravisor.audit import open_audit_file
 from services.ultravisor.identity import ensure_keys
-from shared.first_error import first_error_nursery
 
 START_SECONDS = 30.0
 _STDERR_TAIL_BYTES = 4096

@@ -134,6 +134,8 @@ class EsmSwitch:
         refused: list[int] = []
 
         async def take_page(gfn: int) -> None:
+            if refused:
+                return
             code = await self._ask_page_in(gfn, H_PAGE_IN_NONSHARED)
             if code != HCode.H_SUCCESS or gfn not in self._svm.taken_in:
                 refused.append(gfn)

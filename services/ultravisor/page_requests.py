@@ -10,12 +10,12 @@ import trio
 from protocol.codes import HCode
 from protocol.geometry import PAGE_SHIFT, gpa_of
 from protocol.hcalls import H_SVM_PAGE_IN
+from services.runtime.first_error import first_error_nursery
 from services.ultravisor.hypervisor import Hypervisor
-from shared.first_error import first_error_nursery
 
 MAX_OPEN_PAGE_INS = 32
-_BUSY_TRIES = 150
-_BUSY_SECONDS = 0.002
+_BUSY_LIMIT_SECONDS = 0.5
+_PAUSE_SECONDS = 0.002
 """About. kvm meets our transient page and tries again too: the same pause on both sides could keep them in step."""
 
 
@@ -33,13 +33,12 @@ async def ask_page_in(
     page that is shared by then, kvm would drop the shared frame.
     """
     args = [gpa_of(gfn), flags, PAGE_SHIFT]
-    for _ in range(_BUSY_TRIES):
-        if not still_wanted():
-            return HCode.H_BUSY
+    deadline = trio.current_time() + _BUSY_LIMIT_SECONDS
+    while still_wanted():
         result = await hypervisor.ask(lpid, H_SVM_PAGE_IN, args, cause)
-        if result[0] != HCode.H_BUSY:
+        if result[0] != HCode.H_BUSY or trio.current_time() > deadline:
             return result[0]
-        await trio.sleep(_BUSY_SECONDS * random.uniform(0.5, 1.5))
+        await trio.sleep(_PAUSE_SECONDS * random.uniform(0.5, 1.5))
     return HCode.H_BUSY
 
 
