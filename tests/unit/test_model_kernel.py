@@ -21,6 +21,7 @@ from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioSto
 from services.guest.model.cpu import Cpu
 from services.guest.model.engine import ModelEngine
 from services.guest.model.image import Option, build_image
+from services.guest.model.pages import PageAllocator, PageUse
 from services.guest.model.region_writer import region_pattern
 from services.guest.model.state import MAX_STATE_BYTES, STATE_VERSION, KernelState, decode_state
 from services.guest.model.swiotlb import SEGMENT_BYTES, SLOT_BYTES, Direction, Swiotlb
@@ -195,6 +196,8 @@ class World:
                 assert self.pending or self.typed or until_ns is not None, f"asleep for ever:\n{self.console}"
                 if self.pending or self.typed:
                     self.engine.set_line(True)
+                    # A kernel that waits for a busy call takes it later.
+                    self.clock.now += 1_000
                 elif until_ns is not None:
                     self.clock.now = max(self.clock.now, until_ns)
             case Hypercall(number, args):
@@ -599,6 +602,37 @@ def test_a_pool_that_stays_full_ends_the_request_and_not_the_kernel(command: str
     world.wait_for("ready")
     fill_pool(world)
     assert world.ask(command) == "error no room in the DMA pool"
+    assert world.ask("pages").startswith("ok free=")
+
+
+def test_a_pool_that_stays_full_ends_the_request_though_somebody_types_all_the_time() -> None:
+    world = World(make_disk("prompt"))
+    world.wait_for("ready")
+    fill_pool(world)
+    world.typed, typed_ns = b"hash\r", [world.clock.now]
+
+    def answered() -> bool:
+        if world.clock.now > typed_ns[-1] + 100_000_000:
+            world.typed = b"x"
+            typed_ns.append(world.clock.now)
+        return "error no room in the DMA pool" in world.console
+
+    begin_ns = world.clock.now
+    world.run(answered)
+    assert not world.crash
+    assert len(typed_ns) > 5
+    assert world.clock.now - begin_ns < 2_000_000_000
+
+
+def test_a_command_for_which_memory_is_short_is_refused_and_not_the_kernels_end() -> None:
+    world = World(make_disk("prompt"))
+    world.wait_for("ready")
+    state = decoded_at_safe_point(world)
+    pages = PageAllocator(Cpu(world.memory, world.clock, state.machine, state.calls), state.pages)
+    while pages.alloc(1, PageUse.BALLOON) is not None:
+        pass
+    for command in ("io read 262144 32 1", "write", "hash", "null 5"):
+        assert world.ask(command).startswith("error out of memory: ")
     assert world.ask("pages").startswith("ok free=")
 
 

@@ -14,7 +14,7 @@ from protocol.ucalls import ESM_FILE_CHUNK_BYTES, UV_ESMB_GET_FILE, UV_SHARE_PAG
 from services.guest.model import net_commands, xics
 from services.guest.model.arguments import Refused, numbers
 from services.guest.model.boot import call_esm
-from services.guest.model.cpu import Step
+from services.guest.model.cpu import OutOfMemory, Step
 from services.guest.model.demo import Demo, start_hash, start_write
 from services.guest.model.device_commands import DEVICE_HELP, DeviceCommands
 from services.guest.model.io_run import MAX_BUFFER_BYTES, MAX_DEPTH, IoKind
@@ -108,7 +108,7 @@ class Commands:
             answer = yield from command(words[1:])
             if answer:
                 answer = f"ok {answer}" if answer != "ok" else "ok"
-        except Refused as refused:
+        except (Refused, OutOfMemory) as refused:
             answer = f"error {refused}"
         self._parts.console.next_line()
         if answer:
@@ -341,8 +341,8 @@ class Commands:
         if not 1 <= n_calls <= MAX_NULL_CALLS:
             raise Refused(f"1 to {MAX_NULL_CALLS} calls")
         state = self._parts.state.null_calls
-        state.n_calls, state.n_done = n_calls, 0
         state.times = state.times or self._parts.pages.must_alloc(1, PageUse.BUFFER)
+        state.n_calls, state.n_done = n_calls, 0
         return ""
         yield
 

@@ -54,6 +54,10 @@ class Panic(PefboxError):
     """The kernel cannot go on; the reason is shown to the operator."""
 
 
+class OutOfMemory(Panic):
+    """No run of free pages is long enough; a command of the prompt ends in it, nothing else can go on."""
+
+
 class Busy(PefboxError):
     """A call stays busy; the step is run again later."""
 

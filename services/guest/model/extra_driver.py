@@ -54,7 +54,8 @@ class ExtraDriver(ABC):
 
     def start(self) -> Step[None]:
         """As `bring_up`, and ready after it."""
-        self.state.ready, self.state.error = False, ""
+        state = self.state
+        state.ready, state.error, state.calls, state.submitted_ns = False, "", False, 0
         yield from self.bring_up()
         self.state.ready = True
 

@@ -49,12 +49,12 @@ class IoRunner:
             state.buffers = self._pages.must_alloc(n_buffer_pages, PageUse.BUFFER)
             state.n_buffer_pages = n_buffer_pages
             self._cpu.fill(state.buffers, depth * block_bytes, 0x5A)
+        self._tally.begin()
         state.kind, state.first_sector, state.block_bytes = kind, first_sector, block_bytes
         state.n_blocks, state.depth, state.count = n_sectors * SECTOR_BYTES // block_bytes, depth, count
         state.n_issued = 0
         state.random, state.error, state.free = _SEED, "", list(range(depth))
         state.submitted = {}
-        self._tally.begin()
 
     @property
     def finished(self) -> bool:

@@ -39,11 +39,11 @@ class NetRunner:
     def start(self, peer: bytes, count: int, payload_bytes: int, depth: int, *, ping: bool) -> None:
         """Begin `count` requests with `payload_bytes` each to the station `peer`, `depth` at a time."""
         state = self._state
+        self._tally.begin()
         state.peer, state.count, state.payload_bytes, state.depth, state.ping = peer, count, payload_bytes, depth, ping
         state.n_issued = state.n_lost = 0
         state.open, state.error = {}, ""
         state.heard_ns = self._cpu.clock.now_ns()
-        self._tally.begin()
 
     @property
     def finished(self) -> bool:

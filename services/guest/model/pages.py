@@ -6,7 +6,7 @@ from collections import Counter
 from enum import IntEnum
 
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, pages_spanned
-from services.guest.model.cpu import Cpu, Panic
+from services.guest.model.cpu import Cpu, OutOfMemory, Panic
 from services.guest.model.state import Pages
 
 
@@ -80,17 +80,17 @@ class PageAllocator:
         return found << PAGE_SHIFT
 
     def must_alloc(self, n_pages: int, use: PageUse = PageUse.KERNEL) -> int:
-        """As `alloc`; raises Panic."""
+        """As `alloc`; raises OutOfMemory."""
         gpa = self.alloc(n_pages, use)
         if gpa is None:
-            raise Panic(f"out of memory: {n_pages} pages wanted, {self._state.n_free} free")
+            raise OutOfMemory(f"out of memory: {n_pages} pages wanted, {self._state.n_free} free")
         return gpa
 
     def must_alloc_apart(self, n_pages: int, use: PageUse) -> int:
         """As `must_alloc`, at the end of the first three quarters of memory: apart from what is taken at either end."""
         gpa = self._alloc_below(self._state.n_pages * 3 // 4, n_pages, use)
         if gpa is None:
-            raise Panic(f"out of memory: {n_pages} pages wanted, {self._state.n_free} free")
+            raise OutOfMemory(f"out of memory: {n_pages} pages wanted, {self._state.n_free} free")
         return gpa
 
     def free(self, gpa: int, n_pages: int) -> None:

@@ -34,8 +34,8 @@ from services.guest.model.wide_window import WideWindows
 from shared.virtio import DeviceId
 from shared.virtio_pci import VENDOR_ID
 
-NO_ROOM_ROUNDS = 1_000
-"""So often in a row a request may find the DMA pool full, LATER_NS apart, before whatever made it ends in an error."""
+NO_ROOM_NS = 1_000_000_000
+"""So long requests may find the DMA pool full before what made them ends in an error."""
 
 
 class Parts:
@@ -88,8 +88,11 @@ class Parts:
         try:
             yield from step
         except NoRoom as lack:
-            if self.state.calls.busy_rounds < NO_ROOM_ROUNDS:
+            blk, now_ns = self.state.blk, self.cpu.clock.now_ns()
+            blk.no_room_ns = blk.no_room_ns or now_ns
+            if now_ns - blk.no_room_ns < NO_ROOM_NS:
                 raise
+            blk.no_room_ns = 0
             lack.fail("no room in the DMA pool")
         except QueueBroken as broken:
             yield from self.end_queue(broken.error)

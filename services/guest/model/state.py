@@ -427,6 +427,8 @@ class Blk(Struct):
     requests: dict[int, Request] = {}
     """By head."""
     requeued: int = 0
+    no_room_ns: int = 0
+    """Since when no request found room; 0 when the last one did."""
     poll_until_ns: int = 0
     """Until then the driver looks at the ring itself before it asks for an interrupt."""
 

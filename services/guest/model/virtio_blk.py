@@ -156,6 +156,7 @@ class BlkDriver:
             if mapping is None:
                 state.requeued += 1
                 return False
+        state.no_room_ns = 0
         head = self._make_available(kind, sector, n_bytes, mapping)
         state.requests[head] = Request(owner, cookie, kind, mapping, self._cpu.clock.now_ns())
         return True
