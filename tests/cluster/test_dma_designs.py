@@ -70,6 +70,8 @@ async def test_a_secure_vm_fails_when_the_mechanism_of_its_design_is_taken_away(
     assert outcome.secure
     assert not outcome.works
     assert case.failure in outcome.failure
+    if case.driver is D.NOTHING:
+        assert outcome.device_faults
 
 
 async def test_a_device_model_without_the_bypass_costs_what_the_iommu_costs() -> None:

@@ -31,7 +31,6 @@ from shared.esm_digest import RTAS_TEXT
 from shared.fdt_writer import write_fdt
 from shared.virtio import Feature, has_feature
 from shared.virtio_blk import SECTOR_BYTES, BlkRequest
-from shared.virtio_pci import MODERN_DEVICE_BASE, VENDOR_ID
 
 DEMO_NORMAL_BYTES = 1 << 20
 LEFT_READS = 16
@@ -215,8 +214,7 @@ class BootStage:
     def _ask_next(self) -> Step[None] | None:
         """A step for a device that the boot stage does not drive: whether it offers ACCESS_PLATFORM."""
         parts, disk = self._parts, self._state.blk.pci.config_addr
-        modern = (one for one in parts.bus.functions if one.vendor == VENDOR_ID and one.device >= MODERN_DEVICE_BASE)
-        others = [function for function in modern if function.config_addr != disk]
+        others = [one for one in parts.bus.functions if one.is_virtio and one.config_addr != disk]
         if self._state.old_firmware or self._state.boot.n_asked >= len(others):
             return None
         return self._ask(others[self._state.boot.n_asked])

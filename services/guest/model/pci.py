@@ -26,6 +26,7 @@ from shared.pci import (
     Msix,
     devfn_of,
 )
+from shared.virtio_pci import MODERN_DEVICE_BASE, VENDOR_ID
 
 MAX_CAPABILITIES = 48
 N_SLOTS = 32
@@ -42,6 +43,11 @@ class Function:
     config_addr: int
     vendor: int
     device: int
+
+    @property
+    def is_virtio(self) -> bool:
+        """Whether it is a modern virtio device, of whatever kind."""
+        return self.vendor == VENDOR_ID and self.device >= MODERN_DEVICE_BASE
 
 
 class BarSpace:

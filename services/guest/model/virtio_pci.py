@@ -14,7 +14,6 @@ from shared.virtio_pci import (
     COMMON_CFG_BYTES,
     IOMMU_SWITCH,
     MODERN_DEVICE_BASE,
-    VENDOR_ID,
     CapField,
     CfgType,
     CommonCfg,
@@ -40,7 +39,7 @@ class Transport:
 
     def find(self, function: Function) -> Step[None]:
         """Fill `state` from the function's capabilities; raises NoDevice when it is no modern virtio device."""
-        if function.vendor != VENDOR_ID or function.device < MODERN_DEVICE_BASE:
+        if not function.is_virtio:
             raise NoDevice(f"PCI function {function.config_addr:#x} is no modern virtio device")
         state, config_addr = self.state, function.config_addr
         state.config_addr, state.device_type = config_addr, function.device - MODERN_DEVICE_BASE
