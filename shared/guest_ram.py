@@ -2,6 +2,9 @@
 
 It looks each GFN up in the host view and asks kvm for what is absent; kvm then has the ultravisor page it out, so
 that what the caller reads is the encrypted image and never the secure content (S1).
+
+A guest may take a page back while the host stores to its frame. Kvm hides the frame before the ultravisor reads it, so
+a store after which the frame is still in view is part of what the ultravisor checks; any other is made again.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from protocol.errors import GuestFault
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, pages_spanned
 from shared.host_view import HostState
+from shared.words import full_fence, words_u16
 
 _MAX_ROUNDS = 100
 """A guest that keeps taking its pages back holds a device up for so many rounds, and no longer."""
@@ -45,22 +49,41 @@ class GuestRam:
 
     async def write(self, gpa: int, data: bytes | memoryview) -> None:
         """Store `data` at `gpa`; raises GuestFault outside RAM."""
-        await self._present(gpa, len(data))
-        self._ram[gpa : gpa + len(data)] = data
-        self._mark(gpa, len(data))
+        await self._until_kept(gpa, len(data), lambda: self.write_now(gpa, data))
 
-    async def view(self, gpa: int, n_bytes: int, *, writing: bool) -> memoryview:
-        """The frames themselves, for bulk transfer (`preadv` into guest RAM); raises GuestFault outside RAM.
+    def write_now(self, gpa: int, data: bytes | memoryview) -> bool:
+        """As `write`, without waiting: False when a frame is absent, or was taken by the guest meanwhile."""
+        view = self.view_now(gpa, len(data), writing=True)
+        if view is None:
+            return False
+        view[:] = data
+        return self._kept(gpa, len(data))
+
+    async def store_u16(self, gpa: int, value: int) -> None:
+        """Set the little-endian u16 at even `gpa` by one store; raises GuestFault outside RAM."""
+        await self._until_kept(gpa, 2, lambda: self.store_u16_now(gpa, value))
+
+    def store_u16_now(self, gpa: int, value: int) -> bool:
+        """As `store_u16`, without waiting: False when the frame is absent, or was taken by the guest meanwhile."""
+        view = self.view_now(gpa, 2, writing=True)
+        if view is None:
+            return False
+        words_u16(view)[0] = value
+        return self._kept(gpa, 2)
+
+    async def view(self, gpa: int, n_bytes: int) -> memoryview:
+        """The frames themselves, for reading; raises GuestFault outside RAM.
 
         The caller drops the view before it next waits for a peer: kvm may punch the frames at any time after.
         """
         await self._present(gpa, n_bytes)
-        if writing:
-            self._mark(gpa, n_bytes)
         return self._ram[gpa : gpa + n_bytes]
 
     def view_now(self, gpa: int, n_bytes: int, *, writing: bool) -> memoryview | None:
-        """As `view`, without waiting; None when a frame is absent."""
+        """As `view`, without waiting; None when a frame is absent.
+
+        For bulk transfer (`preadv` into guest RAM): a frame that the guest takes meanwhile loses its part.
+        """
         self.check(gpa, n_bytes)
         if self._absent(gpa, n_bytes):
             return None
@@ -87,6 +110,18 @@ class GuestRam:
                 return
             await self._want(absent)
         raise GuestFault(f"{n_bytes} bytes at gpa {gpa:#x} do not stay present")
+
+    async def _until_kept(self, gpa: int, n_bytes: int, store: Callable[[], bool]) -> None:
+        for _ in range(_MAX_ROUNDS):
+            await self._present(gpa, n_bytes)
+            if store():
+                return
+        raise GuestFault(f"{n_bytes} bytes at gpa {gpa:#x} do not stay present")
+
+    def _kept(self, gpa: int, n_bytes: int) -> bool:
+        """Whether what was just stored lies in frames that are still in view."""
+        full_fence()
+        return not self._absent(gpa, n_bytes)
 
     def _absent(self, gpa: int, n_bytes: int) -> list[int]:
         if not n_bytes:

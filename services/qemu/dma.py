@@ -46,7 +46,7 @@ class DmaSpace(ABC):
 
     async def read(self, address: int, n_bytes: int) -> bytes:
         """A copy of `n_bytes` at `address`."""
-        view = self._view_now(address, n_bytes, writing=False)
+        view = self._view_now(address, n_bytes)
         if view is not None:
             return bytes(view)
         pieces = [await self.ram.read(gpa, n) for gpa, n in self.spans(address, n_bytes, writing=False)]
@@ -54,11 +54,9 @@ class DmaSpace(ABC):
 
     async def write(self, address: int, data: bytes | memoryview) -> None:
         """Store `data` at `address`."""
-        view = self._view_now(address, len(data), writing=True)
-        if view is not None:
-            view[:] = data
-            return
         spans = self.spans(address, len(data), writing=True)
+        if len(spans) == 1 and self.ram.write_now(spans[0][0], data):
+            return
         for gpa, n in spans:
             self.ram.check(gpa, n)
         done = 0
@@ -68,12 +66,16 @@ class DmaSpace(ABC):
 
     async def load_u16(self, address: int) -> int:
         """The little-endian u16 at even `address`, by one load."""
-        value: int = words_u16(await self._word(address, 2, writing=False))[0]
+        gpa = self._word_at(address, writing=False)
+        view = self.ram.view_now(gpa, 2, writing=False)
+        value: int = words_u16(view if view is not None else await self.ram.view(gpa, 2))[0]
         return value
 
     async def store_u16(self, address: int, value: int) -> None:
         """Set the little-endian u16 at even `address` by one store."""
-        words_u16(await self._word(address, 2, writing=True))[0] = value
+        gpa = self._word_at(address, writing=True)
+        if not self.ram.store_u16_now(gpa, value):
+            await self.ram.store_u16(gpa, value)
 
     def views_now(self, address: int, n_bytes: int, *, writing: bool) -> list[memoryview] | None:
         """The frames behind `n_bytes` at `address`, for bulk transfer; None when one of them is absent."""
@@ -90,17 +92,15 @@ class DmaSpace(ABC):
         for gpa, n in self.spans(address, n_bytes, writing=writing):
             self.ram.check(gpa, n)
 
-    def _view_now(self, address: int, n_bytes: int, *, writing: bool) -> memoryview | None:
-        spans = self.spans(address, n_bytes, writing=writing)
+    def _view_now(self, address: int, n_bytes: int) -> memoryview | None:
+        spans = self.spans(address, n_bytes, writing=False)
         if len(spans) != 1:
             return None
-        return self.ram.view_now(spans[0][0], n_bytes, writing=writing)
+        return self.ram.view_now(spans[0][0], n_bytes, writing=False)
 
-    async def _word(self, address: int, n_bytes: int, *, writing: bool) -> memoryview:
-        """An aligned word never crosses a page, so it is one span."""
-        gpa, n = self.spans(address, n_bytes, writing=writing)[0]
-        view = self.ram.view_now(gpa, n, writing=writing)
-        return view if view is not None else await self.ram.view(gpa, n, writing=writing)
+    def _word_at(self, address: int, *, writing: bool) -> int:
+        """Where an aligned u16 lies: it never crosses a page, so it is one span."""
+        return self.spans(address, 2, writing=writing)[0][0]
 
 
 class BypassSpace(DmaSpace):
@@ -114,8 +114,8 @@ class BypassSpace(DmaSpace):
         """All of RAM."""
         return frozenset(range(self.ram.size_bytes >> PAGE_SHIFT))
 
-    def _view_now(self, address: int, n_bytes: int, *, writing: bool) -> memoryview | None:
-        return self.ram.view_now(address, n_bytes, writing=writing)
+    def _view_now(self, address: int, n_bytes: int) -> memoryview | None:
+        return self.ram.view_now(address, n_bytes, writing=False)
 
 
 class IommuSpace(DmaSpace):
