@@ -16,7 +16,7 @@ IN_PARALLEL ?= --numprocesses=2 --dist=loadfile
 PACKAGES := protocol shared services deploy tests
 QUICK_TESTS := tests/unit tests/cluster/test_disk.py
 
-.PHONY: help setup demo linux-demo test test-other-python soak lint bench docs clean
+.PHONY: help setup demo linux-demo test test-other-python soak chaos lint bench docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -55,6 +55,9 @@ test-other-python: ## unit tests and the life of a secure VM under another suppo
 
 soak: $(READY) ## two minutes of load: no process may be called hung (docs/liveness.md)
 	PEFBOX_SOAK_SECONDS=120 $(RUN)/pytest tests/cluster/test_liveness.py -k busy_machine -s
+
+chaos: $(READY) ## minutes of migrations that go wrong: every order of events, 10,000 tampered streams (docs/migration.md)
+	PEFBOX_MODEL=full $(RUN)/pytest tests/unit/test_migration_model.py tests/unit/test_migration_stream.py -v
 
 lint: $(READY) ## style and types only
 	$(RUN)/ruff check .

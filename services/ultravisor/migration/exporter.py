@@ -1,0 +1,209 @@
+"""The source's side of a migration, from the first page to the word that the VM runs elsewhere.
+
+    COPYING      the guest runs; pages go, again whenever they were written
+    STOPPED      the guest runs no more; the last pages and the state go
+    FINISHED     all is sent
+    TOKEN_GIVEN  the destination may start; only its word decides what becomes of the VM here
+    MOVED        it runs there; what is here is to be wiped
+    RETURNED     it never starts there; the guest may run here again
+
+Until the token is given the source may take the VM back by itself (`cancel`), after it never (S6).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from protocol.errors import HostFault
+from services.ultravisor.migration.handshake import Session
+from services.ultravisor.migration.ledger import Decision, Entry, Ledger, LedgerTorn
+from services.ultravisor.migration.payloads import (
+    ARRIVING,
+    MAX_PAGES_PER_RECORD,
+    MAX_STATE_BYTES,
+    PRIVATE,
+    Final,
+    Page,
+    PageVersions,
+    encode_pages,
+)
+from services.ultravisor.migration.records import MAX_PAYLOAD_BYTES, RecordKind, RecordOpener, RecordSealer
+from services.ultravisor.migration.refusals import MigrationRefused, Reason
+from services.ultravisor.migration.statements import Word, check, sign
+from services.ultravisor.page_state import GfnState
+
+ReadPage = Callable[[int], memoryview]
+"""The secure content of a GFN: whole, and not written meanwhile once the guest is stopped."""
+
+
+class ExportPhase(Enum):
+    """How far the source is."""
+
+    COPYING = "copying"
+    STOPPED = "stopped"
+    FINISHED = "finished"
+    TOKEN_GIVEN = "token-given"
+    MOVED = "moved"
+    RETURNED = "returned"
+
+
+_WITH_GUEST = frozenset({ExportPhase.COPYING, ExportPhase.RETURNED})
+_MAY_CANCEL = frozenset({ExportPhase.COPYING, ExportPhase.STOPPED, ExportPhase.FINISHED})
+
+
+class Exporter:
+    """One migration at its source."""
+
+    def __init__(
+        self,
+        session: Session,
+        identity: Ed25519PrivateKey,
+        ledger: Ledger,
+        sealer: RecordSealer,
+        opener: RecordOpener,
+        read_page: ReadPage,
+    ) -> None:
+        self._session, self._identity, self._ledger = session, identity, ledger
+        self._sealer, self._opener, self._read_page = sealer, opener, read_page
+        self._owed = set(range(session.subject.n_pages))
+        self._versions = PageVersions(session.subject.n_pages)
+        self._state = bytearray()
+        self.epoch = 0
+        self.phase = ExportPhase.COPYING
+
+    @property
+    def guest_may_run(self) -> bool:
+        """Whether the processors may run the VM here (S6)."""
+        return self.phase in _WITH_GUEST
+
+    @property
+    def owed(self) -> frozenset[int]:
+        """GFNs whose newest version was not sent."""
+        return frozenset(self._owed)
+
+    def dirtied(self, gfns: Iterable[int]) -> None:
+        """`gfns` were written since they were last sent, or may have been."""
+        self._expect(ExportPhase.COPYING, ExportPhase.STOPPED)
+        self._owed.update(gfns)
+
+    def pages(self, gfns: Sequence[int]) -> bytes:
+        """The record of these secure pages as they are now; `dirtied` is to be told of every store after this.
+
+        Raises MigrationRefused for more than one record holds: MAX_PAYLOAD_BYTES of them.
+        """
+        self._expect(ExportPhase.COPYING, ExportPhase.STOPPED)
+        if len(gfns) > MAX_PAGES_PER_RECORD or any(gfn >= len(self._versions) for gfn in gfns):
+            raise MigrationRefused(Reason.MALFORMED, f"{len(gfns)} pages, or one outside the VM, for one record")
+        pages = [self._page(gfn) for gfn in gfns]
+        record = self._sealer.seal(RecordKind.PAGES, self.epoch, encode_pages(pages))
+        self._owed.difference_update(gfns)
+        for gfn in gfns:
+            self._versions.came(gfn, self.epoch)
+        return record
+
+    def end_epoch(self) -> bytes:
+        """The record that ends a round; pages sent from here on belong to the next."""
+        self._expect(ExportPhase.COPYING, ExportPhase.STOPPED)
+        record = self._sealer.seal(RecordKind.EPOCH_END, self.epoch, b"")
+        self.epoch += 1
+        return record
+
+    def stop(self) -> None:
+        """The guest has stopped, and nothing writes secure memory any more."""
+        self._expect(ExportPhase.COPYING)
+        self.phase = ExportPhase.STOPPED
+
+    def state(self, data: bytes) -> list[bytes]:
+        """Records of `data`, a part of what is no page; the parts arrive as one, in this order."""
+        self._expect(ExportPhase.STOPPED)
+        if len(self._state) + len(data) > MAX_STATE_BYTES:
+            raise MigrationRefused(Reason.MALFORMED, f"more than {MAX_STATE_BYTES} bytes of state")
+        self._state += data
+        parts = [data[at : at + MAX_PAYLOAD_BYTES] for at in range(0, len(data), MAX_PAYLOAD_BYTES)]
+        return [self._sealer.seal(RecordKind.STATE, self.epoch, part) for part in parts]
+
+    def finish(self, states: bytes) -> bytes:
+        """The last record. `states`: a GfnState a frame, as they are to be where the VM arrives.
+
+        Raises MigrationRefused while a private page is owed, or a frame has a state that cannot travel.
+        """
+        self._expect(ExportPhase.STOPPED)
+        if len(states) != len(self._versions) or not _ARRIVING.issuperset(states):
+            raise MigrationRefused(Reason.MALFORMED, "page states that cannot travel")
+        if late := [gfn for gfn in self._owed if GfnState(states[gfn]) in PRIVATE]:
+            raise MigrationRefused(Reason.NOT_NEWEST, f"gfn {min(late):#x}")
+        state = hashlib.sha256(self._state).digest()
+        final = Final(states, self._versions.digest(states), len(self._state), state)
+        self.phase = ExportPhase.FINISHED
+        return self._sealer.seal(RecordKind.FINAL, self.epoch, msgspec.msgpack.encode(final))
+
+    def take_ready(self, raw: bytes) -> bytes:
+        """The destination has everything: the start token, which is out from here on.
+
+        Raises MigrationRefused when the record is not genuine, or the decision cannot be stored.
+        """
+        self._expect(ExportPhase.FINISHED)
+        if self._opener.open(raw).kind is not RecordKind.READY:
+            raise MigrationRefused(Reason.OUT_OF_PLACE, "instead of READY")
+        try:
+            self._ledger.record(self._entry(Decision.GIVEN))
+        except LedgerTorn:
+            # A crash may find it stored, and the token would then be given for an older state of the VM.
+            self.phase = ExportPhase.TOKEN_GIVEN
+            raise MigrationRefused(Reason.NOT_STORED) from None
+        except HostFault as error:
+            raise MigrationRefused(Reason.NOT_STORED, str(error)) from None
+        self.phase = ExportPhase.TOKEN_GIVEN
+        return self.token()
+
+    def token(self) -> bytes:
+        """The start token once more."""
+        self._expect(ExportPhase.TOKEN_GIVEN)
+        return sign(self._identity, Word.TOKEN, self._session.session_id)
+
+    def take_statement(self, raw: bytes) -> None:
+        """The destination's word: the VM has MOVED, or is RETURNED. Raises MigrationRefused."""
+        word = check(raw, self._session.session_id, self._session.peer.identity)
+        if word is Word.STARTED:
+            self._expect(ExportPhase.TOKEN_GIVEN, ExportPhase.MOVED)
+            self.phase = ExportPhase.MOVED
+        elif word is Word.ABANDONED:
+            self._expect(*_MAY_CANCEL, ExportPhase.TOKEN_GIVEN, ExportPhase.RETURNED)
+            self.phase = ExportPhase.RETURNED
+        else:
+            raise MigrationRefused(Reason.OUT_OF_PLACE, f"the destination says {word.value}")
+        self._close()
+
+    def cancel(self) -> None:
+        """The VM stays here. Raises MigrationRefused once the token was given."""
+        if self.phase is ExportPhase.TOKEN_GIVEN:
+            raise MigrationRefused(Reason.TOKEN_GIVEN)
+        self._expect(*_MAY_CANCEL)
+        self.phase = ExportPhase.RETURNED
+
+    def _page(self, gfn: int) -> Page:
+        content = bytes(self._read_page(gfn))
+        return Page(gfn, b"" if content == bytes(len(content)) else content)
+
+    def _close(self) -> None:
+        try:
+            self._ledger.record(self._entry(Decision.CLOSED))
+        except HostFault:
+            # It is only shown as open; no decision hangs on it.
+            return
+
+    def _entry(self, decision: Decision) -> Entry:
+        session = self._session
+        return Entry.of(session.session_id, session.subject.vm, session.peer.identity, decision)
+
+    def _expect(self, *phases: ExportPhase) -> None:
+        if self.phase not in phases:
+            raise MigrationRefused(Reason.WRONG_PHASE, self.phase.value)
+
+
+_ARRIVING = frozenset(int(state) for state in ARRIVING)

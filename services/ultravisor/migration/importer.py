@@ -1,0 +1,198 @@
+"""The destination's side of a migration: it believes nothing before it has everything, and starts only by the token.
+
+    RECEIVING  records come
+    CHECKED    pages and state are whole and newest; whoever loads the state does so now
+    READY      it told the source so, and waits for the token
+    STARTED    the VM runs here
+    ABANDONED  the VM never runs here; what came is wiped
+
+The first record that does not pass ends the import. Without the token the destination may give up at any time, which
+is final: its word lets the source take the VM back (S6).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import Enum
+from typing import Protocol
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from protocol.errors import HostFault
+from services.ultravisor.migration.handshake import Session
+from services.ultravisor.migration.ledger import Decision, Entry, Ledger
+from services.ultravisor.migration.payloads import (
+    ARRIVING,
+    MAX_STATE_BYTES,
+    PRIVATE,
+    PageVersions,
+    decode_final,
+    decode_pages,
+)
+from services.ultravisor.migration.records import Record, RecordKind, RecordOpener, RecordSealer
+from services.ultravisor.migration.refusals import MigrationRefused, Reason
+from services.ultravisor.migration.statements import Word, check, sign
+from services.ultravisor.page_state import GfnState
+
+
+class Frames(Protocol):
+    """The secure frames that the VM gets, zeroed at the beginning."""
+
+    page_bytes: int
+
+    def write(self, gfn: int, content: bytes | memoryview) -> None:
+        """Put the content of a page."""
+
+    def zero(self, gfn: int) -> None:
+        """Zero a page."""
+
+    def wipe(self) -> None:
+        """Zero everything: the VM does not come."""
+
+
+class ImportPhase(Enum):
+    """How far the destination is."""
+
+    RECEIVING = "receiving"
+    CHECKED = "checked"
+    READY = "ready"
+    STARTED = "started"
+    ABANDONED = "abandoned"
+
+
+class Importer:
+    """One migration at its destination."""
+
+    def __init__(
+        self,
+        session: Session,
+        identity: Ed25519PrivateKey,
+        ledger: Ledger,
+        sealer: RecordSealer,
+        opener: RecordOpener,
+        frames: Frames,
+    ) -> None:
+        self._session, self._identity, self._ledger = session, identity, ledger
+        self._sealer, self._opener, self._frames = sealer, opener, frames
+        self._versions = PageVersions(session.subject.n_pages)
+        self._state = bytearray()
+        self._take = {
+            RecordKind.PAGES: self._take_pages,
+            RecordKind.EPOCH_END: self._take_epoch_end,
+            RecordKind.STATE: self._take_state,
+            RecordKind.FINAL: self._take_final,
+        }
+        self.states = b""
+        """A GfnState a frame; empty before CHECKED."""
+        self.epoch = 0
+        self.phase = ImportPhase.RECEIVING
+
+    @property
+    def guest_may_run(self) -> bool:
+        """Whether the processors may run the VM here (S6)."""
+        return self.phase is ImportPhase.STARTED
+
+    @property
+    def state(self) -> bytes:
+        """What came that is no page; empty before CHECKED."""
+        return b"" if self.phase is ImportPhase.RECEIVING else bytes(self._state)
+
+    def take(self, raw: bytes) -> None:
+        """The next record. Raises MigrationRefused; the import is ABANDONED then."""
+        self._expect(ImportPhase.RECEIVING)
+        try:
+            record = self._opener.open(raw)
+            if record.kind not in self._take or record.epoch != self.epoch:
+                raise MigrationRefused(Reason.OUT_OF_PLACE, f"{record.kind.name} of epoch {record.epoch}")
+            self._take[record.kind](record)
+        except MigrationRefused:
+            self._wipe()
+            raise
+
+    def ready(self) -> bytes:
+        """The record that tells the source: everything is here and loaded."""
+        self._expect(ImportPhase.CHECKED)
+        self.phase = ImportPhase.READY
+        return self._sealer.seal(RecordKind.READY, self.epoch, b"")
+
+    def take_token(self, raw: bytes) -> bytes:
+        """The start token: the VM may run here from now on. Returns the word for the source.
+
+        Raises MigrationRefused when it is no token of the source, or the decision cannot be stored: still READY then.
+        """
+        self._expect(ImportPhase.READY, ImportPhase.STARTED)
+        if check(raw, self._session.session_id, self._session.peer.identity) is not Word.TOKEN:
+            raise MigrationRefused(Reason.OUT_OF_PLACE, "instead of the start token")
+        if self.phase is ImportPhase.READY:
+            session = self._session
+            entry = Entry.of(session.session_id, session.subject.vm, session.peer.identity, Decision.STARTED)
+            try:
+                self._ledger.record(entry)
+            except HostFault as error:
+                raise MigrationRefused(Reason.NOT_STORED, str(error)) from None
+            self.phase = ImportPhase.STARTED
+        return self.word()
+
+    def abandon(self) -> bytes:
+        """Give up for good, and wipe. Returns the word for the source; raises MigrationRefused once STARTED."""
+        if self.phase is ImportPhase.STARTED:
+            raise MigrationRefused(Reason.WRONG_PHASE, self.phase.value)
+        if self.phase is not ImportPhase.ABANDONED:
+            self._wipe()
+        return self.word()
+
+    def word(self) -> bytes:
+        """What became of the VM here, for the source; raises MigrationRefused while that is open."""
+        self._expect(ImportPhase.STARTED, ImportPhase.ABANDONED)
+        word = Word.STARTED if self.phase is ImportPhase.STARTED else Word.ABANDONED
+        return sign(self._identity, word, self._session.session_id)
+
+    def _take_pages(self, record: Record) -> None:
+        n_pages = len(self._versions)
+        for page in decode_pages(record.payload, self._frames.page_bytes):
+            if page.gfn >= n_pages:
+                raise MigrationRefused(Reason.MALFORMED, f"gfn {page.gfn:#x} is outside the VM")
+            if page.content:
+                self._frames.write(page.gfn, page.content)
+            else:
+                self._frames.zero(page.gfn)
+            self._versions.came(page.gfn, self.epoch)
+
+    def _take_epoch_end(self, record: Record) -> None:
+        if record.payload:
+            raise MigrationRefused(Reason.MALFORMED, "an end of an epoch with content")
+        self.epoch += 1
+
+    def _take_state(self, record: Record) -> None:
+        if len(self._state) + len(record.payload) > MAX_STATE_BYTES:
+            raise MigrationRefused(Reason.MALFORMED, f"more than {MAX_STATE_BYTES} bytes of state")
+        self._state += record.payload
+
+    def _take_final(self, record: Record) -> None:
+        final = decode_final(record.payload)
+        if len(final.states) != len(self._versions) or not _ARRIVING.issuperset(final.states):
+            raise MigrationRefused(Reason.MALFORMED, "page states that cannot travel")
+        private = [gfn for gfn, state in enumerate(final.states) if GfnState(state) in PRIVATE]
+        if missing := self._versions.missing(private):
+            raise MigrationRefused(Reason.NOT_NEWEST, f"gfn {missing[0]:#x} never came")
+        if self._versions.digest(final.states) != final.versions:
+            raise MigrationRefused(Reason.NOT_NEWEST)
+        if (len(self._state), hashlib.sha256(self._state).digest()) != (final.n_state_bytes, final.state):
+            raise MigrationRefused(Reason.NOT_WHOLE)
+        for gfn in set(range(len(self._versions))).difference(private):
+            # What a page held before it was shared does not outlive the sharing.
+            self._frames.zero(gfn)
+        self.states = final.states
+        self.phase = ImportPhase.CHECKED
+
+    def _wipe(self) -> None:
+        self.phase = ImportPhase.ABANDONED
+        self._state.clear()
+        self._frames.wipe()
+
+    def _expect(self, *phases: ImportPhase) -> None:
+        if self.phase not in phases:
+            raise MigrationRefused(Reason.WRONG_PHASE, self.phase.value)
+
+
+_ARRIVING = frozenset(int(state) for state in ARRIVING)

@@ -1,0 +1,107 @@
+"""The decisions of migrations that must outlive a crash of the ultravisor that took them.
+
+Two decide who runs the VM: the source's GIVEN (the destination may start, the source may not) and the destination's
+STARTED (it did). Each is stored before anything follows from it. What a destination has not stored as STARTED it can
+never start after a crash, since keys and pages are gone; so a promise not to start needs no entry.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from typing import Protocol
+
+import msgspec
+
+from protocol.errors import HostFault
+from services.ultravisor.migration.certificates import PublicKey
+
+_MAX_LEDGER_BYTES = 16 << 20
+
+
+class Decision(Enum):
+    """What was decided about one migration."""
+
+    GIVEN = "given"
+    STARTED = "started"
+    CLOSED = "closed"
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One decision: `session` in hex names the migration, `peer` is the identity of the other ultravisor, in hex."""
+
+    session: str
+    vm: str
+    peer: str
+    decision: Decision
+
+    @classmethod
+    def of(cls, session_id: bytes, vm: str, peer: PublicKey, decision: Decision) -> Entry:
+        """From raw bytes."""
+        return cls(session_id.hex(), vm, peer.hex(), decision)
+
+
+class LedgerTorn(HostFault):
+    """The entry could not be stored, and whether it was nobody can say."""
+
+
+class Ledger(Protocol):
+    """Where decisions are kept."""
+
+    def record(self, entry: Entry) -> None:
+        """Store, and return once a crash cannot undo it.
+
+        Raises HostFault when it was not stored, LedgerTorn when it may have been.
+        """
+
+    def newest(self, session_id: bytes) -> Entry | None:
+        """The newest entry of a migration."""
+
+
+class FileLedger:
+    """JSON lines behind a descriptor opened for appending and reading. Raises HostFault when they are no ledger."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._entries: dict[str, Entry] = {}
+        raw = os.pread(fd, _MAX_LEDGER_BYTES + 1, 0)
+        if len(raw) > _MAX_LEDGER_BYTES:
+            raise HostFault("the ledger of migrations is too long")
+        whole, _, torn = raw.rpartition(b"\n")
+        # A line that a crash cut off was never acted on.
+        self._size_bytes = len(raw) - len(torn)
+        try:
+            entries = [msgspec.json.decode(line, type=Entry) for line in whole.splitlines()]
+        except msgspec.DecodeError as error:
+            raise HostFault(f"the ledger of migrations is damaged: {error}") from None
+        self._entries = {entry.session: entry for entry in entries}
+        if torn:
+            os.ftruncate(fd, self._size_bytes)
+
+    def record(self, entry: Entry) -> None:
+        """As Ledger.record."""
+        raw = msgspec.json.encode(entry) + b"\n"
+        try:
+            if os.write(self._fd, raw) != len(raw):
+                raise OSError("it was stored in part")
+            os.fsync(self._fd)
+        except OSError as error:
+            self._take_back(error)
+            raise HostFault(f"the ledger of migrations cannot be written: {error}") from None
+        self._size_bytes += len(raw)
+        self._entries[entry.session] = entry
+
+    def newest(self, session_id: bytes) -> Entry | None:
+        """As Ledger.newest."""
+        return self._entries.get(session_id.hex())
+
+    def open_entries(self) -> list[Entry]:
+        """Tokens that were given and never answered: what an operator may have to resolve."""
+        return [entry for entry in self._entries.values() if entry.decision is Decision.GIVEN]
+
+    def _take_back(self, cause: OSError) -> None:
+        try:
+            os.ftruncate(self._fd, self._size_bytes)
+            os.fsync(self._fd)
+        except OSError:
+            raise LedgerTorn(f"the ledger of migrations cannot be written: {cause}") from None

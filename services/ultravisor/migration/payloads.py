@@ -1,0 +1,120 @@
+"""What the records hold: pages, and at the end what makes sure that nothing is missing.
+
+Pages: count u16, for each its GFN u32 and PageKind u8, then the content of those that are not zero, in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from enum import IntEnum
+from struct import Struct
+from struct import error as StructError
+from typing import Annotated, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from protocol.decoding import DECODE_ERRORS
+from protocol.geometry import MAX_VM_BYTES, PAGE_SHIFT
+from services.ultravisor.migration.certificates import Digest
+from services.ultravisor.migration.refusals import MigrationRefused, Reason
+from services.ultravisor.page_state import TRANSIENT, GfnState
+
+MAX_STATE_BYTES = 16 << 20
+"""Of everything that is not a page."""
+_COUNT = Struct("<H")
+_ENTRY = Struct("<IB")
+MAX_PAGES_PER_RECORD = 4096
+
+PRIVATE = frozenset({GfnState.SECURE, GfnState.PSEUDO_SHARED, GfnState.PSEUDO_SHARED_INV})
+"""States of a frame whose content is in secure memory alone and so comes in records."""
+ARRIVING = frozenset(GfnState) - TRANSIENT - {GfnState.PAGED_OUT}
+"""States that a frame may have at the end; a page that is paged out is secure again where it arrives."""
+
+
+class PageKind(IntEnum):
+    """How a page comes."""
+
+    ZERO = 0
+    DATA = 1
+
+
+class Page(NamedTuple):
+    """A page of a record; `content` is empty for a page of zeros."""
+
+    gfn: int
+    content: bytes | memoryview
+
+
+class Final(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """The last record: `states`, a GfnState a frame, and what proves that pages and state came whole and newest."""
+
+    states: Annotated[bytes, Meta(max_length=MAX_VM_BYTES >> PAGE_SHIFT)]
+    versions: Digest
+    n_state_bytes: Annotated[int, Meta(ge=0, le=MAX_STATE_BYTES)]
+    state: Digest
+
+
+def encode_pages(pages: Sequence[Page]) -> bytes:
+    """The payload of a PAGES record."""
+    head = [_COUNT.pack(len(pages))]
+    head += [_ENTRY.pack(page.gfn, PageKind.DATA if page.content else PageKind.ZERO) for page in pages]
+    return b"".join([*head, *(page.content for page in pages)])
+
+
+def decode_pages(payload: bytes, page_bytes: int) -> Iterator[Page]:
+    """The pages of a payload; raises MigrationRefused when it is none."""
+    try:
+        (n_pages,) = _COUNT.unpack_from(payload)
+        entries = [_ENTRY.unpack_from(payload, _COUNT.size + i * _ENTRY.size) for i in range(n_pages)]
+    except StructError as error:
+        raise MigrationRefused(Reason.MALFORMED, f"a record of pages: {error}") from None
+    at = _COUNT.size + n_pages * _ENTRY.size
+    n_data = sum(kind == PageKind.DATA for _, kind in entries)
+    if len(payload) != at + n_data * page_bytes or any(
+        kind not in (PageKind.DATA, PageKind.ZERO) for _, kind in entries
+    ):
+        raise MigrationRefused(Reason.MALFORMED, "a record of pages of another length than it says")
+    whole = memoryview(payload)
+    for gfn, kind in entries:
+        n_bytes = page_bytes if kind == PageKind.DATA else 0
+        yield Page(gfn, whole[at : at + n_bytes])
+        at += n_bytes
+
+
+def decode_final(payload: bytes) -> Final:
+    """The Final of a payload; raises MigrationRefused."""
+    try:
+        return msgspec.msgpack.decode(payload, type=Final)
+    except DECODE_ERRORS as error:
+        raise MigrationRefused(Reason.MALFORMED, f"the last record: {error}") from None
+
+
+class PageVersions:
+    """In which epoch each page was last in a record: the same on both sides, or a page is missing or old."""
+
+    def __init__(self, n_pages: int) -> None:
+        self._epochs = array("I", bytes(4 * n_pages))
+
+    def __len__(self) -> int:
+        return len(self._epochs)
+
+    def came(self, gfn: int, epoch: int) -> None:
+        """`gfn` was in a record of `epoch`."""
+        self._epochs[gfn] = epoch + 1
+
+    def missing(self, gfns: Iterable[int]) -> list[int]:
+        """Those of `gfns` that never were in a record."""
+        return [gfn for gfn in gfns if not self._epochs[gfn]]
+
+    def digest(self, states: bytes) -> bytes:
+        """SHA-256 over the epochs of the pages that `states` says are private; the others count as never sent."""
+        epochs = array(
+            "I", (epoch if state in _PRIVATE else 0 for epoch, state in zip(self._epochs, states, strict=True))
+        )
+        return hashlib.sha256(epochs.tobytes()).digest()
+
+
+_PRIVATE = frozenset(int(state) for state in PRIVATE)
