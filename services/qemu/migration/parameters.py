@@ -1,0 +1,49 @@
+"""What an operator sets of a migration (`migrate-set-parameters`), with QEMU's names, bounds and defaults.
+
+Source: QEMU `qapi/migration.json` (MigrationParameters), `migration/options.c`. Parameters of what is not built
+(postcopy, compression, parallel channels, throttling of the guest) are not among them and so are refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from protocol.errors import UserError
+
+MIB = 1 << 20
+
+
+class MigrationParameters(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """`max_bandwidth` in bytes a second (0: no limit); `downtime_limit` and times of announcements in milliseconds."""
+
+    max_bandwidth: Annotated[int, Meta(ge=0, le=1 << 60)] = 128 * MIB
+    downtime_limit: Annotated[int, Meta(ge=0, le=2_000_000)] = 300
+    announce_initial: Annotated[int, Meta(ge=0, le=100_000)] = 50
+    announce_max: Annotated[int, Meta(ge=0, le=100_000)] = 550
+    announce_rounds: Annotated[int, Meta(ge=0, le=1000)] = 5
+    announce_step: Annotated[int, Meta(ge=1, le=10_000)] = 100
+
+    def updated(self, changes: dict[str, Any]) -> MigrationParameters:
+        """With `changes` by QEMU's names; raises UserError that names the parameter and what it may be."""
+        known = msgspec.to_builtins(self)
+        for name in changes:
+            if name not in known:
+                raise UserError(f"migration parameter {name}: not built; there is: {', '.join(known)}")
+        try:
+            return msgspec.convert({**known, **changes}, MigrationParameters)
+        except msgspec.ValidationError as error:
+            raise UserError(f"migration parameter {_place(error)}") from None
+
+    def announcements_ms(self) -> list[int]:
+        """When after the guest goes on its network address is announced, each time from the announcement before."""
+        delays = range(self.announce_initial, self.announce_initial + self.announce_rounds * self.announce_step)
+        return [min(delay, self.announce_max) for delay in delays[:: self.announce_step]][: self.announce_rounds]
+
+
+def _place(error: msgspec.ValidationError) -> str:
+    """msgspec says "Expected `int` <= 5 - at `$.name`"; the name comes first here."""
+    text, _, path = str(error).partition(" - at `$.")
+    return f"{path.rstrip('`')}: {text[:1].lower()}{text[1:]}"

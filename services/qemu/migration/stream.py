@@ -1,0 +1,152 @@
+"""Frames between two qemus: what each is, and how long, so that a reader knows whether it can go on.
+
+A frame is a header of 8 bytes (little-endian: kind u8, stream u8, flags u16, length u32) and its payload. The first
+frame is HELLO. A reader refuses a kind that it does not know unless the frame is marked OPTIONAL, which it skips; so a
+later version adds frames that an earlier one may leave out, and none that it must not. `stream` is 0; others are for
+parallel channels. What carries the frames protects them; here every byte is a peer's and may be anything (S5).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+from struct import Struct
+from typing import Annotated, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from protocol.decoding import DECODE_ERRORS
+from protocol.errors import MalformedMessage
+
+HEADER = Struct("<BBHI")
+MAX_PAYLOAD_BYTES = (1 << 20) + (128 << 10)
+"""A record of an ultravisor, or as many normal pages, with what says which they are."""
+VERSION = 1
+MAGIC = "pefbox-migration"
+
+
+class FrameKind(IntEnum):
+    """What a frame holds."""
+
+    HELLO = 1
+    """Who sends: a Hello."""
+    HANDSHAKE = 2
+    """A message of the ultravisors' handshake; opaque here."""
+    RECORD = 3
+    """A sealed record of an ultravisor; opaque here."""
+    STATEMENT = 4
+    """A signed word of an ultravisor; opaque here."""
+    PAGES = 5
+    """Pages that the host may read: of a normal VM, or shared ones."""
+    ROUND_END = 6
+    """All pages of a round have gone."""
+    DEVICES = 7
+    """State of devices, interrupts and windows."""
+    READY = 8
+    """The destination has loaded everything (of a normal VM; of a secure one its ultravisor says so in a record)."""
+    START = 9
+    """The destination may run a normal VM; the source will not."""
+    FAILED = 10
+    """Why one side gives up, for the operator of the other."""
+
+
+class FrameFlag(IntFlag):
+    """What a reader needs to know of a frame that it does not know."""
+
+    OPTIONAL = 1
+
+
+class Frame(NamedTuple):
+    """One frame."""
+
+    kind: FrameKind
+    payload: bytes
+
+
+Text = Annotated[str, Meta(max_length=256)]
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The first frame of either side, as JSON. The machine type must be the same, capabilities those of both."""
+
+    magic: Text = MAGIC
+    version: Annotated[int, Meta(ge=1, lt=1 << 16)] = VERSION
+    machine: Text
+    vm: Text
+    page_bytes: Annotated[int, Meta(ge=1, le=1 << 30)]
+    n_pages: Annotated[int, Meta(ge=1, le=1 << 40)]
+    secure: bool
+    capabilities: Annotated[list[Text], Meta(max_length=64)] = []
+
+    def encode(self) -> bytes:
+        """Its payload."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Hello:
+        """Of a payload; raises MalformedMessage."""
+        try:
+            hello = msgspec.json.decode(payload, type=cls)
+        except DECODE_ERRORS as error:
+            raise MalformedMessage(f"no hello of a migration: {error}") from None
+        if hello.magic != MAGIC:
+            raise MalformedMessage("no hello of a migration")
+        return hello
+
+
+def encode(kind: FrameKind, payload: bytes, flags: int = 0) -> bytes:
+    """The bytes of a frame, with a FrameFlag or none; raises ValueError when the payload is too long."""
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise ValueError(f"a payload of {len(payload)} bytes in a frame of at most {MAX_PAYLOAD_BYTES}")
+    return HEADER.pack(kind, 0, flags, len(payload)) + payload
+
+
+class FrameReader:
+    """Takes bytes as they come, gives whole frames; never holds more than one frame and what came with it."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._began = False
+
+    @property
+    def within_frame(self) -> bool:
+        """Whether a frame has begun that is not whole: a stream that ends here was cut."""
+        return bool(self._buffer)
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """The frames that are whole with `data`; raises MalformedMessage, after which nothing more may be read."""
+        self._buffer += data
+        frames = []
+        while (found := self._next()) is not None:
+            kind, payload = found
+            if kind in _KINDS:
+                frames.append(Frame(FrameKind(kind), payload))
+        return frames
+
+    def _next(self) -> tuple[int, bytes] | None:
+        """Kind and payload of the next whole frame, which may be one that is to be skipped."""
+        buffer = self._buffer
+        if len(buffer) < HEADER.size:
+            return None
+        kind, stream, flags, n_bytes = HEADER.unpack_from(buffer)
+        self._check(kind, stream, flags, n_bytes)
+        end = HEADER.size + n_bytes
+        if len(buffer) < end:
+            return None
+        payload = bytes(memoryview(buffer)[HEADER.size : end])
+        del buffer[:end]
+        self._began = True
+        return kind, payload
+
+    def _check(self, kind: int, stream: int, flags: int, n_bytes: int) -> None:
+        if n_bytes > MAX_PAYLOAD_BYTES:
+            raise MalformedMessage(f"a frame of {n_bytes} bytes, at most {MAX_PAYLOAD_BYTES}")
+        if flags not in (0, FrameFlag.OPTIONAL) or stream:
+            raise MalformedMessage(f"a frame with flags {flags:#x} of stream {stream}")
+        if not self._began and kind != FrameKind.HELLO:
+            raise MalformedMessage("the stream does not begin with a hello")
+        if kind not in _KINDS and not flags & FrameFlag.OPTIONAL:
+            raise MalformedMessage(f"a frame of kind {kind}, which this version does not know")
+
+
+_KINDS = frozenset(FrameKind)
