@@ -176,6 +176,13 @@ class PageStates:
         """The states, a byte a GFN."""
         return bytes(self._states)
 
+    def load(self, states: bytes) -> None:
+        """What `save` gave; as many frames as these."""
+        if len(states) != len(self._states):
+            raise ValueError(f"{len(states)} states of {len(self._states)} frames")
+        self._states[:] = states
+        self.counts[:] = [states.count(state) for state in GfnState]
+
 
 _BY_VALUE = list(GfnState)
 _EVENT_BITS = 4

@@ -25,6 +25,10 @@ from tests.cluster.vm_files import console_end, console_until
 
 NOTICE_SECONDS = 2.0
 _HOLD_SECONDS = 1.5
+_SURELY_LOST_NS = 1_000_000
+"""After a signal a process may run on for some microseconds."""
+_RECORD_WRITTEN_NS = 700_000_000
+"""Later than that after a reply it is in the record."""
 OPEN_CALLS = {
     ("ultravisor", "kvm"): "UV_PAGE_OUT",
     ("ultravisor", "guest"): "H_CEDE",
@@ -72,10 +76,10 @@ class Loss:
             await self._begin_work(nursery)
             with held_launcher(self._running):
                 os.kill(pid, self._number)
-                start, start_s = trio.current_time(), time.time()
+                start, start_s, start_ns = trio.current_time(), time.time(), time.monotonic_ns()
                 if self._role in ("kvm", "guest"):
                     nursery.start_soon(self._stop_vm)
-                await self._calls_open(peers)
+                await self._calls_open(peers, start_ns)
             await self._running.process(self._target).wait_state(self._state)
             self._lost.seconds["status"] = trio.current_time() - start
             for peer in peers:
@@ -123,11 +127,11 @@ class Loss:
         except (UserError, HostFault) as error:
             self._lost.results["stop"] = str(error)
 
-    async def _calls_open(self, peers: list[str]) -> None:
+    async def _calls_open(self, peers: list[str], lost_ns: int) -> None:
         for peer in peers:
             wanted = OPEN_CALLS.get((self._role, peer.partition("/")[2]))
             if wanted is not None:
-                await _until_open(OpenCalls(self._running, peer, self._target), wanted)
+                await _until_open(OpenCalls(self._running, peer, self._target), wanted, lost_ns)
 
     async def _peer_knows(self, peer: str, n_lines: int, start_s: float) -> None:
         def named() -> list[dict[str, Any]]:
@@ -147,8 +151,14 @@ def logged_at(line: dict[str, Any]) -> float:
     return datetime.fromisoformat(line["timestamp"]).timestamp()
 
 
-async def _until_open(calls: OpenCalls, wanted: str) -> None:
-    await until(lambda: wanted in calls.names(), f"{calls.caller} has {wanted} open", _HOLD_SECONDS)
+async def _until_open(calls: OpenCalls, wanted: str, lost_ns: int) -> None:
+    """Returns when `wanted` is open for good: sent after the loss, or still open in a record written after it."""
+
+    def stays_open() -> bool:
+        written = time.monotonic_ns() > lost_ns + _RECORD_WRITTEN_NS
+        return wanted in calls.names(0 if written else lost_ns + _SURELY_LOST_NS)
+
+    await until(stays_open, f"{calls.caller} has {wanted} open", _HOLD_SECONDS)
 
 
 @contextmanager

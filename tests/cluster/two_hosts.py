@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from deploy.api import RunningCluster, Vm, cluster, processes_of
-from deploy.calls_view import RecordReader
+from deploy.calls_view import RecordedFrame, RecordReader
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES
 from protocol.links import LINK_KINDS, name_of
@@ -145,7 +145,10 @@ def log_lines(running: RunningCluster, target: str) -> list[dict[str, Any]]:
 
 
 class OpenCalls:
-    """The calls that one process has sent to a peer and that were not answered, out of its record."""
+    """The calls that one process has sent to a peer and that were not answered, out of its record.
+
+    A record is written about twice a second: the reply to a call that looks open may not be in it yet.
+    """
 
     def __init__(self, running: RunningCluster, caller: str, callee: str) -> None:
         self.caller = caller
@@ -153,20 +156,20 @@ class OpenCalls:
         roles = {caller.partition("/")[2], callee.partition("/")[2]}
         self._kind = next(k.name for k in LINK_KINDS.values() if {k.upper.value, k.lower.value} == roles)
         self._owners = {caller.partition("/")[0], callee.partition("/")[0]}
-        self._open: dict[tuple[str, int], str] = {}
+        self._open: dict[tuple[str, int], tuple[str, int]] = {}
 
-    def names(self) -> set[str]:
-        """Their names, now."""
+    def names(self, since_ns: int = 0) -> set[str]:
+        """Names of those sent at `since_ns` of the monotonic clock or later."""
         for entry in self._reader.read():
             owner, _, kind = entry.link.partition(":")
             if owner in self._owners and kind.startswith(f"{self._kind}."):
-                self._note(entry.link, entry.direction, entry.frame)
-        return set(self._open.values())
+                self._note(entry)
+        return {name for name, sent_ns in self._open.values() if sent_ns >= since_ns}
 
-    def _note(self, link: str, direction: str, frame: bytes) -> None:
-        envelope = decode(frame)
+    def _note(self, entry: RecordedFrame) -> None:
+        link, direction, envelope = entry.link, entry.direction, decode(entry.frame)
         if direction == "out" and envelope.kind is MessageKind.CALL:
-            self._open[link, envelope.correlation] = name_of(envelope.number)
+            self._open[link, envelope.correlation] = (name_of(envelope.number), entry.t_ns)
         elif direction == "in" and envelope.kind is MessageKind.REPLY:
             self._open.pop((link, envelope.correlation), None)
         elif direction == "in" and envelope.number == UV_RETURN.number:

@@ -22,7 +22,7 @@ N_PAGES = 8
 NOW = 1_800_000_000.0
 MEASUREMENT = hashlib.sha256(b"ultravisor").digest()
 ROOT = Ed25519PrivateKey.generate()
-STATES = bytes([GfnState.SECURE] * 5 + [GfnState.PSEUDO_SHARED, GfnState.SHARED, GfnState.SHARED_IMPLICIT])
+STATES = bytes([GfnState.SECURE] * 5 + [GfnState.PSEUDO_SHARED_INV, GfnState.SHARED_INV, GfnState.SHARED_IMPLICIT_INV])
 STATE = os.urandom(5000)
 SUBJECT = Subject("vm1", 3, N_PAGES, MigrationPolicy(may_migrate=True))
 

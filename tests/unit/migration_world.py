@@ -47,7 +47,7 @@ WINDOW = 2
 """Records on their way at once."""
 PAGE_BYTES = 16
 SHARED_GFN = 2
-STATES = bytes([GfnState.SECURE, GfnState.SECURE, GfnState.SHARED])
+STATES = bytes([GfnState.SECURE, GfnState.SECURE, GfnState.SHARED_INV])
 STATE = b"processor"
 
 SideT = TypeVar("SideT", Exporter, Importer)

@@ -14,4 +14,5 @@ task, so a test can try every order of events.
     ledger         the decisions that outlive a crash
     statements     these decisions signed, for the other side
     recovery       what an ultravisor says of a migration that was cut
+    svm_parts      a secure VM taken apart for the exporter, and put together of what the importer got
 """

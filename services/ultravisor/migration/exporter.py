@@ -128,7 +128,7 @@ class Exporter:
         return [self._sealer.seal(RecordKind.STATE, self.epoch, part) for part in parts]
 
     def finish(self, states: bytes) -> bytes:
-        """The last record. `states`: a GfnState a frame, as they are to be where the VM arrives.
+        """The last record. `states`: of each frame, as ARRIVES_AS says.
 
         Raises MigrationRefused while a private page is owed, or a frame has a state that cannot travel.
         """

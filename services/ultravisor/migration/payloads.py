@@ -20,7 +20,7 @@ from protocol.decoding import DECODE_ERRORS
 from protocol.geometry import MAX_VM_BYTES, PAGE_SHIFT
 from services.ultravisor.migration.certificates import Digest
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
-from services.ultravisor.page_state import TRANSIENT, GfnState
+from services.ultravisor.page_state import GfnState
 
 MAX_STATE_BYTES = 16 << 20
 """Of everything that is not a page."""
@@ -28,10 +28,24 @@ _COUNT = Struct("<H")
 _ENTRY = Struct("<IB")
 MAX_PAGES_PER_RECORD = 4096
 
-PRIVATE = frozenset({GfnState.SECURE, GfnState.PSEUDO_SHARED, GfnState.PSEUDO_SHARED_INV})
-"""States of a frame whose content is in secure memory alone and so comes in records."""
-ARRIVING = frozenset(GfnState) - TRANSIENT - {GfnState.PAGED_OUT}
-"""States that a frame may have at the end; a page that is paged out is secure again where it arrives."""
+ARRIVES_AS = {
+    GfnState.SECURE: GfnState.SECURE,
+    GfnState.PAGED_OUT: GfnState.SECURE,
+    GfnState.SHARED: GfnState.SHARED_INV,
+    GfnState.SHARED_INV: GfnState.SHARED_INV,
+    GfnState.SHARED_IMPLICIT: GfnState.SHARED_IMPLICIT_INV,
+    GfnState.SHARED_IMPLICIT_INV: GfnState.SHARED_IMPLICIT_INV,
+    GfnState.PSEUDO_SHARED: GfnState.PSEUDO_SHARED_INV,
+    GfnState.PSEUDO_SHARED_INV: GfnState.PSEUDO_SHARED_INV,
+}
+"""Of a frame in each state that is no transient one: its state where it arrives.
+
+An image that the hypervisor holds is not needed, as the secure frame was kept. No hypervisor has given its frame there:
+the first touch asks it, as after UV_PAGE_INVAL.
+"""
+ARRIVING = frozenset(ARRIVES_AS.values())
+PRIVATE = frozenset({GfnState.SECURE, GfnState.PSEUDO_SHARED_INV})
+"""Of these, those of a frame whose content is in secure memory and so comes in records."""
 
 
 class PageKind(IntEnum):
