@@ -9,7 +9,6 @@ and checks the invariants.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import hashlib
 import pickle
@@ -50,6 +49,7 @@ SHARED_GFN = 2
 STATES = bytes([GfnState.SECURE, GfnState.SECURE, GfnState.SHARED_INV])
 STATE = b"processor"
 
+T = TypeVar("T")
 SideT = TypeVar("SideT", Exporter, Importer)
 Action = tuple[str, int]
 Message = tuple[bool, bytes]
@@ -166,6 +166,13 @@ class PageStore:
         self.pages = [bytes(PAGE_BYTES)] * N_PAGES
 
 
+def _shallow(thing: T) -> T:
+    """As `copy.copy`, for plain objects, at a tenth of its cost."""
+    new = object.__new__(type(thing))
+    new.__dict__.update(thing.__dict__)
+    return new
+
+
 def content_of(gfn: int, version: int) -> bytes:
     """What the guest writes: never zero, and nothing that is in any message in plain."""
     return f"page {gfn} v{version} secret"[:PAGE_BYTES].encode().ljust(PAGE_BYTES, b"!")
@@ -243,7 +250,7 @@ class World:
 
     def clone(self) -> World:
         """A copy in which something else may happen (by hand: a search makes a million of them)."""
-        new = copy.copy(self)
+        new = _shallow(self)
         new.memory, new.frames = PageStore(list(self.memory.pages)), PageStore(list(self.frames.pages))
         new.book_s, new.book_d = self.book_s.clone(), self.book_d.clone()
         new.dirty, new.to_d, new.to_s = set(self.dirty), list(self.to_d), list(self.to_s)
@@ -256,9 +263,9 @@ class World:
         return new
 
     def _with_own_parts(self, side: SideT, book: Book, **parts: object) -> SideT:
-        new = copy.copy(side)
-        new._ledger, new._sealer, new._opener = book, copy.copy(side._sealer), copy.copy(side._opener)
-        new._versions, new._state = copy.copy(side._versions), bytearray(side._state)
+        new = _shallow(side)
+        new._ledger, new._sealer, new._opener = book, _shallow(side._sealer), _shallow(side._opener)
+        new._versions, new._state = _shallow(side._versions), bytearray(side._state)
         new._versions._epochs = side._versions._epochs[:]
         for name, part in parts.items():
             setattr(new, name, part)
@@ -594,7 +601,7 @@ class World:
 
 def _ends(side: Exporter | Importer) -> tuple[object, ...]:
     """What both sides have: versions of the pages, and where they are in the stream."""
-    return side._versions.digest(bytes(N_PAGES)), side._sealer._sequence, side._opener._sequence
+    return side._versions._epochs.tobytes(), side._sealer._sequence, side._opener._sequence
 
 
 @dataclass(frozen=True)
