@@ -20,6 +20,8 @@ from services.ultravisor.migration.statements import Word, sign
 from services.ultravisor.page_state import GfnState
 from tests.unit.migration_world import Bounds, Parts, Violation, search
 
+pytestmark = pytest.mark.slow
+
 FULL = os.environ.get("PEFBOX_MODEL") == "full"
 ONE_OF_EACH_CRASH = Bounds(writes=2 if FULL else 1, tampering=0, full_disks=0, orders=0, total=5)
 """A crash of each of the four processes and a cut, all in one run."""
