@@ -97,7 +97,7 @@ class RecordOpener:
         self._sequence = 0
 
     def open(self, raw: bytes) -> Record:
-        """The record, which must be the next one; raises MigrationRefused, after which nothing is the next one."""
+        """The record, which must be the next one; raises MigrationRefused, after which the direction is of no use."""
         if not HEADER.size + TAG_BYTES <= len(raw) <= MAX_RECORD_BYTES:
             raise MigrationRefused(Reason.MALFORMED, f"a record of {len(raw)} bytes")
         header = raw[: HEADER.size]
