@@ -12,7 +12,7 @@ import contextlib
 import functools
 import hashlib
 import pickle
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
@@ -186,7 +186,9 @@ class Parts:
     importer: type[Importer] = Importer
     sealer: type[RecordSealer] = RecordSealer
     opener: type[RecordOpener] = RecordOpener
-    word_of_destination: Callable[[Ledger, Ed25519PrivateKey, bytes], bytes] = recovery.word_of_destination
+    word_of_destination: Callable[[Ledger, Ed25519PrivateKey, bytes, Collection[bytes]], bytes] = (
+        recovery.word_of_destination
+    )
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,8 @@ class World:
                 raise Violation("S3: the VM started with an old page")
             if any(self.frames.pages[SHARED_GFN]):
                 raise Violation("S1: what a page held before it was shared came back")
+            if self.importer is not None and (self.importer.state, self.importer.states) != (STATE, STATES):
+                raise Violation("S3: the VM started without its state")
             self.d_ran = True
         if self.exporter is not None and self.exporter.phase is ExportPhase.TOKEN_GIVEN:
             self.given = True
@@ -310,7 +314,7 @@ class World:
             return
         source_died, destination_died = not self.source_lives, not self.destination_lives
         given_up = destination_died or "operator-abandons" in self.faults
-        if self.d_ran or (source_died and (given_up or not self.given)):
+        if (self.d_ran and destination_died) or (source_died and (given_up or not self.given)):
             return
         raise Violation("S6: the VM runs nowhere, though a host that could run it lives")
 
@@ -529,7 +533,7 @@ class World:
                 return
             word = importer.word()
         else:
-            word = self.parts.word_of_destination(self.book_d, DESTINATION, SESSION_ID)  # type: ignore[arg-type]
+            word = self.parts.word_of_destination(self.book_d, DESTINATION, SESSION_ID, ())  # type: ignore[arg-type]
         exporter.take_statement(word)
 
     def _do_crash_uv_s(self, _: int) -> None:

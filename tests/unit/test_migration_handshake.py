@@ -130,6 +130,17 @@ def test_a_destination_cannot_hide_that_it_is_debuggable() -> None:
     assert refusal(lambda: first.take_answer(hidden)) is Reason.BAD_SIGNATURE
 
 
+def test_an_answer_or_a_confirmation_is_taken_once() -> None:
+    """The same keys twice would be the same nonces twice."""
+    first = SourceHandshake(ALPHA, SUBJECT)
+    second = DestinationHandshake(BETA, first.offer)
+    _, confirm = first.take_answer(second.answer)
+    second.take_confirm(confirm)
+
+    assert refusal(lambda: first.take_answer(second.answer)) is Reason.WRONG_PHASE
+    assert refusal(lambda: second.take_confirm(confirm)) is Reason.WRONG_PHASE
+
+
 def test_another_version_is_refused_before_anything_is_believed() -> None:
     offer = msgspec.msgpack.decode(SourceHandshake(ALPHA, SUBJECT).offer, type=Offer)
     newer = msgspec.msgpack.encode(msgspec.structs.replace(offer, version=VERSION + 1))

@@ -60,6 +60,9 @@ class ForgetsToken(Exporter):
         self.phase = ExportPhase.TOKEN_GIVEN
         return self.token()
 
+    def _store_given(self) -> None:
+        pass
+
 
 class ForgetsDirtyPages(Exporter):
     def dirtied(self, gfns: object) -> None:
@@ -148,7 +151,7 @@ class OneKeyOpener(RecordOpener):
         super().__init__(bytes(len(key)), bytes(len(session_id)), direction, aead=aead)
 
 
-def always_abandoned(ledger: Ledger, identity: Ed25519PrivateKey, session_id: bytes) -> bytes:
+def always_abandoned(ledger: Ledger, identity: Ed25519PrivateKey, session_id: bytes, live: object) -> bytes:
     return sign(identity, Word.ABANDONED, session_id)
 
 

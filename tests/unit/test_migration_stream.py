@@ -253,10 +253,10 @@ def test_after_a_crash_each_side_says_what_its_ledger_knows() -> None:
     again = word_of_source(pair.book_s, pair.source.identity, session_id)
     assert again is not None and check(again, session_id, peer) is Word.TOKEN
     assert word_of_source(pair.book_s, pair.source.identity, bytes(32)) is None
-    word = word_of_destination(pair.book_d, pair.destination.identity, session_id)
+    word = word_of_destination(pair.book_d, pair.destination.identity, session_id, ())
     assert check(word, session_id, pair.destination.certificate.identity) is Word.ABANDONED
     pair.importer.take_token(token)
-    word = word_of_destination(pair.book_d, pair.destination.identity, session_id)
+    word = word_of_destination(pair.book_d, pair.destination.identity, session_id, ())
     pair.exporter.take_statement(word)
     assert pair.exporter.phase is ExportPhase.MOVED
     assert word_of_source(pair.book_s, pair.source.identity, session_id) is None
@@ -315,8 +315,6 @@ def test_a_decision_that_may_have_been_stored_binds_the_source(tmp_path: Path) -
     # Neither written nor cut back.
     os.dup2(os.open("/dev/full", os.O_RDWR), fd)
 
-    with pytest.raises(LedgerTorn):
-        ledger.record(Entry.of(bytes(32), "vm1", bytes(32), Decision.GIVEN))
     with pytest.raises(MigrationRefused, match="cannot be stored"):
         pair.exporter.take_ready(pair.importer.ready())
 
@@ -343,6 +341,81 @@ def test_a_start_that_cannot_be_stored_waits(tmp_path: Path) -> None:
     pair.importer.take_token(token)
 
     assert pair.importer.guest_may_run
+
+
+def test_a_torn_ledger_keeps_what_is_stored_behind_the_tear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ledger"
+    ledger = FileLedger(open_ledger(path))
+    one, two, three = (Entry.of(bytes([n]) * 32, f"vm{n}", bytes(32), Decision.STARTED) for n in (1, 2, 3))
+
+    def refuse(*_: object) -> None:
+        raise OSError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        patch.setattr(os, "ftruncate", refuse)
+        with pytest.raises(LedgerTorn):
+            ledger.record(one)
+    ledger.record(two)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: os.pwrite(fd, data[:5], 0))
+        with pytest.raises(HostFault):
+            ledger.record(three)
+
+    again = FileLedger(open_ledger(path))
+    assert again.newest(b"\2" * 32) == two
+    assert again.newest(b"\3" * 32) is None
+
+
+def test_a_start_that_may_have_been_stored_is_not_abandoned(tmp_path: Path) -> None:
+    pair = Pair()
+    arrive(pair)
+    token = pair.exporter.take_ready(pair.importer.ready())
+    fd = open_ledger(tmp_path / "ledger")
+    pair.importer._ledger = FileLedger(fd)
+    kept = os.dup(fd)
+    os.dup2(os.open("/dev/full", os.O_RDWR), fd)
+    with pytest.raises(MigrationRefused):
+        pair.importer.take_token(token)
+    with pytest.raises(MigrationRefused, match="may find the VM started"):
+        pair.importer.abandon()
+    os.dup2(kept, fd)
+
+    pair.importer.take_token(token)
+
+    assert pair.importer.guest_may_run
+
+
+def test_s3_a_frame_that_cannot_be_written_ends_the_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair()
+    record = pair.exporter.pages([0])
+
+    def refuse(*_: object) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(pair.frames, "write", refuse)
+    with pytest.raises(OSError, match="no memory"):
+        pair.importer.take(record)
+
+    assert pair.importer.phase is ImportPhase.ABANDONED
+
+
+def test_s6_an_open_import_is_not_abandoned_behind_its_back() -> None:
+    pair = Pair()
+    with pytest.raises(MigrationRefused, match="an import of it is open"):
+        word_of_destination(pair.book_d, pair.destination.identity, bytes(32), {bytes(32)})
+
+
+def test_a_word_that_is_repeated_is_stored_once() -> None:
+    pair = Pair()
+    arrive(pair)
+    word = pair.importer.take_token(pair.exporter.take_ready(pair.importer.ready()))
+    pair.exporter.take_statement(word)
+    pair.book_s.entries.clear()
+
+    pair.exporter.take_statement(word)
+
+    assert not pair.book_s.entries
 
 
 def test_reasons_are_whole_sentences_for_the_operator() -> None:

@@ -73,6 +73,7 @@ class Exporter:
         self._owed = set(range(session.subject.n_pages))
         self._versions = PageVersions(session.subject.n_pages)
         self._state = bytearray()
+        self._given_is_stored = self._in_doubt = False
         self.epoch = 0
         self.phase = ExportPhase.COPYING
 
@@ -151,24 +152,24 @@ class Exporter:
         if self._opener.open(raw).kind is not RecordKind.READY:
             raise MigrationRefused(Reason.OUT_OF_PLACE, "instead of READY")
         try:
-            self._ledger.record(self._entry(Decision.GIVEN))
-        except LedgerTorn:
-            # A crash may find it stored, and the token would then be given for an older state of the VM.
-            self.phase = ExportPhase.TOKEN_GIVEN
-            raise MigrationRefused(Reason.NOT_STORED) from None
-        except HostFault as error:
-            raise MigrationRefused(Reason.NOT_STORED, str(error)) from None
+            self._store_given()
+        finally:
+            if self._in_doubt:
+                # A crash may find it stored, and the token would then be given for an older state of the VM.
+                self.phase = ExportPhase.TOKEN_GIVEN
         self.phase = ExportPhase.TOKEN_GIVEN
         return self.token()
 
     def token(self) -> bytes:
-        """The start token once more."""
+        """The start token once more; raises MigrationRefused while the decision is not stored."""
         self._expect(ExportPhase.TOKEN_GIVEN)
+        self._store_given()
         return sign(self._identity, Word.TOKEN, self._session.session_id)
 
     def take_statement(self, raw: bytes) -> None:
         """The destination's word: the VM has MOVED, or is RETURNED. Raises MigrationRefused."""
         word = check(raw, self._session.session_id, self._session.peer.identity)
+        before = self.phase
         if word is Word.STARTED:
             self._expect(ExportPhase.TOKEN_GIVEN, ExportPhase.MOVED)
             self.phase = ExportPhase.MOVED
@@ -177,7 +178,8 @@ class Exporter:
             self.phase = ExportPhase.RETURNED
         else:
             raise MigrationRefused(Reason.OUT_OF_PLACE, f"the destination says {word.value}")
-        self._close()
+        if self.phase is not before:
+            self._close()
 
     def cancel(self) -> None:
         """The VM stays here. Raises MigrationRefused once the token was given."""
@@ -189,6 +191,16 @@ class Exporter:
     def _page(self, gfn: int) -> Page:
         content = bytes(self._read_page(gfn))
         return Page(gfn, b"" if content == bytes(len(content)) else content)
+
+    def _store_given(self) -> None:
+        if self._given_is_stored:
+            return
+        try:
+            self._ledger.record(self._entry(Decision.GIVEN))
+        except HostFault as error:
+            self._in_doubt = self._in_doubt or isinstance(error, LedgerTorn)
+            raise MigrationRefused(Reason.NOT_STORED, str(error)) from None
+        self._given_is_stored = True
 
     def _close(self) -> None:
         try:

@@ -6,8 +6,8 @@
 
 Each signature is made by the identity key of the certificate, with the signer's side in what is signed. The keys of
 both directions and the name of the migration are derived from the X25519 secret and the digest of offer and answer;
-both ephemeral keys are new, so no two migrations have a key or a name in common. The source sends nothing of the VM
-before it has checked the answer against its trust and the VM's policy.
+both ephemeral keys are new, so no two migrations have a key or a name in common. The source sends no page and no
+state of the VM before it has checked the answer; the offer itself tells everybody its name, size and policy.
 
 Source: Krawczyk, "SIGMA: the 'SIGn-and-MAc' approach" (2003); RFC 7748 (X25519), RFC 8032 (Ed25519), RFC 5869 (HKDF).
 """
@@ -108,6 +108,7 @@ class SourceHandshake:
     def __init__(self, host: Host, subject: Subject) -> None:
         self._host, self._subject = host, subject
         self._ephemeral = X25519PrivateKey.generate()
+        self._taken = False
         self.offer = msgspec.msgpack.encode(
             Offer(VERSION, _public(self._ephemeral), host.certificate, host.measurement, subject)
         )
@@ -122,6 +123,10 @@ class SourceHandshake:
         digest = _digest(self.offer, answer)
         _check_signature(answer.certificate, answer.signature, _DESTINATION + digest)
         self._subject.policy.check(answer.certificate, debuggable=answer.debuggable)
+        # Keys of the same session twice would be the same nonces twice.
+        if self._taken:
+            raise MigrationRefused(Reason.WRONG_PHASE, "an answer was taken already")
+        self._taken = True
         to_destination, to_source = _derive(self._ephemeral, answer.ephemeral, digest)
         session = Session(_session_id(digest), self._subject, answer.certificate, to_destination, to_source)
         return session, host.identity.sign(_SIGNED + _SOURCE + digest)
@@ -143,6 +148,7 @@ class DestinationHandshake:
         digest = _digest(raw_offer, unsigned)
         to_destination, to_source = _derive(ephemeral, offer.ephemeral, digest)
         self._digest = digest
+        self._taken = False
         self._session = Session(_session_id(digest), offer.subject, offer.certificate, to_source, to_destination)
         signature = host.identity.sign(_SIGNED + _DESTINATION + digest)
         self.answer = msgspec.msgpack.encode(msgspec.structs.replace(unsigned, signature=signature))
@@ -156,6 +162,9 @@ class DestinationHandshake:
     def take_confirm(self, raw: bytes) -> Session:
         """The session; raises MigrationRefused unless the offer was of the host that its certificate names."""
         _check_signature(self._session.peer, raw, _SOURCE + self._digest)
+        if self._taken:
+            raise MigrationRefused(Reason.WRONG_PHASE, "a confirmation was taken already")
+        self._taken = True
         return self._session
 
 

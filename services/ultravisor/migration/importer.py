@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from protocol.errors import HostFault
 from services.ultravisor.migration.handshake import Session
-from services.ultravisor.migration.ledger import Decision, Entry, Ledger
+from services.ultravisor.migration.ledger import Decision, Entry, Ledger, LedgerTorn
 from services.ultravisor.migration.payloads import (
     ARRIVING,
     MAX_STATE_BYTES,
@@ -82,6 +82,7 @@ class Importer:
             RecordKind.STATE: self._take_state,
             RecordKind.FINAL: self._take_final,
         }
+        self._wiped = self._start_in_doubt = False
         self.states = b""
         """A GfnState a frame; empty before CHECKED."""
         self.epoch = 0
@@ -105,7 +106,8 @@ class Importer:
             if record.kind not in self._take or record.epoch != self.epoch:
                 raise MigrationRefused(Reason.OUT_OF_PLACE, f"{record.kind.name} of epoch {record.epoch}")
             self._take[record.kind](record)
-        except MigrationRefused:
+        except BaseException:
+            # Also when a frame could not be written: the record is used up, and its pages did not all come.
             self._wipe()
             raise
 
@@ -129,15 +131,21 @@ class Importer:
             try:
                 self._ledger.record(entry)
             except HostFault as error:
+                self._start_in_doubt = self._start_in_doubt or isinstance(error, LedgerTorn)
                 raise MigrationRefused(Reason.NOT_STORED, str(error)) from None
             self.phase = ImportPhase.STARTED
         return self.word()
 
     def abandon(self) -> bytes:
-        """Give up for good, and wipe. Returns the word for the source; raises MigrationRefused once STARTED."""
+        """Give up for good, and wipe. Returns the word for the source.
+
+        Raises MigrationRefused once STARTED, or when a start may have been stored: only the token leads on then.
+        """
         if self.phase is ImportPhase.STARTED:
             raise MigrationRefused(Reason.WRONG_PHASE, self.phase.value)
-        if self.phase is not ImportPhase.ABANDONED:
+        if self._start_in_doubt:
+            raise MigrationRefused(Reason.NOT_STORED, "a crash may find the VM started")
+        if not self._wiped:
             self._wipe()
         return self.word()
 
@@ -189,6 +197,7 @@ class Importer:
         self.phase = ImportPhase.ABANDONED
         self._state.clear()
         self._frames.wipe()
+        self._wiped = True
 
     def _expect(self, *phases: ImportPhase) -> None:
         if self.phase not in phases:

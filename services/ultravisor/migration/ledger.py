@@ -13,6 +13,7 @@ from typing import Protocol
 
 import msgspec
 
+from protocol.decoding import DECODE_ERRORS
 from protocol.errors import HostFault
 from services.ultravisor.migration.certificates import PublicKey
 
@@ -64,23 +65,18 @@ class FileLedger:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._entries: dict[str, Entry] = {}
-        raw = os.pread(fd, _MAX_LEDGER_BYTES + 1, 0)
-        if len(raw) > _MAX_LEDGER_BYTES:
-            raise HostFault("the ledger of migrations is too long")
-        whole, _, torn = raw.rpartition(b"\n")
-        # A line that a crash cut off was never acted on.
-        self._size_bytes = len(raw) - len(torn)
-        try:
-            entries = [msgspec.json.decode(line, type=Entry) for line in whole.splitlines()]
-        except msgspec.DecodeError as error:
-            raise HostFault(f"the ledger of migrations is damaged: {error}") from None
-        self._entries = {entry.session: entry for entry in entries}
-        if torn:
-            os.ftruncate(fd, self._size_bytes)
+        self._size_bytes = 0
+        self._torn = False
+        self._scan()
 
     def record(self, entry: Entry) -> None:
         """As Ledger.record."""
+        if self._torn:
+            # What the failed write left behind counts as whatever it is, before anything is put behind it.
+            self._scan()
         raw = msgspec.json.encode(entry) + b"\n"
+        if self._size_bytes + len(raw) > _MAX_LEDGER_BYTES:
+            raise HostFault("the ledger of migrations is full")
         try:
             if os.write(self._fd, raw) != len(raw):
                 raise OSError("it was stored in part")
@@ -104,4 +100,25 @@ class FileLedger:
             os.ftruncate(self._fd, self._size_bytes)
             os.fsync(self._fd)
         except OSError:
+            self._torn = True
             raise LedgerTorn(f"the ledger of migrations cannot be written: {cause}") from None
+
+    def _scan(self) -> None:
+        """Take whole lines for what is stored, and cut off one that is not whole: it was never acted on."""
+        try:
+            raw = os.pread(self._fd, _MAX_LEDGER_BYTES + 1, 0)
+            whole, _, fragment = raw.rpartition(b"\n")
+            if fragment:
+                os.ftruncate(self._fd, len(raw) - len(fragment))
+            os.fsync(self._fd)
+        except OSError as error:
+            raise HostFault(f"the ledger of migrations cannot be read: {error.strerror}") from None
+        if len(raw) > _MAX_LEDGER_BYTES:
+            raise HostFault("the ledger of migrations is too long")
+        try:
+            entries = [msgspec.json.decode(line, type=Entry) for line in whole.splitlines()]
+        except DECODE_ERRORS as error:
+            raise HostFault(f"the ledger of migrations is damaged: {error}") from None
+        self._entries = {entry.session: entry for entry in entries}
+        self._size_bytes = len(raw) - len(fragment)
+        self._torn = False
