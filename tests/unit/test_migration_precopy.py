@@ -70,6 +70,14 @@ def test_a_vm_of_zeros_is_done_though_next_to_nothing_was_sent() -> None:
     assert precopy.progress().zero_pages == N_PAGES
 
 
+def test_a_large_vm_of_zeros_is_done_too() -> None:
+    n_pages = 16 << 30 >> 16
+    precopy = Precopy(n_pages, PAGE, 300, 0)
+    precopy.sent(n_pages * 5, zero_pages=n_pages, data_pages=0)
+
+    assert precopy.end_round(8, NS) is Next.STOP
+
+
 def test_a_short_round_says_nothing_about_the_link() -> None:
     precopy = Precopy(N_PAGES, PAGE, 2, 0)
     precopy.sent(N_PAGES * PAGE, zero_pages=0, data_pages=N_PAGES)
@@ -135,8 +143,8 @@ def test_a_parameter_that_cannot_be_is_refused_by_name(changes: dict[str, object
 
 
 def test_announcements_come_as_qemu_makes_them() -> None:
-    assert MigrationParameters().announcements_ms() == [50, 150, 250, 350, 450]
-    assert MigrationParameters(announce_max=200).announcements_ms() == [50, 150, 200, 200, 200]
+    assert MigrationParameters().announcements_ms() == [0, 50, 150, 250, 350]
+    assert MigrationParameters(announce_max=200).announcements_ms() == [0, 50, 150, 200, 200]
     assert MigrationParameters(announce_rounds=0).announcements_ms() == []
 
 

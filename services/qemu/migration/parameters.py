@@ -38,9 +38,9 @@ class MigrationParameters(msgspec.Struct, frozen=True, kw_only=True, rename="keb
             raise UserError(f"migration parameter {_place(error)}") from None
 
     def announcements_ms(self) -> list[int]:
-        """When after the guest goes on its network address is announced, each time from the announcement before."""
-        delays = range(self.announce_initial, self.announce_initial + self.announce_rounds * self.announce_step)
-        return [min(delay, self.announce_max) for delay in delays[:: self.announce_step]][: self.announce_rounds]
+        """When the guest's network address is announced: at once, then each time so long after the one before."""
+        later = (self.announce_initial + n * self.announce_step for n in range(self.announce_rounds - 1))
+        return [0, *(min(delay, self.announce_max) for delay in later)][: self.announce_rounds]
 
 
 def _place(error: msgspec.ValidationError) -> str:

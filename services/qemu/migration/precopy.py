@@ -16,7 +16,7 @@ import msgspec
 NS = 1_000_000_000
 _MS_A_SECOND = 1000
 MEASURED_BYTES = 1 << 20
-"""A round that sent less says nothing about the link."""
+"""A round with less content says nothing about the link."""
 
 
 class Next(Enum):
@@ -51,7 +51,7 @@ class Precopy:
         self.round = 1
         self._round_began_ns = now_ns
         self._owed_pages = n_pages
-        self._round_bytes = self._round_pages = self._transferred_bytes = 0
+        self._round_bytes = self._round_pages = self._round_data_pages = self._transferred_bytes = 0
         self._zero_pages = self._data_pages = 0
         self._bytes_per_second = self._dirty_pages_per_second = 0
 
@@ -59,6 +59,7 @@ class Precopy:
         """So many bytes left, and so many pages in them."""
         self._round_bytes += n_bytes
         self._round_pages += zero_pages + data_pages
+        self._round_data_pages += data_pages
         self._transferred_bytes += n_bytes
         self._zero_pages += zero_pages
         self._data_pages += data_pages
@@ -69,7 +70,8 @@ class Precopy:
         took_ns = max(1, now_ns - self._round_began_ns)
         self._measure(took_ns)
         self._dirty_pages_per_second = dirty_pages * NS // took_ns
-        self._owed_pages, self._round_bytes, self._round_pages, self._round_began_ns = dirty_pages, 0, 0, now_ns
+        self._owed_pages, self._round_began_ns = dirty_pages, now_ns
+        self._round_bytes = self._round_pages = self._round_data_pages = 0
         if self._downtime_ms() <= self.downtime_limit_ms:
             return Next.STOP
         self.round += 1
@@ -91,11 +93,12 @@ class Precopy:
         )
 
     def _measure(self, took_ns: int) -> None:
-        if self._round_bytes >= MEASURED_BYTES:
+        if self._round_data_pages * self._page_bytes >= MEASURED_BYTES:
             self._bytes_per_second = self._round_bytes * NS // took_ns
-        elif not self._bytes_per_second:
-            # A VM of zeros sends next to nothing: what counts is how fast its pages are done.
-            self._bytes_per_second = self._round_pages * self._page_bytes * NS // took_ns
+            return
+        # Pages of zeros send next to nothing: what counts is how fast pages are done, and only if that is faster.
+        done_bytes = self._round_pages * self._page_bytes
+        self._bytes_per_second = max(self._bytes_per_second, done_bytes * NS // took_ns)
 
     def _downtime_ms(self) -> int:
         """To send what is owed at the bandwidth of the last round; rounded up, so that a page is never free."""
