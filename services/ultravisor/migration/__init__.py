@@ -9,6 +9,7 @@ task, so a test can try every order of events.
     handshake      three messages: keys for this one migration, each side sure of the other
     records        what is sealed under these keys, in one order
     payloads       what the records hold
+    side           what both sides have
     exporter       the source's side: pages, state, the token
     importer       the destination's side
     ledger         the decisions that outlive a crash

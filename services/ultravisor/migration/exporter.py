@@ -12,6 +12,7 @@ Until the token is given the source may take the VM back by itself (`cancel`), a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
@@ -19,22 +20,19 @@ from enum import Enum
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from protocol.errors import HostFault
 from services.ultravisor.migration.handshake import Session
-from services.ultravisor.migration.ledger import Decision, Entry, Ledger, LedgerTorn
+from services.ultravisor.migration.ledger import Decision, Ledger
 from services.ultravisor.migration.payloads import (
-    ARRIVING,
     MAX_PAGES_PER_RECORD,
-    MAX_STATE_BYTES,
     PRIVATE,
     Final,
     Page,
-    PageVersions,
     encode_pages,
 )
 from services.ultravisor.migration.records import MAX_PAYLOAD_BYTES, RecordKind, RecordOpener, RecordSealer
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
-from services.ultravisor.migration.statements import Word, check, sign
+from services.ultravisor.migration.side import Side
+from services.ultravisor.migration.statements import Word
 from services.ultravisor.page_state import GfnState
 
 ReadPage = Callable[[int], memoryview]
@@ -56,7 +54,7 @@ _WITH_GUEST = frozenset({ExportPhase.COPYING, ExportPhase.RETURNED})
 _MAY_CANCEL = frozenset({ExportPhase.COPYING, ExportPhase.STOPPED, ExportPhase.FINISHED})
 
 
-class Exporter:
+class Exporter(Side):
     """One migration at its source."""
 
     def __init__(
@@ -68,13 +66,10 @@ class Exporter:
         opener: RecordOpener,
         read_page: ReadPage,
     ) -> None:
-        self._session, self._identity, self._ledger = session, identity, ledger
-        self._sealer, self._opener, self._read_page = sealer, opener, read_page
+        super().__init__(session, identity, ledger, sealer, opener)
+        self._read_page = read_page
         self._owed = set(range(session.subject.n_pages))
-        self._versions = PageVersions(session.subject.n_pages)
-        self._state = bytearray()
-        self._given_is_stored = self._in_doubt = False
-        self.epoch = 0
+        self._given_is_stored = False
         self.phase = ExportPhase.COPYING
 
     @property
@@ -122,9 +117,7 @@ class Exporter:
     def state(self, data: bytes) -> list[bytes]:
         """Records of `data`, a part of what is no page; the parts arrive as one, in this order."""
         self._expect(ExportPhase.STOPPED)
-        if len(self._state) + len(data) > MAX_STATE_BYTES:
-            raise MigrationRefused(Reason.MALFORMED, f"more than {MAX_STATE_BYTES} bytes of state")
-        self._state += data
+        self._add_state(data)
         parts = [data[at : at + MAX_PAYLOAD_BYTES] for at in range(0, len(data), MAX_PAYLOAD_BYTES)]
         return [self._sealer.seal(RecordKind.STATE, self.epoch, part) for part in parts]
 
@@ -134,8 +127,7 @@ class Exporter:
         Raises MigrationRefused while a private page is owed, or a frame has a state that cannot travel.
         """
         self._expect(ExportPhase.STOPPED)
-        if len(states) != len(self._versions) or not _ARRIVING.issuperset(states):
-            raise MigrationRefused(Reason.MALFORMED, "page states that cannot travel")
+        self._check_states(states)
         if late := [gfn for gfn in self._owed if GfnState(states[gfn]) in PRIVATE]:
             raise MigrationRefused(Reason.NOT_NEWEST, f"gfn {min(late):#x}")
         state = hashlib.sha256(self._state).digest()
@@ -164,11 +156,11 @@ class Exporter:
         """The start token once more; raises MigrationRefused while the decision is not stored."""
         self._expect(ExportPhase.TOKEN_GIVEN)
         self._store_given()
-        return sign(self._identity, Word.TOKEN, self._session.session_id)
+        return self._say(Word.TOKEN)
 
     def take_statement(self, raw: bytes) -> None:
         """The destination's word: the VM has MOVED, or is RETURNED. Raises MigrationRefused."""
-        word = check(raw, self._session.session_id, self._session.peer.identity)
+        word = self._hear(raw)
         before = self.phase
         if word is Word.STARTED:
             self._expect(ExportPhase.TOKEN_GIVEN, ExportPhase.MOVED)
@@ -193,29 +185,11 @@ class Exporter:
         return Page(gfn, b"" if content == bytes(len(content)) else content)
 
     def _store_given(self) -> None:
-        if self._given_is_stored:
-            return
-        try:
-            self._ledger.record(self._entry(Decision.GIVEN))
-        except HostFault as error:
-            self._in_doubt = self._in_doubt or isinstance(error, LedgerTorn)
-            raise MigrationRefused(Reason.NOT_STORED, str(error)) from None
-        self._given_is_stored = True
+        if not self._given_is_stored:
+            self._decide(Decision.GIVEN)
+            self._given_is_stored = True
 
     def _close(self) -> None:
-        try:
-            self._ledger.record(self._entry(Decision.CLOSED))
-        except HostFault:
-            # It is only shown as open; no decision hangs on it.
-            return
-
-    def _entry(self, decision: Decision) -> Entry:
-        session = self._session
-        return Entry.of(session.session_id, session.subject.vm, session.peer.identity, decision)
-
-    def _expect(self, *phases: ExportPhase) -> None:
-        if self.phase not in phases:
-            raise MigrationRefused(Reason.WRONG_PHASE, self.phase.value)
-
-
-_ARRIVING = frozenset(int(state) for state in ARRIVING)
+        # Where that fails it is only shown as open; no decision hangs on it.
+        with contextlib.suppress(MigrationRefused):
+            self._decide(Decision.CLOSED)

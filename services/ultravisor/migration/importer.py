@@ -18,20 +18,17 @@ from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from protocol.errors import HostFault
 from services.ultravisor.migration.handshake import Session
-from services.ultravisor.migration.ledger import Decision, Entry, Ledger, LedgerTorn
+from services.ultravisor.migration.ledger import Decision, Ledger
 from services.ultravisor.migration.payloads import (
-    ARRIVING,
-    MAX_STATE_BYTES,
     PRIVATE,
-    PageVersions,
     decode_final,
     decode_pages,
 )
 from services.ultravisor.migration.records import Record, RecordKind, RecordOpener, RecordSealer
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
-from services.ultravisor.migration.statements import Word, check, sign
+from services.ultravisor.migration.side import Side
+from services.ultravisor.migration.statements import Word
 from services.ultravisor.page_state import GfnState
 
 
@@ -60,7 +57,7 @@ class ImportPhase(Enum):
     ABANDONED = "abandoned"
 
 
-class Importer:
+class Importer(Side):
     """One migration at its destination."""
 
     def __init__(
@@ -72,20 +69,17 @@ class Importer:
         opener: RecordOpener,
         frames: Frames,
     ) -> None:
-        self._session, self._identity, self._ledger = session, identity, ledger
-        self._sealer, self._opener, self._frames = sealer, opener, frames
-        self._versions = PageVersions(session.subject.n_pages)
-        self._state = bytearray()
+        super().__init__(session, identity, ledger, sealer, opener)
+        self._frames = frames
         self._take = {
             RecordKind.PAGES: self._take_pages,
             RecordKind.EPOCH_END: self._take_epoch_end,
             RecordKind.STATE: self._take_state,
             RecordKind.FINAL: self._take_final,
         }
-        self._wiped = self._start_in_doubt = False
+        self._wiped = False
         self.states = b""
         """A GfnState a frame; empty before CHECKED."""
-        self.epoch = 0
         self.phase = ImportPhase.RECEIVING
 
     @property
@@ -123,16 +117,10 @@ class Importer:
         Raises MigrationRefused when it is no token of the source, or the decision cannot be stored: still READY then.
         """
         self._expect(ImportPhase.READY, ImportPhase.STARTED)
-        if check(raw, self._session.session_id, self._session.peer.identity) is not Word.TOKEN:
+        if self._hear(raw) is not Word.TOKEN:
             raise MigrationRefused(Reason.OUT_OF_PLACE, "instead of the start token")
         if self.phase is ImportPhase.READY:
-            session = self._session
-            entry = Entry.of(session.session_id, session.subject.vm, session.peer.identity, Decision.STARTED)
-            try:
-                self._ledger.record(entry)
-            except HostFault as error:
-                self._start_in_doubt = self._start_in_doubt or isinstance(error, LedgerTorn)
-                raise MigrationRefused(Reason.NOT_STORED, str(error)) from None
+            self._decide(Decision.STARTED)
             self.phase = ImportPhase.STARTED
         return self.word()
 
@@ -143,7 +131,7 @@ class Importer:
         """
         if self.phase is ImportPhase.STARTED:
             raise MigrationRefused(Reason.WRONG_PHASE, self.phase.value)
-        if self._start_in_doubt:
+        if self._in_doubt:
             raise MigrationRefused(Reason.NOT_STORED, "a crash may find the VM started")
         if not self._wiped:
             self._wipe()
@@ -152,8 +140,7 @@ class Importer:
     def word(self) -> bytes:
         """What became of the VM here, for the source; raises MigrationRefused while that is open."""
         self._expect(ImportPhase.STARTED, ImportPhase.ABANDONED)
-        word = Word.STARTED if self.phase is ImportPhase.STARTED else Word.ABANDONED
-        return sign(self._identity, word, self._session.session_id)
+        return self._say(Word.STARTED if self.phase is ImportPhase.STARTED else Word.ABANDONED)
 
     def _take_pages(self, record: Record) -> None:
         n_pages = len(self._versions)
@@ -172,14 +159,11 @@ class Importer:
         self.epoch += 1
 
     def _take_state(self, record: Record) -> None:
-        if len(self._state) + len(record.payload) > MAX_STATE_BYTES:
-            raise MigrationRefused(Reason.MALFORMED, f"more than {MAX_STATE_BYTES} bytes of state")
-        self._state += record.payload
+        self._add_state(record.payload)
 
     def _take_final(self, record: Record) -> None:
         final = decode_final(record.payload)
-        if len(final.states) != len(self._versions) or not _ARRIVING.issuperset(final.states):
-            raise MigrationRefused(Reason.MALFORMED, "page states that cannot travel")
+        self._check_states(final.states)
         private = [gfn for gfn, state in enumerate(final.states) if GfnState(state) in PRIVATE]
         if missing := self._versions.missing(private):
             raise MigrationRefused(Reason.NOT_NEWEST, f"gfn {missing[0]:#x} never came")
@@ -198,10 +182,3 @@ class Importer:
         self._state.clear()
         self._frames.wipe()
         self._wiped = True
-
-    def _expect(self, *phases: ImportPhase) -> None:
-        if self.phase not in phases:
-            raise MigrationRefused(Reason.WRONG_PHASE, self.phase.value)
-
-
-_ARRIVING = frozenset(int(state) for state in ARRIVING)

@@ -7,11 +7,9 @@ ultravisor can repeat it after a crash that cost it the keys of the migration.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from msgspec import Meta
 
 from protocol.decoding import DECODE_ERRORS
 from services.ultravisor.migration.certificates import Digest, Signature, verifies
@@ -37,7 +35,7 @@ class Statement(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fie
 
     word: Word
     session_id: Digest
-    signature: Annotated[Signature, Meta(description="Ed25519")]
+    signature: Signature
 
 
 def sign(identity: Ed25519PrivateKey, word: Word, session_id: bytes) -> bytes:
