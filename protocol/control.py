@@ -17,7 +17,8 @@ from protocol.roles import Role
 from protocol.startup import Keys, LinkEntry, ProcessConfig, VmEntry
 
 MAX_PACKET_BYTES = 160 * 1024
-MAX_DESCRIPTORS = 64
+MAX_DESCRIPTORS = 96
+"""A start message of an ultravisor carries three for each VM of its host."""
 HEARTBEAT_SECONDS = 0.2
 UNRESPONSIVE_SECONDS = 1.5
 """A hang is noticed within 2 s: up to a heartbeat until the ping, this long without answer, a heartbeat to judge it."""
@@ -52,7 +53,10 @@ class AddVm(Packet, frozen=True):
 
 
 class ReplaceLinks(Packet, frozen=True):
-    """A peer is in its next incarnation: these links take the place of those to it on the same networks."""
+    """A peer is in its next incarnation: these links take the place of those to it on the same networks.
+
+    A link for a migration comes by itself, and takes the place of an earlier one.
+    """
 
     links: list[LinkEntry]
     keys: Keys
@@ -73,7 +77,10 @@ class PeerState(Packet, frozen=True):
 
 
 class Gift(Packet, frozen=True):
-    """A descriptor from another process (one file with the packet)."""
+    """A descriptor from another process, or the launcher's own: a qemu's end of the channel of a migration.
+
+    One file comes with the packet.
+    """
 
     tag: str
     vm: str
@@ -152,7 +159,7 @@ class Failed(Packet, frozen=True):
     reason: str
 
 
-NOTICES = frozenset({"guest-must-die", "vm-failed", "vm-off", "vm-state"})
+NOTICES = frozenset({"guest-must-die", "vm-failed", "vm-off", "vm-state", "migrate"})
 
 ToProcess = Start | TakeKeys | AddVm | ReplaceLinks | RemoveVm | PeerState | Gift | Ping | Query | Stop
 FromProcess = Hello | Confined | Ready | Give | Pong | Answer | Notice | Failed

@@ -7,6 +7,9 @@ PAGE_BYTES = 1 << PAGE_SHIFT
 MAX_VM_BYTES = 1 << 40
 """A host real address keeps the offset in a VM's RAM in 40 bits."""
 
+STREAM_BUFFER_BYTES = 32 << 20
+"""The memory by which the ultravisor, kvm and qemu of one VM hand each other what a migration sends."""
+
 
 def gfn_of(gpa: int) -> int:
     """The guest frame number of a guest physical address."""

@@ -41,11 +41,13 @@ class LinkKind:
     downward: frozenset[int]
     open_numbers: bool = False
     bundles: bool = False
+    purpose: str = ""
+    """Tells kinds of link between the same roles apart."""
 
     @property
     def name(self) -> str:
         """`kvm-guest`: the more privileged role first."""
-        return f"{self.upper.value}-{self.lower.value}"
+        return f"{self.upper.value}-{self.purpose or self.lower.value}"
 
     def inbound(self, me: Role) -> frozenset[int]:
         """The numbers that role `me` may receive on this link."""
@@ -56,14 +58,16 @@ KVM_GUEST = LinkKind(
     upper=Role.KVM,
     lower=Role.GUEST,
     upward=_GUEST_HCALLS | _numbers(m.MAP_FAULT, m.GUEST_CRASHED),
-    downward=_numbers(m.VCPU_START, m.VCPU_STOP, m.VCPU_CONTINUE, m.VCPU_LINE, m.MAP_INVALIDATE),
+    downward=_numbers(
+        m.VCPU_START, m.VCPU_STOP, m.VCPU_CONTINUE, m.VCPU_LINE, m.MAP_INVALIDATE, m.VCPU_SAVE, m.VCPU_LOAD
+    ),
     open_numbers=True,
 )
 ULTRAVISOR_GUEST = LinkKind(
     upper=Role.ULTRAVISOR,
     lower=Role.GUEST,
     upward=_GUEST_UCALLS | _GUEST_HCALLS | _numbers(m.MAP_FAULT, m.GUEST_CRASHED),
-    downward=_numbers(m.SVM_START, m.SVM_ENDED, m.MAP_INVALIDATE),
+    downward=_numbers(m.SVM_START, m.SVM_ENDED, m.MAP_INVALIDATE, m.SVM_FREEZE, m.SVM_LOAD, m.SVM_THAW),
     open_numbers=True,
 )
 ULTRAVISOR_KVM = LinkKind(
@@ -92,6 +96,11 @@ KVM_QEMU = LinkKind(
         m.TCE_WINDOW_REMOVE,
         m.TERMINAL_OUTPUT,
         m.DOORBELL_SET,
+        m.VM_FREEZE,
+        m.VM_SAVE,
+        m.VM_LOAD,
+        m.DIRTY_LOG,
+        m.MIGRATION_UCALL,
     ),
     downward=_numbers(
         m.EXIT_MMIO_LOAD,
@@ -111,7 +120,17 @@ QEMU_QEMU = LinkKind(
     downward=_numbers(m.NET_FRAMES),
 )
 
-LINK_KINDS = {kind.name: kind for kind in (KVM_GUEST, ULTRAVISOR_GUEST, ULTRAVISOR_KVM, KVM_QEMU, QEMU_QEMU)}
+QEMU_MIGRATION = LinkKind(
+    upper=Role.QEMU,
+    lower=Role.QEMU,
+    upward=_numbers(m.MIGRATION_KEY),
+    downward=frozenset(),
+    purpose="migration",
+)
+"""From the qemu that a VM leaves to the one where it arrives, which binds; the bulk goes over a channel of its own."""
+
+_KINDS = (KVM_GUEST, ULTRAVISOR_GUEST, ULTRAVISOR_KVM, KVM_QEMU, QEMU_QEMU, QEMU_MIGRATION)
+LINK_KINDS = {kind.name: kind for kind in _KINDS}
 
 GUEST_WHILE_SECURE = _numbers(m.VCPU_STOP, m.VCPU_CONTINUE, m.VCPU_LINE)
 """All that a guest takes from kvm while S is set; anything else is refused and audited."""

@@ -21,7 +21,7 @@ from protocol.codes import HCode, RtasStatus
 from protocol.decoding import DECODE_ERRORS
 from protocol.errors import MalformedMessage
 from protocol.ethernet import MAX_FRAME_BYTES
-from protocol.geometry import MAX_VM_BYTES, PAGE_SHIFT
+from protocol.geometry import MAX_VM_BYTES, PAGE_SHIFT, STREAM_BUFFER_BYTES
 
 Register = Annotated[int, Meta(ge=0)]
 """An unsigned 64-bit register; MessagePack has no larger integer."""
@@ -221,6 +221,39 @@ SVM_START = _declare(0x10106, "SVM_START", StartBody, Status, leaf=True)
 SVM_ENDED = _declare(0x10107, "SVM_ENDED", Empty, Status, leaf=True)
 
 
+# -- migration: the processor's state ---------------------------------------------------------------------------
+
+
+MAX_PROCESSOR_STATE_BYTES = 96 << 10
+ProcessorState = Annotated[bytes, Meta(max_length=MAX_PROCESSOR_STATE_BYTES)]
+
+
+class SavedProcessor(Body, frozen=True):
+    """A processor's state, apart from memory. `code` is H_BUSY when it came to no safe point."""
+
+    code: int
+    state: ProcessorState = b""
+
+
+class LoadProcessorBody(Body, frozen=True):
+    """A processor goes on from `state`, as soon as nobody holds it any more."""
+
+    vcpu: Vcpu
+    state: ProcessorState
+
+
+VCPU_SAVE = _declare(0x10108, "VCPU_SAVE", RunBody, SavedProcessor)
+"""Of a normal VM: stop at the next safe point, as VCPU_STOP, and say what the state is there."""
+VCPU_LOAD = _declare(0x10109, "VCPU_LOAD", LoadProcessorBody, Status, leaf=True)
+"""Of a normal VM that has not started: it is stopped, and VCPU_CONTINUE lets it run."""
+SVM_FREEZE = _declare(0x1010A, "SVM_FREEZE", RunBody, SavedProcessor)
+"""As VCPU_SAVE for a secure VM; only SVM_THAW lets it run, whatever kvm orders."""
+SVM_LOAD = _declare(0x1010B, "SVM_LOAD", LoadProcessorBody, Status, leaf=True)
+"""Take secure memory and map as for SVM_START; the processor is frozen."""
+SVM_THAW = _declare(0x1010C, "SVM_THAW", RunBody, Status, leaf=True)
+"""The processor may run here, unless kvm has stopped it."""
+
+
 # -- kvm -> qemu: exits to user space -------------------------------------------------------------------------
 
 
@@ -394,6 +427,69 @@ DOORBELL_SET = _event(0x1030D, "DOORBELL_SET", DoorbellBody)
 PAGES_DISCARD = _declare(0x1030E, "PAGES_DISCARD", PagesBody, Status)
 
 
+# -- qemu -> kvm: migration -----------------------------------------------------------------------------------
+
+
+StreamOffset = Annotated[int, Meta(ge=0, lt=STREAM_BUFFER_BYTES)]
+StreamLength = Annotated[int, Meta(ge=0, le=STREAM_BUFFER_BYTES)]
+MAX_DIRTY_LOG_PAGES = 1 << 18
+
+
+class StreamPlaceBody(Body, frozen=True):
+    """A place in the VM's stream buffer, which kvm, qemu and ultravisor have in common."""
+
+    offset: StreamOffset
+    n_bytes: StreamLength
+
+
+class SavedVm(Body, frozen=True):
+    """kvm's state of the VM is `n_bytes` long and lies where the caller wanted it."""
+
+    code: int
+    n_bytes: StreamLength = 0
+
+
+class DirtyLogBody(Body, frozen=True):
+    """`n` GFNs from `gfn`, a multiple of 8."""
+
+    gfn: Gfn
+    n: Annotated[int, Meta(ge=1, le=MAX_DIRTY_LOG_PAGES)]
+
+
+class DirtyLog(Body, frozen=True):
+    """A bit a GFN, the lowest of the first byte for the first: written since this was last asked.
+
+    H_BUSY: a writer did not acknowledge, and nothing is lost.
+    """
+
+    code: int
+    bitmap: Annotated[bytes, Meta(max_length=MAX_DIRTY_LOG_PAGES // 8)] = b""
+
+
+class MigrationUcallBody(Body, frozen=True):
+    """One of MIGRATION_UCALLS for this VM; `args` are those after the lpid."""
+
+    number: Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
+    args: Annotated[list[Register], Meta(max_length=4)]
+
+
+class MigrationUcallReply(Body, frozen=True):
+    """What the ultracall returned; U_PARAMETER for one that is no step of a migration."""
+
+    code: int
+    results: Annotated[list[Register], Meta(max_length=4)] = []
+
+
+VM_FREEZE = _declare(0x1030F, "VM_FREEZE", Empty, Status)
+"""Stop a normal VM at a safe point and keep its processor's state. VM_CONTINUE lets it run again."""
+VM_SAVE = _declare(0x10310, "VM_SAVE", StreamPlaceBody, SavedVm)
+"""Write kvm's state of the VM, whose processor stands still; `n_bytes` is the room."""
+VM_LOAD = _declare(0x10311, "VM_LOAD", StreamPlaceBody, Status)
+"""Take over what VM_SAVE wrote on another host. The VM is paused then: VM_CONTINUE lets it run."""
+DIRTY_LOG = _declare(0x10312, "DIRTY_LOG", DirtyLogBody, DirtyLog)
+MIGRATION_UCALL = _declare(0x10313, "MIGRATION_UCALL", MigrationUcallBody, MigrationUcallReply)
+
+
 # -- qemu <-> qemu: VMs of one network ------------------------------------------------------------------------
 
 MAX_NET_FRAMES = 64
@@ -408,3 +504,15 @@ class NetFramesBody(Body, frozen=True):
 
 
 NET_FRAMES = _event(0x10401, "NET_FRAMES", NetFramesBody)
+
+
+# -- qemu -> qemu: migration ----------------------------------------------------------------------------------
+
+
+class MigrationKeyBody(Body, frozen=True):
+    """The key of the bulk channel, new for each migration."""
+
+    key: Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
+MIGRATION_KEY = _declare(0x10501, "MIGRATION_KEY", MigrationKeyBody, Status, leaf=True)

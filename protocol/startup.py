@@ -120,7 +120,10 @@ class GuestEntry(Struct, frozen=True):
 
 
 class VmEntry(Struct, frozen=True):
-    """One virtual machine, the same for all processes that know it."""
+    """One virtual machine, the same for all processes that know it.
+
+    `incoming` says that it does not start here, but arrives from another host.
+    """
 
     name: str
     lpid: int
@@ -134,6 +137,7 @@ class VmEntry(Struct, frozen=True):
     disks: list[DiskEntry]
     devices: list[DeviceEntry]
     dma: DmaMachine = DmaMachine()
+    incoming: bool = False
 
 
 class LinkEntry(Struct, frozen=True):

@@ -6,7 +6,7 @@ Source: open-power/ultravisor `include/uapi_uvcall.h`; Linux `Documentation/powe
 from __future__ import annotations
 
 from protocol.codes import UCode
-from protocol.declare import Caller, CallTable, Code, Kind, Reg, Space
+from protocol.declare import Call, Caller, CallTable, Code, Kind, Reg, Space
 
 UCALLS = CallTable(Space.UCALL)
 
@@ -234,3 +234,76 @@ UV_SEND_SBE_COMMAND = UCALLS.declare(
 
 ESM_FILE_CHUNK_BYTES = 64
 """UV_ESMB_GET_FILE hands out at most this many bytes a call."""
+
+
+# -- migration: pefbox's own, PEF has none ------------------------------------------------------------------------
+
+_OWN = "pefbox (docs/migration.md)"
+_OFFSET = Reg("offset", Kind.SIZE)
+_LENGTH = Reg("n_bytes", Kind.SIZE)
+_STEP_ERRORS: dict[Code, str] = {
+    UCode.U_PARAMETER: "no such VM, or a place outside its stream buffer",
+    UCode.U_STATE: "the migration is not at that step",
+    UCode.U_PERMISSION: "refused; the reason is in the audit log of the host",
+    UCode.U_RETRY: "the guest did not acknowledge, or a page is in transition",
+}
+
+
+def _step(number: int, name: str, *more: Reg, results: tuple[Reg, ...] = (_LENGTH,)) -> Call:
+    """A step of a migration: what it takes and gives lies at `offset` of the VM's stream buffer."""
+    args = (_LPID, _OFFSET, *more)
+    return UCALLS.declare(number, name, args=args, results=results, callers=_HV, errors=_STEP_ERRORS, source=_OWN)
+
+
+UV_EXPORT_OFFER = _step(0xF1C0, "UV_EXPORT_OFFER")
+"""Begin: the first message of the handshake, for the other ultravisor."""
+UV_EXPORT_ANSWER = _step(0xF1C4, "UV_EXPORT_ANSWER", _LENGTH)
+"""Takes the second message, gives the third."""
+UV_EXPORT_PAGES = _step(
+    0xF1C8,
+    "UV_EXPORT_PAGES",
+    results=(
+        _LENGTH,
+        Reg("zero_pages", Kind.COUNT),
+        Reg("data_pages", Kind.COUNT),
+        Reg("owed_pages", Kind.COUNT),
+    ),
+)
+"""A record of the next pages that are owed; of 0 bytes when none is."""
+UV_EXPORT_ROUND = _step(
+    0xF1CC,
+    "UV_EXPORT_ROUND",
+    Reg("dirty_offset", Kind.SIZE),
+    results=(_LENGTH, Reg("owed_pages", Kind.COUNT)),
+)
+"""The record that ends a round. At `dirty_offset` a bit a GFN: host-readable pages that were written since the last."""
+UV_EXPORT_STOP = _step(
+    0xF1D0,
+    "UV_EXPORT_STOP",
+    Reg("dirty_offset", Kind.SIZE),
+    results=(_LENGTH, Reg("owed_pages", Kind.COUNT)),
+)
+"""As UV_EXPORT_ROUND, with the guest frozen."""
+UV_EXPORT_STATE = _step(0xF1D4, "UV_EXPORT_STATE", results=(_LENGTH, Reg("more", Kind.FLAGS)))
+"""The next record of what is no page; the last one is FINAL, and has `more` 0."""
+UV_EXPORT_READY = _step(0xF1D8, "UV_EXPORT_READY", _LENGTH)
+"""Takes the destination's READY, gives the start token."""
+UV_EXPORT_STATEMENT = _step(0xF1DC, "UV_EXPORT_STATEMENT", _LENGTH, results=(Reg("moved", Kind.FLAGS),))
+"""Takes the destination's word. `moved` 1: the VM runs there, and nothing of it is left here; 0: it runs here again."""
+UV_EXPORT_CANCEL = _step(0xF1E0, "UV_EXPORT_CANCEL", results=())
+"""The VM stays here; U_STATE once the token was given."""
+UV_IMPORT_OFFER = _step(0xF1E4, "UV_IMPORT_OFFER", _LENGTH)
+"""Takes the first message of the handshake, gives the second."""
+UV_IMPORT_CONFIRM = _step(0xF1E8, "UV_IMPORT_CONFIRM", _LENGTH, results=())
+"""Takes the third message."""
+UV_IMPORT_RECORD = _step(0xF1EC, "UV_IMPORT_RECORD", _LENGTH, results=(Reg("checked", Kind.FLAGS),))
+"""Takes the next record. `checked` 1: all is here, whole and newest, and the guest has its state."""
+UV_IMPORT_READY = _step(0xF1F0, "UV_IMPORT_READY")
+"""The record READY for the source."""
+UV_IMPORT_TOKEN = _step(0xF1F4, "UV_IMPORT_TOKEN", _LENGTH)
+"""Takes the start token: the VM runs here. Gives the word for the source."""
+UV_IMPORT_ABANDON = _step(0xF1F8, "UV_IMPORT_ABANDON")
+"""The VM never runs here, and what came is wiped. Gives the word for the source."""
+
+MIGRATION_UCALLS = {call.number: call for call in UCALLS if call.source == _OWN}
+"""What kvm passes on for qemu."""

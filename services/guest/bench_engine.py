@@ -275,6 +275,11 @@ class BenchEngine(ModelEngine):
         self._job, self._job_called = None, False
         super().start(pc, gprs, secure=secure)
 
+    def load(self, state: bytes) -> None:
+        """As ModelEngine. A job is no part of a state: it stays where it was begun, and goes on there or not at all."""
+        self._job, self._job_called = None, False
+        super().load(state)
+
     def _fill(self, gfn: int) -> None:
         self._ram.store(gfn << PAGE_SHIFT, os.urandom(PAGE_BYTES))
 

@@ -31,6 +31,9 @@ class GuestClock(Protocol):
     def skip_to(self, ns: int) -> bool:
         """Idle until `ns`: True when time jumped there, False when the processor must wait for it."""
 
+    def move_to(self, ns: int) -> None:
+        """It is `ns` now, whatever it was: a processor of elsewhere goes on here."""
+
 
 class WallClock:
     """Real time minus pauses."""
@@ -62,6 +65,10 @@ class WallClock:
         """Never: real time does not jump."""
         return ns <= self.now_ns()
 
+    def move_to(self, ns: int) -> None:
+        """As GuestClock; a clock that is held stands at `ns`."""
+        self._origin_ns += self.now_ns() - ns
+
 
 class InstructionClock:
     """Retired instructions."""
@@ -87,6 +94,10 @@ class InstructionClock:
         """As GuestClock."""
         self._ns = max(self._ns, ns)
         return True
+
+    def move_to(self, ns: int) -> None:
+        """As GuestClock."""
+        self._ns = ns
 
 
 def make_clock(kind: str) -> WallClock | InstructionClock:

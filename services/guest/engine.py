@@ -53,6 +53,10 @@ class Engine(Protocol):
         """What two equal runs have in common: at which instructions their exits came; None as `n_instructions`."""
 
     @property
+    def secure(self) -> bool:
+        """MSR.S: what the last `start` said, or the state that was loaded."""
+
+    @property
     def at_safe_point(self) -> bool:
         """Whether `save` may be called now."""
 
@@ -60,4 +64,5 @@ class Engine(Protocol):
         """The engine's whole state apart from guest RAM; at a safe point only."""
 
     def load(self, state: bytes) -> None:
-        """Continue from a `save`; raises ValueError when the state is of another version or does not decode."""
+        """Continue from a `save` at the clock's present; raises ValueError when the state is of another version or does
+        not decode."""

@@ -8,6 +8,11 @@ invalidations, the interrupt line, stop, start and whatever the control thread p
 
 A start or an end of the secure VM that comes while the engine is inside a memory access unwinds the engine first
 (`_Abandon`): only then is the memory let go and the message answered.
+
+For a migration the processor is saved where its engine is at a safe point and nothing is open between it and the loop.
+It goes on to such a point, and the order stays unanswered until it is there. A wait of the guest (H_CEDE and its kin)
+does not hold that up: it ends early, as PAPR allows. Every other call is waited for, since a state has no place for it.
+What keeps a processor from running is a set of holds: kvm's, and the ultravisor's, which kvm cannot end (S6).
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -25,7 +30,7 @@ from protocol import messages as m
 from protocol.codes import HCode, UCode
 from protocol.declare import Reg
 from protocol.errors import GuestFault, PeerError
-from protocol.hcalls import H_CEDE, H_LOGICAL_CI_LOAD, H_LOGICAL_CI_STORE
+from protocol.hcalls import H_CEDE, H_LOGICAL_CI_LOAD, H_LOGICAL_CI_STORE, HCALLS
 from protocol.links import GUEST_WHILE_SECURE, name_of
 from protocol.messages import Access, decode_result
 from protocol.refusals import Refusal, refusal
@@ -37,6 +42,8 @@ from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioSto
 from services.guest.inbox import Inbox
 from services.guest.link_end import LinkEnd
 from services.guest.pacing import Pacer
+from services.guest.processor_state import VERSION, ProcessorState, decode_state, encode_state
+from services.guest.run_state import Hold, Life, RunState
 from services.guest.vm_memory import GuestVmMemory
 from services.runtime.link import LOST_STATES
 from services.runtime.log import Log
@@ -49,16 +56,21 @@ _IDLE_POLL_MS = 1_000
 _SHORT_WAIT_MS = 1
 """Most calls are answered sooner."""
 _NS_PER_MS = 1_000_000
+_SAVE_NS = 1_000_000_000
+"""A processor that comes to no safe point in this time is not saved."""
+_SAVE_POLL_MS = 10
 _VCPU = 0
 
 
-class RunState(Enum):
-    """What the processor does."""
+@dataclass(frozen=True, slots=True)
+class _Saving:
+    """An order to save the processor that is not answered yet."""
 
-    OFF = "off"
-    RUNNING = "running"
-    STOPPED = "stopped"
-    CRASHED = "crashed"
+    end: LinkEnd
+    envelope: Envelope
+    hold: Hold
+    deadline_ns: int
+    """On the host's monotonic clock."""
 
 
 class _Abandon(BaseException):
@@ -69,8 +81,16 @@ class Processor:
     """Processor 0 of a VM. Every method but `post`, `start_thread` and `join` runs in its own thread."""
 
     def __init__(
-        self, engine: Engine, memory: GuestVmMemory, kvm: LinkEnd, ultravisor: LinkEnd, clock: GuestClock, log: Log
+        self,
+        engine: Engine,
+        memory: GuestVmMemory,
+        kvm: LinkEnd,
+        ultravisor: LinkEnd,
+        clock: GuestClock,
+        log: Log,
+        kernel: str,
     ) -> None:
+        """`kernel` is the setting of the VM that chose the engine: a state of another one is refused."""
         self.state = RunState.OFF
         self.secure = False
         self.crash_reason = ""
@@ -81,6 +101,7 @@ class Processor:
         self._ultravisor = ultravisor
         self._clock = clock
         self._log = log
+        self._kernel = kernel
         self._ends = (kvm, ultravisor)
         self._inbox = Inbox(self._ends)
         self._thread = threading.Thread(target=self._main, name="vcpu0", daemon=True)
@@ -97,6 +118,11 @@ class Processor:
         self._line = False
         self._just_looked = False
         """Whether a call has just taken what was due: back-to-back calls need not look twice each."""
+        self._life = Life()
+        self._saving: _Saving | None = None
+        self._held_up = True
+        """Whether something comes before the engine: a hold, a save, or that nothing was started."""
+        # An object of 30 attributes and more is looked up slower by CPython: a null hypercall then takes 0.3 us longer.
 
     # -- for the control thread -------------------------------------------------------------------------------
 
@@ -144,8 +170,7 @@ class Processor:
             if not self._just_looked:
                 self._take_due()
             self._just_looked = False
-            if self.state is not RunState.RUNNING:
-                self._wait(_IDLE_POLL_MS)
+            if self._held_up and self._stands():
                 continue
             leaving: Exit | None
             leaving, self._again = self._again, None
@@ -154,12 +179,28 @@ class Processor:
             if leaving is not None:
                 self._serve(leaving)
 
+    def _stands(self) -> bool:
+        """Save the processor where that is wanted, wait while it is held; False when the engine has to run."""
+        if self._saving is not None:
+            self._try_to_save(self._saving)
+        if self._saving is not None:
+            # On to the next safe point, also while kvm holds the processor, which it may have stopped behind a call:
+            # the rest of that step is short, guest time stands still, and afterwards it is as stopped as before.
+            return False
+        if self.state is RunState.RUNNING:
+            return False
+        if not self._quit:
+            self._wait(_IDLE_POLL_MS)
+        return True
+
     def _run_engine(self) -> Exit | None:
         self._in_engine = True
         try:
             if self._resume_with is not None:
                 result, self._resume_with = self._resume_with, None
                 self._engine.resume(result)
+            if self._saving is not None:
+                return self._run_to_safe_point()
             return self._engine.run(SLICE_NS)
         except _Abandon:
             return None
@@ -172,6 +213,11 @@ class Processor:
             self._in_engine = False
             if self._deferred:
                 self._take_deferred()
+
+    def _run_to_safe_point(self) -> Exit | None:
+        # A slice of no length ends at the first safe point. One that ends by guest time would never end while that is
+        # held, and behind the safe point may be the next call.
+        return None if self._engine.at_safe_point else self._engine.run(0)
 
     def _serve(self, leaving: Exit) -> None:
         match leaving:
@@ -221,7 +267,7 @@ class Processor:
     def _idle(self, idle: Idle) -> None:
         """H_CEDE. The decrementer is the processor's own and ends it; kvm ends it for an interrupt."""
         until_ns = idle.until_ns
-        if self._line:
+        if self._line or self._saving is not None:
             return
         if until_ns is None:
             self._call(self._hypervisor(), H_CEDE.number, [_VCPU], None)
@@ -239,7 +285,7 @@ class Processor:
             self._clock.skip_to(until_ns)
 
     def _crash(self, reason: str) -> None:
-        self.state = RunState.CRASHED
+        self._become(RunState.CRASHED)
         self.crash_reason = reason
         self._log.error("guest crashed", reason=reason)
         body = m.CrashBody(_VCPU, reason[:512])
@@ -254,7 +300,8 @@ class Processor:
     def _call(self, end: LinkEnd, number: int, body: Any, deadline_ns: int | None) -> Envelope | None:  # noqa: ANN401
         """Call and wait; None when the processor was started or ended meanwhile.
 
-        With `deadline_ns`, on the host's monotonic clock, it also ends then and when the interrupt line rises.
+        With `deadline_ns`, on the host's monotonic clock, it also ends then and when the interrupt line rises. A wait
+        of the guest ends with H_SUCCESS as soon as the processor is to be saved; kvm's own answer is passed over.
         """
         generation = self._generation
         correlation = end.send_call(number, body, self._new_cause()) if end.peer_state == "up" else None
@@ -272,20 +319,30 @@ class Processor:
                     return self._lost_reply(end, number)
                 if deadline_ns is not None and (deadline_ns <= time.monotonic_ns() or self._line):
                     return None
+                if self._saving is not None and self._is_left(self._saving, number):
+                    return _own_reply(number, [HCode.H_SUCCESS])
                 self._take_next(self._patience_ms(deadline_ns))
         finally:
             del self._replies[key]
         return None
 
     def _patience_ms(self, deadline_ns: int | None) -> int:
+        if self._saving is not None:
+            return _SAVE_POLL_MS
         if deadline_ns is None or self.state is not RunState.RUNNING:
             return _IDLE_POLL_MS
         return max(1, min(_IDLE_POLL_MS, -(-(deadline_ns - time.monotonic_ns()) // _NS_PER_MS)))
 
     def _lost_reply(self, end: LinkEnd, number: int) -> Envelope:
         """What a call gets whose peer is dead, stopped or takes no messages."""
-        body = msgspec.Raw(msgspec.msgpack.encode(refusal(number, Refusal.of_peer(end.peer_state))))
-        return Envelope(1, MessageKind.REPLY, number, 0, 0, body)
+        return _own_reply(number, refusal(number, Refusal.of_peer(end.peer_state)))
+
+    def _is_left(self, saving: _Saving, number: int) -> bool:
+        """Whether an open call is not waited for, as the processor is to be saved; a save that is late ends here."""
+        if time.monotonic_ns() >= saving.deadline_ns:
+            self._end_saving(HCode.H_BUSY)
+            return False
+        return number in _WAITS
 
     def _new_cause(self) -> int:
         self._next_cause += 1
@@ -366,9 +423,11 @@ class Processor:
                 self._refuse(f"{end.peer}: {error}")
 
     def _handle(self, end: LinkEnd, envelope: Envelope) -> None:
-        handler = _HANDLERS[envelope.number]
-        message = m.MESSAGES[envelope.number]
-        code = handler(self, message.decode_body(envelope.body))
+        body = m.MESSAGES[envelope.number].decode_body(envelope.body)
+        if envelope.number in _SAVES:
+            self._want_save(end, envelope)
+            return
+        code = _HANDLERS[envelope.number](self, body)
         end.reply(envelope, m.Status(code))
 
     def _refuse(self, reason: str) -> None:
@@ -396,33 +455,54 @@ class Processor:
         return HCode.H_SUCCESS
 
     def _begin(self, pc: int, gprs: dict[int, int], *, secure: bool) -> None:
-        self.secure = secure
-        self._generation += 1
-        self._resume_with = self._again = None
         self._engine.start(pc, gprs, secure=secure)
+        self._come_alive(secure=secure)
+
+    def _come_alive(self, *holds: Hold, secure: bool) -> None:
+        """The engine has something new to run, as soon as nothing holds it."""
+        self.secure = secure
         self._engine.set_line(self._line)
-        self._set_state(RunState.RUNNING)
+        self._become(RunState.RUNNING, *holds)
 
     def _end_secure(self, _body: m.Empty) -> int:
-        self._generation += 1
-        self._resume_with = self._again = None
         self.secure = False
-        self._set_state(RunState.OFF)
+        self._become(RunState.OFF)
         self._memory.drop_secure()
         return HCode.H_SUCCESS
 
     def _stop(self, _body: m.RunBody) -> int:
-        if self.state is RunState.RUNNING:
-            self._set_state(RunState.STOPPED)
+        # Kept also while the processor is off: kvm may order it before a secure VM that is paused arrives.
+        self._life.holds.add(Hold.HYPERVISOR)
+        self._follow_holds()
         return HCode.H_SUCCESS
 
     def _continue(self, _body: m.RunBody) -> int:
-        if self.state is RunState.STOPPED:
-            self._set_state(RunState.RUNNING)
+        self._release(Hold.HYPERVISOR)
         return HCode.H_SUCCESS
 
-    def _set_state(self, state: RunState) -> None:
-        self.state = state
+    def _thaw(self, _body: m.RunBody) -> int:
+        if not self.secure:
+            return HCode.H_STATE
+        self._release(Hold.ULTRAVISOR)
+        return HCode.H_SUCCESS
+
+    def _release(self, hold: Hold) -> None:
+        if self._saving is not None and self._saving.hold is hold:
+            # Who lets the processor run waits for the save no more; it must not stand still for it afterwards.
+            self._end_saving(HCode.H_BUSY)
+        self._life.holds.discard(hold)
+        self._follow_holds()
+
+    def _become(self, life: RunState, *holds: Hold) -> None:
+        """Begin or end to run something, of which only `holds` keep it: nothing of before is waited for."""
+        self._generation += 1
+        self._resume_with = self._again = None
+        self._life.become(life, *holds)
+        self._end_saving(HCode.H_STATE)
+
+    def _follow_holds(self) -> None:
+        self.state = state = self._life.state
+        self._held_up = state is not RunState.RUNNING or self._saving is not None
         if state is RunState.RUNNING:
             self._clock.go_on()
         else:
@@ -433,9 +513,105 @@ class Processor:
         self._engine.set_line(body.level)
         return HCode.H_SUCCESS
 
+    # -- migration --------------------------------------------------------------------------------------------
+
+    def _want_save(self, end: LinkEnd, envelope: Envelope) -> None:
+        code = self._why_no_save(end)
+        if code is not None:
+            end.reply(envelope, m.SavedProcessor(code))
+            return
+        hold = Hold.ULTRAVISOR if end is self._ultravisor else Hold.HYPERVISOR
+        self._saving = _Saving(end, envelope, hold, time.monotonic_ns() + _SAVE_NS)
+        self._follow_holds()
+
+    def _why_no_save(self, end: LinkEnd) -> int | None:
+        if self._life.unheld is not RunState.RUNNING or self.secure is not (end is self._ultravisor):
+            return HCode.H_STATE
+        return None if self._saving is None else HCode.H_BUSY
+
+    def _try_to_save(self, saving: _Saving) -> None:
+        """Save the processor if it is where that is possible, unless it is too late."""
+        if time.monotonic_ns() >= saving.deadline_ns:
+            self._end_saving(HCode.H_BUSY)
+        elif self._resume_with is None and self._again is None and self._engine.at_safe_point:
+            self._save(saving)
+
+    def _save(self, saving: _Saving) -> None:
+        # Held first: the time base in the engine's state and the clock's time have to be of one moment.
+        self._clock.hold()
+        try:
+            engine = self._engine.save()
+            data = encode_state(ProcessorState(VERSION, self._kernel, self.secure, self._clock.now_ns(), engine))
+        except Exception as error:
+            # What cannot be saved goes on here.
+            self._log.error("processor not saved", exc_info=error)
+            self._end_saving(HCode.H_FUNCTION)
+            return
+        self._life.holds.add(saving.hold)
+        self._end_saving(HCode.H_SUCCESS, data)
+
+    def _end_saving(self, code: int, data: bytes = b"") -> None:
+        """Answer the order to save, if there is one, with the holds as they are now."""
+        saving, self._saving = self._saving, None
+        self._follow_holds()
+        if saving is not None:
+            saving.end.reply(saving.envelope, m.SavedProcessor(code, data))
+
+    # A state is loaded into a processor that is off: its engine does not run, so there is nothing to unwind.
+
+    def _load_normal(self, body: m.LoadProcessorBody) -> int:
+        if self.state is not RunState.OFF:
+            return HCode.H_STATE
+        if not self._memory.use_normal():
+            return HCode.H_BUSY
+        if not self._load(body.state, secure=False):
+            return HCode.H_PARAMETER
+        self._come_alive(Hold.HYPERVISOR, secure=False)
+        return HCode.H_SUCCESS
+
+    def _load_secure(self, body: m.LoadProcessorBody) -> int:
+        if self.state is not RunState.OFF:
+            self._memory.refuse_secure()
+            return HCode.H_STATE
+        if not self._memory.use_secure():
+            return HCode.H_NO_MEM
+        if not self._load(body.state, secure=True):
+            self._memory.drop_secure()
+            return HCode.H_PARAMETER
+        self._come_alive(*self._life.holds, Hold.ULTRAVISOR, secure=True)
+        return HCode.H_SUCCESS
+
+    def _load(self, data: bytes, *, secure: bool) -> bool:
+        """Have clock and engine go on from `data`; False, with its reason in the log, when it is no state of theirs."""
+        before_ns = self._clock.now_ns()
+        try:
+            state = decode_state(data, self._kernel, secure=secure)
+            # The engine reckons its time base from what the clock shows.
+            self._clock.hold()
+            self._clock.move_to(state.now_ns)
+            self._engine.load(state.engine)
+            if self._engine.secure is not secure:
+                raise ValueError("MSR.S of the engine's state is another")
+        except Exception as error:
+            # It comes from a peer, and what decodes may still be nothing that an engine can be built from. Of errors
+            # other than a refusal only the kind is told: their text may be of the guest (S1).
+            self._clock.move_to(before_ns)
+            self._refuse(f"processor state: {error if isinstance(error, ValueError) else type(error).__name__}")
+            return False
+        return True
+
+
+def _own_reply(number: int, body: Any) -> Envelope:  # noqa: ANN401
+    """A reply to call `number` that no peer sent."""
+    return Envelope(1, MessageKind.REPLY, number, 0, 0, msgspec.Raw(msgspec.msgpack.encode(body)))
+
 
 _HARDWARE: dict[Reg, Callable[[Engine], int]] = {PIDR: lambda engine: engine.pidr}
 """What the processor puts before the arguments of a call that declares it."""
+_WAITS = frozenset(call.number for call in HCALLS if call.open_ended)
+"""Hypercalls by which the guest waits."""
+_SAVES = frozenset({m.VCPU_SAVE.number, m.SVM_FREEZE.number})
+"""Orders that are answered later."""
 _UNWINDING = frozenset({m.VCPU_START.number, m.SVM_START.number, m.SVM_ENDED.number})
 _HANDLERS: dict[int, Callable[[Processor, Any], int]] = {
     m.MAP_INVALIDATE.number: Processor._invalidate,
@@ -445,4 +621,7 @@ _HANDLERS: dict[int, Callable[[Processor, Any], int]] = {
     m.VCPU_STOP.number: Processor._stop,
     m.VCPU_CONTINUE.number: Processor._continue,
     m.VCPU_LINE.number: Processor._set_line,
+    m.VCPU_LOAD.number: Processor._load_normal,
+    m.SVM_LOAD.number: Processor._load_secure,
+    m.SVM_THAW.number: Processor._thaw,
 }

@@ -66,7 +66,7 @@ class Guest:
         )
         memory.space = space
         engine = make_engine(vm, space, clock, self._runtime.log)
-        processor.append(Processor(engine, memory, kvm, ultravisor, clock, self._runtime.log))
+        processor.append(Processor(engine, memory, kvm, ultravisor, clock, self._runtime.log, vm.guest.kernel))
         self._memory, self._processor, self._engine = memory, processor[0], engine
         await self._runtime.give("guest-dirty-map", vm.name, memory.dirty.fd)
         await self._runtime.give("secure-dirty-map", vm.name, memory.secure_dirty.fd)

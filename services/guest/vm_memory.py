@@ -16,6 +16,7 @@ from shared.memfd import SealedMemory, map_sealed, unmap
 from shared.partition_map import ENTRY_BYTES, PartitionMap
 
 _N_DESCRIPTORS = 2
+_MAX_ANNOUNCEMENT_BYTES = 64
 _announcement = msgspec.msgpack.Decoder(tuple[int, int])
 
 
@@ -72,7 +73,7 @@ class GuestVmMemory:
         kvm's map is dropped then.
         """
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._private, 64, _N_DESCRIPTORS)
+            data, descriptors = self._receive_secure()
             if len(descriptors) != _N_DESCRIPTORS:
                 raise HostFault("secure memory came without its descriptors")
             size_bytes, n_pages = _announcement.decode(data)
@@ -89,6 +90,19 @@ class GuestVmMemory:
         if normal_map is not None:
             unmap(normal_map)
         return True
+
+    def refuse_secure(self) -> None:
+        """Drop what the ultravisor sent with an order that is refused: the next order must not find it."""
+        try:
+            _, descriptors = self._receive_secure()
+        except OSError:
+            return
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def _receive_secure(self) -> tuple[bytes, list[int]]:
+        data, descriptors, _, _ = socket.recv_fds(self._private, _MAX_ANNOUNCEMENT_BYTES, _N_DESCRIPTORS)
+        return data, descriptors
 
     def drop_secure(self) -> None:
         """Unmap secure memory and map. The caller promises that nothing uses them."""

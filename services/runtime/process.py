@@ -243,8 +243,8 @@ class _Shell:
         async with trio.open_nursery() as nursery:
             await runtime.open(nursery)
             service = self._make(runtime, keys)
-            loop = _ControlLoop(end, runtime, service)
             await service.start()
+            loop = _ControlLoop(end, runtime, service)
             link_keys = {key.link: key for key in keys.links}
             for vm in config.vms:
                 links = [link for link in config.links if link.vm == vm.name]

@@ -17,7 +17,8 @@ from services.guest.clock import InstructionClock
 from services.guest.engine import Engine
 from services.guest.exits import Exit, Hypercall, MmioLoad, MmioStore, Pause
 from services.guest.link_end import LinkEnd
-from services.guest.processor import Processor, RunState
+from services.guest.processor import Processor
+from services.guest.run_state import RunState
 from services.guest.vm_memory import GuestVmMemory
 
 REGISTER = 1 << 45
@@ -81,9 +82,9 @@ def played(exit_: Exit, kvm: PlayedEnd) -> tuple[Processor, PlayedEngine]:
     engine = PlayedEngine(exit_)
     ends = (cast(LinkEnd, kvm), cast(LinkEnd, PlayedEnd([])))
     memory = cast(GuestVmMemory, type("Memory", (), {"lpid": 1}))
-    processor = Processor(cast(Engine, engine), memory, *ends, InstructionClock(), structlog.get_logger())
+    processor = Processor(cast(Engine, engine), memory, *ends, InstructionClock(), structlog.get_logger(), "model")
     engine.processor = processor
-    processor.state = RunState.RUNNING
+    processor._become(RunState.RUNNING)
     return processor, engine
 
 

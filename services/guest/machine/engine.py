@@ -34,7 +34,7 @@ from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import EVERY_FACILITY, Dsisr, Lpcr, Msr, Spr, Srr1
 from services.guest.machine.second_level_tlb import SecondLevelTlb
 from services.guest.machine.slices import make_slices
-from services.guest.machine.state import VERSION, MachineState, TableState, decode_state, encode_state
+from services.guest.machine.state import VERSION, MachineState, TableState, TrailState, decode_state, encode_state
 from services.guest.machine.time_base import NS_PER_US, TICKS_PER_US, TimeBase
 from services.guest.machine.trail import Trail
 from services.guest.machine.translator import Stop, Translator
@@ -230,9 +230,14 @@ class MachineEngine:
                 table=None if table is None else TableState(table.gpa, table.size_bytes),
                 ticks=self._time.ticks(),
                 deadline=self._time.deadline,
+                trail=self._save_trail(),
                 registers=self._registers.save(),
             )
         )
+
+    def _save_trail(self) -> TrailState | None:
+        n_instructions = self._slices.n_instructions
+        return None if n_instructions is None else TrailState(n_instructions, self._trail.n_exits, self._trail.digest)
 
     def load(self, state: bytes) -> None:
         """Continue from a `save`; raises ValueError."""
@@ -246,6 +251,10 @@ class MachineEngine:
         self._line = loaded.line
         self._time.set_ticks(loaded.ticks)
         self._time.deadline = loaded.deadline
+        done = loaded.trail
+        if done is not None:
+            self._slices.reset(done.n_instructions)
+            self._trail = Trail(done.n_exits, done.digest)
 
     @property
     def secure(self) -> bool:

@@ -54,10 +54,10 @@ class Slices(Protocol):
 
     @property
     def n_instructions(self) -> int | None:
-        """Retired since `reset`; None where nobody counts."""
+        """Retired since the processor's start; None where nobody counts."""
 
-    def reset(self) -> None:
-        """Count from 0."""
+    def reset(self, n_instructions: int = 0) -> None:
+        """Count from `n_instructions`."""
 
     @property
     def last_block(self) -> int | None:
@@ -113,9 +113,9 @@ class CountedSlices:
         """As Slices."""
         return self._stopped or self._left < MAX_BLOCK_INSTRUCTIONS
 
-    def reset(self) -> None:
+    def reset(self, n_instructions: int = 0) -> None:
         """As Slices."""
-        self.n_instructions = 0
+        self.n_instructions = n_instructions
         self._masked = MAX_BLOCK_INSTRUCTIONS
 
     @property
@@ -169,7 +169,7 @@ class TimedSlices:
         """As Slices."""
         return self._alarm.fired
 
-    def reset(self) -> None:
+    def reset(self, n_instructions: int = 0) -> None:
         """As Slices."""
         self._masked_ns = MIN_NS
 

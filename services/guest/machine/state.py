@@ -8,11 +8,12 @@ import msgspec
 from msgspec import Meta
 
 from protocol.decoding import DECODE_ERRORS
+from services.guest.machine.trail import DIGEST_BYTES
 
 N_GPRS = 32
 N_SPRS = 1024
 VSRS_BYTES = 64 * 16
-VERSION = 1
+VERSION = 2
 MAX_STATE_BYTES = 64 << 10
 
 U64 = Annotated[int, Meta(ge=0)]
@@ -40,6 +41,14 @@ class TableState(msgspec.Struct, forbid_unknown_fields=True):
     size_bytes: U64
 
 
+class TrailState(msgspec.Struct, forbid_unknown_fields=True):
+    """What the processor has done since its start, where somebody counts."""
+
+    n_instructions: U64
+    n_exits: U64
+    digest: Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+
+
 class MachineState(msgspec.Struct, forbid_unknown_fields=True):
     """One processor. `ticks` is the time base of the moment, `deadline` that at which the decrementer passes zero."""
 
@@ -51,6 +60,7 @@ class MachineState(msgspec.Struct, forbid_unknown_fields=True):
     table: TableState | None
     ticks: int
     deadline: int
+    trail: TrailState | None
     registers: RegisterState
 
 

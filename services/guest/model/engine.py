@@ -134,6 +134,11 @@ class ModelEngine:
         return self._kernel.state.pidr
 
     @property
+    def secure(self) -> bool:
+        """As Engine."""
+        return self._kernel.state.secure
+
+    @property
     def at_safe_point(self) -> bool:
         """Between two steps."""
         return self._step is None

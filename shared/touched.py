@@ -1,0 +1,49 @@
+"""Which pages of a memory file were ever touched. The others hold zeros, and are not read to find that out.
+
+A read of an untouched page makes it: in ordinary shared memory that takes several times as long as to copy it, in
+secret memory, which the kernel takes out of its own mapping page by page, a hundred times.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+
+from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
+
+_SMALL_PAGES = PAGE_BYTES // mmap.PAGESIZE
+_UNTOUCHED = bytes(_SMALL_PAGES)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def touched_in_file(fd: int, n_pages: int) -> bytearray:
+    """A byte a page of a file in tmpfs, or a memfd: 0 for a hole. A page that was swapped out is none."""
+    touched = bytearray(n_pages)
+    size_bytes, at = n_pages << PAGE_SHIFT, 0
+    while at < size_bytes:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            raise
+        at = min(os.lseek(fd, start, os.SEEK_HOLE), size_bytes)
+        first, end = start >> PAGE_SHIFT, (at + PAGE_BYTES - 1) >> PAGE_SHIFT
+        touched[first:end] = b"\1" * (min(end, n_pages) - first)
+    return touched
+
+
+def touched_in_locked(mapping: memoryview) -> bytearray:
+    """The same of mapped memory that is never swapped out and has no holes to seek, as `memfd_secret`."""
+    n_pages = len(mapping) >> PAGE_SHIFT
+    resident = (ctypes.c_ubyte * (n_pages * _SMALL_PAGES))()
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    if _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapping)), resident):
+        # Nothing is known: every page counts as touched.
+        return bytearray(b"\1" * n_pages)
+    found = bytes(resident)
+    return bytearray(
+        found[at : at + _SMALL_PAGES] != _UNTOUCHED for at in range(0, n_pages * _SMALL_PAGES, _SMALL_PAGES)
+    )

@@ -1,0 +1,57 @@
+"""Which pages of a memory file were ever touched: found out without touching any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+from protocol.errors import HostFault
+from protocol.geometry import PAGE_BYTES
+from services.ultravisor.secure_memory import SecretMemory
+from shared.memfd import SealedMemory
+from shared.touched import touched_in_file, touched_in_locked
+
+N_PAGES = 64
+
+
+def secret() -> SecretMemory:
+    try:
+        return SecretMemory(N_PAGES * PAGE_BYTES)
+    except HostFault as fault:
+        pytest.skip(str(fault))
+
+
+def ordinary() -> SealedMemory:
+    return SealedMemory("touched", N_PAGES * PAGE_BYTES, others_write=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "touched"),
+    [
+        (ordinary, lambda memory: touched_in_file(memory.fd, N_PAGES)),
+        (secret, lambda memory: touched_in_locked(memory.buffer)),
+    ],
+    ids=["file", "locked"],
+)
+def test_a_page_is_touched_by_a_store_to_any_byte_and_by_nothing_else(
+    make: Callable[[], SealedMemory | SecretMemory], touched: Callable[[SealedMemory | SecretMemory], bytearray]
+) -> None:
+    memory = make()
+    assert touched(memory) == bytearray(N_PAGES)
+
+    for gfn, offset in ((3, 0), (4, PAGE_BYTES - 1), (N_PAGES - 1, 4096)):
+        memory.buffer[gfn * PAGE_BYTES + offset] = 1
+
+    assert [gfn for gfn, mark in enumerate(touched(memory)) if mark] == [3, 4, N_PAGES - 1]
+    memory.close()
+
+
+def test_a_hole_that_was_punched_is_untouched_again() -> None:
+    memory = ordinary()
+    memory.buffer[5 * PAGE_BYTES] = memory.buffer[9 * PAGE_BYTES] = 1
+    os.pwrite(memory.fd, b"x", 7 * PAGE_BYTES)
+
+    assert [gfn for gfn, mark in enumerate(touched_in_file(memory.fd, N_PAGES)) if mark] == [5, 7, 9]
+    memory.close()
