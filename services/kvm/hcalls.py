@@ -11,7 +11,7 @@ import time
 
 from protocol import hcalls as h
 from protocol.codes import HCode
-from protocol.errors import GuestFault
+from protocol.errors import GuestFault, MalformedMessage
 from protocol.hcall_values import (
     MAX_PROC_TABLE_SIZE,
     PROC_TABLE_ALIGN_MASK,
@@ -47,9 +47,17 @@ CPU_CHARACTER = 0
 CPU_BEHAVIOUR = 1 << 63 | 1 << 56 | 1 << 55
 """Favour security; no cache flush at entry or at user accesses: an emulated processor does not speculate."""
 
+_MODE_RESOURCES = (SetModeResource.ADDRESS_TRANSLATION_MODE, SetModeResource.LITTLE_ENDIAN)
 _DEBUG_RESOURCES = (SetModeResource.CIABR, SetModeResource.DAWR)
 SYS_RESET_ALL = (1 << 64) - 1
 SYS_RESET_ALL_OTHERS = (1 << 64) - 2
+
+
+def check_modes(modes: dict[int, int]) -> None:
+    """Raise MalformedMessage unless H_SET_MODE could have set `modes`."""
+    for resource, mflags in modes.items():
+        if resource not in _MODE_RESOURCES or not 0 <= mflags < 1 << 64:
+            raise MalformedMessage(f"mode {mflags:#x} of resource {resource}")
 
 
 class Hcalls:
@@ -119,30 +127,30 @@ class Hcalls:
 
     def h_cede(self, call: GuestCall) -> Result | None:
         """H_CEDE."""
-        self._leave_cede(call.vcpu)
+        self._leave_wait(call.vcpu)
         return self._keep_open(call, self._vcpus.h_cede(call.vcpu))
 
     def h_confer(self, call: GuestCall) -> Result | None:
         """H_CONFER."""
-        self._leave_cede(call.vcpu)
+        self._leave_wait(call.vcpu)
         target, dispatch = call.args
         return self._keep_open(call, self._vcpus.h_confer(call.vcpu, target, dispatch))
 
     def h_prod(self, call: GuestCall) -> Result:
         """H_PROD."""
         # Of the caller itself it must count for the next wait, not for a cede that is over.
-        self._leave_cede(call.vcpu)
+        self._leave_wait(call.vcpu)
         return [self._vcpus.h_prod(*call.args)]
 
     def h_join(self, call: GuestCall) -> Result | None:
         """H_JOIN."""
-        self._leave_cede(call.vcpu)
+        self._leave_wait(call.vcpu)
         return self._keep_open(call, self._vcpus.h_join(call.vcpu))
 
-    def _leave_cede(self, vcpu: int) -> None:
-        """A processor that waits again has left its last cede by its own decrementer."""
+    def _leave_wait(self, vcpu: int) -> None:
+        """A processor that calls again has left its last wait: by its decrementer, or to be saved for a migration."""
         if vcpu < len(self._vcpus):
-            self._vcpus.wake(vcpu)
+            self._vcpus.left(vcpu)
             self.answer_ended()
 
     def answer_ended(self) -> None:
@@ -153,7 +161,7 @@ class Hcalls:
                 answer(_SUCCESS)
 
     def drop_open(self) -> None:
-        """The machine is reset: open calls are not answered any more."""
+        """Open calls are not answered any more: the machine is reset, or has left."""
         self._open.clear()
 
     def _keep_open(self, call: GuestCall, code: HCode | None) -> Result | None:
@@ -164,6 +172,14 @@ class Hcalls:
 
     # -- others -----------------------------------------------------------------------------------------------
 
+    def save_modes(self) -> dict[int, int]:
+        """What H_SET_MODE has set, by resource."""
+        return dict(self._modes)
+
+    def load_modes(self, modes: dict[int, int]) -> None:
+        """Take over what `check_modes` let pass."""
+        self._modes = dict(modes)
+
     def h_random(self, _call: GuestCall) -> Result:
         """H_RANDOM of a normal VM; a secure VM's is answered by the ultravisor."""
         return [HCode.H_SUCCESS, int.from_bytes(os.urandom(8), "big")]
@@ -171,7 +187,7 @@ class Hcalls:
     def h_set_mode(self, call: GuestCall) -> Result:
         """H_SET_MODE: interrupt endianness and address translation mode; debug registers are not offered."""
         mflags, resource, value1, value2 = call.args
-        if resource not in (SetModeResource.ADDRESS_TRANSLATION_MODE, SetModeResource.LITTLE_ENDIAN):
+        if resource not in _MODE_RESOURCES:
             return [HCode.H_UNSUPPORTED if resource in _DEBUG_RESOURCES else HCode.H_P2]
         if value1:
             return [HCode.H_P3]

@@ -10,6 +10,7 @@ import msgspec
 from protocol.errors import HostFault
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
 from services.kvm.page_state import KvmState
+from shared.host_view import HostState
 from shared.memfd import SealedMemory
 from shared.partition_map import ENTRY_BYTES, MapKind, PartitionMap
 
@@ -98,6 +99,20 @@ class VmMemory:
         """Every GFN in one of `states`."""
         wanted = {int(state) for state in states}
         return [gfn for gfn, state in enumerate(self._states) if state in wanted]
+
+    def states(self) -> bytes:
+        """The state of every frame, a byte each."""
+        return bytes(self._states)
+
+    def arrive(self, states: bytes) -> None:
+        """Take over the states of a VM from another host; frames without content are punched.
+
+        Raises HostFault, and no state has changed then.
+        """
+        self.punch_all(gfn for gfn, state in enumerate(states) if _BY_VALUE[state].host_state is HostState.ABSENT)
+        for gfn, state in enumerate(states):
+            if state != self._states[gfn]:
+                self.set_state(gfn, _BY_VALUE[state])
 
     def hide(self, gfn: int) -> None:
         """The host finds `gfn` absent from now on, whatever its state becomes."""

@@ -24,6 +24,7 @@ from services.runtime.page_query import gfn_asked, gfns_asked
 from services.runtime.process import Query, Runtime
 from services.runtime.text_buffers import typed_bytes
 from shared.host_view import HostState
+from shared.stream_buffer import StreamBuffer
 
 
 class Kvm:
@@ -96,6 +97,8 @@ class Kvm:
         ram_fd = files[f"ram:{vm.name}"]
         memory = VmMemory(vm.name, ram_fd, vm.memory_bytes)
         os.close(ram_fd)
+        stream_fd = files.get(f"stream:{vm.name}")
+        stream = None if stream_fd is None else StreamBuffer(stream_fd)
         ends: dict[str, Link] = {}
         by_kind = {link.kind: link for link in links if link.vm == vm.name}
         for kind in (KVM_GUEST.name, KVM_QEMU.name):
@@ -109,7 +112,7 @@ class Kvm:
             self._runtime.nursery.start_soon(self._give_away, "normal-map", vm.name, os.dup(memory.map_fd))
 
         guest, qemu = ends[KVM_GUEST.name], ends[KVM_QEMU.name]
-        new = Vm(vm, memory, guest, qemu, self._port, table_made, map_needed, self._runtime.log)
+        new = Vm(vm, memory, guest, qemu, self._port, table_made, map_needed, self._runtime.log, stream)
         new.register_guest(ends[KVM_GUEST.name])
         new.register_qemu(ends[KVM_QEMU.name])
         self._vms[vm.lpid] = self._by_name[vm.name] = new

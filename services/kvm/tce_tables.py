@@ -166,11 +166,35 @@ class TceTables:
         for saved in state.tables:
             if self.create(saved.window) is not HCode.H_SUCCESS:
                 raise MalformedMessage(f"TCE window {saved.window.liobn:#x} cannot be made")
+            self._check_entries(saved)
+        self.fill(state)
+
+    def check(self, state: TceTablesState) -> None:
+        """Raise MalformedMessage unless every window of `state` is here, with the same geometry, and takes its entries.
+
+        Windows that are here alone are no fault: a guest may have had nothing in them.
+        """
+        if len({saved.window.liobn for saved in state.tables}) != len(state.tables):
+            raise MalformedMessage("a TCE window comes twice")
+        for saved in state.tables:
+            table = self._tables.get(saved.window.liobn)
+            if table is None or table.window != saved.window:
+                raise MalformedMessage(f"TCE window {saved.window.liobn:#x} is not here, or another one")
+            self._check_entries(saved)
+
+    def fill(self, state: TceTablesState) -> None:
+        """Give the tables that are here the entries of a `state` that passed `check`, and no others."""
+        self.clear()
+        for saved in state.tables:
             table = self._tables[saved.window.liobn]
             for index, value in saved.entries.items():
-                if not 0 <= index < table.n_tces or not self._storable(table, value):
-                    raise MalformedMessage(f"TCE {index} of window {saved.window.liobn:#x} is not storable")
                 table.store(index, value)
+
+    def _check_entries(self, saved: TceTableState) -> None:
+        table = self._tables[saved.window.liobn]
+        for index, value in saved.entries.items():
+            if not 0 <= index < table.n_tces or not self._storable(table, value):
+                raise MalformedMessage(f"TCE {index} of window {saved.window.liobn:#x} is not storable")
 
     def _storable(self, table: TceTable, value: int) -> bool:
         if not 0 <= value <= _U64:

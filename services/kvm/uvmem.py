@@ -131,6 +131,10 @@ class SecurePages:
         await self._ultravisor.ucall(UV_SVM_TERMINATE, [self._lpid], cause)
         return HCode.H_PARAMETER
 
+    def arrive(self) -> None:
+        """The VM comes from another host as a secure one; the ultravisors move what is the ultravisor's."""
+        self.switch = Switch.DONE
+
     async def off(self, cause: int) -> bool:
         """The VM is reset or destroyed (KVM_PPC_SVM_OFF): end it in the ultravisor, take its frames back."""
         if self.switch is Switch.NONE:

@@ -156,6 +156,16 @@ class Vcpus:
         if self._vcpus[vcpu].wait is Wait.CEDE:
             self._end(vcpu)
 
+    def leave(self, vcpu: int) -> None:
+        """The processor is no more in the call that it waits in, if it is in any: PAPR lets a wait end early."""
+        if self._vcpus[vcpu].wait is not Wait.NONE:
+            self._end(vcpu)
+
+    def left(self, vcpu: int) -> None:
+        """The processor does not wait any more, whatever it waited for."""
+        if self._vcpus[vcpu].wait is not Wait.NONE:
+            self._end(vcpu)
+
     # -- life ---------------------------------------------------------------------------------------------------
 
     def start(self, vcpu: int) -> bool:

@@ -23,18 +23,20 @@ from services.kvm.discard import Discards
 from services.kvm.guest_call import GuestCall
 from services.kvm.hcalls import Hcalls
 from services.kvm.memory import MemSlot, VmMemory
+from services.kvm.migration import Migration
 from services.kvm.tce_tables import TceTables
 from services.kvm.terminal import Terminal
 from services.kvm.ultravisor_port import Answer, UltravisorPort
 from services.kvm.user_space import UserSpace
 from services.kvm.uvmem import SecurePages, Switch
-from services.kvm.vcpu import Vcpus
+from services.kvm.vcpu import RunState, Vcpus
 from services.kvm.xics import Xics
 from services.runtime.link import DEFERRED, Link
 from services.runtime.log import Log
 from shared.guest_ram import GuestRam
 from shared.interrupt_sources import VTY_SOURCE
 from shared.memfd import SealedMemory
+from shared.stream_buffer import StreamBuffer
 
 _GUEST_SECONDS = 2.0
 _TCE_BYTES = 8
@@ -46,7 +48,10 @@ MapNeeded = Callable[[], None]
 
 
 class Vm:
-    """A VM. `guest` and `qemu` are its links; both exist before the first message is served."""
+    """A VM. `guest` and `qemu` are its links; both exist before the first message is served.
+
+    `stream` is closed with the VM. Without one the VM cannot be saved or loaded.
+    """
 
     def __init__(
         self,
@@ -58,6 +63,7 @@ class Vm:
         table_made: TableMade,
         map_needed: MapNeeded,
         log: Log,
+        stream: StreamBuffer | None = None,
     ) -> None:
         self.entry = entry
         self.memory = memory
@@ -67,13 +73,14 @@ class Vm:
         self.xics = Xics()
         self.terminal = Terminal()
         self.vcpus = Vcpus()
-        self._n_resets = 0
+        self.n_resets = 0
         self._at_work = 0
         self._at_rest = trio.Event()
         self._guest = guest
         self._table_made = table_made
         self._map_needed = map_needed
         self._log = log.bind(vm=entry.name)
+        self._stream = stream
         self._tables: dict[int, SealedMemory] = {}
         self.tces = TceTables(self._in_ram, self._allocate_table)
         self.secure = SecurePages(
@@ -86,6 +93,7 @@ class Vm:
         self.discards = Discards(memory, self.secure, guest, self.dirty.own, self._log)
         self.ram = GuestRam(memory.ram, memory.host_view, self._want, self.dirty.own)
         self.hcalls = Hcalls(self.ram, self.xics, self.tces, self.terminal, self.vcpus, self.user_space, self.secure)
+        self.migration = Migration(self, ultravisor, stream, self._log)
 
     # -- hypercalls -------------------------------------------------------------------------------------------
 
@@ -148,9 +156,18 @@ class Vm:
     def after_call(self) -> None:
         """Tell what a call changed: interrupt lines, ended waits."""
         for server, level in self.xics.take_line_changes():
-            self.vcpus.set_line(server, level)
-            self._guest.send_event(m.VCPU_LINE, m.LineBody(server, level))
+            self._tell_line(server, level)
         self.hcalls.answer_ended()
+
+    def tell_lines(self) -> None:
+        """Tell every interrupt line as it is, since a processor from elsewhere believes what it was told there."""
+        self.xics.take_line_changes()
+        for server in range(len(self.vcpus)):
+            self._tell_line(server, self.xics.line(server))
+
+    def _tell_line(self, server: int, level: bool) -> None:
+        self.vcpus.set_line(server, level)
+        self._guest.send_event(m.VCPU_LINE, m.LineBody(server, level))
 
     # -- faults of a normal VM --------------------------------------------------------------------------------
 
@@ -192,6 +209,7 @@ class Vm:
         link.on_waiting(m.VM_CONTINUE, self._vm_continue)
         link.on_waiting(m.VM_RESET, self._vm_reset)
         link.on_waiting(m.VM_POWEROFF, self._vm_poweroff)
+        self.migration.register(link)
 
     async def _pages_wanted(self, envelope: Envelope, body: m.PagesBody) -> m.Status:
         if any(gfn >= self.memory.n_pages for gfn in body.gfns):
@@ -235,11 +253,12 @@ class Vm:
         return self.state in (VmState.RUNNING, VmState.PAUSED)
 
     def _may_start(self) -> bool:
-        return self.state in (VmState.STARTING, VmState.OFF) and self.secure.switch is Switch.NONE
+        is_off = self.state in (VmState.STARTING, VmState.OFF) and self.secure.switch is Switch.NONE
+        return is_off and self.migration.is_here
 
     async def _vm_start(self, envelope: Envelope, body: m.StartBody) -> m.Status:
-        deadline, n_resets = trio.current_time() + _GUEST_SECONDS, self._n_resets
-        while self._may_start() and self._n_resets == n_resets:
+        deadline, n_resets = trio.current_time() + _GUEST_SECONDS, self.n_resets
+        while self._may_start() and self.n_resets == n_resets:
             self.vcpus.start(body.vcpu)
             status = await self._order_guest(m.VCPU_START, body, VmState.RUNNING, envelope.cause)
             if status.code != HCode.H_BUSY or trio.current_time() > deadline:
@@ -258,28 +277,37 @@ class Vm:
         return await self._order_guest(m.VCPU_STOP, m.RunBody(0), VmState.PAUSED, envelope.cause)
 
     async def _vm_continue(self, envelope: Envelope, _body: m.Empty) -> m.Status:
-        if self.state is VmState.RUNNING:
+        # After an order to stop or to freeze that the guest did not answer in time, it may have stopped all the same.
+        may_be_held = self.vcpus.state(0) is RunState.STOPPED
+        if self.state is VmState.RUNNING and not may_be_held:
             return m.Status(HCode.H_SUCCESS)
-        if self.state is not VmState.PAUSED:
+        if self.state not in (VmState.RUNNING, VmState.PAUSED):
             return m.Status(HCode.H_STATE)
+        self.migration.forget_processor()
         self.vcpus.go(0)
         return await self._order_guest(m.VCPU_CONTINUE, m.RunBody(0), VmState.RUNNING, envelope.cause)
 
     async def _vm_poweroff(self, envelope: Envelope, body: m.Empty) -> m.Status:
         status = await self._vm_reset(envelope, body)
-        self._enter(VmState.OFF)
+        self.enter(VmState.OFF)
         return status
 
     async def _vm_reset(self, envelope: Envelope, _body: m.Empty) -> m.Status:
         """Everything back to power-on; wins over every open call. Memory of a normal VM keeps its content."""
-        self._n_resets += 1
-        self._enter(VmState.STARTING)
+        self.n_resets += 1
+        self.enter(VmState.STARTING)
         self.failure = None
         was_switched = self.secure.switch is not Switch.NONE
         done = await self.secure.off(envelope.cause)
         if was_switched:
             self._map_needed()
-        await self._stop_guest(envelope.cause)
+        await self.stop_guest(envelope.cause)
+        self.to_power_on()
+        return m.Status(HCode.H_SUCCESS if done else HCode.H_HARDWARE)
+
+    def to_power_on(self) -> None:
+        """All that kvm keeps is as it was before the VM started; the processor stands still."""
+        self.migration.forget_processor()
         self.memory.unmap_all()
         self.discards.reset()
         self.hcalls.drop_open()
@@ -288,11 +316,12 @@ class Vm:
         self.terminal.reset()
         self.user_space.reset()
         self.hcalls.areas.reset()
+        self.hcalls.load_modes({})
         self.tces.clear()
         self.after_call()
-        return m.Status(HCode.H_SUCCESS if done else HCode.H_HARDWARE)
 
-    async def _stop_guest(self, cause: int) -> None:
+    async def stop_guest(self, cause: int) -> None:
+        """Have the processor stand still, whatever the run state is; the log says when it did not."""
         try:
             with trio.fail_after(_GUEST_SECONDS):
                 await self._guest.call(m.VCPU_STOP, m.RunBody(0), cause)
@@ -300,14 +329,20 @@ class Vm:
             self._log.warning("guest does not stop")
 
     async def _order_guest(self, order: m.Message[Any, m.Status], body: m.Body, then: VmState, cause: int) -> m.Status:
-        try:
-            with trio.fail_after(_GUEST_SECONDS):
-                status = await self._guest.call(order, body, cause)
-        except trio.TooSlowError:
-            raise CallTimeout(self._guest.peer, order.name, _GUEST_SECONDS) from None
+        status = await self.ask_guest(order, body, cause, _GUEST_SECONDS)
         if status.code == HCode.H_SUCCESS:
-            self._enter(then)
+            self.enter(then)
         return status
+
+    async def ask_guest(
+        self, order: m.Message[m.BodyT, m.ReplyT], body: m.BodyT, cause: int, seconds: float
+    ) -> m.ReplyT:
+        """What the guest answers to `order`; raises CallTimeout after `seconds`, PeerGone."""
+        try:
+            with trio.fail_after(seconds):
+                return await self._guest.call(order, body, cause)
+        except trio.TooSlowError:
+            raise CallTimeout(self._guest.peer, order.name, seconds) from None
 
     def fail(self, reason: str) -> None:
         """The guest cannot go on; what it says after that is not heard."""
@@ -315,10 +350,11 @@ class Vm:
             return
         self.failure = reason
         self._log.error("VM failed", reason=reason)
-        self._enter(VmState.FAILED)
+        self.enter(VmState.FAILED)
         self.user_space.crashed(reason)
 
-    def _enter(self, state: VmState) -> None:
+    def enter(self, state: VmState) -> None:
+        """The run state is `state` from now on."""
         if state is not self.state:
             self.state = state
             self.since = time.time()
@@ -370,6 +406,8 @@ class Vm:
             self._remove_table(liobn)
         self.dirty.close()
         self.memory.close()
+        if self._stream is not None:
+            self._stream.close()
 
 
 def _answered_elsewhere(_result: list[int]) -> None:

@@ -133,8 +133,28 @@ class VirtualProcessorAreas:
         """A copy."""
         return VpaState([msgspec.structs.replace(areas) for areas in self._areas])
 
-    def load(self, state: VpaState) -> None:
-        """Take over `state`; raises MalformedMessage unless it fits this VM."""
+    def check(self, state: VpaState) -> None:
+        """Raise MalformedMessage unless a guest could have registered `state` in this VM."""
         if len(state.areas) != len(self._areas):
             raise MalformedMessage(f"areas of {len(state.areas)} processors, this VM has {len(self._areas)}")
+        for areas in state.areas:
+            if areas.vpa is None and (areas.dtl is not None or areas.slb is not None):
+                raise MalformedMessage("an area of a processor without a VPA")
+            self._check_area(areas.vpa, VPA_BYTES)
+            self._check_area(areas.dtl, DTL_ENTRY_BYTES)
+            self._check_area(areas.slb, SLB_MIN_BYTES)
+
+    def _check_area(self, area: Area | None, min_bytes: int) -> None:
+        if area is None:
+            return
+        try:
+            self._ram.check(area.gpa, area.n_bytes)
+        except GuestFault as fault:
+            raise MalformedMessage(str(fault)) from None
+        if area.gpa % AREA_ALIGN_BYTES or area.n_bytes < min_bytes:
+            raise MalformedMessage(f"an area of {area.n_bytes} bytes at gpa {area.gpa:#x}")
+
+    def load(self, state: VpaState) -> None:
+        """Take over `state`; raises MalformedMessage unless it fits this VM."""
+        self.check(state)
         self._areas = [msgspec.structs.replace(areas) for areas in state.areas]

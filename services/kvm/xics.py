@@ -146,6 +146,11 @@ class Xics:
         """The source of that number, to read."""
         return self._sources.get(number)
 
+    @property
+    def sources(self) -> list[InterruptSource]:
+        """Every source, to read."""
+        return list(self._sources.values())
+
     def has_server(self, server: int) -> bool:
         """Whether a presentation controller has that number."""
         return 0 <= server < len(self._servers)

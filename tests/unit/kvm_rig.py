@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+import msgspec
+
 from protocol import messages as m
 from protocol.codes import UCode
 from protocol.declare import Call
@@ -15,20 +17,22 @@ from services.kvm.memory import VmMemory
 from services.kvm.ultravisor_port import UltravisorPort
 from services.kvm.vm import Vm
 from services.runtime.link import DEFERRED, Link
+from shared.stream_buffer import StreamBuffer
 from tests.unit.ultravisor_rig import LOG, MEMORY_BYTES, PlayedGuest, PlayedLink, Registers, vm_entry
 
 
 class PlayedUltravisor:
-    """The port of kvm to an ultravisor: `codes` are its answers by call, U_SUCCESS otherwise."""
+    """The port of kvm to an ultravisor: `codes` are its answers by call, U_SUCCESS otherwise, `outputs` the rest."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Registers]] = []
         self.codes: dict[int, int] = {}
+        self.outputs: dict[int, Registers] = {}
 
     async def ucall(self, call: Call, args: Registers, _cause: int) -> Registers:
         """As UltravisorPort."""
         self.calls.append((call.name, list(args)))
-        return [self.codes.get(call.number, UCode.U_SUCCESS)]
+        return [self.codes.get(call.number, UCode.U_SUCCESS), *self.outputs.get(call.number, [])]
 
     async def ucalls(self, call: Call, args_of_each: Sequence[Registers], cause: int) -> list[Registers]:
         """As UltravisorPort."""
@@ -40,18 +44,27 @@ class PlayedUltravisor:
 
 
 class KvmRig:
-    """A started VM of 64 pages."""
+    """A VM of 64 pages."""
 
-    def __init__(self, *, secure_allowed: bool = True, time: str = "wall", qemu: PlayedLink | None = None) -> None:
-        self.ultravisor, self.guest, self.qemu = PlayedUltravisor(), PlayedGuest(), qemu or PlayedLink()
+    def __init__(
+        self,
+        *,
+        secure_allowed: bool = True,
+        time: str = "wall",
+        incoming: bool = False,
+        qemu: PlayedLink | None = None,
+        guest: PlayedGuest | None = None,
+        stream: StreamBuffer | None = None,
+    ) -> None:
+        self.ultravisor, self.guest, self.qemu = PlayedUltravisor(), guest or PlayedGuest(), qemu or PlayedLink()
         fd = os.memfd_create("ram", os.MFD_CLOEXEC)
         os.ftruncate(fd, MEMORY_BYTES)
         self.memory = VmMemory("vm1", fd, MEMORY_BYTES)
         self.ram_fd = fd
-        entry = vm_entry(secure_allowed=secure_allowed, time=time)
+        entry = msgspec.structs.replace(vm_entry(secure_allowed=secure_allowed, time=time), incoming=incoming)
         port = cast(UltravisorPort, self.ultravisor)
         to_guest, to_qemu = cast(Link, self.guest), cast(Link, self.qemu)
-        self.vm = Vm(entry, self.memory, to_guest, to_qemu, port, lambda _liobn, _fd: None, lambda: None, LOG)
+        self.vm = Vm(entry, self.memory, to_guest, to_qemu, port, lambda _liobn, _fd: None, lambda: None, LOG, stream)
         self.vm.register_guest(to_guest)
         self.vm.register_qemu(to_qemu)
 
