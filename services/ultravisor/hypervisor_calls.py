@@ -94,6 +94,8 @@ class HypervisorCalls:
         svm = self._svm(registers, 5)
         if svm is None:
             return [UCode.U_PARAMETER]
+        if self._holds_pages(svm):
+            return [UCode.U_RETRY]
         code = page_calls.page_in(svm, *registers[1:5])
         if code is UCode.U_P3:
             self._life.write_audit(svm.name, "page-refused", gpa=registers[2])
@@ -104,6 +106,8 @@ class HypervisorCalls:
         svm = self._svm(calls[0][1], 1)
         if svm is None:
             return [[UCode.U_PARAMETER]] * len(calls)
+        if self._holds_pages(svm):
+            return [[UCode.U_RETRY]] * len(calls)
         partition = self._partitions[svm.lpid]
         whole = [i for i, (_, registers) in enumerate(calls) if len(registers) >= 5]
         requests = [page_calls.PageRequest.of(calls[i][1], calls[i][0].cause) for i in whole]
@@ -125,6 +129,8 @@ class HypervisorCalls:
         svm = self._svm(registers, 3)
         if svm is None:
             return [UCode.U_PARAMETER]
+        if self._holds_pages(svm):
+            return [UCode.U_RETRY]
         partition = self._partitions[registers[0]]
 
         async def work() -> list[int]:
@@ -138,6 +144,10 @@ class HypervisorCalls:
             return [UCode.U_PARAMETER]
         await self._life.terminate(self._partitions[registers[0]], "hypervisor-asked")
         return [UCode.U_SUCCESS]
+
+    def _holds_pages(self, svm: Svm) -> bool:
+        migration = self._partitions[svm.lpid].migration
+        return migration is not None and migration.holds_pages
 
     def _svm(self, registers: list[int], n_needed: int) -> Svm | None:
         """The secure VM that the first register names, or None: also when registers are missing."""

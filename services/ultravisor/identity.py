@@ -2,7 +2,9 @@
 
 Two keys a host, in the cluster's state directory: `HOST/machine-key.pem`, RSA-2048, for which blobs wrap their key
 (on POWER9 the TPM holds it), and `HOST/identity-key.pem`, Ed25519, by which ultravisors know each other. The launcher
-makes them at the first start and hands them over as PEM text; the ultravisor itself opens no file.
+makes them at the first start and hands them over as PEM text; the ultravisor itself opens no file. The state directory
+also holds the roots, Ed25519, that sign for identity keys: `migration-root.pem` of the owner, `migration-root-NAME.pem`
+of others. A root's key goes to no process at all.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from shared.esm_crypto import WRAPPING_KEY_BITS, fingerprint, load_private_key, 
 
 MACHINE_KEY = "machine-key"
 IDENTITY_KEY = "identity-key"
+ROOT_KEY = "migration-root"
+OWNER = "owner"
+"""The root of every host that names no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +71,31 @@ def ensure_keys(state_dir: Path, host: str) -> dict[str, str]:
     Two launchers that start at once get the same keys. Raises UserError when a file cannot be made or read, is no
     key, or others may read it.
     """
-    directory = _host_dir(state_dir, host)
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot make the directory for the machine keys: {error.strerror}") from None
+    directory = _make_dir(_host_dir(state_dir, host))
     return {
         MACHINE_KEY: _ensure(directory / f"{MACHINE_KEY}.pem", _new_machine_key),
         IDENTITY_KEY: _ensure(directory / f"{IDENTITY_KEY}.pem", _new_identity_key),
     }
+
+
+def ensure_identity(state_dir: Path, host: str) -> Ed25519PrivateKey:
+    """The host's identity key, made when it has none yet; raises UserError."""
+    path = _make_dir(_host_dir(state_dir, host)) / f"{IDENTITY_KEY}.pem"
+    return _ed25519(path, _ensure(path, _new_identity_key))
+
+
+def ensure_root(state_dir: Path, name: str) -> Ed25519PrivateKey:
+    """The key of the root `name`, made when there is none yet; raises UserError."""
+    path = root_path(state_dir, name)
+    _make_dir(path.parent)
+    return _ed25519(path, _ensure(path, _new_identity_key))
+
+
+def root_path(state_dir: Path, name: str) -> Path:
+    """Where the key of a root lies; raises UserError for what cannot name one."""
+    if not name or "/" in name or "\0" in name:
+        raise UserError(f"{name!r} is no name of a root")
+    return state_dir / (f"{ROOT_KEY}.pem" if name == OWNER else f"{ROOT_KEY}-{name}.pem")
 
 
 def read_machine_key(path: Path) -> RSAPrivateKey:
@@ -88,12 +109,40 @@ def read_machine_key(path: Path) -> RSAPrivateKey:
 
 def public_key_of(state_dir: Path, host: str) -> bytes:
     """The public machine key of a host as PEM; raises UserError when the host has none."""
-    path = _host_dir(state_dir, host) / f"{MACHINE_KEY}.pem"
+    return public_pem(read_machine_key(_existing(state_dir, host, MACHINE_KEY)))
+
+
+def identity_public_of(state_dir: Path, host: str) -> bytes:
+    """The public identity key of a host, 32 raw bytes; raises UserError when the host has none."""
+    path = _existing(state_dir, host, IDENTITY_KEY)
+    return _ed25519(path, _read_private(path)).public_key().public_bytes_raw()
+
+
+def _existing(state_dir: Path, host: str, key: str) -> Path:
+    path = _host_dir(state_dir, host) / f"{key}.pem"
     if not path.exists():
-        known = sorted(found.parent.name for found in state_dir.glob(f"*/{MACHINE_KEY}.pem"))
+        known = sorted(found.parent.name for found in state_dir.glob(f"*/{key}.pem"))
         hint = f"hosts with one: {', '.join(known)}" if known else "keys are made when a cluster first starts"
-        raise UserError(f"{state_dir}: no machine key of host {host!r}; {hint}")
-    return public_pem(read_machine_key(path))
+        raise UserError(f"{state_dir}: no {key.replace('-', ' ')} of host {host!r}; {hint}")
+    return path
+
+
+def _make_dir(directory: Path) -> Path:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot make the directory for the machine keys: {error.strerror}") from None
+    return directory
+
+
+def _ed25519(path: Path, pem: str) -> Ed25519PrivateKey:
+    try:
+        key = serialization.load_pem_private_key(pem.encode(), None)
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: is no private key") from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise UserError(f"{path}: is no Ed25519 key")
+    return key
 
 
 def _host_dir(state_dir: Path, host: str) -> Path:

@@ -180,6 +180,8 @@ class SvmLife:
     async def _end(self, partition: Partition, svm: Svm, reason: str) -> None:
         aborted = svm.phase is SvmPhase.ABORTING
         svm.phase = SvmPhase.ENDED
+        if partition.migration is not None:
+            partition.migration.svm_ends()
         partition.secure_since = None
         self.files.pop(partition.lpid, None)
         self.bounce.pop(partition.lpid, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Awaitable
+from typing import Protocol
 
 import msgspec
 import trio
@@ -19,6 +20,7 @@ from services.ultravisor.invalidation import ACKNOWLEDGE_SECONDS, Invalidator
 from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.svm import Svm, SvmPhase
 from shared.dirty_map import DirtyMap
+from shared.stream_buffer import StreamBuffer
 
 
 class EsmOutcome(msgspec.Struct, frozen=True):
@@ -27,6 +29,17 @@ class EsmOutcome(msgspec.Struct, frozen=True):
     outcome: str
     reason: str
     at: str
+
+
+class Migration(Protocol):
+    """A migration of the VM, as the VM's own life needs to know it."""
+
+    @property
+    def holds_pages(self) -> bool:
+        """The guest stands still for the migration, so that no page may change its state."""
+
+    def svm_ends(self) -> None:
+        """The secure side ends now: nothing of it is read or written any more."""
 
 
 class Partition:
@@ -40,6 +53,12 @@ class Partition:
         private.setblocking(False)
         self.private = private
         self.svm: Svm | None = None
+        self.stream: StreamBuffer | None = None
+        """What a migration hands to kvm and qemu, and gets from them."""
+        self.migration: Migration | None = None
+        """The one that is under way or was the last."""
+        self.migration_refusal: str | None = None
+        """Why the last step of one was refused, for the operator."""
         self.last_esm: EsmOutcome | None = None
         self.failure: str | None = None
         self.invalidator = Invalidator(guest)
@@ -145,4 +164,7 @@ class Partition:
         if self.dirty is not None:
             self.dirty.close()
             self.dirty = None
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
         self.ram.close()

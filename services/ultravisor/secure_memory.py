@@ -13,7 +13,9 @@ import os
 import resource
 
 from protocol.errors import HostFault
+from protocol.geometry import PAGE_SHIFT
 from shared.memfd import SealedMemory
+from shared.touched import touched_in_file, touched_in_locked
 
 _SYS_MEMFD_SECRET = 447
 _CAP_IPC_LOCK = 14
@@ -74,6 +76,12 @@ class SecureMemory:
         self.mode = "memfd_secret" if isinstance(self._file, SecretMemory) else "memfd"
         self.fd = self._file.fd
         self.buffer = self._file.buffer
+
+    def touched(self) -> bytearray:
+        """A byte a page: 0 for one that nobody ever touched, which holds zeros."""
+        if isinstance(self._file, SecretMemory):
+            return touched_in_locked(self.buffer)
+        return touched_in_file(self.fd, self.size_bytes >> PAGE_SHIFT)
 
     def close(self) -> None:
         """Unmap and close; the memory is gone when the guest has dropped it too."""

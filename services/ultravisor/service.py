@@ -21,10 +21,15 @@ from services.ultravisor.hypervisor import Hypervisor
 from services.ultravisor.hypervisor_calls import HypervisorCalls
 from services.ultravisor.identity import MachineIdentity
 from services.ultravisor.life import SvmLife
+from services.ultravisor.migration.ledger import FileLedger
+from services.ultravisor.migration_calls import MigrationCalls
+from services.ultravisor.migration_host import host_of
+from services.ultravisor.migration_queries import MigrationQueries
 from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.page_state import HOST_READABLE
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount, largest_secret_bytes
+from shared.stream_buffer import StreamBuffer
 
 
 class Ultravisor:
@@ -41,6 +46,11 @@ class Ultravisor:
         self._kvm: Link | None = None
         self._hypervisor: Hypervisor | None = None
         self._life: SvmLife | None = None
+        self._migrations: MigrationCalls | None = None
+        self._migration_host = host_of(
+            self._identity.identity_key, keys.identity, debuggable=runtime.config.debuggable
+        )
+        self._ledger = FileLedger(runtime.files["ledger"]) if "ledger" in runtime.files else None
 
     async def start(self) -> None:
         """Open the link to kvm."""
@@ -52,6 +62,10 @@ class Ultravisor:
                 self._runtime, self._hypervisor, self._account, self._identity.machine_key, self._audit
             )
             HypervisorCalls(self._partitions, self._life).register(link, self._hypervisor)
+            self._migrations = MigrationCalls(
+                self._partitions, self._life, self._account, self._migration_host, self._ledger
+            )
+            self._migrations.register(link)
 
         self._kvm = await self._runtime.open_link(entry, self._keys[entry.id], register)
 
@@ -68,6 +82,8 @@ class Ultravisor:
 
         def register(link: Link) -> None:
             partition = Partition(vm, ram, link, private)
+            if f"stream:{vm.name}" in files:
+                partition.stream = StreamBuffer(files[f"stream:{vm.name}"])
             self._partitions[vm.lpid] = self._by_name[vm.name] = partition
             GuestCalls(partition, hypervisor, life).register(link)
 
@@ -89,6 +105,8 @@ class Ultravisor:
         assert self._life is not None
         partition.removed = True
         partition.guest_is_gone()
+        if self._migrations is not None:
+            await self._migrations.drop(partition)
         await self._life.terminate(partition, "vm-removed")
         self._partitions.pop(partition.lpid, None)
         await self._runtime.close_link(partition.guest)
@@ -147,7 +165,15 @@ class Ultravisor:
             "page.dirty": self._page_dirty,
             "account": self._account_status,
             "capabilities": self._capabilities,
+            **self._migration_queries(),
         }
+
+    def _migration_queries(self) -> dict[str, Query]:
+        assert self._life is not None
+        assert self._migrations is not None
+        return MigrationQueries(
+            self._by_name, self._life, self._migrations, self._migration_host, self._ledger
+        ).queries()
 
     async def _vm_status(self, arguments: dict[str, Any]) -> dict[str, Any]:
         partition = self._named(arguments)

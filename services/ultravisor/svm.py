@@ -28,6 +28,8 @@ class SvmPhase(Enum):
     """Where a secure VM is in its life."""
 
     STARTING = "starting"
+    ARRIVED = "arrived"
+    """All of it has come from another host, and it must not run here before the start token."""
     SECURE = "secure"
     ABORTING = "aborting"
     ENDED = "ended"

@@ -26,7 +26,6 @@ from services.ultravisor.migration.exporter import Exporter, ExportPhase
 from services.ultravisor.migration.handshake import Session, Subject
 from services.ultravisor.migration.importer import Importer, ImportPhase
 from services.ultravisor.migration.ledger import Entry, Ledger
-from services.ultravisor.migration.payloads import Page, encode_pages
 from services.ultravisor.migration.policy import MigrationPolicy
 from services.ultravisor.migration.records import (
     HEADER,
@@ -39,6 +38,7 @@ from services.ultravisor.migration.records import (
 from services.ultravisor.migration.refusals import MigrationRefused
 from services.ultravisor.migration.statements import Word, sign
 from services.ultravisor.page_state import GfnState
+from shared.page_batch import Page, encode_pages
 
 N_PAGES = 3
 N_ROUNDS = 2

@@ -17,18 +17,13 @@ from protocol.errors import HostFault
 from services.ultravisor.migration.exporter import ExportPhase
 from services.ultravisor.migration.importer import ImportPhase
 from services.ultravisor.migration.ledger import Decision, Entry, FileLedger, LedgerTorn
-from services.ultravisor.migration.payloads import (
-    MAX_PAGES_PER_RECORD,
-    MAX_STATE_BYTES,
-    Page,
-    decode_pages,
-    encode_pages,
-)
+from services.ultravisor.migration.payloads import MAX_STATE_BYTES, pages_of
 from services.ultravisor.migration.records import HEADER, MAX_SEALED_BYTES
 from services.ultravisor.migration.recovery import word_of_destination, word_of_source
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
 from services.ultravisor.migration.statements import Word, check, sign
 from services.ultravisor.page_state import GfnState
+from shared.page_batch import MAX_PAGES, Page, encode_pages
 from tests.unit.migration_pair import N_PAGES, PAGE_BYTES, STATE, STATES, Pair, make_host
 
 N_CASES = 10_000 if os.environ.get("PEFBOX_MODEL") == "full" else 500
@@ -92,7 +87,7 @@ def test_more_than_a_record_holds_is_refused_where_it_is_made() -> None:
     exporter = Pair().exporter
     too_many = MAX_SEALED_BYTES // PAGE_BYTES + 1
 
-    for gfns in ([1] * too_many, [N_PAGES], [0] * (MAX_PAGES_PER_RECORD + 1)):
+    for gfns in ([1] * too_many, [N_PAGES], [0] * (MAX_PAGES + 1)):
         with pytest.raises(MigrationRefused, match="for one record"):
             exporter.pages(gfns)
     assert exporter.owed == frozenset(range(N_PAGES))
@@ -219,14 +214,14 @@ def test_a_record_of_pages_is_what_was_encoded_or_is_refused(entries: list[tuple
     pages = [Page(gfn, os.urandom(PAGE_BYTES) if filled else b"") for gfn, filled in entries]
     payload = encode_pages(pages)
 
-    assert [(page.gfn, bytes(page.content)) for page in decode_pages(payload, PAGE_BYTES)] == [
+    assert [(page.gfn, bytes(page.content)) for page in pages_of(payload, PAGE_BYTES)] == [
         (page.gfn, page.content) for page in pages
     ]
     if tail:
         with pytest.raises(MigrationRefused, match="malformed"):
-            list(decode_pages(payload + tail, PAGE_BYTES))
+            list(pages_of(payload + tail, PAGE_BYTES))
     with pytest.raises(MigrationRefused, match="malformed"):
-        list(decode_pages(payload[:-1], PAGE_BYTES))
+        list(pages_of(payload[:-1], PAGE_BYTES))
 
 
 def test_a_statement_holds_for_one_migration_and_one_signer() -> None:

@@ -35,10 +35,14 @@ from services.ultravisor.guest_calls import GuestCalls
 from services.ultravisor.hypervisor import Hypervisor
 from services.ultravisor.hypervisor_calls import HypervisorCalls
 from services.ultravisor.life import SvmLife
+from services.ultravisor.migration.handshake import Host
+from services.ultravisor.migration.ledger import FileLedger
+from services.ultravisor.migration_calls import MigrationCalls
 from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount
 from shared.real_address import real_address
+from shared.stream_buffer import StreamBuffer, make_stream_buffer
 
 LPID = 5
 MEMORY_BYTES = 4 << 20
@@ -103,11 +107,20 @@ class PlayedGuest(PlayedLink):
         self.replies: list[tuple[Envelope, Any]] = []
         self.codes: dict[int, int] = {}
         """What the guest answers, by message; H_SUCCESS otherwise."""
+        self.processor = b"registers"
+        """The state that it is frozen with."""
 
     async def call(self, message: m.Message[Any, Any], body: m.Body, _cause: int = 0) -> m.Status:
         await trio.lowlevel.checkpoint()
         self.calls.append((message.name, body))
-        return m.Status(self.codes.get(message.number, HCode.H_SUCCESS))
+        code = self.codes.get(message.number, HCode.H_SUCCESS)
+        if message is m.SVM_FREEZE:
+            return cast(m.Status, m.SavedProcessor(code, b"" if code else self.processor))
+        return m.Status(code)
+
+    def names(self) -> list[str]:
+        """The calls that came, in order."""
+        return [name for name, _ in self.calls]
 
     def send_event(self, message: m.Message[Any, Any], body: m.Body, _cause: int = 0) -> bool:
         """As Link.send_event."""
@@ -226,7 +239,14 @@ def page_registers(gfn: int, flags: int = 0, order: int = PAGE_SHIFT) -> Registe
 class UltravisorRig:
     """One host with one VM of 64 pages whose RAM is `ram_fd`."""
 
-    def __init__(self, nursery: trio.Nursery, key: RSAPrivateKey, secure_memory_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        key: RSAPrivateKey,
+        secure_memory_bytes: int = 64 << 20,
+        host: Host | None = None,
+    ) -> None:
+        """`host` is what it is to other ultravisors; without it nothing leaves or arrives."""
         self.account = SecureAccount(secure_memory_bytes)
         self.notices: list[tuple[str, str, str]] = []
         self.pidr = 0
@@ -244,6 +264,14 @@ class UltravisorRig:
         self.kvm.hypervisor = self.hypervisor
         HypervisorCalls({LPID: self.partition}, self.life).register(cast(Link, self.kvm), self.hypervisor)
         GuestCalls(self.partition, self.hypervisor, self.life).register(cast(Link, self.guest))
+        self._ledger_fd = os.memfd_create("ledger", os.MFD_CLOEXEC)
+        self.ledger = FileLedger(self._ledger_fd)
+        stream = make_stream_buffer("vm1")
+        self.partition.stream = StreamBuffer(os.dup(stream.fd))
+        self.stream = StreamBuffer(os.dup(stream.fd))
+        stream.close()
+        self.migrations = MigrationCalls({LPID: self.partition}, self.life, self.account, host, self.ledger)
+        self.migrations.register(cast(Link, self.kvm))
 
     async def _notice(self, what: str, vm: str, reason: str) -> None:
         self.notices.append((what, vm, reason))
@@ -324,6 +352,8 @@ class UltravisorRig:
             self.partition.svm.release()
         self.partition.close()
         self._guest_end.close()
+        self.stream.close()
+        os.close(self._ledger_fd)
         os.close(self.ram_fd)
         os.close(self._audit_fd)
 
@@ -354,10 +384,10 @@ def vm_entry(*, secure_allowed: bool = True, time: str = "wall") -> VmEntry:
 
 @contextmanager
 def ultravisor_rig(
-    nursery: trio.Nursery, key: RSAPrivateKey, secure_memory_bytes: int = 64 << 20
+    nursery: trio.Nursery, key: RSAPrivateKey, secure_memory_bytes: int = 64 << 20, host: Host | None = None
 ) -> Iterator[UltravisorRig]:
     """A rig, closed at the end."""
-    rig = UltravisorRig(nursery, key, secure_memory_bytes)
+    rig = UltravisorRig(nursery, key, secure_memory_bytes, host)
     try:
         yield rig
     finally:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from typing import NamedTuple
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -23,20 +25,27 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from services.ultravisor.migration.handshake import Session
 from services.ultravisor.migration.ledger import Decision, Ledger
 from services.ultravisor.migration.payloads import (
-    MAX_PAGES_PER_RECORD,
+    MAX_FINAL_PAGES,
     PRIVATE,
     Final,
-    Page,
-    encode_pages,
 )
 from services.ultravisor.migration.records import MAX_PAYLOAD_BYTES, RecordKind, RecordOpener, RecordSealer
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
 from services.ultravisor.migration.side import Side
 from services.ultravisor.migration.statements import Word
 from services.ultravisor.page_state import GfnState
+from shared.page_batch import MAX_PAGES, Page, encode_pages
 
 ReadPage = Callable[[int], memoryview]
 """The secure content of a GFN: whole, and not written meanwhile once the guest is stopped."""
+
+
+class Batch(NamedTuple):
+    """A record of pages, and how many of each kind are in it."""
+
+    record: bytes
+    zero_pages: int
+    data_pages: int
 
 
 class ExportPhase(Enum):
@@ -50,6 +59,8 @@ class ExportPhase(Enum):
     RETURNED = "returned"
 
 
+_MAX_PAGES_AT_ONCE = 1024
+"""Some 10 ms of work, when all are zero."""
 _WITH_GUEST = frozenset({ExportPhase.COPYING, ExportPhase.RETURNED})
 _MAY_CANCEL = frozenset({ExportPhase.COPYING, ExportPhase.STOPPED, ExportPhase.FINISHED})
 
@@ -93,13 +104,30 @@ class Exporter(Side):
         Raises MigrationRefused for more than one record holds: MAX_PAYLOAD_BYTES of them.
         """
         self._expect(ExportPhase.COPYING, ExportPhase.STOPPED)
-        if len(gfns) > MAX_PAGES_PER_RECORD or any(gfn >= len(self._versions) for gfn in gfns):
+        if len(gfns) > MAX_PAGES or any(gfn >= len(self._versions) for gfn in gfns):
             raise MigrationRefused(Reason.MALFORMED, f"{len(gfns)} pages, or one outside the VM, for one record")
-        pages = [self._page(gfn) for gfn in gfns]
+        return self._seal_pages([self._page(gfn) for gfn in gfns])
+
+    def next_pages(self, queue: deque[int]) -> Batch:
+        """As `pages`, of as many from the front of `queue` as a record holds; these are taken out of it."""
+        self._expect(ExportPhase.COPYING, ExportPhase.STOPPED)
+        pages: list[Page] = []
+        n_bytes = n_data = 0
+        while queue and len(pages) < _MAX_PAGES_AT_ONCE:
+            page = self._page(queue[0])
+            if n_bytes + len(page.content) > MAX_PAYLOAD_BYTES:
+                break
+            queue.popleft()
+            pages.append(page)
+            n_bytes += len(page.content)
+            n_data += bool(page.content)
+        return Batch(self._seal_pages(pages), len(pages) - n_data, n_data)
+
+    def _seal_pages(self, pages: Sequence[Page]) -> bytes:
         record = self._sealer.seal(RecordKind.PAGES, self.epoch, encode_pages(pages))
-        self._owed.difference_update(gfns)
-        for gfn in gfns:
-            self._versions.came(gfn, self.epoch)
+        for page in pages:
+            self._owed.discard(page.gfn)
+            self._versions.came(page.gfn, self.epoch)
         return record
 
     def end_epoch(self) -> bytes:
@@ -128,6 +156,8 @@ class Exporter(Side):
         """
         self._expect(ExportPhase.STOPPED)
         self._check_states(states)
+        if len(states) > MAX_FINAL_PAGES:
+            raise MigrationRefused(Reason.TOO_LARGE, f"{len(states)} frames of at most {MAX_FINAL_PAGES}")
         if late := [gfn for gfn in self._owed if GfnState(states[gfn]) in PRIVATE]:
             raise MigrationRefused(Reason.NOT_NEWEST, f"gfn {min(late):#x}")
         state = hashlib.sha256(self._state).digest()
@@ -181,8 +211,7 @@ class Exporter(Side):
         self.phase = ExportPhase.RETURNED
 
     def _page(self, gfn: int) -> Page:
-        content = bytes(self._read_page(gfn))
-        return Page(gfn, b"" if content == bytes(len(content)) else content)
+        return Page.of(gfn, bytes(self._read_page(gfn)))
 
     def _store_given(self) -> None:
         if not self._given_is_stored:

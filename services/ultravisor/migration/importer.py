@@ -23,7 +23,7 @@ from services.ultravisor.migration.ledger import Decision, Ledger
 from services.ultravisor.migration.payloads import (
     PRIVATE,
     decode_final,
-    decode_pages,
+    pages_of,
 )
 from services.ultravisor.migration.records import Record, RecordKind, RecordOpener, RecordSealer
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
@@ -144,7 +144,7 @@ class Importer(Side):
 
     def _take_pages(self, record: Record) -> None:
         n_pages = len(self._versions)
-        for page in decode_pages(record.payload, self._frames.page_bytes):
+        for page in pages_of(record.payload, self._frames.page_bytes):
             if page.gfn >= n_pages:
                 raise MigrationRefused(Reason.MALFORMED, f"gfn {page.gfn:#x} is outside the VM")
             if page.content:

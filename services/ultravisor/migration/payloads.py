@@ -1,32 +1,30 @@
 """What the records hold: pages, and at the end what makes sure that nothing is missing.
 
-Pages: count u16, for each its GFN u32 and PageKind u8, then the content of those that are not zero, in the same order.
+Pages are a batch as `shared.page_batch` lays it out.
 """
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from enum import IntEnum
-from struct import Struct
-from struct import error as StructError
-from typing import Annotated, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from protocol.decoding import DECODE_ERRORS
+from protocol.errors import MalformedMessage
 from protocol.geometry import MAX_VM_BYTES, PAGE_SHIFT
 from services.ultravisor.migration.certificates import Digest
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
 from services.ultravisor.page_state import GfnState
+from shared.page_batch import Page, decode_pages
 
 MAX_STATE_BYTES = 16 << 20
 """Of everything that is not a page."""
-_COUNT = Struct("<H")
-_ENTRY = Struct("<IB")
-MAX_PAGES_PER_RECORD = 4096
+MAX_FINAL_PAGES = 1 << 20
+"""The last record has a byte a frame: a VM of 64 GiB."""
 
 ARRIVES_AS = {
     GfnState.SECURE: GfnState.SECURE,
@@ -48,20 +46,6 @@ PRIVATE = frozenset({GfnState.SECURE, GfnState.PSEUDO_SHARED_INV})
 """Of these, those of a frame whose content is in secure memory and so comes in records."""
 
 
-class PageKind(IntEnum):
-    """How a page comes."""
-
-    ZERO = 0
-    DATA = 1
-
-
-class Page(NamedTuple):
-    """A page of a record; `content` is empty for a page of zeros."""
-
-    gfn: int
-    content: bytes | memoryview
-
-
 class Final(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """The last record: `states`, a GfnState a frame, and what proves that pages and state came whole and newest."""
 
@@ -71,31 +55,12 @@ class Final(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=
     state: Digest
 
 
-def encode_pages(pages: Sequence[Page]) -> bytes:
-    """The payload of a PAGES record."""
-    head = [_COUNT.pack(len(pages))]
-    head += [_ENTRY.pack(page.gfn, PageKind.DATA if page.content else PageKind.ZERO) for page in pages]
-    return b"".join([*head, *(page.content for page in pages)])
-
-
-def decode_pages(payload: bytes, page_bytes: int) -> Iterator[Page]:
-    """The pages of a payload; raises MigrationRefused when it is none."""
+def pages_of(payload: bytes, page_bytes: int) -> Iterator[Page]:
+    """The pages of a PAGES record; raises MigrationRefused when it is none."""
     try:
-        (n_pages,) = _COUNT.unpack_from(payload)
-        entries = [_ENTRY.unpack_from(payload, _COUNT.size + i * _ENTRY.size) for i in range(n_pages)]
-    except StructError as error:
-        raise MigrationRefused(Reason.MALFORMED, f"a record of pages: {error}") from None
-    at = _COUNT.size + n_pages * _ENTRY.size
-    n_data = sum(kind == PageKind.DATA for _, kind in entries)
-    if len(payload) != at + n_data * page_bytes or any(
-        kind not in (PageKind.DATA, PageKind.ZERO) for _, kind in entries
-    ):
-        raise MigrationRefused(Reason.MALFORMED, "a record of pages of another length than it says")
-    whole = memoryview(payload)
-    for gfn, kind in entries:
-        n_bytes = page_bytes if kind == PageKind.DATA else 0
-        yield Page(gfn, whole[at : at + n_bytes])
-        at += n_bytes
+        yield from decode_pages(payload, page_bytes)
+    except MalformedMessage as error:
+        raise MigrationRefused(Reason.MALFORMED, str(error)) from None
 
 
 def decode_final(payload: bytes) -> Final:

@@ -20,6 +20,7 @@ class Reason(Enum):
     OTHER_MIGRATION = "the message belongs to another migration"
     POLICY = "the policy of the secure VM does not let it go there"
     DEBUGGABLE = "the destination is debuggable, and the policy of the secure VM forbids that"
+    TOO_LARGE = "the secure VM has more frames than the last record can tell of"
     NO_ROOM = "the destination has too little secure memory"
     MALFORMED = "a message is malformed"
     NOT_NEXT = "a record was dropped, repeated or reordered"
@@ -29,6 +30,9 @@ class Reason(Enum):
     NOT_WHOLE = "the state did not arrive whole"
     WRONG_PHASE = "the migration is not at that step"
     TOKEN_GIVEN = "the start token was given: only the destination's word brings the secure VM back"
+    NOT_THIS_VM = "what comes is not the VM that is expected here"
+    NO_IDENTITY = "this host has no identity for migrations"
+    NOT_STARTED = "the guest did not take over its state"
     NOT_STORED = "the decision cannot be stored, so it was not taken"
 
 

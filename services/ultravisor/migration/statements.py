@@ -45,17 +45,26 @@ def sign(identity: Ed25519PrivateKey, word: Word, session_id: bytes) -> bytes:
 
 def check(raw: bytes, session_id: bytes, peer: bytes) -> Word:
     """What the ultravisor of identity `peer` says of the migration; raises MigrationRefused when it does not say it."""
-    if len(raw) > MAX_STATEMENT_BYTES:
-        raise MigrationRefused(Reason.MALFORMED, f"a statement of {len(raw)} bytes")
-    try:
-        statement = msgspec.msgpack.decode(raw, type=Statement)
-    except DECODE_ERRORS as error:
-        raise MigrationRefused(Reason.MALFORMED, f"a statement: {error}") from None
+    statement = _decode(raw)
     if statement.session_id != session_id:
         raise MigrationRefused(Reason.OTHER_MIGRATION, statement.session_id.hex())
     if not verifies(peer, statement.signature, _signed(statement.word, session_id)):
         raise MigrationRefused(Reason.NOT_GENUINE, "a statement")
     return statement.word
+
+
+def session_of(raw: bytes) -> bytes:
+    """Which migration a statement names; nobody has said that it is genuine. Raises MigrationRefused."""
+    return _decode(raw).session_id
+
+
+def _decode(raw: bytes) -> Statement:
+    if len(raw) > MAX_STATEMENT_BYTES:
+        raise MigrationRefused(Reason.MALFORMED, f"a statement of {len(raw)} bytes")
+    try:
+        return msgspec.msgpack.decode(raw, type=Statement)
+    except DECODE_ERRORS as error:
+        raise MigrationRefused(Reason.MALFORMED, f"a statement: {error}") from None
 
 
 def _signed(word: Word, session_id: bytes) -> bytes:

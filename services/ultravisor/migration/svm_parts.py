@@ -19,8 +19,6 @@ from services.ultravisor.migration.payloads import ARRIVES_AS, MAX_STATE_BYTES
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
 from services.ultravisor.svm import MAX_SLOTS, Slot, Svm
 
-_ZEROS = bytes(PAGE_BYTES)
-
 
 class SvmRest(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """What is no page. Secret: it holds the key of the blob's files and the registers of the guest."""
@@ -29,6 +27,9 @@ class SvmRest(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_field
     bounce_gfns: Annotated[list[Gfn], Meta(max_length=MAX_SLOTS)]
     files: EsmFilesState
     processors: Annotated[bytes, Meta(max_length=MAX_STATE_BYTES)]
+
+    def __repr__(self) -> str:
+        return f"SvmRest({len(self.slots)} slots)"
 
     def encode(self) -> bytes:
         """As the exporter sends it."""
@@ -50,21 +51,24 @@ class SvmFrames:
 
     def __init__(self, svm: Svm) -> None:
         self._svm = svm
+        self._written: set[int] = set()
+        """A page that was never touched takes no memory, and is not touched to find it zero."""
 
     def write(self, gfn: int, content: bytes | memoryview) -> None:
         """Put the content of a page."""
+        self._written.add(gfn)
         self._svm.secure_page(gfn)[:] = content
 
     def zero(self, gfn: int) -> None:
         """Zero a page."""
-        self._svm.zero_secure(gfn)
+        if gfn in self._written:
+            self._written.discard(gfn)
+            self._svm.zero_secure(gfn)
 
     def wipe(self) -> None:
         """Zero every page of the VM."""
-        for gfn in range(self._svm.n_pages):
-            # Only what is not zero already: a page that was never touched takes no memory.
-            if self._svm.secure_page(gfn).tobytes() != _ZEROS:
-                self._svm.zero_secure(gfn)
+        for gfn in list(self._written):
+            self.zero(gfn)
 
 
 def states_to_send(svm: Svm) -> bytes:

@@ -1,0 +1,306 @@
+"""Migration as kvm asks for it, step by step: UV_EXPORT_... at the source, UV_IMPORT_... at the destination.
+
+What the other ultravisor says and gets to hear lies in the VM's stream buffer, which kvm and qemu write, too: it is
+copied out, then looked at. The hypervisor learns a code; the operator the reason, from the audit log and `status`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from protocol import ucalls as u
+from protocol.codes import UCode
+from protocol.declare import Call
+from protocol.errors import PeerError
+from protocol.wire import Envelope
+from services.runtime.link import Link
+from services.ultravisor.arrival import Arrival
+from services.ultravisor.departure import Departure, NotYet, RoundEnd, SvmOfHost
+from services.ultravisor.life import SvmLife
+from services.ultravisor.migration.handshake import MAX_HANDSHAKE_BYTES, Host
+from services.ultravisor.migration.ledger import FileLedger
+from services.ultravisor.migration.records import MAX_RECORD_BYTES
+from services.ultravisor.migration.refusals import MigrationRefused, Reason
+from services.ultravisor.migration.statements import MAX_STATEMENT_BYTES
+from services.ultravisor.migration_host import policy_of
+from services.ultravisor.partition import Partition
+from services.ultravisor.secure_memory import SecureAccount
+from shared.stream_buffer import StreamBuffer
+
+_STATE_REASONS = frozenset({Reason.WRONG_PHASE, Reason.TOKEN_GIVEN})
+"""What a hypervisor that asks out of turn gets; it is nothing for the audit log."""
+
+PartyT = TypeVar("PartyT", Departure, Arrival)
+
+
+@dataclass(frozen=True, slots=True)
+class StepCall:
+    """One step: of which VM, its stream buffer, the arguments after the lpid."""
+
+    partition: Partition
+    stream: StreamBuffer
+    args: list[int]
+    cause: int
+
+    def take(self, max_bytes: int) -> bytes:
+        """What the other ultravisor said; raises MigrationRefused when it is too long, PeerError for a bad place."""
+        offset, n_bytes = self.args[:2]
+        if n_bytes > max_bytes:
+            raise MigrationRefused(Reason.MALFORMED, f"{n_bytes} bytes where at most {max_bytes} are meant")
+        return self.stream.read(offset, n_bytes)
+
+    def put(self, data: bytes) -> list[int]:
+        """For the other ultravisor; returns the result that says how long it is. Raises PeerError."""
+        self.stream.write(self.args[0], data)
+        return [len(data)]
+
+
+Step = Callable[[StepCall], Awaitable[list[int]]]
+"""Returns the results."""
+StepAtOnce = Callable[[StepCall], list[int]]
+
+
+class MigrationCalls:
+    """Handlers of the link to kvm. `partitions` are the VMs of this host by lpid."""
+
+    def __init__(
+        self,
+        partitions: dict[int, Partition],
+        life: SvmLife,
+        account: SecureAccount,
+        host: Host | None,
+        ledger: FileLedger | None,
+    ) -> None:
+        """Without `host` and `ledger` every migration is refused."""
+        self._partitions, self._life, self._account = partitions, life, account
+        self._host, self._ledger = host, ledger
+
+    def register(self, link: Link) -> None:
+        """Serve every step. Records come and go in one order, so the reader itself serves them."""
+        self._waiting(link, u.UV_EXPORT_OFFER, self.uv_export_offer)
+        self._waiting(link, u.UV_EXPORT_ANSWER, self.uv_export_answer)
+        self._at_once(link, u.UV_EXPORT_PAGES, self.uv_export_pages)
+        self._waiting(link, u.UV_EXPORT_ROUND, self.uv_export_round)
+        self._waiting(link, u.UV_EXPORT_STOP, self.uv_export_stop)
+        self._at_once(link, u.UV_EXPORT_STATE, self.uv_export_state)
+        self._waiting(link, u.UV_EXPORT_READY, self.uv_export_ready)
+        self._waiting(link, u.UV_EXPORT_STATEMENT, self.uv_export_statement)
+        self._waiting(link, u.UV_EXPORT_CANCEL, self.uv_export_cancel)
+        self._waiting(link, u.UV_IMPORT_OFFER, self.uv_import_offer)
+        self._waiting(link, u.UV_IMPORT_CONFIRM, self.uv_import_confirm)
+        self._at_once(link, u.UV_IMPORT_RECORD, self.uv_import_record)
+        self._waiting(link, u.UV_IMPORT_READY, self.uv_import_ready)
+        self._waiting(link, u.UV_IMPORT_TOKEN, self.uv_import_token)
+        self._waiting(link, u.UV_IMPORT_ABANDON, self.uv_import_abandon)
+
+    # -- source -----------------------------------------------------------------------------------------------
+
+    async def uv_export_offer(self, at: StepCall) -> list[int]:
+        """UV_EXPORT_OFFER."""
+        host, ledger = self._identity()
+        svm = at.partition.svm if at.partition.secure else None
+        files, bounce = self._life.files.get(at.partition.lpid), self._life.bounce.get(at.partition.lpid)
+        if svm is None or files is None or bounce is None or _in_progress(at.partition):
+            raise MigrationRefused(Reason.WRONG_PHASE, "no secure VM, or a migration of it is under way")
+        of = SvmOfHost(at.partition, svm, files, bounce.gfns, policy_of(files))
+        departure = at.partition.migration = Departure(of, host, ledger)
+        self._note(at.partition, "migration-offered")
+        return at.put(departure.offer)
+
+    async def uv_export_answer(self, at: StepCall) -> list[int]:
+        """UV_EXPORT_ANSWER."""
+        departure = _party(at.partition, Departure)
+        confirm = departure.take_answer(at.take(MAX_HANDSHAKE_BYTES))
+        self._note(at.partition, "migration-begun", peer=departure.peer, session=departure.session_id.hex())
+        return at.put(confirm)
+
+    def uv_export_pages(self, at: StepCall) -> list[int]:
+        """UV_EXPORT_PAGES."""
+        departure = _party(at.partition, Departure)
+        batch = departure.next_pages()
+        if batch is None:
+            return [0, 0, 0, 0]
+        return [*at.put(batch.record), batch.zero_pages, batch.data_pages, departure.n_queued]
+
+    async def uv_export_round(self, at: StepCall) -> list[int]:
+        """UV_EXPORT_ROUND."""
+        return _put_round(at, await _party(at.partition, Departure).end_round(at.cause))
+
+    async def uv_export_stop(self, at: StepCall) -> list[int]:
+        """UV_EXPORT_STOP."""
+        return _put_round(at, await _party(at.partition, Departure).stop(at.cause))
+
+    def uv_export_state(self, at: StepCall) -> list[int]:
+        """UV_EXPORT_STATE."""
+        record, more = _party(at.partition, Departure).next_state()
+        return [*at.put(record), int(more)]
+
+    async def uv_export_ready(self, at: StepCall) -> list[int]:
+        """UV_EXPORT_READY."""
+        departure = _party(at.partition, Departure)
+        token = departure.take_ready(at.take(MAX_RECORD_BYTES))
+        self._note(at.partition, "migration-token-given", peer=departure.peer, session=departure.session_id.hex())
+        return at.put(token)
+
+    async def uv_export_statement(self, at: StepCall) -> list[int]:
+        """UV_EXPORT_STATEMENT."""
+        return [int(await self.take_word(at.partition, at.take(MAX_STATEMENT_BYTES), at.cause))]
+
+    async def take_word(self, partition: Partition, raw: bytes, cause: int) -> bool:
+        """The destination's word about the VM that leaves: whether it runs there. Raises MigrationRefused."""
+        departure = _party(partition, Departure)
+        moved = departure.take_word(raw)
+        facts = {"peer": departure.peer, "session": departure.session_id.hex()}
+        if moved:
+            self._note(partition, "migration-moved", **facts)
+            await self._life.terminate(partition, "migrated")
+        else:
+            self._note(partition, "migration-returned", **facts)
+            await departure.thaw(cause)
+        return moved
+
+    async def uv_export_cancel(self, at: StepCall) -> list[int]:
+        """UV_EXPORT_CANCEL."""
+        departure = _party(at.partition, Departure)
+        departure.cancel()
+        at.partition.migration = None
+        self._note(at.partition, "migration-cancelled", session=departure.session_id.hex())
+        await departure.thaw(at.cause)
+        return []
+
+    # -- destination ------------------------------------------------------------------------------------------
+
+    async def uv_import_offer(self, at: StepCall) -> list[int]:
+        """UV_IMPORT_OFFER."""
+        host, ledger = self._identity()
+        if _in_progress(at.partition):
+            raise MigrationRefused(Reason.WRONG_PHASE, "a migration of this VM is under way")
+        offer = at.take(MAX_HANDSHAKE_BYTES)
+        arrival = at.partition.migration = Arrival(at.partition, host, ledger, self._account, offer)
+        return at.put(arrival.answer)
+
+    async def uv_import_confirm(self, at: StepCall) -> list[int]:
+        """UV_IMPORT_CONFIRM."""
+        arrival = _party(at.partition, Arrival)
+        arrival.take_confirm(at.take(MAX_HANDSHAKE_BYTES))
+        self._note(at.partition, "migration-begun", peer=arrival.peer, session=arrival.session_id.hex())
+        return []
+
+    def uv_import_record(self, at: StepCall) -> list[int]:
+        """UV_IMPORT_RECORD."""
+        return [int(_party(at.partition, Arrival).take_record(at.take(MAX_RECORD_BYTES)))]
+
+    async def uv_import_ready(self, at: StepCall) -> list[int]:
+        """UV_IMPORT_READY."""
+        arrival = _party(at.partition, Arrival)
+        record = await arrival.ready(at.cause)
+        assert arrival.kept is not None
+        # Before the start: the guest's first instruction may ask for them.
+        self._life.files[at.partition.lpid], self._life.bounce[at.partition.lpid] = arrival.kept
+        return at.put(record)
+
+    async def uv_import_token(self, at: StepCall) -> list[int]:
+        """UV_IMPORT_TOKEN."""
+        return at.put(await self.take_token(at.partition, at.take(MAX_STATEMENT_BYTES), at.cause))
+
+    async def take_token(self, partition: Partition, raw: bytes, cause: int) -> bytes:
+        """The start token: the VM runs here. Returns the word for the source; raises MigrationRefused."""
+        arrival = _party(partition, Arrival)
+        began = not arrival.in_progress
+        word = arrival.take_token(raw)
+        if not began:
+            self._note(partition, "migration-started", peer=arrival.peer, session=arrival.session_id.hex())
+            partition.note_esm("secure", f"arrived from {arrival.peer}")
+            if not await arrival.thaw(cause):
+                await self._life.fail(partition, "guest-did-not-start: it does not thaw")
+        return word
+
+    async def uv_import_abandon(self, at: StepCall) -> list[int]:
+        """UV_IMPORT_ABANDON."""
+        return at.put(await self.abandon(at.partition))
+
+    async def abandon(self, partition: Partition) -> bytes:
+        """The VM never runs here: the word for the source, empty before the handshake. Raises MigrationRefused."""
+        arrival = _party(partition, Arrival)
+        if arrival.in_progress:
+            self._note(partition, "migration-abandoned", session=arrival.session_id.hex())
+            if arrival.guest_has_it:
+                await self._life.terminate(partition, "migration-abandoned")
+        return arrival.abandon()
+
+    async def drop(self, partition: Partition) -> None:
+        """The VM is removed from this host: what has not arrived never will."""
+        migration = partition.migration
+        if isinstance(migration, Arrival) and migration.in_progress:
+            try:
+                await self.abandon(partition)
+            except MigrationRefused as refused:
+                self._note(partition, "migration-in-doubt", reason=str(refused))
+
+    # -- helpers ----------------------------------------------------------------------------------------------
+
+    def _identity(self) -> tuple[Host, FileLedger]:
+        if self._host is None or self._ledger is None:
+            raise MigrationRefused(Reason.NO_IDENTITY)
+        return self._host, self._ledger
+
+    def _note(self, partition: Partition, event: str, **facts: str) -> None:
+        self._life.write_audit(partition.name, event, **facts)
+
+    def _waiting(self, link: Link, call: Call, step: Step) -> None:
+        async def serve(envelope: Envelope, registers: list[int]) -> list[int]:
+            at = self._find(call, registers, envelope.cause)
+            if at is None:
+                return [UCode.U_PARAMETER]
+            try:
+                return [UCode.U_SUCCESS, *await step(at)]
+            except (MigrationRefused, NotYet, PeerError) as error:
+                return [self._refused(at.partition, call, error)]
+
+        link.on_waiting(call, serve)
+
+    def _at_once(self, link: Link, call: Call, step: StepAtOnce) -> None:
+        def serve(envelope: Envelope, registers: list[int]) -> list[int]:
+            at = self._find(call, registers, envelope.cause)
+            if at is None:
+                return [UCode.U_PARAMETER]
+            try:
+                return [UCode.U_SUCCESS, *step(at)]
+            except (MigrationRefused, NotYet, PeerError) as error:
+                return [self._refused(at.partition, call, error)]
+
+        link.on(call, serve)
+
+    def _find(self, call: Call, registers: list[int], cause: int) -> StepCall | None:
+        partition = self._partitions.get(registers[0]) if len(registers) >= call.n_args else None
+        if partition is None or partition.stream is None:
+            return None
+        return StepCall(partition, partition.stream, registers[1:], cause)
+
+    def _refused(self, partition: Partition, call: Call, error: MigrationRefused | NotYet | PeerError) -> UCode:
+        if isinstance(error, NotYet):
+            return UCode.U_RETRY
+        if isinstance(error, PeerError):
+            return UCode.U_PARAMETER
+        if error.reason in _STATE_REASONS:
+            return UCode.U_STATE
+        partition.migration_refusal = str(error)
+        self._note(partition, "migration-refused", step=call.name, reason=str(error))
+        return UCode.U_PERMISSION
+
+
+def _in_progress(partition: Partition) -> bool:
+    return isinstance(partition.migration, Departure | Arrival) and partition.migration.in_progress
+
+
+def _party(partition: Partition, kind: type[PartyT]) -> PartyT:
+    if not isinstance(partition.migration, kind):
+        raise MigrationRefused(Reason.WRONG_PHASE, "no such migration is under way")
+    return partition.migration
+
+
+def _put_round(at: StepCall, end: RoundEnd) -> list[int]:
+    at.stream.write(at.args[1], end.written_shared)
+    return [*at.put(end.record), end.n_owed]

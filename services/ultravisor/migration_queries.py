@@ -1,0 +1,177 @@
+"""What an operator may ask and have carried between two ultravisors: before a migration, and after one that was cut.
+
+Everything that is carried holds by itself (a certificate, a signed word), so the carrier is trusted with nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from protocol.decoding import DECODE_ERRORS
+from protocol.errors import HostFault, UserError
+from services.runtime.process import Query
+from services.ultravisor.arrival import Arrival
+from services.ultravisor.departure import Departure
+from services.ultravisor.life import SvmLife
+from services.ultravisor.migration.certificates import HostCertificate
+from services.ultravisor.migration.handshake import VERSION, Host
+from services.ultravisor.migration.ledger import Decision, Entry, FileLedger
+from services.ultravisor.migration.recovery import word_of_destination, word_of_source
+from services.ultravisor.migration.refusals import MigrationRefused, Reason
+from services.ultravisor.migration.statements import Word, check, session_of
+from services.ultravisor.migration_calls import MigrationCalls
+from services.ultravisor.migration_host import policy_of
+from services.ultravisor.partition import Partition
+
+
+class MigrationQueries:
+    """By name; `partitions` are the VMs of this host by name."""
+
+    def __init__(
+        self,
+        partitions: dict[str, Partition],
+        life: SvmLife,
+        calls: MigrationCalls,
+        host: Host | None,
+        ledger: FileLedger | None,
+    ) -> None:
+        self._partitions, self._life, self._calls = partitions, life, calls
+        self._host, self._ledger = host, ledger
+
+    def queries(self) -> dict[str, Query]:
+        """All of them."""
+        return {
+            "migration.certificate": self._certificate,
+            "migration.check": self._check,
+            "migration.status": self._status,
+            "migration.word": self._word,
+            "migration.take": self._take,
+            "migration.abandon": self._abandon,
+        }
+
+    # -- before -----------------------------------------------------------------------------------------------
+
+    async def _certificate(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """Who this ultravisor is."""
+        host = self._identity()
+        return {
+            "certificate": msgspec.msgpack.encode(host.certificate).hex(),
+            "measurement": host.measurement.hex(),
+            "debuggable": host.debuggable,
+            "version": VERSION,
+        }
+
+    async def _check(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Why a migration with the ultravisor that `peer` describes would be refused here, or None."""
+        try:
+            self._check_peer(arguments)
+        except MigrationRefused as refused:
+            return {"reason": str(refused)}
+        return {"reason": None}
+
+    def _check_peer(self, arguments: dict[str, Any]) -> None:
+        host, peer = self._identity(), arguments["peer"]
+        try:
+            certificate = msgspec.msgpack.decode(bytes.fromhex(peer["certificate"]), type=HostCertificate)
+        except (*DECODE_ERRORS, ValueError):
+            raise MigrationRefused(Reason.BAD_CERTIFICATE, "unreadable") from None
+        if peer["version"] != VERSION:
+            raise MigrationRefused(Reason.OTHER_VERSION, f"{peer['version']}, here {VERSION}")
+        host.trust.check(certificate, bytes.fromhex(peer["measurement"]), host.now())
+        if arguments["as"] == "source":
+            policy = policy_of(self._life.files.get(self._named(arguments).lpid))
+            policy.check(certificate, debuggable=bool(peer["debuggable"]))
+
+    # -- during and after -------------------------------------------------------------------------------------
+
+    async def _status(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        partition = self._named(arguments)
+        migration = partition.migration
+        refusal = partition.migration_refusal
+        if not isinstance(migration, Departure | Arrival):
+            return {"role": None, "phase": None, "session": None, "peer": None, "refusal": refusal}
+        role = "source" if isinstance(migration, Departure) else "destination"
+        session = migration.session_id.hex()
+        return {"role": role, "phase": migration.phase, "session": session, "peer": migration.peer, "refusal": refusal}
+
+    async def _word(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The source's word: its start token, or None when it never gave it."""
+        vm = str(arguments["vm"])
+        partition = self._partitions.get(vm)
+        if partition is not None and isinstance(partition.migration, Departure) and partition.migration.in_progress:
+            try:
+                return {"word": partition.migration.token().hex()}
+            except MigrationRefused as refused:
+                return {"word": None, "reason": str(refused)}
+        entry = self._open_entry(vm)
+        word = None if entry is None else self._token_of(entry)
+        return {"word": None if word is None else word.hex()}
+
+    async def _take(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The other side's word. As destination: the token, returns the word for the source."""
+        vm, raw = str(arguments["vm"]), bytes.fromhex(str(arguments["word"]))
+        try:
+            if arguments["as"] == "destination":
+                return {"word": (await self._take_token(vm, raw)).hex()}
+            return {"moved": await self._take_word(vm, raw)}
+        except MigrationRefused as refused:
+            raise HostFault(str(refused)) from None
+
+    async def _take_token(self, vm: str, raw: bytes) -> bytes:
+        partition = self._partitions.get(vm)
+        if partition is not None and isinstance(partition.migration, Arrival):
+            arrival = partition.migration
+            return await self._calls.take_token(partition, raw, 0) if arrival.in_progress else arrival.abandon()
+        return self._word_from_ledger(raw)
+
+    async def _take_word(self, vm: str, raw: bytes) -> bool:
+        partition = self._partitions.get(vm)
+        if partition is not None and isinstance(partition.migration, Departure) and partition.migration.in_progress:
+            return await self._calls.take_word(partition, raw, 0)
+        # After a crash there is no VM here any more: only what the ledger says of it.
+        entry, ledger = self._open_entry(vm), self._ledger
+        if entry is None or ledger is None:
+            raise HostFault(f"no migration of {vm} is open here")
+        moved = check(raw, bytes.fromhex(entry.session), bytes.fromhex(entry.peer)) is Word.STARTED
+        ledger.record(msgspec.structs.replace(entry, decision=Decision.CLOSED))
+        return moved
+
+    async def _abandon(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The destination gives up for good; its word for the source."""
+        partition = self._named(arguments)
+        try:
+            return {"word": (await self._calls.abandon(partition)).hex()}
+        except MigrationRefused as refused:
+            raise HostFault(str(refused)) from None
+
+    # -- helpers ----------------------------------------------------------------------------------------------
+
+    def _open_entry(self, vm: str) -> Entry | None:
+        """The newest token of the VM that nobody has answered."""
+        entries = [] if self._ledger is None else self._ledger.open_entries()
+        return next((entry for entry in reversed(entries) if entry.vm == vm), None)
+
+    def _token_of(self, entry: Entry) -> bytes | None:
+        assert self._ledger is not None
+        return word_of_source(self._ledger, self._identity().identity, bytes.fromhex(entry.session))
+
+    def _word_from_ledger(self, token: bytes) -> bytes:
+        """After a crash: this host holds nothing that could start the VM, so its word is what the ledger says."""
+        if self._ledger is None:
+            raise HostFault("this host has no ledger of migrations")
+        arrivals = (partition.migration for partition in self._partitions.values())
+        live = [arrival.session_id for arrival in arrivals if isinstance(arrival, Arrival) and arrival.in_progress]
+        return word_of_destination(self._ledger, self._identity().identity, session_of(token), live)
+
+    def _identity(self) -> Host:
+        if self._host is None:
+            raise UserError("this host's ultravisor has no identity for migrations")
+        return self._host
+
+    def _named(self, arguments: dict[str, Any]) -> Partition:
+        partition = self._partitions.get(str(arguments["vm"]))
+        if partition is None:
+            raise UserError(f"the ultravisor knows no VM {arguments['vm']}")
+        return partition
