@@ -58,6 +58,7 @@ soak: $(READY) ## two minutes of load: no process may be called hung (docs/liven
 
 chaos: $(READY) ## minutes of migrations that go wrong: every order of events, 10,000 tampered streams (docs/migration.md)
 	PEFBOX_MODEL=full $(RUN)/pytest tests/unit/test_migration_model.py tests/unit/test_migration_stream.py -v
+	PEFBOX_CHAOS_MIGRATIONS=200 $(RUN)/pytest tests/cluster/test_migration_chaos.py -s
 
 lint: $(READY) ## style and types only
 	$(RUN)/ruff check .

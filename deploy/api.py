@@ -30,6 +30,8 @@ import trio
 
 from deploy.client import DetachedStart, read_token, start_detached
 from deploy.host_description import HostDescription
+from deploy.host_links import LinkRow
+from deploy.migration_record import Phase
 from deploy.operator_protocol import LENGTH, Request, Response, frame
 from deploy.run_dirs import LAUNCHER_SOCKET, Paths, runtime_root
 from deploy.status import ClusterStatus, ProcessRow, VmRow
@@ -39,6 +41,7 @@ from protocol.errors import UserError
 _POLL_SECONDS = 0.02
 _DOWN_SECONDS = 20.0
 _PROMPT_QUIET_SECONDS = 0.2
+_OVER_PHASES = frozenset({Phase.DONE, Phase.FAILED, Phase.CANCELLED, Phase.IN_DOUBT})
 
 
 class Process:
@@ -89,7 +92,6 @@ class Vm:
 
     def __init__(self, cluster: RunningCluster, name: str) -> None:
         self._cluster, self.name = cluster, name
-        self._kvm_process: Process | None = None
 
     @property
     def guest(self) -> Process:
@@ -100,6 +102,18 @@ class Vm:
     def qemu(self) -> Process:
         """Its qemu process."""
         return self._cluster.process(f"{self.name}/qemu")
+
+    @property
+    def kvm(self) -> Process:
+        """The kvm of the host that it is on, whichever that is when it is asked."""
+        return self._cluster.process(f"{self.name}/kvm")
+
+    async def host(self) -> str:
+        """The host that it is on now; raises UserError for an unknown name."""
+        for host in (await self._cluster.status()).hosts:
+            if any(row.name == self.name for row in host.vms):
+                return host.name
+        raise UserError(f'no VM "{self.name}"')
 
     async def row(self) -> VmRow:
         """Its row of `status`; raises UserError for an unknown name."""
@@ -135,6 +149,51 @@ class Vm:
         """Start its next incarnation."""
         await self._cluster.restart(self.name)
 
+    async def migrate(
+        self, host: str, *, bandwidth: int | None = None, downtime_limit: int | None = None, seconds: float = 120.0
+    ) -> dict[str, Any]:
+        """Move it to `host` while it runs, with at most `bandwidth` bytes a second and `downtime_limit` milliseconds
+        of standing still; returns how that went, as `pefbox jobinfo --json` shows it.
+
+        Raises UserError when it does not move, or is not there after `seconds`: then it is still on its way.
+        """
+        await self.begin_migration(host, bandwidth=bandwidth, downtime_limit=downtime_limit)
+        problem = f"{self.name} is not on {host}"
+        facts = await _until(self.job_info, lambda facts: facts["phase"] in _OVER_PHASES, problem, seconds)
+        if facts["phase"] != Phase.DONE:
+            raise UserError(f"{self.name} does not run on {host}: {facts['reason'] or facts['phase']}")
+        return facts
+
+    async def begin_migration(
+        self, host: str, *, bandwidth: int | None = None, downtime_limit: int | None = None
+    ) -> None:
+        """As `migrate`, and returns as soon as that is accepted."""
+        order = {"vm": self.name, "host": host, "parameters": _limits(bandwidth, downtime_limit)}
+        await self._cluster.order("migrate", order)
+
+    async def can_migrate(self, host: str) -> list[str]:
+        """Every reason why it cannot move to `host` now; none when it can."""
+        answer = await self._cluster.order("can-migrate", {"vm": self.name, "host": host})
+        return list(answer["reasons"])
+
+    async def job_info(self) -> dict[str, Any]:
+        """How far its migration is, or how the last one ended; raises UserError when there was none."""
+        facts: dict[str, Any] = await self._cluster.order("jobinfo", {"vm": self.name})
+        return facts
+
+    async def cancel_migration(self) -> None:
+        """Let it stay where it is; raises UserError when it does not move, or too late."""
+        await self._cluster.order("migrate-cancel", {"vm": self.name})
+
+    async def set_migration(self, *, bandwidth: int | None = None, downtime_limit: int | None = None) -> None:
+        """Change the limits of a migration that is under way; raises UserError."""
+        order = {"vm": self.name, "parameters": _limits(bandwidth, downtime_limit)}
+        await self._cluster.order("migrate-set", order)
+
+    async def recover(self) -> str:
+        """Find out where it runs after a migration that was cut; returns its host. Raises UserError."""
+        return str((await self._cluster.order("recover", {"vm": self.name}))["host"])
+
     async def page(self, gpa: int) -> dict[str, Any]:
         """What each part of the machine knows of a page (`pefbox page`)."""
         view: dict[str, Any] = await self._cluster.order("page", {"vm": self.name, "gpa": gpa})
@@ -142,19 +201,24 @@ class Vm:
 
     async def console_read(self, since: int = 0, wait_seconds: float = 0.0) -> tuple[bytes, int]:
         """Terminal output from character `since` on, and where it ends; waits at most `wait_seconds` for some."""
-        kvm = await self._kvm()
         arguments = {"vm": self.name, "since": since, "wait_s": wait_seconds}
-        answer = await kvm.query("console.read", arguments, wait_seconds + 1.0)
+        answer = await self._of_its_kvm("console.read", arguments, wait_seconds + 1.0)
         return answer["data"], answer["next"]
 
     async def console_write(self, data: bytes) -> None:
         """Type on its terminal; waits while the input buffer is full."""
-        kvm = await self._kvm()
         while data:
-            answer = await kvm.query("console.write", {"vm": self.name, "data": data})
+            answer = await self._of_its_kvm("console.write", {"vm": self.name, "data": data})
             data = data[int(answer["taken"]) :]
             if data:
                 await trio.sleep(_POLL_SECONDS)
+
+    async def _of_its_kvm(self, what: str, arguments: dict[str, Any], seconds: float = 0.5) -> Any:  # noqa: ANN401
+        try:
+            return await self.kvm.query(what, arguments, seconds)
+        except UserError:
+            # It may just have moved; then its new host knows.
+            return await self.kvm.query(what, arguments, seconds)
 
     async def console_command(self, line: str, prompt: str = "> ", seconds: float = 10.0) -> str:
         """Type a line; returns what the VM wrote until its `prompt` came again, the echo of the line removed.
@@ -172,15 +236,6 @@ class Vm:
                 if not data and text.endswith(prompt):
                     return text.removeprefix(line).removeprefix("\n").removesuffix(prompt)
         raise UserError(f"{self.name}: no prompt within {seconds:g} s after {line!r}: {output[-200:]!r}")
-
-    async def _kvm(self) -> Process:
-        if self._kvm_process is not None:
-            return self._kvm_process
-        for host in (await self._cluster.status()).hosts:
-            if any(row.name == self.name for row in host.vms):
-                self._kvm_process = self._cluster.process(f"{host.name}/kvm")
-                return self._kvm_process
-        raise UserError(f'no VM "{self.name}"')
 
 
 class RunningCluster:
@@ -225,6 +280,14 @@ class RunningCluster:
     async def restart(self, name: str) -> None:
         """Restart a VM, or a host whose kvm or ultravisor is gone."""
         await self.order("restart", {"name": name})
+
+    async def link(self, one: str, other: str, **changes: float | bool) -> LinkRow:
+        """The link between two hosts, with these fields of LinkShape changed first: `down=True`, `latency_ms=50`.
+
+        Returns when every qemu that answers has taken the change; raises UserError for one that is not possible.
+        """
+        order = {"between": [one, other], "changes": changes}
+        return msgspec.convert(await self.order("link", order), LinkRow)
 
     async def down(self) -> int:
         """Stop the cluster; returns the launcher's exit status. Twice is no error. Raises UserError when it hangs."""
@@ -309,7 +372,13 @@ async def cluster(
 def processes_of(status: ClusterStatus) -> list[ProcessRow]:
     """All process rows."""
     rows = [row for host in status.hosts for row in host.processes]
-    return rows + [row for host in status.hosts for vm in host.vms for row in vm.processes]
+    return rows + [row for host in status.hosts for vm in host.vms for row in (*vm.processes, *vm.arriving)]
+
+
+def _limits(bandwidth: int | None, downtime_limit: int | None) -> dict[str, int]:
+    """Those that are given, by QEMU's names."""
+    limits = {"max-bandwidth": bandwidth, "downtime-limit": downtime_limit}
+    return {name: value for name, value in limits.items() if value is not None}
 
 
 Value = TypeVar("Value")

@@ -10,7 +10,7 @@ import msgspec
 
 from protocol.errors import UserError
 from services.ultravisor.audit import AUDIT_FILE, AuditHead, AuditLine, audit_path, read_lines, verify
-from services.ultravisor.identity import public_key_of
+from services.ultravisor.identity import identity_public_of, public_key_of
 from shared.esm_crypto import fingerprint
 
 
@@ -21,6 +21,12 @@ def show_key(state_dir: Path, host: str, as_json: bool = False) -> None:
         click.echo(json.dumps({"host": host, "pem": pem.decode(), "fingerprint_sha256": fingerprint(pem).hex()}))
     else:
         click.echo(pem.decode(), nl=False)
+
+
+def show_identity(state_dir: Path, host: str, as_json: bool = False) -> None:
+    """Print the public identity key of a host in hex; raises UserError."""
+    public = identity_public_of(state_dir, host).hex()
+    click.echo(json.dumps({"host": host, "identity": public}) if as_json else public)
 
 
 def show_audit(state_dir: Path, vm: str | None, as_json: bool = False) -> None:

@@ -9,12 +9,14 @@ import msgspec
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from deploy.cluster_file import VmSpec
 from deploy.linux.config import findings_for_secure
 from protocol.errors import UserError
 from services.ultravisor.identity import ensure_keys, public_key_of
 from shared.elf_program import Program, read_program
 from shared.esm_digest import RTAS_TEXT, SecureImage, digests_of
 from shared.esm_make import Attachment, BlobContents, Holder, make_blob
+from shared.migration_policy import POLICY_FILE
 
 _OWNER_FILE = "blob-owner.pub"
 
@@ -43,8 +45,10 @@ def read_program_file(path: Path) -> Program:
         raise UserError(f"{path}: {error}") from None
 
 
-def parts_blob(parts: BootParts, program: Program, state_dir: Path, host: str) -> bytes:
-    """The ESM blob for `parts`, whose `program` was read before, on `host` of the cluster with that state directory.
+def parts_blob(
+    parts: BootParts, program: Program, state_dir: Path, hosts: Sequence[str], files: Sequence[Attachment] = ()
+) -> bytes:
+    """The ESM blob for `parts`, whose `program` was read before, on `hosts` of the cluster with that state directory.
 
     Raises UserError for a program that cannot be a secure VM's.
     """
@@ -53,15 +57,24 @@ def parts_blob(parts: BootParts, program: Program, state_dir: Path, host: str) -
     for finding in findings_for_secure(read_file(parts.program)):
         raise UserError(f"{parts.program}: {finding}")
     initrd = b"" if parts.initrd is None else read_file(parts.initrd)
-    return host_blob(SecureImage(RTAS_TEXT, program.image, initrd, parts.command_line.encode()), state_dir, host)
+    image = SecureImage(RTAS_TEXT, program.image, initrd, parts.command_line.encode())
+    return hosts_blob(image, state_dir, hosts, files)
 
 
-def host_blob(image: SecureImage, state_dir: Path, host: str, files: Sequence[Attachment] = ()) -> bytes:
-    """The ESM blob for an image, for the machine key of `host` alone, owned by nobody who could open it."""
-    ensure_keys(state_dir, host)
+def policy_file(vm: VmSpec) -> Attachment:
+    """What the blob of `vm` says about where it may go (docs/migration.md)."""
+    return Attachment(POLICY_FILE, msgspec.json.encode(vm.migration))
+
+
+def hosts_blob(
+    image: SecureImage, state_dir: Path, hosts: Sequence[str], files: Sequence[Attachment] = ()
+) -> bytes:
+    """The ESM blob for an image, for the machine keys of `hosts`, owned by nobody who could open it."""
+    for host in hosts:
+        ensure_keys(state_dir, host)
     contents = BlobContents(
         origin=Holder(_owner_key(state_dir)),
-        recipients=[Holder(public_key_of(state_dir, host))],
+        recipients=[Holder(public_key_of(state_dir, host)) for host in hosts],
         digests=digests_of(image),
         files=files,
     )

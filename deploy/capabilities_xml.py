@@ -29,6 +29,8 @@ def _add_capabilities(root: Element, host: HostDescription) -> None:
     child(cpu, "model", host.cpu_model)
     # Of the host's own devices, none of which can be given to a VM.
     child(machine, "iommu", support="no")
+    if host.migration_hosts:
+        child(child(machine, "migration_features"), "live")
     for name in host.architectures:
         guest = child(capabilities, "guest")
         child(guest, "os_type", "hvm")
@@ -111,6 +113,8 @@ def _add_own(root: Element, host: HostDescription) -> None:
             free=memory.free_bytes,
             mode=memory.mode,
         )
+    for other in host.migration_hosts:
+        child(extras, own("migration"), to=other)
     child(extras, own("memory"), unit="bytes", min=host.min_memory_bytes, max=host.max_memory_bytes)
     for kind, offer in host.devices.items():
         device = child(extras, own("device"), kind=kind, iommu=yes_no(offer.access_platform))

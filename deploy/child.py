@@ -21,6 +21,7 @@ from deploy.run_dirs import Paths
 from deploy.states import ProcessState, printable
 from protocol import control
 from protocol.errors import PeerGone, UserError
+from shared.link_shape import LinkShapes
 
 SERVICE_MODULE = "services.{role}"
 """What `python -m` runs for a role."""
@@ -47,6 +48,8 @@ class Child:
         self.peers: set[str] = set()
         self.exit_expected = False
         self.has_keys = False
+        self.link_shapes = LinkShapes()
+        """Of a qemu: what it was last told."""
         self.hello = trio.Event()
         self.confined = trio.Event()
         self.ready = trio.Event()
@@ -118,6 +121,13 @@ class Child:
         """Ask the process; raises QueryRefused for its refusal, PeerGone when it does not answer in `seconds`."""
         return await self._ask(lambda query_id: control.Query(query_id, what, arguments), seconds)
 
+    def tell(self, what: str, arguments: dict[str, Any]) -> None:
+        """As `query`, and nobody waits for the answer: one that starts or stands still hears it when it goes on.
+
+        Raises PeerGone when it takes nothing.
+        """
+        self.channel.send(control.Query(next(self._query_ids), what, arguments))
+
     async def remove_vm(self, vm: str, seconds: float) -> None:
         """Have the process forget `vm`; raises as `query`."""
         await self._ask(lambda order_id: control.RemoveVm(order_id, vm), seconds)
@@ -153,7 +163,7 @@ def spawn(plan: ProcessPlan, paths: Paths, module: str = SERVICE_MODULE) -> Chil
     try:
         fd = theirs.fileno()
         arguments = [sys.executable, "-P", "-m", module.format(role=plan.role.value), "--control-fd", str(fd)]
-        stderr = os.open(paths.stderr_file(plan.target), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        stderr = os.open(paths.stderr_file(plan.place), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             popen = subprocess.Popen(
                 arguments,

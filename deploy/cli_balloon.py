@@ -58,18 +58,13 @@ def _balloon_of(status: dict[str, Any], vm: str) -> dict[str, Any]:
 
 def _set_target(client: LauncherClient, vm: str, size: str) -> None:
     from deploy.operations import BALLOON, refuse_by
-    from deploy.plan import ProcessPlan, monitor_sockets
+    from deploy.plan import own_monitor
     from deploy.qmp_client import execute
-    from deploy.run_dirs import Paths
-    from protocol.roles import Role
 
     described = client.call("vm", {"vm": vm})
     refuse_by(described["operations"], BALLOON)
     target_bytes = target_of(size, vm, described["memory_bytes"])
-    plan = ProcessPlan(Role.QEMU, described["host"], vm)
-    _, socket_path = monitor_sockets(Paths(client.run_dir, client.run_dir), plan)
-    assert socket_path is not None
-    execute(socket_path, "balloon", {"value": target_bytes})
+    execute(own_monitor(described["qmp"]), "balloon", {"value": target_bytes})
 
 
 def target_of(size: str, vm: str, memory_bytes: int) -> int:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # What a command needs is imported when it runs: most need little.
+    from deploy.demo_report import MigrationReport
 
 import click
 
@@ -53,6 +58,12 @@ def demo(guest: str, json_file: Path | None, state_dir: Path | None) -> None:
     raise SystemExit(0 if report.ok else 1)
 
 
+def _moved(migration: MigrationReport | None) -> str:
+    if migration is None:
+        return ""
+    return f"{migration.source} to {migration.destination}, {migration.downtime_ms} ms still"
+
+
 def _table(report: object) -> object:
     from rich.table import Table
 
@@ -75,6 +86,7 @@ def _table(report: object) -> object:
         "paged out at random": [f"{vm.pages_under_pressure} pages" if vm.pages_under_pressure else "" for vm in vms],
         "secrets found outside": [", ".join(vm.secrets_found) or "none" for vm in vms],
         "marker shared on purpose": ["found" if vm.shared_marker_found else "NOT found" for vm in vms],
+        "moved while it ran": [_moved(vm.migration) for vm in vms],
         "hypercalls": [str(sum(vm.hypercalls.values())) for vm in vms],
         "ultracalls": [str(sum(vm.ultracalls.values())) for vm in vms],
         "searched": [f"{report.searched_bytes >> 20} MiB"] + [""] * (len(vms) - 1),

@@ -51,6 +51,7 @@ def _host_lines(host: dict[str, Any]) -> list[str]:
         f"  balloon        {', '.join(host['memballoon_models'])}",
         f"  clocks         {', '.join(host['clocks'])}",
         f"  PCI nodes by   {', '.join(host['pci_nodes'])}",
+        f"  migration      {'live, to ' + ', '.join(host['migration_hosts']) if host['migration_hosts'] else 'no'}",
         f"  DMA windows    {host['dma']['max_windows']}, pages of {_sizes(host['dma']['page_bytes'])}",
     ]
     return lines + _device_lines(host["devices"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from deploy.audit_commands import show_audit, show_key
+from deploy.audit_commands import show_audit, show_identity, show_key
 from deploy.cli_support import cluster_option, json_option, state_dir_of, state_option
 
 
@@ -15,9 +15,11 @@ from deploy.cli_support import cluster_option, json_option, state_dir_of, state_
 @cluster_option
 @state_option
 @json_option
-def key(host: str, cluster: str | None, state_dir: Path | None, as_json: bool) -> None:
+@click.option("--identity", is_flag=True, help="The key by which ultravisors know HOST, in hex, instead.")
+def key(host: str, cluster: str | None, state_dir: Path | None, as_json: bool, identity: bool) -> None:
     """Print the public machine key of HOST: blobs are made for it (`pefbox esm make`)."""
-    show_key(state_dir_of(cluster, state_dir), host, as_json)
+    show = show_identity if identity else show_key
+    show(state_dir_of(cluster, state_dir), host, as_json)
 
 
 @click.command("audit")

@@ -75,7 +75,7 @@ def console(vm: str, port: str | None, cluster: str | None) -> None:
     with connect(cluster) as reading, LauncherClient(reading.run_dir) as writing:
         described = reading.call("vm", {"vm": vm})
         refuse_by(described["operations"], CONSOLE if port is None else VIRTIO_CONSOLE)
-        place = terminal_of(vm, described["host"]) if port is None else port_of(vm, port)
+        place = terminal_of(vm) if port is None else port_of(vm, port)
         talk = raw_console if sys.stdin.isatty() else line_console
         talk(reading, writing, place)
 
@@ -91,20 +91,15 @@ def qmp(vm: str, command: str, arguments: tuple[str, ...], cluster: str | None) 
     ARGUMENTS are words key=value, or one JSON object.
     """
     from deploy.operations import operation_of, refuse_by
-    from deploy.plan import ProcessPlan, monitor_sockets
+    from deploy.plan import own_monitor
     from deploy.qmp_client import arguments_from_words, execute, result_text
-    from deploy.run_dirs import Paths
-    from protocol.roles import Role
 
     with connect(cluster) as client:
         described = client.call("vm", {"vm": vm})
-        run_dir = client.run_dir
     operation = operation_of(command)
     if operation is not None:
         refuse_by(described["operations"], operation.name)
-    _, socket_path = monitor_sockets(Paths(run_dir, run_dir), ProcessPlan(Role.QEMU, described["host"], vm))
-    assert socket_path is not None
-    click.echo(result_text(execute(socket_path, command, arguments_from_words(arguments))))
+    click.echo(result_text(execute(own_monitor(described["qmp"]), command, arguments_from_words(arguments))))
 
 
 def host_of(status: dict[str, Any], vm: str) -> str:

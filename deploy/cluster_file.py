@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from deploy.cluster_devices import DeviceReader
+from deploy.cluster_hosts import HOST_KEYS, HostSpec, read_hosts
 from deploy.cluster_section import Document, Section, did_you_mean, quoted
 from deploy.firmware import PACKAGE, find_firmware
 from protocol.errors import ClusterFileError, UserError
@@ -23,10 +24,11 @@ from protocol.geometry import MAX_VM_BYTES, PAGE_BYTES
 from protocol.startup import DeviceEntry, DiskEntry, DmaMachine, GuestEntry
 from services.guest.model.image import OPTIONS
 from shared.dma_designs import DESIGNS, DmaDesign
+from shared.link_shape import PLAIN, LinkShape, fault_of
+from shared.migration_policy import PolicyFile
 from shared.real_address import MAX_LPID
 
 TOP_KEYS = ("name", "seed", "make", "hosts", "networks", "vms", "links")
-HOST_KEYS = ("secure_memory",)
 NETWORK_KEYS = ("mtu",)
 VM_KEYS = (
     "host",
@@ -40,7 +42,9 @@ VM_KEYS = (
     "guest",
     "disks",
     "devices",
+    "migration",
 )
+MIGRATION_KEYS = ("allowed", "hosts", "to_debuggable")
 GUEST_KEYS = (
     "kernel",
     "boot",
@@ -57,7 +61,7 @@ GUEST_KEYS = (
 )
 PCI_NODES = ("qemu", "firmware")
 DISK_KEYS = ("path", "readonly", "format")
-LINK_KEYS = ("between",)
+LINK_KEYS = ("between", "latency", "jitter", "bandwidth", "loss", "down")
 
 TIMES = ("wall", "instructions")
 KERNELS = ("model", "bench", "machine")
@@ -72,7 +76,6 @@ MAX_NETWORK_VMS = 16
 MAX_VM_LINKS = 128
 """To other VMs, over all networks: so many fit a start message, and cost a process some 400 open files."""
 MIN_VM_BYTES = 16 << 20
-MAX_SECURE_BYTES = 1 << 40
 MAX_OPTION = (1 << 63) - 1
 STATE_PREFIX = "@state/"
 _CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,40}", re.ASCII)
@@ -80,13 +83,6 @@ _CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,40}", re.ASCII)
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
     """Base of what a cluster file describes."""
-
-
-class HostSpec(Spec, frozen=True):
-    """A host instance and the secure memory that its ultravisor accounts for."""
-
-    name: str
-    secure_memory_bytes: int
 
 
 class NetworkSpec(Spec, frozen=True):
@@ -110,12 +106,15 @@ class VmSpec(Spec, frozen=True):
     disks: list[DiskEntry]
     devices: list[DeviceEntry]
     dma: DmaMachine = DmaMachine()
+    migration: PolicyFile = PolicyFile(may_migrate=True)
+    """What an ESM blob made here says about where it may go as a secure VM."""
 
 
 class HostLinkSpec(Spec, frozen=True):
-    """A link between two hosts, for migration."""
+    """A link between two hosts, for migration and networks, as it is at first."""
 
     between: tuple[str, str]
+    shape: LinkShape = PLAIN
 
 
 class Cluster(Spec, frozen=True):
@@ -142,6 +141,15 @@ class Cluster(Spec, frozen=True):
         """The VM of that name."""
         return next((vm for vm in self.vms if vm.name == name), None)
 
+    def may_move(self, source: str, destination: str) -> bool:
+        """Whether VMs may move between two hosts: a file that links some allows it for those alone."""
+        return not self.links or any({source, destination} == set(link.between) for link in self.links)
+
+    def homes_of(self, vm: VmSpec) -> list[str]:
+        """The hosts that `vm` may run on: its own, then those that it may move to."""
+        others = [host.name for host in self.hosts if host.name != vm.host]
+        return [vm.host, *(other for other in others if self.may_move(vm.host, other))]
+
     def host(self, name: str) -> HostSpec | None:
         """The host of that name."""
         return next((host for host in self.hosts if host.name == name), None)
@@ -166,7 +174,7 @@ def parse_cluster(text: str, path: str, base: Path, default_name: str) -> Cluste
         line = re.search(r"at line (\d+)", str(error))
         raise ClusterFileError(path, "", str(error), int(line[1]) if line else None) from None
     top = Section(Document(path, text), (), values, TOP_KEYS)
-    hosts = [_host(name, section) for name, section in top.named_tables("hosts", HOST_KEYS, required=True).items()]
+    hosts = read_hosts(top.named_tables("hosts", HOST_KEYS, required=True))
     if not hosts:
         top.fail("hosts", "needs at least one [hosts.NAME]")
     seed = top.integer("seed", 0, 0, (1 << 63) - 1)
@@ -180,7 +188,7 @@ def parse_cluster(text: str, path: str, base: Path, default_name: str) -> Cluste
         hosts=hosts,
         networks=networks,
         vms=_vms(top, _Surroundings(seed, names, {network.name: network.mtu for network in networks}, base)),
-        links=[_link(section, names) for section in top.listed_tables("links", LINK_KEYS)],
+        links=_links(top, names),
     )
     _check_networks(top, cluster)
     _check_links(top, cluster)
@@ -220,11 +228,6 @@ def _cluster_name(top: Section, default_name: str) -> str:
     if not _CLUSTER_NAME.fullmatch(name):
         top.fail("name", f'"{name}" is no name; allowed: letters, digits, _ . and -, up to 41, no . or - in front')
     return name
-
-
-def _host(name: str, section: Section) -> HostSpec:
-    n_bytes = section.size_bytes("secure_memory", multiple_of=PAGE_BYTES, lowest=PAGE_BYTES, highest=MAX_SECURE_BYTES)
-    return HostSpec(name=name, secure_memory_bytes=n_bytes)
 
 
 def _network(name: str, section: Section) -> NetworkSpec:
@@ -318,7 +321,17 @@ def _vm(name: str, section: Section, lpid: int, around: _Surroundings) -> VmSpec
         disks=disks,
         devices=devices,
         dma=_dma_machine(section, guest),
+        migration=_migration(section, around.hosts),
     )
+
+
+def _migration(vm: Section, hosts: list[str]) -> PolicyFile:
+    section = vm.table("migration", MIGRATION_KEYS)
+    named = section.texts("hosts")
+    for name in named:
+        if name not in hosts:
+            section.fail("hosts", f'no host "{name}"{did_you_mean(name, hosts)}; allowed: {quoted(hosts)}')
+    return PolicyFile(section.flag("allowed", True), (), tuple(named), section.flag("to_debuggable", False))
 
 
 def _dma_machine(vm: Section, guest: GuestEntry) -> DmaMachine:
@@ -398,6 +411,16 @@ def _disks(vm: Section, base: Path) -> list[DiskEntry]:
     return disks
 
 
+def _links(top: Section, hosts: list[str]) -> list[HostLinkSpec]:
+    links: list[HostLinkSpec] = []
+    for section in top.listed_tables("links", LINK_KEYS):
+        link = _link(section, hosts)
+        if any(set(link.between) == set(other.between) for other in links):
+            section.fail("between", f"{link.between[0]} and {link.between[1]} are linked already")
+        links.append(link)
+    return links
+
+
 def _link(section: Section, hosts: list[str]) -> HostLinkSpec:
     ends = section.texts("between")
     if len(ends) != 2 or ends[0] == ends[1]:
@@ -405,4 +428,18 @@ def _link(section: Section, hosts: list[str]) -> HostLinkSpec:
     for end in ends:
         if end not in hosts:
             section.fail("between", f'no host "{end}"{did_you_mean(end, hosts)}; allowed: {quoted(hosts)}')
-    return HostLinkSpec(between=(ends[0], ends[1]))
+    return HostLinkSpec(between=(ends[0], ends[1]), shape=_shape(section))
+
+
+def _shape(section: Section) -> LinkShape:
+    shape = LinkShape(
+        latency_ms=section.number("latency", 0.0),
+        jitter_ms=section.number("jitter", 0.0),
+        bandwidth_bytes_per_second=section.rate("bandwidth", 0),
+        loss=section.number("loss", 0.0),
+        down=section.flag("down", False),
+    )
+    fault = fault_of(shape)
+    if fault is not None:
+        section.fail(*fault)
+    return shape

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import trio
 
 from deploy.child import SERVICE_MODULE, Child
-from deploy.cluster_file import Cluster, HostSpec, VmSpec
+from deploy.cluster_file import Cluster, VmSpec
+from deploy.cluster_hosts import HostSpec
+from deploy.host_links import HostLinks
 from deploy.manifest import Manifest
 from deploy.memory_segments import create_segment, segment_name, unlink_segment
+from deploy.migration_record import Migration, MigrationFacts, Phase
 from deploy.plan import ConfigFrame, cluster_processes
 from deploy.run_dirs import Paths
 from deploy.states import printable
@@ -33,10 +37,19 @@ class LaunchOptions:
 
 @dataclass(slots=True)
 class VmRecord:
-    """What the launcher knows of a VM. `last_kvm` and `last_ultravisor` are the page counts they last answered."""
+    """What the launcher knows of a VM. `last_kvm` and `last_ultravisor` are the page counts they last answered.
+
+    `move` is as in `ProcessPlan`; `newest` is the highest incarnation that was ever given out.
+    """
 
     spec: VmSpec
     incarnation: int = 0
+    newest: int = 0
+    move: int = 0
+    migration: Migration | None = None
+    asked_to_move: bool = False
+    """Its monitor's user waits to hear whether it can."""
+    last_migration: MigrationFacts | None = None
     state: VmState = VmState.STARTING
     since_s: float = field(default_factory=time.time)
     reason: str = ""
@@ -55,17 +68,36 @@ class VmRecord:
     """Of the secure memory that it has now."""
     last_machine: Any = None
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether nobody knows on which of two hosts it runs."""
+        return self.migration is not None and self.migration.phase is Phase.IN_DOUBT
+
     def change(self, state: VmState, reason: str = "") -> bool:
-        """Note a new state; a lost VM keeps its last one until it is restarted."""
+        """Note a new state; a lost VM keeps its last one until it is restarted, one in doubt until that is over."""
         reason = printable(reason)
-        if self.lost or (self.state is state and self.reason == reason):
+        if self.lost or self.in_doubt or (self.state is state and self.reason == reason):
             return False
         self.state, self.reason, self.since_s = state, reason, time.time()
         return True
 
+    def next_incarnation(self) -> int:
+        """A number that no incarnation has had, not even one that came to nothing."""
+        self.newest += 1
+        return self.newest
+
+    def arrive(self, migration: Migration) -> None:
+        """It lives where `migration` led from now on."""
+        self.spec = msgspec.structs.replace(self.spec, host=migration.host)
+        self.incarnation = self.move = migration.incarnation
+        self.segment = migration.segment
+        self.lost = False
+        self.last_kvm, self.last_ultravisor = {}, {}
+        self.last_esm = self.last_network = self.last_balloon = None
+
     def begin(self, segment: str) -> None:
         """The next incarnation starts."""
-        self.incarnation += 1
+        self.incarnation = self.next_incarnation()
         self.state, self.reason, self.since_s = VmState.STARTING, "", time.time()
         self.lost, self.secure, self.segment = False, False, segment
         self.last_kvm, self.last_ultravisor = {}, {}
@@ -89,11 +121,16 @@ class ClusterRun:
         self.cluster, self.paths, self.options = cluster, paths, options
         self.manifest = manifest
         self.on_event: Callable[[str], None] = lambda text: None
+        self.on_migrate: Callable[[VmRecord, str], None] = lambda vm, host: None
+        """A VM's monitor was told to move it to a host."""
         self.log = log
         self.frame = ConfigFrame(cluster, paths, options.record, options.debug)
         self.hosts = {host.name: HostRecord(host) for host in cluster.hosts}
+        self.links = HostLinks(cluster.links)
         self.vms = {vm.name: VmRecord(vm) for vm in cluster.vms}
         self.children: dict[str, Child] = {}
+        self.incoming: dict[str, Child] = {}
+        """Guest and qemu where a VM arrives, by target, until they take over from those in `children`."""
         self.dead: list[Child] = []
         self.order = [process.target for process in cluster_processes(cluster)]
         self.stop_requested = trio.Event()
@@ -121,18 +158,51 @@ class ClusterRun:
         """The process of that role of a host or VM, alive or dead."""
         return self.children.get(f"{owner}/{role.value}")
 
+    def at(self, target: str, host: str) -> Child | None:
+        """The process of that target on that host, alive or dead: of a VM on its way there are two."""
+        for child in (self.children.get(target), self.incoming.get(target)):
+            if child is not None and child.plan.host == host:
+                return child
+        return None
+
+    def is_current(self, child: Child) -> bool:
+        """Whether nothing has taken the place of `child`."""
+        return self.at(child.target, child.plan.host) is child
+
+    def peers_of(self, child: Child) -> list[Child]:
+        """The processes at the other ends of its links, as far as they are current."""
+        found = (self._peer_of(child, target) for target in child.peers)
+        return [peer for peer in found if peer is not None]
+
+    def _peer_of(self, child: Child, target: str) -> Child | None:
+        if target == child.target:
+            # The two qemus of a VM on its way.
+            both = (self.children.get(target), self.incoming.get(target))
+            return next((other for other in both if other is not None and other is not child), None)
+        if child.plan.vm is not None and target.partition("/")[0] in self.vms:
+            # Another VM of a network: where a VM arrives it is on none yet.
+            return self.children.get(target)
+        return self.at(target, child.plan.host)
+
     def vm_children(self, vm: str) -> list[Child]:
         """Guest and qemu of a VM."""
         found = (self.child(vm, role) for role in (Role.GUEST, Role.QEMU))
         return [child for child in found if child is not None]
 
+    def incoming_children(self, vm: str) -> list[Child]:
+        """Guest and qemu where a VM arrives."""
+        found = (self.incoming.get(f"{vm}/{role.value}") for role in (Role.GUEST, Role.QEMU))
+        return [child for child in found if child is not None]
+
     def host_children(self, host: str) -> list[Child]:
         """All processes on a host."""
-        return [child for child in self.children.values() if child.plan.host == host]
+        every = (*self.children.values(), *self.incoming.values())
+        return [child for child in every if child.plan.host == host]
 
     def living(self) -> list[Child]:
-        """Every process that still exists, replaced ones too."""
-        return [child for child in (*self.children.values(), *self.dead) if child.is_running]
+        """Every process that still exists, replaced ones and those of VMs that arrive too."""
+        every = (*self.children.values(), *self.incoming.values(), *self.dead)
+        return [child for child in every if child.is_running]
 
     def adopt(self, child: Child) -> None:
         """`child` takes the place of an earlier process of its target."""
@@ -141,15 +211,37 @@ class ClusterRun:
             self.dead.append(earlier)
         self.children[child.target] = child
 
+    def settle(self, vm: VmRecord, migration: Migration) -> list[Child]:
+        """`vm` lives where it arrived: its processes there take over. Returns those that it had before."""
+        earlier = self.vm_children(vm.spec.name)
+        vm.arrive(migration)
+        vms = [vm.spec if spec.name == vm.spec.name else spec for spec in self.cluster.vms]
+        self.cluster = msgspec.structs.replace(self.cluster, vms=vms)
+        self.frame = replace(self.frame, cluster=self.cluster)
+        for child in self.incoming_children(vm.spec.name):
+            del self.incoming[child.target]
+            self.adopt(child)
+        return earlier
+
+    def moving(self, host: str) -> list[VmRecord]:
+        """The VMs that leave a host or come to it now."""
+        moves = ((vm, vm.migration) for vm in self.vms.values())
+        return [vm for vm, move in moves if move is not None and host in (move.source, move.host)]
+
     def new_segment(self, vm: VmRecord) -> int:
         """A zeroed RAM segment for the next incarnation of `vm`, its old one unlinked; returns the descriptor."""
-        old, name = vm.segment, segment_name(self.cluster.name, vm.spec.name)
-        self.manifest.add_segment(name)
-        fd = create_segment(name, vm.spec.memory_bytes)
+        old = vm.segment
+        name, fd = self.make_segment(vm)
         vm.begin(name)
         if old:
             self.drop_segment(old)
         return fd
+
+    def make_segment(self, vm: VmRecord) -> tuple[str, int]:
+        """A zeroed RAM segment beside the one that `vm` has; its name and descriptor."""
+        name = segment_name(self.cluster.name, vm.spec.name)
+        self.manifest.add_segment(name)
+        return name, create_segment(name, vm.spec.memory_bytes)
 
     def drop_segment(self, name: str) -> None:
         """Unlink a RAM segment."""

@@ -18,7 +18,8 @@ T = TypeVar("T")
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.ASCII)
-_NAME = re.compile(r"[a-z][a-z0-9-]{0,30}", re.ASCII)
+NAME = re.compile(r"[a-z][a-z0-9-]{0,30}", re.ASCII)
+"""What names a host, a VM, a disk, a network."""
 
 
 def size_of(text: str) -> int | None:
@@ -87,6 +88,13 @@ class Section:
             self.fail(name, f"{value} is out of range; allowed: {lowest} to {highest}")
         return value
 
+    def number(self, name: str, default: float) -> float:
+        """An integer or a float."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.fail(name, f"must be a number, not {_kind(value)}")
+        return float(value)
+
     def choice(self, name: str, allowed: Sequence[str], default: str | None = None) -> str:
         """One of `allowed`; required when `default` is None."""
         value = self.text(name, default)
@@ -114,6 +122,16 @@ class Section:
             self.fail(name, f"{value} is no multiple of {multiple_of} bytes")
         return n_bytes
 
+    def rate(self, name: str, default: int) -> int:
+        """Bytes a second: an integer, or a string such as "100M" or "100M/s"."""
+        value = self._get(name, default)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        n_bytes = size_of(value.removesuffix("/s")) if isinstance(value, str) else None
+        if n_bytes is None:
+            self.fail(name, f'{value!r} is no rate; allowed: bytes a second, or a string such as "100M"; 0: no limit')
+        return n_bytes
+
     def _parse_size(self, name: str, value: object) -> int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
@@ -134,7 +152,7 @@ class Section:
         tables = {}
         for own_name, value in values.items():
             key = (*self.key, name, own_name)
-            if not _NAME.fullmatch(own_name):
+            if not NAME.fullmatch(own_name):
                 self.document.fail(key, "a name has lower-case letters, digits and -, begins with a letter, up to 31")
             tables[own_name] = Section(self.document, key, value, known)
         return tables

@@ -15,6 +15,7 @@ import time
 import tty
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from deploy.client import LauncherClient
 from protocol.errors import UserError
@@ -38,9 +39,9 @@ class ConsolePlace:
     arguments: dict[str, str]
 
 
-def terminal_of(vm: str, host: str) -> ConsolePlace:
-    """The VM's first terminal, which kvm keeps."""
-    return ConsolePlace(vm, f"{host}/kvm", {"vm": vm})
+def terminal_of(vm: str) -> ConsolePlace:
+    """The VM's first terminal, which the kvm of its host keeps, on whichever that is."""
+    return ConsolePlace(vm, f"{vm}/kvm", {"vm": vm})
 
 
 def port_of(vm: str, port: str) -> ConsolePlace:
@@ -59,17 +60,24 @@ class Terminal:
         """New output; empty when there is none within `wait_seconds`."""
         arguments = {**self._place.arguments, "since": self.next, "wait_s": wait_seconds}
         seconds = wait_seconds + _QUERY_MARGIN_SECONDS
-        answer = self._client.query(self._place.target, "console.read", arguments, seconds)
+        answer = self._ask("console.read", arguments, seconds)
         self.next = int(answer["next"])
         return bytes(answer["data"])
 
     def write(self, data: bytes) -> None:
         """Type `data`; waits while the VM's input buffer is full."""
         while data:
-            answer = self._client.query(self._place.target, "console.write", {**self._place.arguments, "data": data})
+            answer = self._ask("console.write", {**self._place.arguments, "data": data})
             data = data[int(answer["taken"]) :]
             if data:
                 time.sleep(_FULL_SECONDS)
+
+    def _ask(self, what: str, arguments: dict[str, Any], seconds: float = _QUERY_MARGIN_SECONDS) -> Any:  # noqa: ANN401
+        try:
+            return self._client.query(self._place.target, what, arguments, seconds)
+        except UserError:
+            # The VM may just have moved; then its new host knows.
+            return self._client.query(self._place.target, what, arguments, seconds)
 
 
 def raw_console(reading: LauncherClient, writing: LauncherClient, place: ConsolePlace) -> None:

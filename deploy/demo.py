@@ -2,7 +2,8 @@
 
 Two hosts start, their VMs boot as normal ones, turn themselves secure, read their whole disk and write to it. At a
 mark everything that the host's side could have seen is copied; only then each guest reveals its secrets, and the
-copies are searched. The exit status is 0 only if every check held.
+copies are searched. At the end one VM moves to the other host while it reads its disk. The exit status is 0 only if
+every check held.
 
 What differs between kinds of guests is in `demo_model.py` and `demo_linux.py`.
 """
@@ -20,7 +21,16 @@ from deploy.api import RunningCluster, Vm, cluster, processes_of
 from deploy.calls_view import count_calls
 from deploy.cluster_file import Cluster, VmSpec, read_cluster_file, resolve_state
 from deploy.demo_evidence import Evidence, take_evidence
-from deploy.demo_report import SHARED_ON_PURPOSE, DemoGuest, DemoReport, Say, VmReport, Written, conclude
+from deploy.demo_report import (
+    SHARED_ON_PURPOSE,
+    DemoGuest,
+    DemoReport,
+    MigrationReport,
+    Say,
+    VmReport,
+    Written,
+    conclude,
+)
 from deploy.run_dirs import default_paths
 from protocol.errors import PefboxError
 from protocol.roles import Role
@@ -44,6 +54,7 @@ async def run_demo(guest: DemoGuest, state_dir: Path | None, say: Say) -> DemoRe
     async with cluster(guest.cluster_file, name=CLUSTER_NAME, state_dir=paths.state_dir, record=True) as running:
         written = await run.work(running)
         evidence = await run.look_from_outside(running)
+        await run.migrate(running)
     for vm in spec.vms:
         _check_written(vm, reports[vm.name], written.get(vm.name))
         conclude(reports[vm.name])
@@ -95,6 +106,42 @@ class _Demo:
             record = running.paths.record_file(f"{vm.name}/{Role.GUEST.value}")
             report.hypercalls, report.ultracalls = count_calls(record)
         return evidence
+
+
+    async def migrate(self, running: RunningCluster) -> None:
+        """Move the first VM to another host while it reads its disk."""
+        spec, report = self._spec.vms[0], self._reports[self._spec.vms[0].name]
+        others = self._spec.homes_of(spec)[1:]
+        if not others:
+            return
+        vm = running.vm(spec.name)
+        self._say(f"{spec.name} moves from {spec.host} to {others[0]} while it runs and reads its disk")
+        try:
+            await self._move(vm, report, spec.host, others[0])
+        except PefboxError as error:
+            report.problems.append(f"it did not move: {error}")
+            return
+        moved = report.migration
+        assert moved is not None
+        moved.disk_sha256_host = await trio.to_thread.run_sync(_sha256_of, Path(spec.disks[0].path))
+        self._say(f"{spec.name} runs on {others[0]} after {moved.seconds} s; it stood still for {moved.downtime_ms} ms")
+
+    async def _move(self, vm: Vm, report: VmReport, source: str, destination: str) -> None:
+        digests: list[str] = []
+
+        async def read() -> None:
+            digests.append(await self._guest.read_disk(vm))
+
+        async with first_error_nursery() as nursery:
+            nursery.start_soon(read)
+            facts = await vm.migrate(destination)
+        report.migration = MigrationReport(
+            source=source,
+            destination=destination,
+            seconds=round(facts["seconds"], 2),
+            downtime_ms=facts["progress"]["downtime_ms"],
+            disk_sha256_guest=digests[0],
+        )
 
 
 async def _copy(running: RunningCluster) -> Evidence:

@@ -18,12 +18,13 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
-from deploy.boot_parts import host_blob
+from deploy.boot_parts import hosts_blob, policy_file
 from deploy.cluster_file import Cluster, VmSpec
 from protocol.errors import ImageRefused, UserError
 from services.guest.model.image import build_image, sources_digest
@@ -37,7 +38,7 @@ COMMAND_LINE = "svm=on"
 DATA_BYTES = 64 << 20
 SCRATCH_BYTES = 4 << 20
 SECRET_FILE = "crypttab"
-_RECIPE_VERSION = 1
+_RECIPE_VERSION = 2
 _N_FILES = 40
 _FILE_BYTES = 1 << 20
 _INITRD_BYTES = 256 << 10
@@ -55,12 +56,14 @@ class SecureFiles(msgspec.Struct, frozen=True):
 def make_demo_files(cluster: Cluster, state_dir: Path) -> None:
     """Make what is missing or out of date; raises UserError."""
     for vm in cluster.vms:
-        ensure_keys(state_dir, vm.host)
-        stamp = _stamp(vm, state_dir)
+        hosts = cluster.homes_of(vm)
+        for host in hosts:
+            ensure_keys(state_dir, host)
+        stamp = _stamp(vm, state_dir, hosts)
         stamp_file = state_dir / f"{vm.name}.made"
         if _is_current(vm, stamp_file, stamp):
             continue
-        files = secure_files(vm, state_dir)
+        files = secure_files(vm, state_dir, hosts)
         if vm.guest.boot == "disk":
             _make_disk(vm, files)
         else:
@@ -68,8 +71,11 @@ def make_demo_files(cluster: Cluster, state_dir: Path) -> None:
         stamp_file.write_text(stamp)
 
 
-def secure_files(vm: VmSpec, state_dir: Path) -> SecureFiles:
-    """Image, initial RAM disk, blob and command line of one VM; raises UserError for settings the kernel refuses."""
+def secure_files(vm: VmSpec, state_dir: Path, hosts: Sequence[str] = ()) -> SecureFiles:
+    """Image, initial RAM disk, blob and command line of one VM that may turn secure on `hosts`, or on its own alone.
+
+    Raises UserError for settings that the kernel refuses.
+    """
     command_line = vm.guest.command_line or COMMAND_LINE
     try:
         image = build_image(vm.guest.workload, {**vm.guest.options, "dma": vm.guest.dma})
@@ -78,11 +84,13 @@ def secure_files(vm: VmSpec, state_dir: Path) -> SecureFiles:
     initrd = random.Random(vm.name).randbytes(_INITRD_BYTES)
     measured = SecureImage(RTAS_TEXT, image, initrd, command_line.encode())
     secret = Attachment(SECRET_FILE, f"root /dev/vda3 {vm.name}\n".encode())
-    return SecureFiles(image, initrd, host_blob(measured, state_dir, vm.host, [secret]), command_line)
+    blob = hosts_blob(measured, state_dir, hosts or [vm.host], [secret, policy_file(vm)])
+    return SecureFiles(image, initrd, blob, command_line)
 
 
-def _stamp(vm: VmSpec, state_dir: Path) -> str:
-    inputs = [_RECIPE_VERSION, msgspec.to_builtins(vm.guest), sources_digest(), public_key_of(state_dir, vm.host)]
+def _stamp(vm: VmSpec, state_dir: Path, hosts: Sequence[str]) -> str:
+    keys = [public_key_of(state_dir, host) for host in hosts]
+    inputs = [_RECIPE_VERSION, msgspec.to_builtins(vm.guest), sources_digest(), *keys, policy_file(vm).content]
     return hashlib.sha256(msgspec.msgpack.encode(inputs)).hexdigest()
 
 
@@ -122,13 +130,20 @@ def _make_disk(vm: VmSpec, files: SecureFiles) -> None:
 
 
 def write_model_disk(
-    vm: VmSpec, state_dir: Path, disk: BinaryIO, data: BinaryIO, scratch_bytes: int = SCRATCH_BYTES
+    vm: VmSpec,
+    state_dir: Path,
+    disk: BinaryIO,
+    data: BinaryIO,
+    scratch_bytes: int = SCRATCH_BYTES,
+    hosts: Sequence[str] = (),
 ) -> DiskLayout:
     """Write a disk that `vm` boots from to the empty file `disk`, with the content of `data` as its data partition.
 
-    The host's machine key is in `state_dir`. Raises UserError for settings that the kernel refuses.
+    It may turn secure on `hosts`, or on its own alone. The hosts' machine keys are in `state_dir`. Raises UserError for
+    settings that the kernel refuses.
     """
-    return write_disk(disk, _boot_partition(secure_files(vm, state_dir)), data=data, scratch_bytes=scratch_bytes)
+    files = secure_files(vm, state_dir, hosts)
+    return write_disk(disk, _boot_partition(files), data=data, scratch_bytes=scratch_bytes)
 
 
 def _boot_partition(files: SecureFiles) -> bytes:

@@ -101,6 +101,12 @@ class LinuxGuest:
         if digests != [before, before]:
             report.problems.append("paging changed what the guest reads")
 
+    async def read_disk(self, vm: Vm) -> str:
+        """As DemoGuest; from the disk, not from the page cache."""
+        shell = self._shells[vm.name]
+        await shell.run("echo 3 > /proc/sys/vm/drop_caches")
+        return _digest(await shell.run("sha256sum /dev/vda"))
+
     async def reveal(self, vm: Vm) -> dict[str, str]:
         """As DemoGuest."""
         shell = self._shells[vm.name]

@@ -53,6 +53,14 @@ class ModelGuest:
         if await secure_state(running, spec, gfns[0]) != "SECURE":
             report.problems.append("the image of a page was not taken back")
 
+    async def read_disk(self, vm: Vm) -> str:
+        """As DemoGuest."""
+        answer = await vm.console_command("hash", seconds=_WORK_SECONDS)
+        found = re.search(r"ok ([0-9a-f]{64}) \d+", answer)
+        if found is None:
+            raise UserError(f"{vm.name}: no hash of the disk: {answer[-300:]!r}")
+        return found[1]
+
     async def reveal(self, vm: Vm) -> dict[str, str]:
         """As DemoGuest."""
         return dict(_SECRET.findall(await vm.console_command("reveal")))

@@ -17,6 +17,17 @@ SHARED_ON_PURPOSE = "marker"
 """The name of what a guest puts into shared memory, so that a search which finds nothing is seen to be no blind one."""
 
 
+class MigrationReport(msgspec.Struct, kw_only=True):
+    """A live migration. The disk was read while the VM moved, and is what the host has in the end."""
+
+    source: str
+    destination: str
+    seconds: float
+    downtime_ms: int
+    disk_sha256_guest: str = ""
+    disk_sha256_host: str = ""
+
+
 class VmReport(msgspec.Struct, kw_only=True):
     """What was seen of one VM. `problems` are the checks that did not hold."""
 
@@ -33,6 +44,8 @@ class VmReport(msgspec.Struct, kw_only=True):
     secrets_found: list[str] = []
     shared_marker_found: bool = False
     written_region_on_disk: bool = False
+    migration: MigrationReport | None = None
+    """Of the VM that was moved to another host at the end; None for one that was not."""
     seconds_to_secure: float = 0.0
     """From when its cluster was about to start."""
     problems: list[str] = []
@@ -65,6 +78,9 @@ class DemoGuest(Protocol):
     async def work(self, vm: Vm, report: VmReport) -> Written | None:
         """Read the whole first disk, write a region of it, plant secrets; fills in the report."""
 
+    async def read_disk(self, vm: Vm) -> str:
+        """SHA-256 of the whole first disk as it is now, in hex, as the guest reads it."""
+
     async def endure(self, running: RunningCluster, spec: VmSpec, report: VmReport) -> None:
         """Its host reads secure pages and pages out; fills in the report. Raises PefboxError."""
 
@@ -84,4 +100,7 @@ def conclude(report: VmReport) -> None:
         "no hypercalls were recorded": bool(report.hypercalls) and bool(report.ultracalls),
         "no secure page was read as the host": report.host_read_of_secure_page == "ciphertext",
     }
+    if report.migration is not None:
+        read, found = report.migration.disk_sha256_guest, report.migration.disk_sha256_host
+        checks["the disk that was read during the migration is another than the host's"] = read == found != ""
     report.problems += [problem for problem, held in checks.items() if not held]

@@ -61,7 +61,10 @@ class DmaOffer(msgspec.Struct, kw_only=True):
 
 
 class HostDescription(msgspec.Struct, kw_only=True):
-    """A host. `launch_security` names what a VM can turn into; `no_launch_security` says why nothing."""
+    """A host. `launch_security` names what a VM can turn into; `no_launch_security` says why nothing.
+
+    `migration_hosts` are those that its VMs may move to; whether one can now, `pefbox can-migrate` says.
+    """
 
     cluster: str
     host: str
@@ -89,6 +92,7 @@ class HostDescription(msgspec.Struct, kw_only=True):
     pci_nodes: list[str]
     dma_designs: list[str]
     dma: DmaOffer
+    migration_hosts: list[str] = []
 
 
 async def describe_host(run: ClusterRun, name: str) -> HostDescription:
@@ -125,6 +129,7 @@ async def describe_host(run: ClusterRun, name: str) -> HostDescription:
         pci_nodes=list(PCI_NODES),
         dma_designs=[design.value for design in DmaDesign],
         dma=_dma(),
+        migration_hosts=[other for other in run.hosts if other != name and run.cluster.may_move(name, other)],
     )
 
 

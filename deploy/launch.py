@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ from deploy.cluster_file import Cluster, check_cluster_name, read_cluster_file, 
 from deploy.cluster_run import ClusterRun, LaunchOptions
 from deploy.health import wait_until_started
 from deploy.manifest import clean_run_dir, new_manifest
+from deploy.migrate import asked_by_monitor
 from deploy.operator_socket import OperatorSocket
 from deploy.plan import cluster_processes
 from deploy.run_dirs import LOCK_FILE, Lock, Paths, default_paths, is_locked, make_private_dir
@@ -85,6 +87,7 @@ async def _live(run: ClusterRun, on_healthy: Callable[[ClusterRun], None], owner
     failure: list[PefboxError] = []
     async with trio.open_nursery() as nursery:
         run.nursery = nursery
+        run.on_migrate = functools.partial(asked_by_monitor, run)
         await nursery.start(watch_signals, run)
         await nursery.start(_watch_orders_to_end, run)
         if owner_fd is not None:
@@ -117,7 +120,8 @@ async def _start(run: ClusterRun, on_healthy: Callable[[ClusterRun], None], fail
 async def _watch_orders_to_end(run: ClusterRun, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         task_status.started()
-        async for _ in signals:
+        async for number in signals:
+            run.log.info("told to stop", signal=signal.Signals(number).name)
             run.stop_requested.set()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from deploy.boot_parts import BootParts, parts_blob, read_program_file
+from deploy.boot_parts import BootParts, parts_blob, policy_file, read_program_file
 from deploy.cluster_file import Cluster, VmSpec
 from deploy.linux.store import LinuxImage, built_image, default_cache
 from protocol.errors import UserError
@@ -37,7 +37,7 @@ def make_linux_files(cluster: Cluster, state_dir: Path) -> None:
                 f'guest.boot = "kernel" and guest.image; vms.{vm.name} is none'
             )
         _make_disks(vm, state_dir)
-        _make_boot_files(vm, vm.guest, state_dir)
+        _make_boot_files(vm, vm.guest, state_dir, cluster.homes_of(vm))
 
 
 def built_linux() -> LinuxImage:
@@ -45,14 +45,17 @@ def built_linux() -> LinuxImage:
     return built_image(default_cache())
 
 
-def _make_boot_files(vm: VmSpec, guest: GuestEntry, state_dir: Path) -> None:
+def _make_boot_files(vm: VmSpec, guest: GuestEntry, state_dir: Path, hosts: list[str]) -> None:
     assert guest.image is not None
     ours = {path for path in (guest.image, guest.initrd, guest.esm_blob) if path and _is_ours(path, state_dir)}
     if not ours:
         return
-    ensure_keys(state_dir, vm.host)
+    for host in hosts:
+        ensure_keys(state_dir, host)
     sources = _sources(guest, ours)
-    inputs = [_RECIPE_VERSION, msgspec.to_builtins(guest), *sources.values(), public_key_of(state_dir, vm.host)]
+    keys = [public_key_of(state_dir, host) for host in hosts]
+    settings = msgspec.to_builtins(guest)
+    inputs = [_RECIPE_VERSION, settings, *sources.values(), *keys, policy_file(vm).content]
     stamp = hashlib.sha256(msgspec.msgpack.encode(inputs)).hexdigest()
     stamp_file = state_dir / f"{vm.name}.made"
     if stamp_file.is_file() and stamp_file.read_text() == stamp and all(Path(path).is_file() for path in ours):
@@ -63,7 +66,7 @@ def _make_boot_files(vm: VmSpec, guest: GuestEntry, state_dir: Path) -> None:
         if path in ours:
             shutil.copyfile(source[0], path)
     if guest.esm_blob in ours:
-        _write_blob(vm, guest, state_dir)
+        _write_blob(vm, guest, state_dir, hosts)
     stamp_file.write_text(stamp)
 
 
@@ -84,13 +87,13 @@ def _sources(guest: GuestEntry, ours: set[str]) -> dict[str, tuple[str, int, int
     return origins
 
 
-def _write_blob(vm: VmSpec, guest: GuestEntry, state_dir: Path) -> None:
+def _write_blob(vm: VmSpec, guest: GuestEntry, state_dir: Path, hosts: list[str]) -> None:
     assert guest.image is not None
     assert guest.esm_blob is not None
     initrd = None if guest.initrd is None else Path(guest.initrd)
     parts = BootParts(program=Path(guest.image), initrd=initrd, command_line=guest.command_line)
     program = read_program_file(parts.program)
-    Path(guest.esm_blob).write_bytes(parts_blob(parts, program, state_dir, vm.host))
+    Path(guest.esm_blob).write_bytes(parts_blob(parts, program, state_dir, hosts, [policy_file(vm)]))
 
 
 def _make_disks(vm: VmSpec, state_dir: Path) -> None:

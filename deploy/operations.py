@@ -19,7 +19,10 @@ from protocol.vm_state import VmState
 
 @dataclass(frozen=True, slots=True)
 class VmFacts:
-    """What the conditions look at. `processes` are those that exist."""
+    """What the conditions look at. `processes` are those that exist where the VM lives.
+
+    `on_its_way` is one line on the migration that is under way, `other_hosts` whether there is one to go to.
+    """
 
     name: str
     host: str
@@ -29,6 +32,8 @@ class VmFacts:
     device_kinds: frozenset[str]
     monitor_commands: frozenset[str] | None
     """None when its qemu never told."""
+    on_its_way: str | None = None
+    other_hosts: bool = True
 
 
 Condition = Callable[[VmFacts], str | None]
@@ -104,6 +109,20 @@ def _is_normal(what: str) -> Condition:
     return condition
 
 
+def _stays(facts: VmFacts) -> str | None:
+    return facts.on_its_way
+
+
+def _has_another_host(facts: VmFacts) -> str | None:
+    return None if facts.other_hosts else f"{facts.host} is the only host of the cluster"
+
+
+def _has_nothing_assigned(facts: VmFacts) -> str | None:
+    """A device that is no part of qemu's own state stays with its host, as one that is passed through."""
+    assigned = sorted(facts.device_kinds & ASSIGNED_KINDS)
+    return f"device {assigned[0]} is assigned to the VM: unplug it" if assigned else None
+
+
 def _monitor(name: str, command: str, *conditions: Condition, on_secure: str = "") -> Operation:
     """An operation that is a command of the VM's monitor."""
     needs = (_is_built(command), _answers(Role.QEMU), *conditions)
@@ -116,6 +135,8 @@ RESTART = "restart"
 CONSOLE = "console"
 VIRTIO_CONSOLE = "virtio console"
 BALLOON = "balloon"
+MIGRATE = "migrate"
+ASSIGNED_KINDS = frozenset({"edu"})
 _STARTS_AGAIN = "its secure memory is gone; it boots as a normal VM and may turn itself secure again"
 
 _TABLE = (
@@ -124,7 +145,7 @@ _TABLE = (
     _monitor("reset", "system_reset", _answers(Role.KVM), on_secure=_STARTS_AGAIN),
     _monitor("power off", "quit", on_secure="its secure memory is gone"),
     _monitor("shutdown", "system_powerdown", _is_started),
-    Operation(RESTART, "pefbox restart VM", (_answers(Role.ULTRAVISOR, Role.KVM),), on_secure=_STARTS_AGAIN),
+    Operation(RESTART, "pefbox restart VM", (_stays, _answers(Role.ULTRAVISOR, Role.KVM)), on_secure=_STARTS_AGAIN),
     Operation(CONSOLE, "pefbox console VM", (_answers(Role.KVM),)),
     Operation(
         VIRTIO_CONSOLE,
@@ -146,7 +167,23 @@ _TABLE = (
     ),
     _monitor("memory dump", "dump-guest-memory", _is_normal("all but its shared pages would be ciphertext")),
     _monitor("snapshot", "snapshot-save", _is_normal("its pages are ciphertext that no later start can read")),
-    _monitor("migrate", "migrate", _is_started),
+    Operation(
+        MIGRATE,
+        "pefbox migrate VM HOST",
+        (
+            _stays,
+            _has_another_host,
+            _is_started,
+            _answers(Role.ULTRAVISOR, Role.KVM, Role.QEMU, Role.GUEST),
+            _has_nothing_assigned,
+        ),
+        "migrate",
+        on_secure="only to a host that both ultravisors and the VM's own policy accept: pefbox can-migrate",
+    ),
+    Operation("cancel migration", "pefbox migrate VM --cancel", (_answers(Role.QEMU),), "migrate_cancel"),
+    Operation(
+        "migration parameters", "pefbox migrate VM --bandwidth SIZE", (_answers(Role.QEMU),), "migrate-set-parameters"
+    ),
 )
 OPERATIONS = {operation.name: operation for operation in _TABLE}
 

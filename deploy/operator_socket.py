@@ -14,15 +14,20 @@ from typing import Any
 import msgspec
 import trio
 
+from deploy.can_migrate import known_vm, why_not
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun
 from deploy.host_description import describe_host
+from deploy.link_orders import link
+from deploy.migrate import cancel, job_info, migrate, set_parameters
 from deploy.operator_protocol import LENGTH, MAX_FRAME_BYTES, Request, Response, frame
 from deploy.page_view import page_view
+from deploy.recovery import recover
 from deploy.restart import restart
 from deploy.status import gather_status
 from deploy.vm_description import describe_vm
 from protocol.errors import PefboxError, UserError
+from protocol.roles import Role
 
 MAX_QUERY_SECONDS = 60.0
 _BACKLOG = 16
@@ -41,6 +46,13 @@ class OperatorSocket:
             "query": self._query,
             "page": self._page,
             "restart": self._restart,
+            "migrate": self._migrate,
+            "migrate-cancel": self._migrate_cancel,
+            "migrate-set": self._migrate_set,
+            "can-migrate": self._can_migrate,
+            "jobinfo": self._job_info,
+            "recover": self._recover,
+            "link": self._link,
             "signal": self._signal,
             "stop": self._stop,
         }
@@ -104,6 +116,30 @@ class OperatorSocket:
     async def _restart(self, arguments: dict[str, Any]) -> None:
         await restart(self._run, str(arguments["name"]))
 
+    async def _migrate(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        parameters = dict(arguments.get("parameters", {}))
+        move = await migrate(self._run, str(arguments["vm"]), str(arguments["host"]), parameters)
+        return move.facts()
+
+    async def _migrate_cancel(self, arguments: dict[str, Any]) -> None:
+        await cancel(self._run, str(arguments["vm"]))
+
+    async def _migrate_set(self, arguments: dict[str, Any]) -> None:
+        await set_parameters(self._run, str(arguments["vm"]), dict(arguments["parameters"]))
+
+    async def _can_migrate(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return {"reasons": await why_not(self._run, str(arguments["vm"]), str(arguments["host"]))}
+
+    async def _job_info(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return job_info(self._run, str(arguments["vm"]))
+
+    async def _recover(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        name = str(arguments["vm"])
+        return {"vm": name, "host": await recover(self._run, known_vm(self._run, name))}
+
+    async def _link(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return await link(self._run, [str(name) for name in arguments["between"]], dict(arguments["changes"]))
+
     async def _signal(self, arguments: dict[str, Any]) -> None:
         child = self._child(arguments["target"])
         if not child.is_running:
@@ -114,7 +150,12 @@ class OperatorSocket:
         self._run.stop_requested.set()
 
     def _child(self, target: object) -> Child:
-        child = self._run.children.get(str(target))
+        """`vm1/qemu@beta` is the process on that host, `vm1/kvm` the kvm of wherever the VM lives."""
+        name, _, host = str(target).partition("@")
+        owner, _, role = name.partition("/")
+        if owner in self._run.vms and role in (Role.KVM.value, Role.ULTRAVISOR.value):
+            name = f"{self._run.vms[owner].spec.host}/{role}"
+        child = self._run.at(name, host) if host else self._run.children.get(name)
         if child is None:
             raise UserError(f"no process {target!r}; there are: {', '.join(self._run.children)}")
         return child

@@ -15,6 +15,7 @@ from pathlib import Path
 from deploy import plan
 from deploy.cluster_file import Cluster
 from deploy.memory_segments import SHM_DIR
+from deploy.plan import ProcessPlan
 from deploy.run_dirs import Paths
 from protocol.control import MAX_DESCRIPTORS
 from protocol.errors import UserError
@@ -112,8 +113,10 @@ def path_findings(cluster: Cluster, paths: Paths) -> list[str]:
     """Every Unix socket must have a path short enough to bind."""
     sockets = [str(paths.launcher_socket)]
     sockets += [str(link.socket_path) for link in plan.cluster_links(cluster, paths)]
-    for process in plan.cluster_processes(cluster):
+    for process in plan.cluster_processes(cluster) + _moved_processes(cluster):
         sockets += [path for path in plan.monitor_sockets(paths, process) if path is not None]
+    moves = {vm.name: 1 for vm in cluster.vms} if len(cluster.hosts) > 1 else {}
+    sockets += [str(link.socket_path) for link in plan.network_links(paths, cluster, moves, moves)]
     longest = max(sockets, key=lambda path: len(os.fsencode(path)))
     # A restarted VM's incarnation may take three more digits.
     n_bytes = len(os.fsencode(longest)) + 3
@@ -123,6 +126,13 @@ def path_findings(cluster: Cluster, paths: Paths) -> list[str]:
         f"socket path {longest} is {n_bytes - MAX_SOCKET_PATH_BYTES} bytes too long: "
         "take shorter names, or a shorter XDG_RUNTIME_DIR"
     ]
+
+
+def _moved_processes(cluster: Cluster) -> list[ProcessPlan]:
+    """Those of the VMs after a move, whose directories have longer names."""
+    if len(cluster.hosts) < 2:
+        return []
+    return [process for vm in cluster.vms for process in plan.vm_processes(vm, move=1)]
 
 
 def file_findings(cluster: Cluster) -> list[str]:

@@ -48,17 +48,17 @@ class Paths:
         """The launcher's own log."""
         return self.state_dir / "log" / LAUNCHER_LOG
 
-    def process_dir(self, target: str) -> Path:
-        """The run directory of one process; the links it binds lie below."""
-        return self.run_dir / file_stem(target)
+    def process_dir(self, place: str) -> Path:
+        """The run directory of one process, by its place; the links it binds lie below."""
+        return self.run_dir / file_stem(place)
 
     def log_file(self, target: str) -> Path:
         """The JSON lines of one process."""
         return self.state_dir / "log" / f"{file_stem(target)}.log"
 
-    def stderr_file(self, target: str) -> Path:
-        """What one process wrote to standard error."""
-        return self.state_dir / "log" / f"{file_stem(target)}.stderr"
+    def stderr_file(self, place: str) -> Path:
+        """What one process wrote to standard error, by its place."""
+        return self.state_dir / "log" / f"{file_stem(place)}.stderr"
 
     def record_file(self, target: str) -> Path:
         """The recorded frames of one process."""
@@ -71,6 +71,10 @@ class Paths:
     def audit_log(self, host: str) -> Path:
         """The ultravisor's audit log of one host."""
         return self.host_state_dir(host) / "audit.jsonl"
+
+    def ledger(self, host: str) -> Path:
+        """What the ultravisor of one host decided of migrations."""
+        return self.host_state_dir(host) / "migrations.jsonl"
 
 
 def file_stem(target: str) -> str:

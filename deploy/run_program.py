@@ -123,7 +123,7 @@ def _quoted(text: str) -> str:
 def program_blob(program: Program, order: RunOrder, state_dir: Path) -> Path:
     """The file with the ESM blob for the program, made for this run's host."""
     blob = state_dir / "program.esm"
-    blob.write_bytes(parts_blob(order, program, state_dir, _HOST))
+    blob.write_bytes(parts_blob(order, program, state_dir, [_HOST]))
     return blob
 
 

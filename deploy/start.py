@@ -21,6 +21,8 @@ from deploy.child import Child, spawn
 from deploy.cluster_file import VmSpec
 from deploy.cluster_run import ClusterRun, OpenFiles
 from deploy.gifts import release_held
+from deploy.identity_files import identity_of, open_ledger
+from deploy.link_orders import tell_links
 from deploy.plan import KeyRing, LinkPlan, ProcessPlan
 from deploy.supervise import serve_child
 from protocol import control
@@ -29,7 +31,7 @@ from protocol.roles import Role
 from protocol.startup import Keys, VmEntry
 from services.runtime.first_error import first_error_nursery
 from services.ultravisor.audit import open_audit_file
-from services.ultravisor.identity import ensure_keys
+from shared.stream_buffer import make_stream_buffer
 
 START_SECONDS = 30.0
 _STDERR_TAIL_BYTES = 4096
@@ -72,28 +74,50 @@ def spawn_all(run: ClusterRun, processes: Iterable[ProcessPlan], links: Iterable
     children = []
     links = list(links)
     for process in processes:
-        _make_dir(run.paths.process_dir(process.target))
+        make_dir(run.paths.process_dir(process.place))
         child = spawn(process, run.paths, run.options.service_module)
         run.manifest.add_process(process.target, child.pid)
-        child.peers = {link.peer_of(child.target) for link in links if child.target in (link.upper, link.lower)}
-        run.adopt(child)
+        if is_incoming(run, process):
+            run.incoming[child.target] = child
+        else:
+            run.adopt(child)
         run.nursery.start_soon(serve_child, run, child)
         children.append(child)
-    for link in links:
-        _make_dir(link.directory)
-        for target, peer in ((link.upper, link.lower), (link.lower, link.upper)):
-            if target in run.children:
-                run.children[target].peers.add(peer)
+    prepare_links(run, links)
     return children
+
+
+def is_incoming(run: ClusterRun, process: ProcessPlan) -> bool:
+    """Whether `process` is of a VM that lives on another host yet."""
+    return process.vm is not None and run.vms[process.vm].spec.host != process.host
+
+
+def prepare_links(run: ClusterRun, links: Iterable[LinkPlan]) -> None:
+    """Directories to bind in; and both ends have a peer of whose state they are told."""
+    for link in links:
+        make_dir(link.directory)
+        upper, lower = link.ends
+        for (target, host), (peer, _) in ((upper, lower), (lower, upper)):
+            child = run.at(target, host)
+            if child is not None:
+                child.peers.add(peer)
 
 
 def prepare_vms(run: ClusterRun, vms: Iterable[str], files: OpenFiles) -> None:
     """Zeroed RAM and a new private socketpair between ultravisor and guest, for the next incarnation of each VM."""
     for name in vms:
         files.add(f"ram:{name}", run.new_segment(run.vms[name]))
-        upper, lower = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        files.add(f"secure:{name}/{Role.ULTRAVISOR.value}", upper.detach())
-        files.add(f"secure:{name}/{Role.GUEST.value}", lower.detach())
+        add_shared_files(name, files)
+
+
+def add_shared_files(vm: str, files: OpenFiles) -> None:
+    """What processes of one incarnation of a VM have in common beside its RAM."""
+    stream = make_stream_buffer(vm)
+    files.add(f"stream:{vm}", os.dup(stream.fd))
+    stream.close()
+    upper, lower = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    files.add(f"secure:{vm}/{Role.ULTRAVISOR.value}", upper.detach())
+    files.add(f"secure:{vm}/{Role.GUEST.value}", lower.detach())
 
 
 def open_process_files(run: ClusterRun, processes: Iterable[ProcessPlan], files: OpenFiles) -> None:
@@ -104,21 +128,29 @@ def open_process_files(run: ClusterRun, processes: Iterable[ProcessPlan], files:
         files.add(f"record@{target}", _open_appending(run.paths.record_file(target)))
         if process.role is Role.ULTRAVISOR:
             files.add(f"audit@{target}", open_audit_file(run.paths.state_dir, process.host))
+            files.add(f"ledger@{target}", open_ledger(run.paths.ledger(process.host)))
         if process.role is Role.QEMU and process.vm is not None:
-            _open_disks(run.vms[process.vm].spec, target, files)
+            _open_disks(run.vms[process.vm].spec, target, files, lock=not is_incoming(run, process))
 
 
-def _open_disks(vm: VmSpec, target: str, files: OpenFiles) -> None:
+def _open_disks(vm: VmSpec, target: str, files: OpenFiles, *, lock: bool) -> None:
+    """Disks and images of a qemu. Those of one where the VM arrives are locked by the qemu that it leaves."""
     for disk in vm.disks:
         fd = _open_user_file(disk.path, os.O_RDONLY if disk.readonly else os.O_RDWR)
         files.add(f"disk:{disk.name}@{target}", fd)
-        try:
-            # The lock belongs to the open file, which qemu holds as long as it lives.
-            fcntl.flock(fd, (fcntl.LOCK_SH if disk.readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{disk.path}: is in use by another VM or cluster") from None
+        if lock and not lock_disk(fd, readonly=disk.readonly):
+            raise UserError(f"{disk.path}: is in use by another VM or cluster")
     for name, path in plan.guest_files(vm.guest).items():
         files.add(f"{name}@{target}", _open_user_file(path, os.O_RDONLY))
+
+
+def lock_disk(fd: int, *, readonly: bool) -> bool:
+    """Lock a disk for the open file of `fd`, which qemu holds as long as it lives; False when others have it."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def make_keys(links: Iterable[LinkPlan]) -> KeyRing:
@@ -126,15 +158,18 @@ def make_keys(links: Iterable[LinkPlan]) -> KeyRing:
     links = list(links)
     pairs = {}
     for link in links:
-        for target in (link.upper, link.lower):
+        for end in plan.End:
             public, secret = zmq.curve_keypair()
-            pairs[link.id, target] = (public.decode(), secret.decode())
+            pairs[link.id, end] = (public.decode(), secret.decode())
     return KeyRing(links, pairs)
 
 
-def entry_of(run: ClusterRun, vm: str) -> VmEntry:
-    """What the processes of a VM are told of its present incarnation."""
+def entry_of(run: ClusterRun, vm: str, host: str) -> VmEntry:
+    """What the processes of a VM on `host` are told of its incarnation there."""
     record = run.vms[vm]
+    move = record.migration
+    if move is not None and host != record.spec.host:
+        return plan.vm_entry(record.spec, move.incarnation, move.segment, incoming=True)
     return plan.vm_entry(record.spec, record.incarnation, record.segment)
 
 
@@ -147,8 +182,8 @@ async def configure(run: ClusterRun, children: list[Child], ring: KeyRing, files
 
 async def _configure_one(run: ClusterRun, child: Child, ring: KeyRing, files: OpenFiles) -> None:
     await _wait(run, child, child.hello)
-    entries = [entry_of(run, vm.name) for vm in plan.vms_known_to(child.plan, run.cluster)]
-    config = plan.process_config(run.frame, child.plan, entries, ring.entries(child.target))
+    entries = [entry_of(run, vm.name, child.plan.host) for vm in plan.vms_known_to(child.plan, run.cluster)]
+    config = plan.process_config(run.frame, child.plan, entries, ring.entries(child.plan))
     descriptors = [files[key] for key in file_keys(child.plan, config.descriptors)]
     child.channel.send(control.Start(config), descriptors)
     await _wait(run, child, child.confined)
@@ -158,7 +193,7 @@ def file_keys(process: ProcessPlan, names: Iterable[str]) -> list[str]:
     """Under which key each descriptor of a process lies in `OpenFiles`."""
     keys = []
     for name in names:
-        if name.startswith("ram:"):
+        if name.startswith(("ram:", "stream:")):
             keys.append(name)
         elif name.startswith("secure:"):
             keys.append(f"{name}/{process.role.value}")
@@ -170,13 +205,20 @@ def file_keys(process: ProcessPlan, names: Iterable[str]) -> list[str]:
 def replace_network_links(run: ClusterRun, started: list[Child], links: Iterable[LinkPlan], ring: KeyRing) -> None:
     """Tell VMs that go on of their links to those that are being started."""
     new = {child.target for child in started}
-    ends = {target for link in links if link.network is not None for target in (link.upper, link.lower)}
-    for target in sorted(ends - new):
-        try:
-            run.children[target].channel.send(control.ReplaceLinks(ring.entries(target), ring.keys(target)))
-        except PeerGone as gone:
-            # It is on its way out, or has not read its socket for long: its own restart links it again.
-            run.log.warning("network link not replaced", process=target, reason=str(gone))
+    ends = {end for link in links if link.network is not None for end in link.ends}
+    for target, host in sorted(end for end in ends if end[0] not in new):
+        child = run.at(target, host)
+        if child is not None:
+            replace_links(run, child, ring)
+
+
+def replace_links(run: ClusterRun, child: Child, ring: KeyRing) -> None:
+    """Tell `child` of its ends of the links of `ring`."""
+    try:
+        child.channel.send(control.ReplaceLinks(ring.entries(child.plan), ring.keys(child.plan)))
+    except PeerGone as gone:
+        # It is on its way out, or has not read its socket for long: its own restart links it again.
+        run.log.warning("link not replaced", process=child.target, reason=str(gone))
 
 
 async def hand_over_keys(run: ClusterRun, children: list[Child], ring: KeyRing) -> None:
@@ -184,12 +226,13 @@ async def hand_over_keys(run: ClusterRun, children: list[Child], ring: KeyRing) 
     for role in plan.START_ORDER:
         group = [child for child in children if child.plan.role is role]
         for child in group:
-            keys = ring.keys(child.target)
+            keys = ring.keys(child.plan)
             if role is Role.ULTRAVISOR:
-                keys = Keys(links=keys.links, identity=ensure_keys(run.paths.state_dir, child.plan.host))
+                keys = Keys(links=keys.links, identity=identity_of(run.cluster, run.paths.state_dir, child.plan.host))
             child.channel.send(control.TakeKeys(keys))
             child.has_keys = True
             release_held(child)
+        tell_links(run)
         async with first_error_nursery() as nursery:
             for child in group:
                 nursery.start_soon(_wait, run, child, child.ready)
@@ -213,14 +256,14 @@ async def _wait(run: ClusterRun, child: Child, event: trio.Event) -> None:
 def _stderr_tail(run: ClusterRun, child: Child) -> str:
     """The last line that the process wrote to standard error."""
     try:
-        data = run.paths.stderr_file(child.target).read_bytes()[-_STDERR_TAIL_BYTES:]
+        data = run.paths.stderr_file(child.plan.place).read_bytes()[-_STDERR_TAIL_BYTES:]
     except OSError:
         return ""
     lines = data.decode(errors="replace").strip().splitlines()
     return f": {lines[-1].strip()}" if lines else ""
 
 
-def _make_dir(path: Path) -> None:
+def make_dir(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 

@@ -10,6 +10,8 @@ import trio
 from deploy import plan
 from deploy.child import QUERY_SECONDS, Child, QueryRefused
 from deploy.cluster_run import ClusterRun, HostRecord, VmRecord
+from deploy.host_links import LinkRow
+from deploy.migration_record import MigrationFacts
 from deploy.supervise import take_vm_state
 from protocol import control
 from protocol.errors import PeerGone
@@ -106,7 +108,7 @@ class ProcessRow(msgspec.Struct, kw_only=True):
 
 class VmRow(msgspec.Struct, kw_only=True):
     """A VM. `pages` counts are None until they were heard of; `reason` says why it failed; `balloon` is None where
-    it has none."""
+    it has none; `migration` while it is on its way, and `arriving` are its processes there, as `vm1/qemu@beta`."""
 
     name: str
     lpid: int
@@ -122,6 +124,8 @@ class VmRow(msgspec.Struct, kw_only=True):
     network: NetworkStatus
     balloon: BalloonStatus | None
     processes: list[ProcessRow]
+    migration: MigrationFacts | None = None
+    arriving: list[ProcessRow] = []
 
 
 class HostRow(msgspec.Struct, kw_only=True):
@@ -143,6 +147,7 @@ class ClusterStatus(msgspec.Struct, kw_only=True):
     run_dir: str
     state_dir: str
     hosts: list[HostRow]
+    links: list[LinkRow]
 
 
 async def gather_status(run: ClusterRun) -> ClusterStatus:
@@ -160,6 +165,7 @@ def status_now(run: ClusterRun) -> ClusterStatus:
         run_dir=str(run.paths.run_dir),
         state_dir=str(run.paths.state_dir),
         hosts=[_host_row(run, host) for host in run.hosts.values()],
+        links=run.links.rows(),
     )
 
 
@@ -273,7 +279,7 @@ def _host_row(run: ClusterRun, host: HostRecord) -> HostRow:
 
 
 def _vm_row(run: ClusterRun, vm: VmRecord) -> VmRow:
-    qemu = plan.ProcessPlan(Role.QEMU, vm.spec.host, vm.spec.name)
+    qemu = plan.ProcessPlan(Role.QEMU, vm.spec.host, vm.spec.name, vm.move)
     known = {**vm.last_kvm, **vm.last_ultravisor}
     return VmRow(
         name=vm.spec.name,
@@ -290,7 +296,13 @@ def _vm_row(run: ClusterRun, vm: VmRecord) -> VmRow:
         network=vm.last_network or NetworkStatus(),
         balloon=_balloon(vm),
         processes=[process_row(child) for child in reversed(run.vm_children(vm.spec.name))],
+        migration=None if vm.migration is None else vm.migration.facts(),
+        arriving=[_arriving_row(child) for child in reversed(run.incoming_children(vm.spec.name))],
     )
+
+
+def _arriving_row(child: Child) -> ProcessRow:
+    return msgspec.structs.replace(process_row(child), target=f"{child.target}@{child.plan.host}")
 
 
 def _balloon(vm: VmRecord) -> BalloonStatus | None:

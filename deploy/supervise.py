@@ -14,6 +14,8 @@ import trio
 from deploy.child import Child, QueryRefused
 from deploy.cluster_run import ClusterRun, VmRecord
 from deploy.gifts import relay
+from deploy.migration_record import Migration, VmEnd
+from deploy.sides import Side, side_of
 from deploy.states import ProcessState
 from protocol import control
 from protocol.errors import MalformedMessage, PeerGone
@@ -23,6 +25,7 @@ from protocol.vm_state import VmState
 _STOP_SECONDS = 1.0
 _SECOND_LOOK_SECONDS = 0.05
 _HELD_UP_SECONDS = 0.5
+_MAX_HELD_NOTICES = 64
 _VM_STATES = frozenset(state.value for state in VmState)
 _CHANGES = os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG
 
@@ -64,32 +67,62 @@ def _ended(run: ClusterRun, child: Child, code: int, status: int) -> None:
     child.exit_expected |= quit_by_user
     child.gone(status, code)
     run.manifest.drop_process(child.pid)
-    if run.children.get(child.target) is not child:
-        run.dead = [other for other in run.dead if other is not child]
+    if not run.is_current(child):
+        _replaced_ended(run, child)
         return
     if child.state is ProcessState.FAILED:
-        run.report(f"{child.target} failed: {child.detail}", process=child.target, pid=child.pid)
+        place = f"{child.target} on {child.plan.host}" if child.plan.vm in _moving(run) else child.target
+        run.report(f"{place} failed: {child.detail}", process=child.target, pid=child.pid)
     _tell_peers(run, child)
     if not run.stopping:
         _consequences(run, child, quit_by_user)
 
 
+def _moving(run: ClusterRun) -> set[str]:
+    return {name for name, vm in run.vms.items() if vm.migration is not None}
+
+
+def _replaced_ended(run: ClusterRun, child: Child) -> None:
+    """Its keepers hear of it, where they have not got another process of its target already."""
+    run.dead = [other for other in run.dead if other is not child]
+    if run.at(child.target, child.plan.host) is not None:
+        return
+    for peer in run.host_children(child.plan.host):
+        if peer.target in child.peers and peer.plan.vm is None:
+            _tell(peer, child)
+
+
 def _consequences(run: ClusterRun, child: Child, quit_by_user: bool) -> None:
     reason = f"{child.target} is {child.state.value} ({child.detail})"
-    if quit_by_user and child.plan.vm is not None:
-        _vm_quit(run, run.vms[child.plan.vm])
+    if child.plan.vm is not None:
+        _vm_process_ended(run, run.vms[child.plan.vm], child, VmEnd(VmState.OFF, "quit") if quit_by_user else None)
         return
     if child.exit_expected:
         return
-    if child.plan.vm is not None:
-        fail_vm(run, run.vms[child.plan.vm], reason)
-        return
+    for vm in run.moving(child.plan.host):
+        if side_of(run, vm, child) is Side.ARRIVAL:
+            _note_arrival_end(vm, VmEnd(VmState.FAILED, reason))
     vms = [vm for vm in run.vms.values() if vm.spec.host == child.plan.host]
     if child.plan.role is Role.KVM:
         for vm in vms:
             fail_vm(run, vm, reason)
     else:
         run.nursery.start_soon(_fail_secure_vms, run, vms, reason)
+
+
+def _vm_process_ended(run: ClusterRun, vm: VmRecord, child: Child, quit_by_user: VmEnd | None) -> None:
+    if child.exit_expected and quit_by_user is None:
+        return
+    end = quit_by_user or VmEnd(VmState.FAILED, f"{child.target} is {child.state.value} ({child.detail})")
+    if run.incoming.get(child.target) is child:
+        _note_arrival_end(vm, end)
+    else:
+        end_vm(run, vm, end)
+
+
+def _note_arrival_end(vm: VmRecord, end: VmEnd) -> None:
+    if vm.migration is not None:
+        vm.migration.arrival_end = vm.migration.arrival_end or end
 
 
 async def _fail_secure_vms(run: ClusterRun, vms: list[VmRecord], reason: str) -> None:
@@ -112,22 +145,21 @@ async def _kvm_calls_secure(run: ClusterRun, vm: VmRecord) -> bool:
 
 def fail_vm(run: ClusterRun, vm: VmRecord, reason: str) -> None:
     """The VM has failed: say so, and end what is left of it."""
-    if not vm.lost:
-        vm.change(VmState.FAILED, reason)
-        vm.lost, vm.secure = True, False
-        run.report(f"{vm.spec.name} failed: {reason}", vm=vm.spec.name)
-        _end_vm_processes(run, vm)
+    end_vm(run, vm, VmEnd(VmState.FAILED, reason))
 
 
-def _vm_quit(run: ClusterRun, vm: VmRecord) -> None:
-    """Its user told the monitor to quit."""
-    if not vm.lost:
-        vm.change(VmState.OFF, "quit")
-        vm.lost = True
-        _end_vm_processes(run, vm)
-
-
-def _end_vm_processes(run: ClusterRun, vm: VmRecord) -> None:
+def end_vm(run: ClusterRun, vm: VmRecord, end: VmEnd) -> None:
+    """The VM is over where it lives. Of one that moves, whoever carries that out decides what that means."""
+    if vm.migration is not None:
+        vm.migration.home_end = vm.migration.home_end or end
+        return
+    if vm.lost:
+        return
+    vm.change(end.state, end.reason)
+    vm.lost = True
+    if end.state is VmState.FAILED:
+        vm.secure = False
+        run.report(f"{vm.spec.name} failed: {end.reason}", vm=vm.spec.name)
     for child in run.vm_children(vm.spec.name):
         if child.is_running:
             run.nursery.start_soon(end_child, child, _STOP_SECONDS)
@@ -152,15 +184,18 @@ def _set_state(run: ClusterRun, child: Child, state: ProcessState, detail: str =
     if not child.change(state, detail):
         return
     run.log.warning("state", process=child.target, state=state.value, detail=detail)
-    if state is not ProcessState.STARTING and run.children.get(child.target) is child:
+    if state is not ProcessState.STARTING and run.is_current(child):
         _tell_peers(run, child)
 
 
 def _tell_peers(run: ClusterRun, child: Child) -> None:
-    for target in child.peers:
-        peer = run.children.get(target)
-        if peer is not None and peer.is_running and peer.has_keys:
-            peer.channel.tell_peer_state(child.target, child.state.value)
+    for peer in run.peers_of(child):
+        _tell(peer, child)
+
+
+def _tell(peer: Child, child: Child) -> None:
+    if peer.is_running and peer.has_keys:
+        peer.channel.tell_peer_state(child.target, child.state.value)
 
 
 async def heartbeat(run: ClusterRun) -> None:
@@ -243,10 +278,9 @@ def _take(run: ClusterRun, child: Child, packet: control.FromProcess, descriptor
 def _ready(run: ClusterRun, child: Child) -> None:
     child.ready.set()
     child.change(ProcessState.RUNNING)
-    for target in child.peers:
-        peer = run.children.get(target)
-        if peer is not None and peer.state not in (ProcessState.RUNNING, ProcessState.STARTING):
-            child.channel.tell_peer_state(target, peer.state.value)
+    for peer in run.peers_of(child):
+        if peer.state not in (ProcessState.RUNNING, ProcessState.STARTING):
+            child.channel.tell_peer_state(peer.target, peer.state.value)
 
 
 def _ponged(run: ClusterRun, child: Child, sequence: int) -> None:
@@ -257,29 +291,65 @@ def _ponged(run: ClusterRun, child: Child, sequence: int) -> None:
 
 def _noticed(run: ClusterRun, child: Child, notice: control.Notice) -> None:
     vm = run.vms.get(notice.vm or "")
-    own = vm is not None and vm.spec.host == child.plan.host and child.plan.vm in (None, vm.spec.name)
-    if vm is None or not own or notice.what not in control.NOTICES or run.children.get(child.target) is not child:
+    side = None if vm is None else side_of(run, vm, child)
+    if vm is None or side is None or notice.what not in control.NOTICES:
         run.log.error("notice refused", process=child.target, what=notice.what, vm=notice.vm)
         return
     run.log.info("notice", process=child.target, what=notice.what, vm=notice.vm, detail=notice.detail)
-    if run.stopping or vm.being_removed:
+    if run.stopping or side is Side.OVER:
         # Everything ends anyway, and what is said of the end is no news.
         return
-    match notice.what:
-        case "guest-must-die":
-            _kill_guest(run, child, vm, notice.detail)
-        case "vm-failed":
-            fail_vm(run, vm, notice.detail or f"reported by {child.target}")
-        case "vm-off" if notice.detail == "quit" and child.plan.role is Role.QEMU:
-            _vm_quit(run, vm)
-        case "vm-off":
-            vm.change(VmState.OFF, notice.detail)
-        case "vm-state":
-            take_vm_state(vm, notice.detail)
+    if notice.what == "guest-must-die":
+        _kill_guest(run, child, vm, notice.detail)
+    elif side is Side.ARRIVAL:
+        assert vm.migration is not None
+        _noticed_at_arrival(vm.migration, vm, child, notice)
+    elif notice.what == "migrate":
+        _asked_to_migrate(run, child, vm, notice.detail)
+    else:
+        _noticed_at_home(run, vm, child, notice)
+
+
+def _noticed_at_home(run: ClusterRun, vm: VmRecord, child: Child, notice: control.Notice) -> None:
+    if notice.what == "vm-failed":
+        fail_vm(run, vm, notice.detail or f"reported by {child.target}")
+    elif _says_quit(child, notice):
+        end_vm(run, vm, VmEnd(VmState.OFF, "quit"))
+    else:
+        take_news(vm, notice.what, notice.detail)
+
+
+def _says_quit(child: Child, notice: control.Notice) -> bool:
+    return notice.what == "vm-off" and notice.detail == "quit" and child.plan.role is Role.QEMU
+
+
+def take_news(vm: VmRecord, what: str, detail: str) -> None:
+    """What a notice says of the state of the VM where it lives."""
+    if what == "vm-off":
+        vm.change(VmState.OFF, detail)
+    elif what == "vm-state":
+        take_vm_state(vm, detail)
+
+
+def _noticed_at_arrival(move: Migration, vm: VmRecord, child: Child, notice: control.Notice) -> None:
+    """Where it arrives: an end is acted on, all else counts when the VM lives there."""
+    if notice.what == "vm-failed":
+        _note_arrival_end(vm, VmEnd(VmState.FAILED, notice.detail or f"reported by {child.target}"))
+    elif _says_quit(child, notice):
+        _note_arrival_end(vm, VmEnd(VmState.OFF, "quit"))
+    elif notice.what in ("vm-off", "vm-state") and len(move.notices) < _MAX_HELD_NOTICES:
+        move.notices.append((notice.what, notice.detail))
+
+
+def _asked_to_migrate(run: ClusterRun, child: Child, vm: VmRecord, host: str) -> None:
+    if child.plan.role is not Role.QEMU:
+        run.log.error("notice refused", process=child.target, what="migrate", vm=vm.spec.name)
+        return
+    run.on_migrate(vm, host)
 
 
 def _kill_guest(run: ClusterRun, child: Child, vm: VmRecord, detail: str) -> None:
-    guest = run.child(vm.spec.name, Role.GUEST)
+    guest = run.at(f"{vm.spec.name}/{Role.GUEST.value}", child.plan.host)
     if guest is None or child.plan.role not in (Role.ULTRAVISOR, Role.KVM):
         run.log.error("notice refused", process=child.target, what="guest-must-die", vm=vm.spec.name)
         return

@@ -38,7 +38,21 @@ def status_tree(status: dict[str, Any]) -> Tree:
             branch.add(_process_line(process))
         for vm in host["vms"]:
             _add_vm(branch, vm)
+    for link in status["links"]:
+        tree.add(Text(link_line(link), style="red" if link["down"] else ""))
     return tree
+
+
+def link_line(link: dict[str, Any]) -> str:
+    """A link between two hosts and what it does to what crosses it."""
+    one, other = link["between"]
+    parts = [f"link {one} - {other}", "down" if link["down"] else "up"]
+    parts += [f"{name} {link[f'{name}_ms']:g} ms" for name in ("latency", "jitter") if link[f"{name}_ms"]]
+    if link["bandwidth_bytes_per_second"]:
+        parts.append(f"bandwidth {mebibytes(link['bandwidth_bytes_per_second'])}/s")
+    if link["loss"]:
+        parts.append(f"loss {link['loss']:g}")
+    return "  ".join(parts)
 
 
 def _add_vm(branch: Tree, vm: dict[str, Any]) -> None:
@@ -61,7 +75,9 @@ def _add_vm(branch: Tree, vm: dict[str, Any]) -> None:
         for peer in end["peers"]:
             state = _state("running" if peer["state"] == "up" else peer["state"])
             node.add(Text.assemble(f"network {end['network']}  to {peer['vm']} ", state, f"  {_traffic(peer)}"))
-    for process in vm["processes"]:
+    if vm["migration"] is not None:
+        node.add(Text(migration_facts(vm["migration"]), style="cyan"))
+    for process in (*vm["processes"], *vm["arriving"]):
         node.add(_process_line(process))
 
 
@@ -70,6 +86,13 @@ def balloon_facts(balloon: dict[str, Any]) -> str:
     names = ("actual", "target", "discarded")
     facts = "  ".join(f"{name} {mebibytes(balloon[f'{name}_bytes'])}" for name in names)
     return f"{facts}  {balloon['reason']}" if balloon["reason"] else facts
+
+
+def migration_facts(facts: dict[str, Any]) -> str:
+    """Where a VM is going, and how far it is."""
+    from deploy.migration_view import headline, progress_lines
+
+    return "  ".join(["migration", headline(facts).partition("  ")[2], *map(str.strip, progress_lines(facts)[:1])])
 
 
 def mebibytes(n_bytes: int) -> str:
@@ -112,7 +135,7 @@ def processes_of(status: dict[str, Any]) -> list[dict[str, Any]]:
     for host in status["hosts"]:
         rows += host["processes"]
         for vm in host["vms"]:
-            rows += vm["processes"]
+            rows += vm["processes"] + vm["arriving"]
     return rows
 
 

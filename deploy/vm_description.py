@@ -136,7 +136,17 @@ def vm_facts(run: ClusterRun, vm: VmRecord) -> VmFacts:
         processes={role: child.state for role, child in children.items() if child is not None},
         device_kinds=frozenset(device.kind for device in spec.devices),
         monitor_commands=None if machine is None else frozenset(machine.monitor_commands),
+        on_its_way=_on_its_way(vm),
+        other_hosts=len(run.hosts) > 1,
     )
+
+
+def _on_its_way(vm: VmRecord) -> str | None:
+    if vm.migration is None:
+        return None
+    if vm.in_doubt:
+        return f"nobody knows where {vm.spec.name} runs: pefbox recover {vm.spec.name}"
+    return f"{vm.spec.name} is on its way to {vm.migration.host}"
 
 
 async def _refresh_machine(run: ClusterRun, vm: VmRecord) -> None:
@@ -152,7 +162,7 @@ async def _refresh_machine(run: ClusterRun, vm: VmRecord) -> None:
 def _description(run: ClusterRun, vm: VmRecord) -> VmDescription:
     spec = vm.spec
     machine: MachineAnswer | None = vm.last_machine
-    qemu = plan.ProcessPlan(Role.QEMU, spec.host, spec.name)
+    qemu = plan.ProcessPlan(Role.QEMU, spec.host, spec.name, vm.move)
     return VmDescription(
         cluster=run.cluster.name,
         host=spec.host,

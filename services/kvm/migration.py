@@ -20,7 +20,7 @@ from protocol import messages as m
 from protocol.codes import HCode, UCode
 from protocol.errors import HostFault, MalformedMessage, PeerError, PefboxError
 from protocol.registers import to_register, to_signed
-from protocol.ucalls import MIGRATION_UCALLS, UV_EXPORT_STATEMENT
+from protocol.ucalls import MIGRATION_UCALLS, UV_EXPORT_CANCEL, UV_EXPORT_STATEMENT
 from protocol.vm_state import VmState
 from protocol.wire import Envelope
 from services.kvm import saved_vm
@@ -55,6 +55,7 @@ class Migration:
         self._arrived = not vm.entry.incoming
         self._loading = False
         self._left = False
+        self._saved = False
 
     def register(self, link: Link) -> None:
         """Serve the VM's qemu."""
@@ -69,9 +70,19 @@ class Migration:
         """Whether the VM may start on this host: it does not arrive yet, and has not left."""
         return self._arrived and not self._left
 
+    @property
+    def takes_typing(self) -> bool:
+        """Whether text that is typed reaches the VM: after a save it would come neither along nor, for long, to it."""
+        return self.is_here and not self._saved
+
     def forget_processor(self) -> None:
         """The processor may run: what was kept of it is old."""
         self._processor = None
+        self.runs()
+
+    def runs(self) -> None:
+        """The VM goes on here, whatever was saved of it: it has made a call."""
+        self._saved = False
 
     # -- source -----------------------------------------------------------------------------------------------
 
@@ -114,6 +125,7 @@ class Migration:
             except PeerError as error:
                 self._log.warning("state of the VM not saved", reason=str(error))
                 return m.SavedVm(HCode.H_PARAMETER)
+            self._saved = True
             return m.SavedVm(HCode.H_SUCCESS, len(state))
 
     def _may_save(self) -> bool:
@@ -235,6 +247,8 @@ class Migration:
         outputs = [*map(to_register, result[1:]), *(0 for _ in call.results)][: len(call.results)]
         if call is UV_EXPORT_STATEMENT and code == UCode.U_SUCCESS and outputs[0] == 1:
             self._leave()
+        elif call in (UV_EXPORT_CANCEL, UV_EXPORT_STATEMENT) and code == UCode.U_SUCCESS:
+            self.runs()
         return m.MigrationUcallReply(code, outputs)
 
     def _leave(self) -> None:

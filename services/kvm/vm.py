@@ -142,6 +142,7 @@ class Vm:
 
     def reflected_at_once(self, call: Call, vcpu: int, args: list[int], cause: int, answer: Answer) -> None:
         """A hypercall that the ultravisor passed on, and that needs no waiting."""
+        self.migration.runs()
         result = self.hcalls.at_once[call.number](GuestCall(vcpu, args, cause, answer))
         if result is not DEFERRED:
             answer(result)
@@ -149,6 +150,7 @@ class Vm:
 
     async def reflected_waiting(self, call: Call, vcpu: int, args: list[int], cause: int) -> list[int]:
         """As `reflected_at_once`, for a handler that waits; its result."""
+        self.migration.runs()
         result = await self.hcalls.waiting[call.number](GuestCall(vcpu, args, cause, _answered_elsewhere))
         self.after_call()
         return result
@@ -236,7 +238,7 @@ class Vm:
 
     def type_in(self, data: bytes) -> int:
         """Text typed at the terminal; how many bytes were taken."""
-        taken = self.terminal.type_in(data)
+        taken = self.terminal.type_in(data) if self.migration.takes_typing else 0
         if taken:
             self.raise_irq(VTY_SOURCE, level=True)
         return taken

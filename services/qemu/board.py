@@ -148,6 +148,12 @@ class Board:
         if self._assign_bars:
             self.bridge.assign_bars()
 
+    def announce(self) -> None:
+        """Every network card says where it is, so that frames for it come here."""
+        for function in self._virtio:
+            if isinstance(function.device, VirtioNet):
+                function.device.announce()
+
     @property
     def n_iommu_lookups(self) -> int:
         """Ranges that devices had translated."""

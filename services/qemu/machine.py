@@ -59,7 +59,8 @@ class Machine:
         self._events = events
         self._nursery = nursery
         self._log = log
-        self._orders = trio.Lock()
+        self.orders = trio.Lock()
+        """Held by whoever changes the run state."""
 
     @property
     def run_seconds(self) -> float | None:
@@ -223,9 +224,14 @@ class Machine:
             self.state = RunState.INTERNAL_ERROR
             raise
 
+    def arrived(self, state: RunState) -> None:
+        """The machine has come from another host, and is in `state` here."""
+        self._started_s, self._ended_s = time.monotonic(), None
+        self.state = state
+
     async def stop(self) -> None:
         """As MachineControl."""
-        async with self._orders:
+        async with self.orders:
             if self.state is not RunState.RUNNING:
                 return
             await self._order(m.VM_STOP, m.Empty())
@@ -234,7 +240,7 @@ class Machine:
 
     async def cont(self) -> None:
         """As MachineControl."""
-        async with self._orders:
+        async with self.orders:
             if self.state is not RunState.PAUSED:
                 return
             await self._order(m.VM_CONTINUE, m.Empty())
@@ -272,7 +278,9 @@ class Machine:
         return balloon
 
     async def _reset(self, cause: ShutdownCause) -> None:
-        async with self._orders:
+        async with self.orders:
+            if self.state.elsewhere:
+                raise CommandFailed(f"The machine is in state '{self.state}': it is not here to be reset")
             self._events.emit(Reset.by(cause))
             self.state = RunState.PRELAUNCH
             try:
@@ -292,7 +300,9 @@ class Machine:
             return
 
     async def _end(self, cause: ShutdownCause, state: RunState) -> None:
-        async with self._orders:
+        async with self.orders:
+            if self.state.elsewhere:
+                return
             self._events.emit(Shutdown.by(cause))
             self.state = state
             self._ended_s = time.monotonic()

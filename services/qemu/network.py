@@ -38,6 +38,8 @@ class Drop(Enum):
     """The other VM's qemu is gone, stopped or does not answer."""
     PEER_FULL = "peer-full"
     """The link to it takes no more frames now."""
+    LINK = "link"
+    """Lost on a link between two hosts that has a shape: by its loss, its queue, or since it is cut."""
 
 
 class Traffic:
@@ -83,6 +85,13 @@ class Port(Protocol):
 
     def flush(self) -> None:
         """What was put so far goes out now."""
+
+
+class Delay(Protocol):
+    """A link between two hosts that has a shape."""
+
+    def send(self, frames: list[bytes], port: PeerPort) -> None:
+        """Have `port` deliver `frames` when they arrive, or drop and count them."""
 
 
 class FairQueue:
@@ -230,6 +239,8 @@ class PeerPort:
 
     def __init__(self, offer: Offer) -> None:
         self.offer = offer
+        self.delay: Delay | None = None
+        """Between: what the link to the peer's host does, if that ever was something."""
         self.traffic = Traffic()
         self._gathered: list[bytes] = []
         self._gathered_bytes = 0
@@ -246,6 +257,13 @@ class PeerPort:
         if not self._gathered:
             return
         frames, self._gathered, self._gathered_bytes = self._gathered, [], 0
+        if self.delay is None:
+            self.deliver(frames)
+        else:
+            self.delay.send(frames, self)
+
+    def deliver(self, frames: list[bytes]) -> None:
+        """Send frames to the peer now, or drop and count them."""
         drop = self.offer(frames)
         if drop is not None:
             self.traffic.dropped[drop] += len(frames)

@@ -6,14 +6,18 @@ A link is never waited for (L1): frames for a peer that is gone, stopped or slow
 from __future__ import annotations
 
 from collections.abc import Mapping
+from random import Random
 
 from protocol import messages as m
 from protocol.errors import HostFault
 from protocol.startup import LinkEntry, LinkKey, VmEntry
 from protocol.wire import Envelope
+from services.qemu.frame_delay import FrameDelay
 from services.qemu.network import Drop, PeerPort, Switch
+from services.qemu.shaping import Shaper
 from services.runtime.link import Link
 from services.runtime.process import Runtime
+from shared.link_shape import PLAIN, LinkShape
 
 
 class NetworkLinks:
@@ -23,6 +27,8 @@ class NetworkLinks:
         self.switches = {device.network: Switch(device.mtu) for device in vm.devices if device.network is not None}
         self._runtime = runtime
         self._links: dict[tuple[str, str], Link] = {}
+        self._delays: dict[str, FrameDelay] = {}
+        """By peer, of those whose link ever had a shape."""
 
     async def open(self, entries: list[LinkEntry], keys: Mapping[str, LinkKey]) -> None:
         """Open links; each takes the place of one of an earlier incarnation of its peer. Others stay as they are."""
@@ -38,6 +44,17 @@ class NetworkLinks:
                 self._links[key] = await self._open(entry, keys[entry.id], self.switches[entry.network])
             except HostFault as error:
                 self._runtime.log.error("network link not opened", link=entry.id, reason=str(error))
+
+    def set_shapes(self, shapes: Mapping[str, LinkShape]) -> None:
+        """The links to the hosts of these peers have shapes, and those to all others none, from now on."""
+        for peer in shapes.keys() - self._delays.keys():
+            source = Random(f"{self._runtime.config.seed}:{peer}")
+            self._delays[peer] = FrameDelay(Shaper(source), self._runtime.nursery)
+        for peer, delay in self._delays.items():
+            delay.set_shape(shapes.get(peer, PLAIN))
+        for switch in self.switches.values():
+            for peer, port in switch.peers.items():
+                port.delay = self._delays.get(peer)
 
     def status(self) -> list[dict[str, object]]:
         """For each network: what is known of its peers."""
@@ -64,6 +81,7 @@ class NetworkLinks:
             return None if link.offer_event(m.NET_FRAMES, m.NetFramesBody(frames)) else Drop.PEER_FULL
 
         port = switch.connect(entry.peer, offer)
+        port.delay = self._delays.get(entry.peer)
 
         def take(_envelope: Envelope, body: m.NetFramesBody) -> None:
             switch.from_peer(body.frames, port)

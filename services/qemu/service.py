@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 from typing import Any
@@ -12,15 +13,20 @@ import trio
 from protocol import messages as m
 from protocol.errors import HostFault, PefboxError, UserError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
-from protocol.links import KVM_QEMU, QEMU_QEMU
+from protocol.links import KVM_QEMU, QEMU_MIGRATION, QEMU_QEMU
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.qemu.board import Board
 from services.qemu.description import describe_machine
 from services.qemu.dma_windows import DmaWindows
 from services.qemu.loader import BOOT_FILES, load_machine
 from services.qemu.machine import Machine
+from services.qemu.migration.control import MigrationControl
+from services.qemu.migration.kvm_port import KvmPort
+from services.qemu.migration.monitor import MigrationEvent, MigrationMonitor
+from services.qemu.migration.status import MigrationStatus
+from services.qemu.moving_machine import MovingMachine
 from services.qemu.network_links import NetworkLinks
-from services.qemu.qmp import Monitored, MonitorEvents, serve_monitors
+from services.qemu.qmp import COMMANDS, Monitored, MonitorEvents, RunState, serve_monitors
 from services.qemu.virtio_balloon import VirtioBalloon
 from services.qemu.virtio_console import VirtioConsole
 from services.runtime.link import Link
@@ -28,9 +34,13 @@ from services.runtime.process import Query, Runtime
 from services.runtime.text_buffers import typed_bytes
 from shared.guest_ram import GuestRam
 from shared.host_view import HostState
+from shared.link_shape import LinkShapes
 from shared.memfd import SealedMemory, map_sealed
+from shared.stream_buffer import StreamBuffer
 
 _STATS_SECONDS = 0.3
+MIGRATION_SOCKETS = frozenset({"migration-source", "migration-destination"})
+"""Tags of the stream socket that the launcher gives to the two qemus of a migration."""
 
 
 class Qemu:
@@ -42,10 +52,17 @@ class Qemu:
         self._machine: Machine | None = None
         self._link: Link | None = None
         self._networks: NetworkLinks | None = None
+        self._shapes = LinkShapes()
         self._ram: GuestRam | None = None
         self._host_view: memoryview | None = None
         self._has_view = trio.Event()
         self._mappings: list[mmap.mmap] = []
+        self._events: MonitorEvents | None = None
+        self._migrations: MigrationControl | None = None
+        self._migration_monitor: MigrationMonitor | None = None
+        self._migration_link: Link | None = None
+        self._built = trio.Event()
+        self._announced = False
 
     async def start(self) -> None:
         """Nothing host-wide."""
@@ -57,25 +74,42 @@ class Qemu:
         self._vm = vm
         entry = next(link for link in links if link.kind == KVM_QEMU.name)
         link = self._link = self._runtime.make_link(entry, keys[entry.id])
-        events = MonitorEvents()
+        events = self._events = MonitorEvents()
         machine = self._machine = Machine(link, events, self._runtime.nursery, self._runtime.log)
         machine.register(link)
         await self._runtime.serve_link(link)
         self._networks = NetworkLinks(self._runtime, vm)
         await self._networks.open([link for link in links if link.kind == QEMU_QEMU.name], keys)
         self._runtime.nursery.start_soon(self._run, vm, files, events)
+        self._runtime.nursery.start_soon(self._open_migration_links, links, keys)
 
     async def replace_links(self, links: list[LinkEntry], keys: dict[str, LinkKey]) -> None:
-        """Another VM of a network is in its next incarnation."""
+        """Another VM of a network is in its next incarnation, or this one is to move and has a link to where."""
         if self._networks is not None:
-            await self._networks.open(links, keys)
+            await self._networks.open([link for link in links if link.kind == QEMU_QEMU.name], keys)
+        await self._open_migration_links(links, keys)
+        if self._vm is not None and self._vm.incoming and not self._announced and self._machine is not None:
+            self._runtime.nursery.start_soon(self._announce, self._machine)
+
+    async def _open_migration_links(self, links: list[LinkEntry], keys: dict[str, LinkKey]) -> None:
+        for entry in links:
+            if entry.kind != QEMU_MIGRATION.name:
+                continue
+            await self._built.wait()
+            assert self._migrations is not None
+            if self._migration_link is not None:
+                await self._runtime.close_link(self._migration_link)
+            link = self._migration_link = self._runtime.make_link(entry, keys[entry.id])
+            self._migrations.use_link(link)
+            await self._runtime.serve_link(link)
 
     async def _run(self, vm: VmEntry, files: dict[str, int], events: MonitorEvents) -> None:
         assert self._machine is not None
         try:
             await self._build(vm, files)
             await self._serve_monitor(vm, events)
-            await self._machine.power_on()
+            if not vm.incoming:
+                await self._machine.power_on()
         except PefboxError as error:
             self._runtime.log.error("the machine does not start", reason=str(error))
             await self._runtime.notice("vm-failed", vm.name, str(error))
@@ -92,9 +126,8 @@ class Qemu:
         if vm.guest.kernel == "machine":
             marks.append(await self._give_marks("device-writes", "pefbox-written-device", vm))
         ram_fd = files[f"ram:{vm.name}"]
-        ram = self._ram = GuestRam(
-            memoryview(self._map_ram(ram_fd, vm.memory_bytes)), self._host_view, self._machine.want, *marks
-        )
+        memory = memoryview(self._map_ram(ram_fd, vm.memory_bytes))
+        ram = self._ram = GuestRam(memory, self._host_view, self._machine.want, *marks)
         disks = {name.removeprefix("disk:"): fd for name, fd in files.items() if name.startswith("disk:")}
         loads = {name: files[name] for name in BOOT_FILES if name in files}
         assert self._networks is not None
@@ -107,6 +140,47 @@ class Qemu:
             if not await self._machine.windows.create(window):
                 raise HostFault("kvm made no DMA window")
         self._runtime.nursery.start_soon(board.run)
+        self._migrations = self._make_migrations(vm, board, memory, files)
+        self._built.set()
+
+    def _make_migrations(
+        self, vm: VmEntry, board: Board, ram: memoryview, files: dict[str, int]
+    ) -> MigrationControl | None:
+        stream = files.get(f"stream:{vm.name}")
+        if stream is None:
+            return None
+        assert self._machine is not None
+        assert self._link is not None
+        assert self._host_view is not None
+        machine = MovingMachine(vm, self._machine, board, ram, files[f"ram:{vm.name}"], self._host_view)
+        if vm.incoming:
+            self._machine.state = RunState.INMIGRATE
+        control = MigrationControl(
+            machine,
+            KvmPort(self._link),
+            StreamBuffer(stream),
+            self._runtime.nursery,
+            self._runtime.log,
+            self._migration_status,
+            lambda host: self._runtime.notice("migrate", vm.name, host),
+        )
+        control.set_shape(self._shapes.migration)
+        self._migration_monitor = MigrationMonitor(control, PAGE_BYTES)
+        return control
+
+    def _migration_status(self, status: MigrationStatus) -> None:
+        if self._events is not None and self._migration_monitor is not None and self._migration_monitor.tells_events:
+            self._events.emit(MigrationEvent(status))
+
+    async def _announce(self, machine: Machine) -> None:
+        """Tell the networks where the VM that has arrived is now."""
+        board = machine.board
+        if machine.state.elsewhere or board is None or self._migrations is None:
+            return
+        self._announced = True
+        for delay_ms in self._migrations.parameters.announcements_ms():
+            await trio.sleep(delay_ms / 1000)
+            board.announce()
 
     async def _give_marks(self, tag: str, name: str, vm: VmEntry) -> memoryview:
         """A map of a byte a GFN that devices set; whoever reads it clears it."""
@@ -119,7 +193,6 @@ class Qemu:
             mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError) as error:
             raise HostFault(f"cannot map the RAM segment: {error}") from None
-        os.close(fd)
         self._mappings.append(mapping)
         return mapping
 
@@ -128,15 +201,24 @@ class Qemu:
         if config.monitor_socket is None or config.control_monitor_socket is None or self._machine is None:
             return
         monitored = Monitored(vm.name, self._machine, events, self._runtime.log)
+        commands = COMMANDS
+        if self._migration_monitor is not None:
+            commands = commands.extended(*self._migration_monitor.commands())
         await self._runtime.nursery.start(
-            serve_monitors, monitored, config.monitor_socket, config.control_monitor_socket
+            functools.partial(serve_monitors, commands=commands),
+            monitored,
+            config.monitor_socket,
+            config.control_monitor_socket,
         )
 
     async def remove_vm(self, name: str) -> None:
         """A qemu process ends with its VM."""
 
     async def gift(self, tag: str, vm: str, fd: int) -> None:
-        """kvm's host view and TCE tables."""
+        """kvm's host view and TCE tables; the launcher's socket to another qemu."""
+        if tag in MIGRATION_SOCKETS and self._migrations is not None:
+            self._migrations.take_socket(fd)
+            return
         if tag == "host-view" and self._vm is not None and not self._has_view.is_set():
             mapping = map_sealed(fd, self._vm.memory_bytes >> PAGE_SHIFT)
             self._mappings.append(mapping)
@@ -166,11 +248,57 @@ class Qemu:
             "page.bytes": self._page_bytes,
             "dma.reach": self._dma_reach,
             "network.status": self._network_status,
+            "link.shape": self._link_shape,
             "balloon.status": self._balloon_status,
             "balloon.ask": self._balloon_ask,
             "console.read": self._console_read,
             "console.write": self._console_write,
+            "migration.start": self._migration_start,
+            "migration.status": self._migration_describe,
+            "migration.cancel": self._migration_cancel,
+            "migration.set": self._migration_set,
+            "migration.refused": self._migration_refused,
+            "migration.resume": self._migration_resume,
+            "migration.resolved": self._migration_resolved,
         }
+
+    # -- migration --------------------------------------------------------------------------------------------
+
+    async def _migration_start(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        self._moves().start(dict(arguments.get("parameters", {})))
+        return self._moves().describe()
+
+    async def _migration_describe(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        return self._moves().describe()
+
+    async def _migration_cancel(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        self._moves().cancel()
+        return self._moves().describe()
+
+    async def _migration_set(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        self._moves().set_parameters(dict(arguments["parameters"]))
+        parameters: dict[str, Any] = msgspec.to_builtins(self._moves().parameters)
+        return parameters
+
+    async def _migration_refused(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The launcher does not do what a user of the monitor asked for."""
+        self._moves().refused(str(arguments["reason"]))
+        return self._moves().describe()
+
+    async def _migration_resume(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """An operator found out that a VM in doubt is here again."""
+        await self._moves().resume()
+        return self._moves().describe()
+
+    async def _migration_resolved(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """An operator found out that a VM in doubt runs elsewhere."""
+        self._moves().resolved(moved=True)
+        return self._moves().describe()
+
+    def _moves(self) -> MigrationControl:
+        if self._migrations is None:
+            raise UserError("the machine has no devices yet")
+        return self._migrations
 
     async def _vm_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         machine = self._machine
@@ -204,6 +332,17 @@ class Qemu:
             "devices": [] if board is None else board.network_cards(),
             "networks": [] if self._networks is None else self._networks.status(),
         }
+
+    async def _link_shape(self, arguments: dict[str, Any]) -> None:
+        """What the links to the hosts of other qemus do to what is sent to these."""
+        shapes = msgspec.convert(arguments, LinkShapes)
+        if shapes.number <= self._shapes.number:
+            return
+        self._shapes = shapes
+        if self._networks is not None:
+            self._networks.set_shapes(shapes.peers)
+        if self._migrations is not None:
+            self._migrations.set_shape(shapes.migration)
 
     async def _balloon_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         """How much memory the guest has and is to have, as far as its balloon goes."""

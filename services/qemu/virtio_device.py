@@ -112,6 +112,8 @@ class VirtioDevice(ABC):
         self._nursery: trio.Nursery | None = None
         self._working = 0
         self._resetting = False
+        self.held = False
+        """The machine is about to run elsewhere: nothing new is begun."""
         self._quiet = trio.Event()
 
     @abstractmethod
@@ -183,7 +185,7 @@ class VirtioDevice(ABC):
 
     def kick(self, index: int) -> None:
         """The driver made buffers available; ignored before DRIVER_OK and for a queue that does not run."""
-        if self.serving and index < len(self.queues) and self.queues[index].running:
+        if self.serving and not self.held and index < len(self.queues) and self.queues[index].running:
             self._kicks[index].set()
 
     def reach(self) -> frozenset[int]:
@@ -220,6 +222,17 @@ class VirtioDevice(ABC):
         """Return when everything that was available has been served."""
         while self.busy:
             await self._quiet.wait()
+
+    async def hold(self) -> None:
+        """Begin nothing new until `release`; returns when all that was begun is done."""
+        self.held = True
+        await self.drained()
+
+    def release(self) -> None:
+        """Go on, with all that came meanwhile."""
+        self.held = False
+        for queue in self.queues:
+            self.wake(queue)
 
     def request_reset(self) -> None:
         """Back to power-on, at once or when the open requests have ended; until then the status stays non-zero."""

@@ -32,6 +32,9 @@ from shared.virtio_net import (
 QUEUE_SIZE = 256
 WAITING_FRAMES = 256
 """Received frames that wait for buffers."""
+ANYONE = b"\xff" * 6
+RARP_TYPE = 0x8035
+MIN_FRAME_BYTES = 60
 
 
 class VirtioNet(VirtioDevice):
@@ -73,11 +76,16 @@ class VirtioNet(VirtioDevice):
     def flush(self) -> None:
         """Nothing is gathered here."""
 
+    def announce(self) -> None:
+        """A reverse ARP request about itself, as a switch learns an address from (QEMU: `announce_self_create`)."""
+        self._switch.from_device(announcement(self.mac), self)
+        self._switch.flush()
+
     # Queues.
 
     def wants(self, queue: Virtqueue) -> bool:
-        """A receive buffer is of use while frames wait."""
-        return queue.index == TRANSMIT_QUEUE or bool(self._waiting)
+        """A receive buffer is of use while frames wait, which a device that is held lets them do."""
+        return queue.index == TRANSMIT_QUEUE or (bool(self._waiting) and not self.held)
 
     def served(self, queue: Virtqueue) -> None:
         """What was transmitted leaves."""
@@ -152,3 +160,11 @@ class VirtioNet(VirtioDevice):
             used.append((chain.head, len(part)))
             done += len(part)
         await queue.push_together(used)
+
+
+def announcement(mac: bytes) -> bytes:
+    """A RARP request frame of `mac` (RFC 903), as long as Ethernet wants at least."""
+    header = ANYONE + mac + RARP_TYPE.to_bytes(2, "big")
+    hardware_ethernet, protocol_ip, request_reverse = b"\0\1", b"\x08\0", b"\0\3"
+    packet = hardware_ethernet + protocol_ip + b"\6\4" + request_reverse + mac + bytes(4) + mac + bytes(4)
+    return (header + packet).ljust(MIN_FRAME_BYTES, b"\0")

@@ -131,16 +131,22 @@ class MigrationQueries:
         if partition is not None and isinstance(partition.migration, Departure) and partition.migration.in_progress:
             return await self._calls.take_word(partition, raw, 0)
         # After a crash there is no VM here any more: only what the ledger says of it.
-        entry, ledger = self._open_entry(vm), self._ledger
-        if entry is None or ledger is None:
-            raise HostFault(f"no migration of {vm} is open here")
+        entry = None if self._ledger is None else self._ledger.newest(session_of(raw))
+        if self._ledger is None or entry is None:
+            # The token was never given, so the VM cannot have started there.
+            return False
+        if entry.vm != vm or entry.decision is Decision.STARTED:
+            raise HostFault(f"this word is about no migration of {vm} from here")
         moved = check(raw, bytes.fromhex(entry.session), bytes.fromhex(entry.peer)) is Word.STARTED
-        ledger.record(msgspec.structs.replace(entry, decision=Decision.CLOSED))
+        if entry.decision is Decision.GIVEN:
+            self._ledger.record(msgspec.structs.replace(entry, decision=Decision.CLOSED))
         return moved
 
     async def _abandon(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The destination gives up for good; its word for the source."""
-        partition = self._named(arguments)
+        """The destination gives up for good; its word for the source, None when it has nothing of the VM."""
+        partition = self._partitions.get(str(arguments["vm"]))
+        if partition is None or not isinstance(partition.migration, Arrival):
+            return {"word": None}
         try:
             return {"word": (await self._calls.abandon(partition)).hex()}
         except MigrationRefused as refused:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from protocol.errors import UserError
-from tests.bench import boot, calls, disk, dma, engine, pages, starting
+from tests.bench import boot, calls, disk, dma, engine, migration, pages, starting
 from tests.bench.figure import Budget, Figure, Kind, Measurement
 
 RESULT = Path("build/bench.json")
@@ -32,6 +32,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "idle_rss": starting.measure_rss,
     "mips_loop": engine.measure,
     "boot_normal": boot.measure,
+    "migrate_secure": migration.measure,
 }
 """By the name of their first figure."""
 _MARK = "<!-- table by python -m tests.bench -->"

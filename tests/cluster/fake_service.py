@@ -1,7 +1,8 @@
 """A process that speaks the control protocol and nothing else: what the launcher is tested with.
 
 It plays any role. Orders come as queries: `seen` tells what arrived so far, `hang` stops answering for good,
-`notice` and `give` send packets, `exit` ends it. kvm answers `vm.status`; its state is set with `set-vm`.
+`notice` and `give` send packets, `exit` ends it. kvm answers `vm.status`; its state is set with `set-vm`. What it
+answers to the questions of a migration is set with `set-answer`; `channel` uses its end of the way for the bulk.
 """
 
 from __future__ import annotations
@@ -32,6 +33,23 @@ class FakeService:
         self.vms: dict[str, dict[str, Any]] = {}
         self.configs: list[ProcessConfig] = []
         self.keys: list[str] = []
+        self.account: dict[str, int] = {}
+        self.channel: socket.socket | None = None
+        self.answers: dict[str, Any] = {
+            "migration.status": {"status": "none"},
+            "migration.certificate": {"certificate": "00", "measurement": "11", "debuggable": False, "version": 1},
+            "migration.check": {"reason": None},
+            "migration.start": None,
+            "migration.started": {"status": "active"},
+            "migration.set": None,
+            "migration.cancel": None,
+            "migration.refused": None,
+            "migration.resume": None,
+            "migration.word": {"word": None},
+            "migration.abandon": {"word": "aa"},
+            "migration.take": {"word": "bb", "moved": True},
+            "link.shape": None,
+        }
 
     def send(self, packet: control.FromProcess, fd: int | None = None) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd is not None else []
@@ -69,11 +87,20 @@ class FakeService:
                 self.vms[vm.name] = {"state": "running", "secure": False, "pages": {"normal": vm.memory_bytes >> 16}}
                 self.keys += [f"{key.link}" for key in keys.links]
                 self.events.append(f"added {vm.name}.{vm.incarnation} {sorted(link.id for link in links)}")
+                if vm.incoming:
+                    self.events.append(f"{vm.name} is incoming")
             case control.RemoveVm(order, name):
-                self.vms.pop(name)
+                self.vms.pop(name, None)
+                self.events.append(f"removed {name}")
                 self.send(control.Answer(order))
             case control.PeerState(peer, state):
                 self.events.append(f"{peer} {state}")
+            case control.Gift("migration-source" | "migration-destination" as tag, _, giver):
+                self.gifts[tag] = [giver, ""]
+                self.channel = socket.socket(fileno=fds[0])
+            case control.ReplaceLinks(links, keys):
+                assert {link.id for link in links} == {key.link for key in keys.links}
+                self.events.append(f"replaced {sorted(link.id for link in links)}")
             case control.Gift(tag, _, giver):
                 self.gifts[tag] = [giver, os.pread(fds[0], 100, 0).decode()]
                 os.close(fds[0])
@@ -118,6 +145,7 @@ class FakeService:
                     "files": sorted(self.files),
                     "links": [link.id for link in config.links],
                     "config": {"run_dir": config.run_dir, "record": config.record, "debuggable": config.debuggable},
+                    "vms": [[vm.name, vm.incarnation, vm.incoming] for vm in config.vms],
                     "open": sorted(os.listdir("/proc/self/fd"), key=int),
                 }
             case "vm.status":
@@ -127,7 +155,7 @@ class FakeService:
             case "set-vm":
                 result = self.vms[arguments["vm"]].update(arguments["values"])
             case "account":
-                result = {"bytes": self.configs[0].secure_memory_bytes}
+                result = {"total_bytes": self.configs[0].secure_memory_bytes, "used_bytes": 0} | self.account
             case "write-ram":
                 result = os.pwrite(self.files[f"ram:{arguments['vm']}"], arguments["data"], 0)
             case "read-ram":
@@ -136,6 +164,21 @@ class FakeService:
                 result = os.write(self.files[f"secure:{arguments['vm']}"], arguments["data"])
             case "read-private":
                 result = os.read(self.files[f"secure:{arguments['vm']}"], 100)
+            case "set-account":
+                result = self.account.update(arguments)
+            case "set-answer":
+                result = self.answers.update(arguments)
+            case "channel":
+                assert self.channel is not None
+                if "send" in arguments:
+                    self.channel.sendall(arguments["send"])
+                result = None if "send" in arguments else self.channel.recv(100)
+            case what if what in self.answers:
+                if what != "migration.status":
+                    self.events.append(f"{what} {arguments}")
+                result = self.answers[what]
+                if what == "migration.start":
+                    self.answers["migration.status"] = self.answers["migration.started"]
             case "notice":
                 self.send(control.Notice(arguments["what"], arguments["vm"], arguments.get("detail", "")))
                 result = None

@@ -41,7 +41,9 @@ from deploy.api import cluster
 
 async def main():
     async with cluster(sys.argv[1], name="{OWNED}", state_dir=Path(sys.argv[2])) as running:
-        print(running.launcher_pid, flush=True)
+        # In one write: with PYTHONUNBUFFERED `print` makes two, and the reader may be gone before the second.
+        sys.stdout.write(f"{{running.launcher_pid}}\\n")
+        sys.stdout.flush()
         await trio.sleep_forever()
 
 trio.run(main)

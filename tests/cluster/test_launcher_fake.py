@@ -83,12 +83,13 @@ async def test_every_process_gets_its_links_files_and_keys_and_nothing_else(fake
     qemu = await seen(fake_cluster, "vm1/qemu")
     guest = await seen(fake_cluster, "vm1/guest")
 
-    assert ultravisor["files"] == ["audit", "log", "ram:vm1", "record", "secure:vm1"]
-    assert kvm["files"] == ["log", "ram:vm1", "record"]
-    assert qemu["files"] == ["log", "ram:vm1", "record"]
+    assert ultravisor["files"] == ["audit", "ledger", "log", "ram:vm1", "record", "secure:vm1", "stream:vm1"]
+    assert kvm["files"] == ["log", "ram:vm1", "record", "stream:vm1"]
+    assert qemu["files"] == ["log", "ram:vm1", "record", "stream:vm1"]
     assert guest["files"] == ["log", "ram:vm1", "record", "secure:vm1"]
     assert ultravisor["keys"] == [
-        "alpha:ultravisor-kvm.1", "identity-key", "machine-key", "vm1:ultravisor-guest.1"
+        "alpha:ultravisor-kvm.1", "identity-key", "machine-key", "migration-certificate", "migration-revoked",
+        "migration-roots", "vm1:ultravisor-guest.1",
     ]  # fmt: skip
     assert kvm["keys"] == ["alpha:ultravisor-kvm.1", "vm1:kvm-guest.1", "vm1:kvm-qemu.1"]
     assert qemu["keys"] == ["vm1:kvm-qemu.1"]

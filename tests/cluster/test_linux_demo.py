@@ -146,7 +146,7 @@ def small_cluster(directory: Path) -> Path:
     disk, blob = directory / "disk.img", directory / "vm1.esm"
     disk.write_bytes(os.urandom(SMALL_DISK_BYTES))
     parts = BootParts(program=Path(image.kernel), initrd=Path(image.initramfs), command_line=COMMAND_LINE)
-    blob.write_bytes(parts_blob(parts, read_program_file(parts.program), state_dir, "alpha"))
+    blob.write_bytes(parts_blob(parts, read_program_file(parts.program), state_dir, ["alpha"]))
     file.write_text(_TEXT.format(image=image, disk=disk, blob=blob, command_line=COMMAND_LINE))
     return file
 

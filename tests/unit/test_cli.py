@@ -18,7 +18,7 @@ from deploy.cli_balloon import target_of
 from deploy.cli_support import printable
 from deploy.cli_vm import hex_lines
 from deploy.logs_view import LogReader, as_text, in_order, log_files
-from deploy.tables import balloon_facts
+from deploy.tables import balloon_facts, link_line
 from protocol import wire
 from protocol.errors import UserError
 from protocol.hcalls import HCALLS
@@ -57,6 +57,9 @@ def test_every_command_can_be_imported_and_explains_itself(name: str) -> None:
         (["clean"], 0, ""),
         (["stauts"], 2, 'Error: no command "stauts", did you mean "status"?\n'),
         (["logs"], 2, "Error: Missing argument 'TARGET'.\n"),
+        (["link", "alpha"], 2, "Error: Missing argument 'HOST'.\n"),
+        (["link", "alpha", "beta", "--latency", "x"], 2, "'--latency': 'x' is not a valid float.\n"),
+        (["link", "alpha", "beta", "--bandwidth", "x"], 1, 'such as 64M/s; 0: no limit\n'),
     ],
 )
 def test_mistake_is_one_line_with_its_exit_status(
@@ -67,6 +70,16 @@ def test_mistake_is_one_line_with_its_exit_status(
     assert result.returncode == status
     assert result.stderr.endswith(message)
     assert "Traceback" not in result.stderr
+
+
+def test_a_link_is_one_line_of_what_it_does() -> None:
+    plain = {"between": ["alpha", "beta"], "latency_ms": 0.0, "jitter_ms": 0.0, "loss": 0.0, "down": False}
+    shaped = {"latency_ms": 50.0, "jitter_ms": 2.5, "loss": 0.01, "down": True}
+
+    assert link_line({**plain, "bandwidth_bytes_per_second": 0}) == "link alpha - beta  up"
+    assert link_line({**plain, **shaped, "bandwidth_bytes_per_second": 8 << 20}) == (
+        "link alpha - beta  down  latency 50 ms  jitter 2.5 ms  bandwidth 8 MiB/s  loss 0.01"
+    )
 
 
 def test_doctor_prints_json_and_no_colour_into_a_pipe(tmp_path: Path) -> None:

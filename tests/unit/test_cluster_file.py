@@ -14,6 +14,7 @@ from deploy.toml_lines import LineIndex
 from protocol.errors import ClusterFileError, UserError
 from protocol.startup import AccessPlatform, IommuDomain
 from services.guest.model.image import build_image
+from shared.link_shape import LinkShape
 
 CLUSTERS = Path(__file__).parents[2] / "deploy" / "clusters"
 
@@ -152,6 +153,47 @@ def test_iommu_design_offers_the_platform_feature_by_default() -> None:
 def test_link_names_two_hosts_that_exist() -> None:
     with pytest.raises(ClusterFileError, match='no host "beta"'):
         parse(GOOD + '[[links]]\nbetween = ["alpha", "beta"]\n')
+
+
+TWO_HOSTS = GOOD + '[hosts.beta]\nsecure_memory = "64M"\n[[links]]\nbetween = ["alpha", "beta"]\n'
+
+
+def test_a_link_has_a_shape_and_none_unless_it_says_so() -> None:
+    (plain,) = parse(TWO_HOSTS).links
+    (link,) = parse(
+        TWO_HOSTS + 'latency = 50\njitter = 2.5\nbandwidth = "100M/s"\nloss = 0.01\ndown = true\n'
+    ).links
+
+    assert plain.shape.is_plain
+    assert link.shape == LinkShape(
+        latency_ms=50, jitter_ms=2.5, bandwidth_bytes_per_second=100 << 20, loss=0.01, down=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("latency = -1", "-1 is out of range; allowed: 0 to 10000 milliseconds"),
+        ("latency = nan", "nan is out of range; allowed: 0 to 10000 milliseconds"),
+        ('latency = "50ms"', "must be a number, not a string"),
+        ("jitter = true", "must be a number, not a boolean"),
+        ("bandwidth = 100", "100 is out of range; allowed: 0 for no limit, or 1024 to 1099511627776 bytes a second"),
+        ('bandwidth = "fast"', "'fast' is no rate; allowed: bytes a second, or a string such as \"100M\"; 0: no limit"),
+        ("loss = 2", "2 is out of range; allowed: 0 to 1"),
+        ("down = 1", "must be true or false, not an integer"),
+    ],
+)
+def test_a_shape_that_is_not_possible_is_refused_with_its_line(line: str, problem: str) -> None:
+    with pytest.raises(ClusterFileError, match=re.escape(problem)) as caught:
+        parse(TWO_HOSTS + line + "\n")
+
+    assert caught.value.key == f"links[0].{line.split()[0]}"
+    assert caught.value.line == len(TWO_HOSTS.splitlines()) + 1
+
+
+def test_two_hosts_have_one_link() -> None:
+    with pytest.raises(ClusterFileError, match="beta and alpha are linked already"):
+        parse(TWO_HOSTS + '[[links]]\nbetween = ["beta", "alpha"]\n')
 
 
 def test_state_prefix_means_the_state_directory() -> None:

@@ -11,7 +11,7 @@ import pytest
 from deploy.demo_host import are_ciphertext
 from deploy.demo_linux import LinuxGuest
 from deploy.demo_model import ModelGuest
-from deploy.demo_report import VmReport, conclude
+from deploy.demo_report import MigrationReport, VmReport, conclude
 
 GOOD = VmReport(
     secure=True,
@@ -50,6 +50,7 @@ def test_a_good_report_has_no_problems() -> None:
         {"written_region_on_disk": False},
         {"ultracalls": {}},
         {"host_read_of_secure_page": "plain"},
+        {"migration": MigrationReport(source="a", destination="b", seconds=1.0, downtime_ms=9, disk_sha256_host="ab")},
     ],
 )
 def test_each_check_can_fail(changes: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from msgspec import structs
 from deploy import plan, preflight
 from deploy.cluster_file import Cluster, parse_cluster
 from deploy.gifts import receivers
-from deploy.plan import ConfigFrame, KeyRing, ProcessPlan
+from deploy.plan import ConfigFrame, End, KeyRing, ProcessPlan
 from deploy.preflight import Machine
 from deploy.run_dirs import Paths
 from protocol import control
@@ -58,19 +58,22 @@ def test_every_pair_that_the_protocol_links_has_exactly_one_link(cluster: Cluste
 @given(clusters)
 def test_keys_of_the_two_ends_match_and_no_secret_is_in_a_configuration(cluster: Cluster) -> None:
     links = plan.cluster_links(cluster, PATHS)
-    pairs = {(link.id, end): (f"pub {link.id} {end}", f"sec {link.id} {end}")
-             for link in links for end in (link.upper, link.lower)}  # fmt: skip
+    pairs = {(link.id, end): (f"pub {link.id} {end}", f"sec {link.id} {end}") for link in links for end in End}
+    by_id = {link.id: link for link in links}
     ring = KeyRing(links, pairs)
 
     for process in plan.cluster_processes(cluster):
-        entries = ring.entries(process.target)
-        keys = {key.link: key for key in ring.keys(process.target).links}
+        entries = ring.entries(process)
+        keys = {key.link: key for key in ring.keys(process).links}
         config = plan.process_config(ConfigFrame(cluster, PATHS, False, False), process, [], entries)
         assert set(keys) == {entry.id for entry in entries}
         assert b"sec " not in control.encode(control.Start(config))
         for entry in entries:
-            assert entry.peer_public_key == pairs[entry.id, entry.peer][0]
-            assert keys[entry.id].secret_key == pairs[entry.id, process.target][1]
+            end = by_id[entry.id].end_of(process)
+            assert end is not None
+            assert by_id[entry.id].target_of(end.other) == entry.peer
+            assert entry.peer_public_key == pairs[entry.id, end.other][0]
+            assert keys[entry.id].secret_key == pairs[entry.id, end][1]
             assert LINK_KINDS[entry.kind].name == entry.kind
             assert entry.binds == entry.endpoint.startswith(f"ipc://{PATHS.process_dir(process.target)}/")
             assert (entry.network is not None) == (entry.kind == QEMU_QEMU.name)
@@ -83,9 +86,9 @@ def test_only_ultravisor_and_guest_hold_the_private_socketpair_and_only_qemu_the
     names = {process.role: plan.descriptors(process, cluster) for process in plan.cluster_processes(cluster)}
 
     assert names == {
-        Role.ULTRAVISOR: ["log", "record", "audit", "ram:v0", "secure:v0"],
-        Role.KVM: ["log", "record", "ram:v0"],
-        Role.QEMU: ["log", "record", "ram:v0", "disk:root"],
+        Role.ULTRAVISOR: ["log", "record", "audit", "ledger", "ram:v0", "stream:v0", "secure:v0"],
+        Role.KVM: ["log", "record", "ram:v0", "stream:v0"],
+        Role.QEMU: ["log", "record", "ram:v0", "stream:v0", "disk:root"],
         Role.GUEST: ["log", "record", "ram:v0", "secure:v0"],
     }
 
@@ -110,20 +113,20 @@ def test_descriptor_goes_only_where_the_protocol_says() -> None:
     kvm, guest = ProcessPlan(Role.KVM, "h0"), ProcessPlan(Role.GUEST, "h0", "v0")
     qemu = ProcessPlan(Role.QEMU, "h0", "v0")
 
-    assert receivers(kvm, control.Give("host-view", "v0"), "h0") == ["v0/qemu"]
-    assert receivers(kvm, control.Give("tce-table:0x80000000", "v0"), "h0") == ["v0/qemu"]
-    assert receivers(guest, control.Give("guest-dirty-map", "v0"), "h0") == ["h0/kvm"]
-    assert receivers(qemu, control.Give("device-writes", "v0"), "h0") == ["v0/guest"]
+    assert receivers(kvm, control.Give("host-view", "v0"), ["h0"]) == ["v0/qemu"]
+    assert receivers(kvm, control.Give("tce-table:0x80000000", "v0"), ["h0"]) == ["v0/qemu"]
+    assert receivers(guest, control.Give("guest-dirty-map", "v0"), ["h0"]) == ["h0/kvm"]
+    assert receivers(qemu, control.Give("device-writes", "v0"), ["h0"]) == ["v0/guest"]
     refused = [
-        (guest, "host-view", "v0", "h0"),
-        (kvm, "secure-memory", "v0", "h0"),
-        (kvm, "host-view", "v1", "h1"),
-        (kvm, "host-view", "v9", None),
-        (guest, "guest-dirty-map", "v1", "h0"),
+        (guest, "host-view", "v0", ["h0"]),
+        (kvm, "secure-memory", "v0", ["h0"]),
+        (kvm, "host-view", "v1", ["h1"]),
+        (kvm, "host-view", "v9", []),
+        (guest, "guest-dirty-map", "v1", ["h0"]),
     ]
-    for giver, tag, vm, host in refused:
+    for giver, tag, vm, hosts in refused:
         with pytest.raises(UnexpectedMessage):
-            receivers(giver, control.Give(tag, vm), host)
+            receivers(giver, control.Give(tag, vm), hosts)
 
 
 def test_cluster_that_fits_has_no_findings() -> None:
@@ -166,7 +169,7 @@ def test_writable_disk_of_two_vms_is_refused(tmp_path: Path) -> None:
 def test_host_with_more_vms_than_one_start_message_can_carry_is_refused() -> None:
     findings = preflight.descriptor_findings(make_cluster(1, 40), ROOMY)
 
-    assert findings == ["h0/ultravisor would need 83 descriptors of at most 64: too many VMs on the host"]
+    assert findings == ["h0/ultravisor would need 124 descriptors of at most 96: too many VMs on the host"]
 
 
 def test_real_code_without_the_package_that_runs_it_is_refused_with_what_installs_it(

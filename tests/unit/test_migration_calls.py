@@ -328,6 +328,23 @@ async def test_an_operator_carries_the_words_when_the_link_is_gone(pair: Pair, h
     assert pair.source.partition.svm is None
 
 
+async def test_a_word_about_a_token_that_was_never_given_moves_nothing(pair: Pair, hosts: tuple[Host, Host]) -> None:
+    """S6: what a crash left of the source is its ledger, and that has no entry."""
+    await pair.until_ready()
+    word = await fetch(pair.destination, u.UV_IMPORT_ABANDON)
+    pair.source.partition.migration = None
+    source = pair.queries(pair.source, hosts[0]).queries()
+
+    assert await source["migration.take"]({"vm": "vm1", "as": "source", "word": word.hex()}) == {"moved": False}
+
+
+async def test_a_destination_that_has_nothing_of_the_vm_says_no_word(pair: Pair, hosts: tuple[Host, Host]) -> None:
+    destination = pair.queries(pair.destination, hosts[1]).queries()
+
+    assert await destination["migration.abandon"]({"vm": "vm1"}) == {"word": None}
+    assert await destination["migration.abandon"]({"vm": "gone"}) == {"word": None}
+
+
 # -- refused -----------------------------------------------------------------------------------------------------
 
 

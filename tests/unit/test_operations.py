@@ -60,9 +60,9 @@ def test_a_secure_vm_says_what_is_different_where_something_is_possible() -> Non
 
 
 def test_what_the_monitor_does_not_know_is_not_built() -> None:
-    reasons = impossible(facts(monitor_commands=EVERYTHING - {"migrate"}, secure=True))
+    reasons = impossible(facts(monitor_commands=EVERYTHING - {"snapshot-save"}, secure=True))
 
-    assert reasons["migrate"] == "not built: the monitor has no command migrate"
+    assert reasons["snapshot"] == "not built: the monitor has no command snapshot-save"
 
 
 @pytest.mark.parametrize(("operation", "kind"), [("balloon", "virtio-balloon"), ("virtio console", "virtio-console")])
@@ -70,12 +70,27 @@ def test_an_operation_on_a_device_needs_the_device(operation: str, kind: str) ->
     assert impossible(facts(device_kinds=frozenset())).pop(operation) == f"vm1 has no {kind}"
 
 
+def test_a_vm_moves_when_it_runs_has_somewhere_to_go_and_nothing_that_belongs_to_its_host() -> None:
+    assert impossible(facts(other_hosts=False)) == {"migrate": "alpha is the only host of the cluster"}
+    assert impossible(facts(device_kinds=FACTS.device_kinds | {"edu"})) == {
+        "migrate": "device edu is assigned to the VM: unplug it"
+    }
+    assert impossible(facts(state=VmState.PAUSED)) == {}
+    assert impossible(facts(state=VmState.OFF))["migrate"] == "vm1 is off"
+
+
+def test_a_vm_on_its_way_is_neither_restarted_nor_sent_elsewhere() -> None:
+    on_its_way = "vm1 is on its way to beta"
+
+    assert impossible(facts(on_its_way=on_its_way)) == {"restart": on_its_way, "migrate": on_its_way}
+
+
 def test_an_operation_needs_the_processes_that_do_it() -> None:
     assert impossible(without(Role.QEMU, ProcessState.FAILED))["pause"] == "vm1/qemu is failed: pefbox restart vm1"
     assert impossible(without(Role.KVM, ProcessState.STOPPED))["pause"] == "alpha/kvm is stopped"
     assert impossible(without(Role.KVM, ProcessState.GONE))["console"] == "alpha/kvm is gone: pefbox restart alpha"
-    assert set(impossible(without(Role.ULTRAVISOR, ProcessState.UNRESPONSIVE))) == {"restart"}
-    assert set(impossible(without(Role.GUEST, ProcessState.FAILED))) == set()
+    assert set(impossible(without(Role.ULTRAVISOR, ProcessState.UNRESPONSIVE))) == {"restart", "migrate"}
+    assert set(impossible(without(Role.GUEST, ProcessState.FAILED))) == {"migrate"}
 
 
 @pytest.mark.parametrize("state", [VmState.OFF, VmState.FAILED, VmState.STARTING])

@@ -21,6 +21,9 @@ from protocol.errors import MalformedMessage
 HEADER = Struct("<BBHI")
 MAX_PAYLOAD_BYTES = (1 << 20) + (128 << 10)
 """A record of an ultravisor, or as many normal pages, with what says which they are."""
+STATE_PART_BYTES = 1 << 20
+MAX_STATE_BYTES = 64 << 20
+"""Of all parts of one name."""
 VERSION = 1
 MAGIC = "pefbox-migration"
 
@@ -40,12 +43,14 @@ class FrameKind(IntEnum):
     """Pages that the host may read: of a normal VM, or shared ones."""
     ROUND_END = 6
     """All pages of a round have gone."""
-    DEVICES = 7
-    """State of devices, interrupts and windows."""
+    STATE = 7
+    """A part of what is no page: a StatePart."""
     READY = 8
     """The destination has loaded everything (of a normal VM; of a secure one its ultravisor says so in a record)."""
     START = 9
     """The destination may run a normal VM; the source will not."""
+    STARTED = 11
+    """It does."""
     FAILED = 10
     """Why one side gives up, for the operator of the other."""
 
@@ -92,6 +97,29 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if hello.magic != MAGIC:
             raise MalformedMessage("no hello of a migration")
         return hello
+
+
+class StatePart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Some bytes of the state called `name`; `last` when it is whole with them."""
+
+    name: Text
+    last: bool
+    data: bytes
+
+    @classmethod
+    def decode(cls, payload: bytes) -> StatePart:
+        """Of a payload; raises MalformedMessage."""
+        try:
+            return msgspec.msgpack.decode(payload, type=cls)
+        except DECODE_ERRORS as error:
+            raise MalformedMessage(f"no part of a state: {error}") from None
+
+
+def parts_of(name: str, data: bytes) -> list[bytes]:
+    """The payloads by which `data` travels as the state called `name`."""
+    starts = range(0, len(data), STATE_PART_BYTES) or range(1)
+    parts = [StatePart(name, at + STATE_PART_BYTES >= len(data), data[at : at + STATE_PART_BYTES]) for at in starts]
+    return [msgspec.msgpack.encode(part) for part in parts]
 
 
 def encode(kind: FrameKind, payload: bytes, flags: int = 0) -> bytes:

@@ -28,8 +28,16 @@ class RunState(enum.StrEnum):
     RUNNING = "running"
     PAUSED = "paused"
     SHUTDOWN = "shutdown"
+    FINISH_MIGRATE = "finish-migrate"
+    POSTMIGRATE = "postmigrate"
+    INMIGRATE = "inmigrate"
     GUEST_PANICKED = "guest-panicked"
     INTERNAL_ERROR = "internal-error"
+
+    @property
+    def elsewhere(self) -> bool:
+        """The machine runs, or may run, on another host: nothing starts, stops or resets it here."""
+        return self in (RunState.FINISH_MIGRATE, RunState.POSTMIGRATE, RunState.INMIGRATE)
 
     @property
     def needs_reset(self) -> bool:

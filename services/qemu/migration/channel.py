@@ -1,0 +1,122 @@
+"""The bulk channel between two qemus: frames in sealed chunks over a stream socket, both directions.
+
+A chunk is a length (little-endian u32) and a frame under AES-256-GCM; the nonce is the chunk's number in its
+direction, the associated data the length. The keys of both directions are derived from one that went over the CURVE
+control link, so whoever sits on the socket can cut it, and nothing else. What a secure VM sends is sealed once more
+inside, by its ultravisor.
+"""
+
+from __future__ import annotations
+
+import socket
+from enum import Enum
+from struct import Struct
+
+import trio
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from protocol.errors import MalformedMessage, PefboxError
+from services.qemu.migration.shaped_socket import ShapedSocket
+from services.qemu.migration.stream import HEADER, MAX_PAYLOAD_BYTES, Frame, FrameKind, FrameReader, encode
+from services.qemu.shaping import Shaper
+from shared.link_shape import LinkShape
+
+KEY_BYTES = 32
+_LENGTH = Struct("<I")
+_NONCE = Struct("<4xQ")
+_TAG_BYTES = 16
+_MAX_CHUNK_BYTES = HEADER.size + MAX_PAYLOAD_BYTES + _TAG_BYTES
+
+
+class ChannelLost(PefboxError):
+    """The other qemu is gone, or the link to it is cut."""
+
+
+class End(Enum):
+    """Which end of the channel this is; the value says what its sending key is derived for."""
+
+    SOURCE = b"pefbox migration to destination"
+    DESTINATION = b"pefbox migration to source"
+
+    @property
+    def other(self) -> End:
+        """The peer's."""
+        return End.DESTINATION if self is End.SOURCE else End.SOURCE
+
+
+class BulkChannel:
+    """One end. Takes `connection`; `key` is what both ends have."""
+
+    def __init__(self, connection: socket.socket, key: bytes, end: End) -> None:
+        self._socket = ShapedSocket(connection)
+        self._sealer, self._opener = AESGCM(_derive(key, end)), AESGCM(_derive(key, end.other))
+        self._n_sent = self._n_received = 0
+        self._reader = FrameReader()
+        self._frames: list[Frame] = []
+        self.sent_bytes = 0
+        """All that went out, sealed."""
+
+    async def send(self, kind: FrameKind, payload: bytes) -> int:
+        """Send one frame; how many bytes that was. Raises ChannelLost."""
+        frame = encode(kind, payload)
+        length = _LENGTH.pack(len(frame) + _TAG_BYTES)
+        chunk = length + self._sealer.encrypt(_NONCE.pack(self._n_sent), frame, length)
+        self._n_sent += 1
+        await self._send_all(chunk)
+        self.sent_bytes += len(chunk)
+        return len(chunk)
+
+    async def receive(self) -> Frame:
+        """The next frame that this version knows; raises ChannelLost, MalformedMessage."""
+        while not self._frames:
+            self._frames = self._reader.feed(await self._receive_chunk())
+        return self._frames.pop(0)
+
+    def set_shape(self, shape: LinkShape, shaper: Shaper, nursery: trio.Nursery) -> None:
+        """The link to the other host has this shape from now on."""
+        self._socket.set_shape(shape, shaper, nursery)
+
+    def close(self) -> None:
+        """Close; the peer finds the channel lost, behind what is on its way over a link that has a shape."""
+        self._socket.close()
+
+    async def _receive_chunk(self) -> bytes:
+        length = await self._receive_exactly(_LENGTH.size)
+        (n_bytes,) = _LENGTH.unpack(length)
+        if not _TAG_BYTES < n_bytes <= _MAX_CHUNK_BYTES:
+            raise MalformedMessage(f"a chunk of {n_bytes} bytes")
+        sealed = await self._receive_exactly(n_bytes)
+        try:
+            frame = self._opener.decrypt(_NONCE.pack(self._n_received), sealed, bytes(length))
+        except InvalidTag:
+            raise MalformedMessage("a chunk that is not the next one of this migration") from None
+        self._n_received += 1
+        return frame
+
+    async def _send_all(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[await self._socket.send(rest) :]
+            except (OSError, trio.ClosedResourceError) as error:
+                raise ChannelLost(f"the channel to the other host is lost: {error}") from None
+
+    async def _receive_exactly(self, n_bytes: int) -> bytearray:
+        data = bytearray(n_bytes)
+        rest = memoryview(data)
+        while rest:
+            try:
+                n_received = await self._socket.recv_into(rest)
+            except (OSError, trio.ClosedResourceError) as error:
+                raise ChannelLost(f"the channel to the other host is lost: {error}") from None
+            if not n_received:
+                raise ChannelLost("the other host closed the channel")
+            rest = rest[n_received:]
+        return data
+
+
+def _derive(key: bytes, end: End) -> bytes:
+    return HKDF(SHA256(), KEY_BYTES, salt=None, info=end.value).derive(key)

@@ -1,0 +1,222 @@
+"""The destination's side of a migration in its qemu: everything is taken, checked and loaded, and then waits.
+
+The VM runs here when its source gave the right to: for a secure VM that is the start token, which this host's
+ultravisor checks, for a normal one a frame. Before that anything that goes wrong ends it here for good, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+
+import trio
+
+from protocol import ucalls as u
+from protocol.declare import Call
+from protocol.errors import MalformedMessage, PefboxError
+from protocol.geometry import PAGE_BYTES
+from services.qemu.migration.channel import BulkChannel
+from services.qemu.migration.hello import hello_of, printable, why_not
+from services.qemu.migration.kvm_port import KvmPort
+from services.qemu.migration.machine import MovableMachine
+from services.qemu.migration.places import KVM_STATE, KVM_STATE_ROOM_BYTES, RECORD
+from services.qemu.migration.stream import MAX_STATE_BYTES, Frame, FrameKind, Hello, StatePart
+from shared.page_batch import decode_pages
+from shared.stream_buffer import StreamBuffer
+
+_STATES = frozenset({"devices", "kvm"})
+_ZEROS = bytes(PAGE_BYTES)
+
+
+class ArrivalStatus(Enum):
+    """How far it is; the values are QEMU's words where it has some."""
+
+    SETUP = "setup"
+    ACTIVE = "active"
+    READY = "device"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+class ArrivalFailed(PefboxError):
+    """The VM does not come here."""
+
+
+class DestinationMigration:
+    """One migration; `run` once. `say` is told each new status."""
+
+    def __init__(
+        self,
+        machine: MovableMachine,
+        kvm: KvmPort,
+        stream: StreamBuffer,
+        channel: BulkChannel,
+        say: Callable[[ArrivalStatus], None],
+    ) -> None:
+        self._machine, self._kvm, self._stream, self._channel, self._say = machine, kvm, stream, channel, say
+        self._n_pages = machine.vm.memory_bytes // PAGE_BYTES
+        self._hello: Hello | None = None
+        self._states: dict[str, bytearray] = {}
+        self._whole: set[str] = set()
+        self._checked = False
+        self._runs = False
+        self._written: set[int] = set()
+        """GFNs that something came for: only those can hold another content than zeros."""
+
+    async def run(self) -> None:
+        """Take the VM; returns when it runs here. Raises ArrivalFailed or another PefboxError: it never will."""
+        try:
+            hello = await self._greet()
+            if hello.secure:
+                await self._shake_hands()
+            self._say(ArrivalStatus.ACTIVE)
+            await self._receive(secure=hello.secure)
+            await self._load(secure=hello.secure)
+            await self._start(secure=hello.secure)
+        except BaseException as error:
+            if not self._runs:
+                with trio.CancelScope(shield=True):
+                    await self._give_up(str(error))
+            raise
+        self._say(ArrivalStatus.COMPLETED)
+        self._channel.close()
+
+    # -- setup ------------------------------------------------------------------------------------------------
+
+    async def _greet(self) -> Hello:
+        theirs = Hello.decode((await self._expect(FrameKind.HELLO)).payload)
+        ours = hello_of(self._machine.vm, secure=theirs.secure)
+        reason = why_not(theirs, ours)
+        if reason is None and theirs.secure and not self._machine.vm.secure_allowed:
+            reason = "the VM may not be secure here"
+        if reason is not None:
+            raise ArrivalFailed(reason)
+        self._hello = theirs
+        await self._channel.send(FrameKind.HELLO, ours.encode())
+        return theirs
+
+    async def _shake_hands(self) -> None:
+        offer = (await self._expect(FrameKind.HANDSHAKE)).payload
+        await self._channel.send(FrameKind.HANDSHAKE, await self._exchange(u.UV_IMPORT_OFFER, offer))
+        await self._give(u.UV_IMPORT_CONFIRM, (await self._expect(FrameKind.HANDSHAKE)).payload)
+
+    # -- what comes -------------------------------------------------------------------------------------------
+
+    async def _receive(self, *, secure: bool) -> None:
+        while not self._whole >= _STATES or (secure and not self._checked):
+            frame = await self._next()
+            if frame.kind is FrameKind.RECORD and secure:
+                (checked,) = await self._give(u.UV_IMPORT_RECORD, frame.payload)
+                self._checked = bool(checked)
+            elif frame.kind is FrameKind.PAGES:
+                self._take_pages(frame.payload)
+            elif frame.kind is FrameKind.STATE:
+                self._take_part(StatePart.decode(frame.payload))
+            elif frame.kind is not FrameKind.ROUND_END:
+                raise MalformedMessage(f"the source sent {frame.kind.name} among the pages")
+
+    def _take_pages(self, payload: bytes) -> None:
+        ram = self._machine.ram
+        for page in decode_pages(payload, PAGE_BYTES):
+            if page.gfn >= self._n_pages:
+                raise MalformedMessage(f"gfn {page.gfn:#x} is outside the VM")
+            start = page.gfn * PAGE_BYTES
+            if page.content:
+                ram[start : start + PAGE_BYTES] = page.content
+                self._written.add(page.gfn)
+            elif page.gfn in self._written:
+                ram[start : start + PAGE_BYTES] = _ZEROS
+
+    def _take_part(self, part: StatePart) -> None:
+        if part.name not in _STATES or part.name in self._whole:
+            raise MalformedMessage(f"a part of the state {part.name!r}, which has none")
+        data = self._states.setdefault(part.name, bytearray())
+        if len(data) + len(part.data) > MAX_STATE_BYTES:
+            raise MalformedMessage(f"more than {MAX_STATE_BYTES} bytes of the state {part.name!r}")
+        data += part.data
+        if part.last:
+            self._whole.add(part.name)
+
+    # -- loading ----------------------------------------------------------------------------------------------
+
+    async def _load(self, *, secure: bool) -> None:
+        devices, kvm = bytes(self._states.pop("devices")), bytes(self._states.pop("kvm"))
+        if len(kvm) > KVM_STATE_ROOM_BYTES:
+            raise MalformedMessage(f"{len(kvm)} bytes of kvm's state")
+        await self._machine.make_windows(devices)
+        self._stream.write(KVM_STATE, kvm)
+        await self._kvm.load(KVM_STATE, len(kvm))
+        await self._machine.load_devices(devices)
+        if not secure:
+            await self._channel.send(FrameKind.READY, b"")
+            return
+        (n_bytes,) = await self._kvm.ucall(u.UV_IMPORT_READY, RECORD)
+        ready = self._stream.read(RECORD, n_bytes)
+        if not self._machine.is_running:
+            # kvm holds the processor, too, so that it stands still when the ultravisor lets it go.
+            await self._kvm.go_on()
+            await self._kvm.stop()
+        await self._channel.send(FrameKind.RECORD, ready)
+
+    async def _start(self, *, secure: bool) -> None:
+        self._say(ArrivalStatus.READY)
+        right = (await self._expect(FrameKind.STATEMENT if secure else FrameKind.START)).payload
+        with trio.CancelScope(shield=True):
+            word = await self._exchange(u.UV_IMPORT_TOKEN, right) if secure else b""
+            self._runs = True
+            running = self._machine.is_running
+            self._machine.arrived(running=running)
+            if running:
+                await self._kvm.go_on()
+            try:
+                await self._channel.send(FrameKind.STATEMENT if secure else FrameKind.STARTED, word)
+            except PefboxError:
+                # The source learns it from an operator.
+                return
+
+    # -- giving up --------------------------------------------------------------------------------------------
+
+    async def _give_up(self, reason: str) -> None:
+        self._say(ArrivalStatus.FAILED)
+        word = b""
+        if self._hello is not None and self._hello.secure:
+            word = await self._abandon()
+        with trio.move_on_after(1):
+            try:
+                if word:
+                    await self._channel.send(FrameKind.STATEMENT, word)
+                await self._channel.send(FrameKind.FAILED, reason[:256].encode())
+            except PefboxError:
+                pass
+        self._channel.close()
+
+    async def _abandon(self) -> bytes:
+        try:
+            (n_bytes,) = await self._kvm.ucall(u.UV_IMPORT_ABANDON, RECORD)
+        except PefboxError:
+            # Not begun, or the ultravisor is gone: what it holds goes with it.
+            return b""
+        return self._stream.read(RECORD, n_bytes)
+
+    # -- helpers ----------------------------------------------------------------------------------------------
+
+    async def _exchange(self, step: Call, message: bytes) -> bytes:
+        """Give the ultravisor a message of the other one; what it says to it."""
+        (n_bytes,) = await self._give(step, message)
+        return self._stream.read(RECORD, n_bytes)
+
+    async def _give(self, step: Call, message: bytes) -> list[int]:
+        self._stream.write(RECORD, message)
+        return await self._kvm.ucall(step, RECORD, len(message))
+
+    async def _next(self) -> Frame:
+        frame = await self._channel.receive()
+        if frame.kind is FrameKind.FAILED:
+            raise ArrivalFailed(f"the source: {printable(frame.payload)}")
+        return frame
+
+    async def _expect(self, kind: FrameKind) -> Frame:
+        frame = await self._next()
+        if frame.kind is not kind:
+            raise MalformedMessage(f"the source sent {frame.kind.name} instead of {kind.name}")
+        return frame

@@ -1,0 +1,365 @@
+"""The source's side of a migration in its qemu: what is sent when.
+
+    setup    keys for the channel, hello, and for a secure VM the handshake of the ultravisors
+    active   rounds of pages, until the rest fits into the downtime
+    device   the processor stands still: the last pages, the state of everything else, then the right to run
+
+Until the right to run is given (`_gave`) any failure leaves the VM running here; after it only the destination's word
+tells. A secure VM's right is its ultravisor's start token, which passes through here; a normal VM's is a frame of ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from protocol import ucalls as u
+from protocol.declare import Call
+from protocol.errors import MalformedMessage, PeerGone, PefboxError
+from protocol.geometry import PAGE_BYTES
+from services.qemu.migration.channel import BulkChannel
+from services.qemu.migration.hello import hello_of, printable
+from services.qemu.migration.kvm_port import KvmPort, StepRefused, gfns_of
+from services.qemu.migration.machine import MovableMachine
+from services.qemu.migration.pacing import NS, Pacer
+from services.qemu.migration.parameters import MigrationParameters
+from services.qemu.migration.places import DIRTY, KVM_STATE, KVM_STATE_ROOM_BYTES, RECORD
+from services.qemu.migration.precopy import Next, Precopy, Progress
+from services.qemu.migration.status import MigrationStatus
+from services.qemu.migration.stream import Frame, FrameKind, parts_of
+from services.runtime.first_error import first_error_nursery
+from shared.host_view import HostState
+from shared.page_batch import Page, encode_pages
+from shared.stream_buffer import StreamBuffer
+
+READY_SECONDS = 60.0
+"""For the destination to load everything; until then the VM goes on here if it does not."""
+WORD_SECONDS = 20.0
+"""For its word that the VM runs there; without it nobody here knows."""
+_HELD_UP = frozenset({"stopped", "unresponsive", "waiting"})
+_HELD_UP_POLL_SECONDS = 0.1
+_PAGES_A_FRAME = 16
+_MAX_ZERO_PAGES = 1024
+
+
+class MigrationFailed(PefboxError):
+    """It did not happen; the VM goes on here."""
+
+
+class MigrationInDoubt(PefboxError):
+    """The right to run was given, and the destination's word did not come."""
+
+
+@dataclass(slots=True)
+class Times:
+    """Nanoseconds of the monotonic clock; 0 before it happened."""
+
+    began: int = field(default_factory=time.monotonic_ns)
+    active: int = 0
+    stopped: int = 0
+    started: int = 0
+    """At the destination, as far as this side has heard."""
+    ended: int = 0
+
+
+class SourceMigration:
+    """One migration; `run` once. `say` is told each new status, and is where a cancellation takes hold."""
+
+    def __init__(
+        self,
+        machine: MovableMachine,
+        kvm: KvmPort,
+        stream: StreamBuffer,
+        channel: BulkChannel,
+        parameters: MigrationParameters,
+        say: Callable[[MigrationStatus], None],
+    ) -> None:
+        self.parameters = parameters
+        self.times = Times()
+        self._machine, self._kvm, self._stream, self._channel, self._say = machine, kvm, stream, channel, say
+        self._secure = machine.secure
+        self._n_pages = machine.vm.memory_bytes // PAGE_BYTES
+        self._precopy = Precopy(self._n_pages, PAGE_BYTES, parameters.downtime_limit, self.times.began)
+        self._pacer = Pacer(parameters.max_bandwidth, self.times.began)
+        self._owed: list[int] = []
+        """GFNs of the host's own pages that this round sends."""
+        self._shared: set[int] = set()
+        """Pages of a secure VM that were shared when a round last ended."""
+        self._held = False
+        self._gave = False
+
+    @property
+    def secure(self) -> bool:
+        """Whether it is a secure VM that moves."""
+        return self._secure
+
+    @property
+    def right_given(self) -> bool:
+        """Whether the destination may run the VM."""
+        return self._gave
+
+    def progress(self) -> Progress:
+        """How far it is."""
+        return self._precopy.progress()
+
+    def set_parameters(self, parameters: MigrationParameters) -> None:
+        """Other limits from now on."""
+        self.parameters = parameters
+        self._precopy.downtime_limit_ms = parameters.downtime_limit
+        self._pacer.set_rate(parameters.max_bandwidth, time.monotonic_ns())
+
+    async def run(self) -> None:
+        """Move the VM; returns when it runs there.
+
+        Raises MigrationFailed or another PefboxError when it goes on here, MigrationInDoubt. Cancelled, it goes on
+        here, too, unless the right to run was given: then there is nothing to cancel.
+        """
+        try:
+            await self._set_up()
+            self.times.active = time.monotonic_ns()
+            self._say(MigrationStatus.ACTIVE)
+            await self._rounds()
+            async with self._machine.orders():
+                await self._switch_over()
+        except BaseException as error:
+            if self._gave:
+                raise MigrationInDoubt(f"{error}") from None
+            with trio.CancelScope(shield=True):
+                await self._take_back(str(error))
+            raise
+        finally:
+            self.times.ended = time.monotonic_ns()
+
+    # -- setup ------------------------------------------------------------------------------------------------
+
+    async def _set_up(self) -> None:
+        reason = self._machine.can_move
+        if reason is not None:
+            raise MigrationFailed(reason)
+        await self._channel.send(FrameKind.HELLO, hello_of(self._machine.vm, secure=self._secure).encode())
+        await self._expect(FrameKind.HELLO)
+        if self._secure:
+            await self._shake_hands()
+        # Marks of before say nothing: everything is sent once.
+        await self._kvm.written(self._n_pages)
+        self._begin_round(range(self._n_pages))
+
+    async def _shake_hands(self) -> None:
+        (n_bytes,) = await self._kvm.ucall(u.UV_EXPORT_OFFER, RECORD)
+        await self._channel.send(FrameKind.HANDSHAKE, self._stream.read(RECORD, n_bytes))
+        answer = (await self._expect(FrameKind.HANDSHAKE)).payload
+        await self._channel.send(FrameKind.HANDSHAKE, await self._exchange(u.UV_EXPORT_ANSWER, answer))
+
+    # -- rounds -----------------------------------------------------------------------------------------------
+
+    async def _rounds(self) -> None:
+        while True:
+            await self._send_round()
+            n_dirty = await self._end_round(u.UV_EXPORT_ROUND if self._secure else None)
+            if self._precopy.end_round(n_dirty, time.monotonic_ns()) is Next.STOP:
+                return
+
+    async def _send_round(self) -> None:
+        await self._send_own_pages()
+        if self._secure:
+            await self._send_secure_pages()
+        await self._channel.send(FrameKind.ROUND_END, b"")
+
+    async def _send_own_pages(self) -> None:
+        wanted = HostState.SHARED if self._secure else HostState.PRESENT
+        ram, view, touched = self._machine.ram, self._machine.host_view, self._machine.touched()
+        batch: list[Page] = []
+        n_data = 0
+        for gfn in self._owed:
+            # What a guest has taken back or given away meanwhile is no content of the host's. A store to an untouched
+            # frame from here on has it sent again.
+            has_content = view[gfn] == wanted and touched[gfn]
+            content = bytes(ram[gfn * PAGE_BYTES : (gfn + 1) * PAGE_BYTES]) if has_content else b""
+            page = Page.of(gfn, content)
+            batch.append(page)
+            n_data += bool(page.content)
+            if n_data == _PAGES_A_FRAME or len(batch) == _MAX_ZERO_PAGES:
+                await self._send_batch(batch, n_data)
+                batch, n_data = [], 0
+        if batch:
+            await self._send_batch(batch, n_data)
+        self._owed = []
+
+    async def _send_batch(self, batch: list[Page], n_data: int) -> None:
+        n_bytes = await self._channel.send(FrameKind.PAGES, encode_pages(batch))
+        await self._spent(n_bytes, len(batch) - n_data, n_data)
+
+    async def _send_secure_pages(self) -> None:
+        """While a record is on its way the ultravisor makes the next one."""
+        send, receive = trio.open_memory_channel[tuple[bytes, int, int]](1)
+        async with first_error_nursery() as nursery:
+            nursery.start_soon(self._fetch_records, send)
+            async with receive:
+                async for record, n_zero, n_data in receive:
+                    n_bytes = await self._channel.send(FrameKind.RECORD, record)
+                    await self._spent(n_bytes, n_zero, n_data)
+
+    async def _fetch_records(self, send: trio.MemorySendChannel[tuple[bytes, int, int]]) -> None:
+        async with send:
+            while True:
+                n_bytes, n_zero, n_data, _ = await self._kvm.ucall(u.UV_EXPORT_PAGES, RECORD)
+                if not n_bytes:
+                    return
+                await send.send((self._stream.read(RECORD, n_bytes), n_zero, n_data))
+
+    async def _spent(self, n_bytes: int, n_zero: int, n_data: int) -> None:
+        self._precopy.sent(n_bytes, zero_pages=n_zero, data_pages=n_data)
+        wait_ns = self._pacer.spend(n_bytes, time.monotonic_ns())
+        if wait_ns and not self._held:
+            await trio.sleep(wait_ns / NS)
+
+    async def _end_round(self, step: Call | None) -> int:
+        """End a round of the ultravisor's by `step`; how many pages the next one owes, of both kinds."""
+        n_secure, written = 0, set(await self._kvm.written(self._n_pages))
+        if step is not None:
+            n_bytes, n_secure = await self._kvm.ucall(step, RECORD, DIRTY)
+            await self._channel.send(FrameKind.RECORD, self._stream.read(RECORD, n_bytes))
+            written.update(gfns_of(self._stream.read(DIRTY, (self._n_pages + 7) // 8)))
+        self._begin_round(written)
+        return n_secure + len(self._owed)
+
+    def _begin_round(self, written: set[int] | range) -> None:
+        # The last round before the switch-over leaves some of them unsent.
+        owed = set(self._owed).union(written)
+        if not self._secure:
+            self._owed = sorted(owed)
+            return
+        view = bytes(self._machine.host_view)
+        shared = {gfn for gfn in range(self._n_pages) if view[gfn] == HostState.SHARED}
+        # A page that was shared since then was not sent, whether it was written or not.
+        self._owed = sorted(shared.intersection(owed) | (shared - self._shared))
+        self._shared = shared
+
+    # -- switch-over ------------------------------------------------------------------------------------------
+
+    async def _switch_over(self) -> None:
+        self._say(MigrationStatus.DEVICE)
+        self._held = True
+        self._machine.switching()
+        self.times.stopped = time.monotonic_ns()
+        if self._secure:
+            await self._end_round(u.UV_EXPORT_STOP)
+        else:
+            await self._kvm.freeze()
+        # The answers to these say that every doorbell of before has come.
+        last = set(self._owed) | set(await self._kvm.written(self._n_pages))
+        await self._machine.hold_devices()
+        last.update(await self._kvm.written(self._n_pages))
+        self._owed = [gfn for gfn in sorted(last) if not self._secure or gfn in self._shared]
+        await self._send_round()
+        await self._send_state()
+        await self._hand_over()
+
+    async def _send_state(self) -> None:
+        n_bytes = await self._kvm.save(KVM_STATE, KVM_STATE_ROOM_BYTES)
+        devices = self._machine.save_devices()
+        for name, data in (("devices", devices), ("kvm", self._stream.read(KVM_STATE, n_bytes))):
+            for part in parts_of(name, data):
+                await self._channel.send(FrameKind.STATE, part)
+        more = self._secure
+        while more:
+            n_bytes, more_flag = await self._kvm.ucall(u.UV_EXPORT_STATE, RECORD)
+            await self._channel.send(FrameKind.RECORD, self._stream.read(RECORD, n_bytes))
+            more = bool(more_flag)
+
+    async def _hand_over(self) -> None:
+        with trio.move_on_after(READY_SECONDS) as scope:
+            ready = await self._expect(FrameKind.RECORD if self._secure else FrameKind.READY)
+        if scope.cancelled_caught:
+            raise MigrationFailed(f"the destination was not ready within {READY_SECONDS:g} s")
+        # From here on a cancellation would only make it unknown where the VM runs.
+        with trio.CancelScope(shield=True):
+            await self._give(ready)
+
+    async def _give(self, ready: Frame) -> None:
+        kind, payload = FrameKind.START, b""
+        if self._secure:
+            self._stream.write(RECORD, ready.payload)
+            kind, payload = FrameKind.STATEMENT, await self._token(ready.payload)
+        self._gave = True
+        await self._channel.send(kind, payload)
+        with trio.move_on_after(WORD_SECONDS) as scope:
+            word = await self._expect(FrameKind.STATEMENT if self._secure else FrameKind.STARTED)
+            self.times.started = time.monotonic_ns()
+        if scope.cancelled_caught:
+            raise MigrationInDoubt(f"no word of the destination within {WORD_SECONDS:g} s")
+        if self._secure and not await self._take_word(word.payload):
+            self._gave = False
+            raise MigrationFailed("the destination gave the VM up")
+        self._machine.left()
+
+    async def _token(self, ready: bytes) -> bytes:
+        """The ultravisor's start token, in return for READY."""
+        # Whatever becomes of the answer, it may have stored that it gave the token.
+        self._gave = True
+        try:
+            return await self._exchange(u.UV_EXPORT_READY, ready)
+        except StepRefused as refused:
+            if await self.cancel_export():
+                self._gave = False
+                raise MigrationFailed(str(refused)) from None
+            raise
+
+    async def _take_word(self, word: bytes) -> bool:
+        self._stream.write(RECORD, word)
+        (moved,) = await self._kvm.ucall(u.UV_EXPORT_STATEMENT, RECORD, len(word))
+        return bool(moved)
+
+    async def _exchange(self, step: Call, message: bytes) -> bytes:
+        """Give the ultravisor a message of the other one; what it says to it."""
+        self._stream.write(RECORD, message)
+        (n_bytes,) = await self._kvm.ucall(step, RECORD, len(message))
+        return self._stream.read(RECORD, n_bytes)
+
+    async def _take_back(self, reason: str) -> None:
+        """The VM goes on here: what was stopped runs again."""
+        with trio.move_on_after(1):
+            try:
+                await self._channel.send(FrameKind.FAILED, reason[:256].encode())
+            except PefboxError:
+                pass
+        self._channel.close()
+        if self._secure:
+            await self.cancel_export()
+        elif self._held and self._machine.is_running:
+            await _once_kvm_answers(self._kvm.go_on)
+        if self._held:
+            self._machine.release_devices()
+            self._machine.stays()
+            self._held = False
+
+    async def cancel_export(self) -> bool:
+        """Whether the ultravisor has taken the VM back by this."""
+        # What is refused was not begun, or ended by its own failure: there is nothing to cancel.
+        return await _once_kvm_answers(lambda: self._kvm.ucall(u.UV_EXPORT_CANCEL, RECORD))
+
+    async def _expect(self, kind: FrameKind) -> Frame:
+        frame = await self._channel.receive()
+        if frame.kind is FrameKind.FAILED:
+            raise MigrationFailed(f"the destination: {printable(frame.payload)}")
+        if frame.kind is not kind:
+            raise MalformedMessage(f"the destination sent {frame.kind.name} instead of {kind.name}")
+        return frame
+
+
+async def _once_kvm_answers(order: Callable[[], Awaitable[object]]) -> bool:
+    """Give kvm an order, also when it is only held up: the processor would stand still for ever. False: refused."""
+    while True:
+        try:
+            await order()
+        except PeerGone as gone:
+            if gone.state not in _HELD_UP:
+                return False
+            await trio.sleep(_HELD_UP_POLL_SECONDS)
+        except PefboxError:
+            return False
+        else:
+            return True
