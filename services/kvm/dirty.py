@@ -32,6 +32,8 @@ class DirtyPages:
     def __init__(self, n_pages: int, guest: Link, qemu: Link, is_secure: Callable[[], bool]) -> None:
         self.own = memoryview(bytearray(n_pages))
         """Marks of what kvm writes into the VM's RAM."""
+        self._shown = memoryview(bytearray(n_pages))
+        """What `collect` told since the last `collect_bitmap`."""
         self._n_pages = n_pages
         self._writers = {GUEST_MAP: guest, DEVICE_MAP: qemu}
         self._maps: dict[str, DirtyMap] = {}
@@ -49,11 +51,17 @@ class DirtyPages:
 
         Raises HostFault when a writer does not acknowledge within a second or has given no map; nothing is lost then.
         """
-        return list(compress(gfns, await self._collect(gfns, cause)))
+        written = list(compress(gfns, await self._collect(gfns, cause)))
+        put_marks(self._shown, written)
+        return written
 
     async def collect_bitmap(self, gfns: range, cause: int = 0) -> bytes:
-        """As `collect`, a bit a GFN; the lowest of the first byte is for the first of `gfns`."""
-        return _packed(await self._collect(gfns, cause))
+        """As `collect`, a bit a GFN; the lowest of the first byte is for the first of `gfns`.
+
+        What `collect` has told meanwhile counts too: a migration reads by this, and must miss nothing.
+        """
+        written = await self._collect(gfns, cause)
+        return _packed(_merged([written, _take(self._shown, gfns)]))
 
     async def _collect(self, gfns: range, cause: int) -> bytes:
         """As `collect`: a byte a GFN, 1 for one that was written."""

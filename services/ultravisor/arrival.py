@@ -14,7 +14,7 @@ import trio
 from protocol.codes import HCode
 from protocol.errors import HostFault, PefboxError
 from protocol.geometry import PAGE_SHIFT
-from protocol.messages import SVM_LOAD, SVM_THAW, LoadProcessorBody, RunBody
+from protocol.messages import SVM_LOAD, LoadProcessorBody
 from services.ultravisor.esm_files import EsmFiles
 from services.ultravisor.migration.handshake import DestinationHandshake, Host
 from services.ultravisor.migration.importer import Importer, ImportPhase
@@ -46,7 +46,8 @@ class Arrival:
         self._word: bytes | None = None
         self.kept: tuple[EsmFiles, RtasBounce] | None = None
         """What belongs to the VM beside its pages, once it is here."""
-        self.session_id = b""
+        self.session_id = self._handshake.session_id
+        """From the beginning: whoever knows it must not be told that nothing of it is here."""
         self.peer = ""
         self._set_aside_bytes = partition.ram.size_bytes
         if not account.charge(self._set_aside_bytes):
@@ -99,7 +100,7 @@ class Arrival:
         sealer, opener = ends_at_destination(session)
         self._svm = svm
         self._importer = Importer(session, self._host.identity, self._ledger, sealer, opener, SvmFrames(svm))
-        self.session_id, self.peer = session.session_id, session.peer.host
+        self.peer = session.peer.host
 
     # -- what comes -------------------------------------------------------------------------------------------
 
@@ -140,16 +141,12 @@ class Arrival:
         self._end(word)
         return word
 
-    async def thaw(self, cause: int) -> bool:
-        """The guest runs; False when it did not answer."""
-        try:
-            with trio.fail_after(LOAD_SECONDS):
-                status = await self._partition.guest.call(SVM_THAW, RunBody(_VCPU), cause)
-        except (trio.TooSlowError, PefboxError):
-            return False
-        return status.code == HCode.H_SUCCESS
-
     # -- giving up --------------------------------------------------------------------------------------------
+
+    def check_abandon(self) -> None:
+        """Raise MigrationRefused when `abandon` would: before anything of the VM is given up."""
+        if self._importer is not None and self._importer.in_doubt:
+            raise MigrationRefused(Reason.NOT_STORED, "a crash may find the VM started")
 
     def abandon(self) -> bytes:
         """It never runs here, and nothing of it is kept: the word for the source (empty: there was no handshake).

@@ -13,7 +13,7 @@ import trio
 
 from protocol.codes import HCode
 from protocol.errors import HostFault, PefboxError
-from protocol.messages import SVM_FREEZE, SVM_THAW, RunBody
+from protocol.messages import SVM_FREEZE, RunBody
 from services.ultravisor.dirty import collect_dirty
 from services.ultravisor.esm_files import EsmFiles
 from services.ultravisor.migration.exporter import Batch, Exporter, ExportPhase
@@ -27,6 +27,7 @@ from services.ultravisor.migration.svm_parts import SvmRest, states_to_send
 from services.ultravisor.page_state import HOST_READABLE, TRANSIENT, GfnState
 from services.ultravisor.partition import Partition
 from services.ultravisor.svm import Svm
+from services.ultravisor.thaw import thaw_guest
 
 FREEZE_SECONDS = 3.0
 """The guest itself gives up after a second without a safe point."""
@@ -220,13 +221,15 @@ class Departure:
         return self._begun().token()
 
     def take_word(self, raw: bytes) -> bool:
-        """The destination's word: whether the VM runs there. Raises MigrationRefused."""
+        """The destination's word: whether the VM runs there. Raises MigrationRefused, NotYet."""
+        self._expect_rest()
         exporter = self._begun()
         exporter.take_statement(raw)
         return exporter.phase is ExportPhase.MOVED
 
     def cancel(self) -> None:
-        """The VM stays here; raises MigrationRefused once the token was given."""
+        """The VM stays here; raises MigrationRefused once the token was given, NotYet while a step is under way."""
+        self._expect_rest()
         if self._exporter is not None:
             self._exporter.cancel()
 
@@ -236,7 +239,7 @@ class Departure:
             return
         self._frozen = False
         if not self._svm_ended:
-            await _order_thaw(self._of.partition, cause)
+            await thaw_guest(self._of.partition, cause)
 
     # -- helpers ----------------------------------------------------------------------------------------------
 
@@ -246,7 +249,7 @@ class Departure:
             with trio.fail_after(FREEZE_SECONDS):
                 saved = await guest.call(SVM_FREEZE, RunBody(_VCPU), cause)
         except (trio.TooSlowError, PefboxError) as error:
-            await _order_thaw(self._of.partition, cause)
+            await thaw_guest(self._of.partition, cause)
             raise NotYet(f"the guest does not stand still: {error}") from None
         if saved.code == HCode.H_BUSY:
             raise NotYet("the guest came to no safe point")
@@ -263,6 +266,11 @@ class Departure:
         if self._svm_ended:
             raise MigrationRefused(Reason.WRONG_PHASE, "the secure VM has ended")
         return self._begun()
+
+    def _expect_rest(self) -> None:
+        """A step that waits, left behind by the end of its migration, could thaw the guest of the next one."""
+        if self._at_work:
+            raise NotYet("a step is under way")
 
     def _alone(self) -> _Alone:
         return _Alone(self)
@@ -281,15 +289,6 @@ class _Alone:
 
     def __exit__(self, *_: object) -> None:
         self._departure._at_work = False
-
-
-async def _order_thaw(partition: Partition, cause: int) -> None:
-    # A guest that is dead or silent has nothing to be thawed; its end is noticed elsewhere.
-    with trio.move_on_after(FREEZE_SECONDS):
-        try:
-            await partition.guest.call(SVM_THAW, RunBody(_VCPU), cause)
-        except PefboxError:
-            return
 
 
 def _bitmap(gfns: list[int], n_pages: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Awaitable, Callable
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
@@ -41,6 +42,10 @@ class SvmLife:
         self._limit = AuditLimit(time.monotonic)
         self.files: dict[int, EsmFiles] = {}
         self.bounce: dict[int, RtasBounce] = {}
+
+    def in_background(self, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Have `work` done in a task that lives as long as the process."""
+        self._runtime.nursery.start_soon(work, *arguments)
 
     def write_audit(self, vm: str, event: str, **facts: str | int | bool) -> None:
         """One line, unless the VM has caused too many of its kind.

@@ -27,6 +27,7 @@ from services.ultravisor.migration.statements import MAX_STATEMENT_BYTES
 from services.ultravisor.migration_host import policy_of
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount
+from services.ultravisor.thaw import thaw_guest
 from shared.stream_buffer import StreamBuffer
 
 _STATE_REASONS = frozenset({Reason.WRONG_PHASE, Reason.TOKEN_GIVEN})
@@ -213,9 +214,13 @@ class MigrationCalls:
         if not began:
             self._note(partition, "migration-started", peer=arrival.peer, session=arrival.session_id.hex())
             partition.note_esm("secure", f"arrived from {arrival.peer}")
-            if not await arrival.thaw(cause):
-                await self._life.fail(partition, "guest-did-not-start: it does not thaw")
+            # Behind the word: a guest that is held up must not keep the source from hearing it.
+            self._life.in_background(self._thaw, partition, cause)
         return word
+
+    async def _thaw(self, partition: Partition, cause: int) -> None:
+        if not await thaw_guest(partition, cause) and partition.secure:
+            await self._life.fail(partition, "guest-did-not-start: it does not thaw")
 
     async def uv_import_abandon(self, at: StepCall) -> list[int]:
         """UV_IMPORT_ABANDON."""
@@ -225,6 +230,7 @@ class MigrationCalls:
         """The VM never runs here: the word for the source, empty before the handshake. Raises MigrationRefused."""
         arrival = _party(partition, Arrival)
         if arrival.in_progress:
+            arrival.check_abandon()
             self._note(partition, "migration-abandoned", session=arrival.session_id.hex())
             if arrival.guest_has_it:
                 await self._life.terminate(partition, "migration-abandoned")

@@ -121,8 +121,8 @@ class MigrationQueries:
 
     async def _take_token(self, vm: str, raw: bytes) -> bytes:
         partition = self._partitions.get(vm)
-        if partition is not None and isinstance(partition.migration, Arrival):
-            arrival = partition.migration
+        arrival = None if partition is None else partition.migration
+        if partition is not None and isinstance(arrival, Arrival) and arrival.session_id == session_of(raw):
             return await self._calls.take_token(partition, raw, 0) if arrival.in_progress else arrival.abandon()
         return self._word_from_ledger(raw)
 
@@ -148,7 +148,7 @@ class MigrationQueries:
         if partition is None or not isinstance(partition.migration, Arrival):
             return {"word": None}
         try:
-            return {"word": (await self._calls.abandon(partition)).hex()}
+            return {"word": (await self._calls.abandon(partition)).hex() or None}
         except MigrationRefused as refused:
             raise HostFault(str(refused)) from None
 

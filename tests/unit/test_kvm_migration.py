@@ -976,6 +976,15 @@ async def test_a_writer_that_does_not_acknowledge_keeps_its_marks(source: Host, 
     assert (await log_of(source, 0, 8)).bitmap == bytes([0x18])
 
 
+async def test_a_mark_that_an_operator_was_shown_is_still_in_the_log(source: Host, maps: Maps) -> None:
+    maps.guest.buffer[9] = 1
+
+    assert await source.vm.dirty.collect(range(N_PAGES)) == [9]
+
+    assert (await log_of(source, 8, 8)).bitmap == bytes([1 << 1])
+    assert (await log_of(source, 8, 8)).bitmap == bytes(1)
+
+
 async def test_without_its_maps_a_vm_has_no_dirty_log(source: Host) -> None:
     assert (await log_of(source, 0, N_PAGES)).code == HCode.H_BUSY
 

@@ -8,15 +8,19 @@ from dataclasses import dataclass, field
 
 import pytest
 import trio
+import trio.testing
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from protocol import messages as m
 from protocol import ucalls as u
 from protocol.codes import HCode, UCode
 from protocol.declare import Call
+from protocol.errors import HostFault
 from protocol.geometry import PAGE_BYTES, STREAM_BUFFER_BYTES
 from services.testing.image import PlayedImage
+from services.ultravisor.departure import Departure
 from services.ultravisor.migration.handshake import Host
+from services.ultravisor.migration.statements import Word, sign
 from services.ultravisor.migration_queries import MigrationQueries
 from services.ultravisor.page_state import PageEvent
 from services.ultravisor.svm import SvmPhase
@@ -336,6 +340,51 @@ async def test_a_word_about_a_token_that_was_never_given_moves_nothing(pair: Pai
     source = pair.queries(pair.source, hosts[0]).queries()
 
     assert await source["migration.take"]({"vm": "vm1", "as": "source", "word": word.hex()}) == {"moved": False}
+
+
+async def test_a_migration_is_not_cancelled_while_a_step_of_it_could_still_thaw_the_guest(
+    pair: Pair, nursery: trio.Nursery
+) -> None:
+    """S6: left behind, the step would let the guest run when the next migration believes it frozen."""
+    await pair.shake_hands()
+    freeze = pair.source.guest.held[m.SVM_FREEZE.number] = trio.Event()
+    nursery.start_soon(pair.end_round, u.UV_EXPORT_STOP)
+    await trio.testing.wait_all_tasks_blocked()
+
+    with pytest.raises(Refused, match="U_RETRY"):
+        await step(pair.source, u.UV_EXPORT_CANCEL, 0)
+    with pytest.raises(Refused, match="U_STATE"):
+        await fetch(pair.source, u.UV_EXPORT_OFFER)
+    freeze.set()
+    await trio.testing.wait_all_tasks_blocked()
+    await step(pair.source, u.UV_EXPORT_CANCEL, 0)
+    assert pair.source.guest.names()[-1] == "SVM_THAW"
+
+
+async def test_no_word_is_given_about_a_migration_that_begins(pair: Pair, hosts: tuple[Host, Host]) -> None:
+    """S6: the session has its name from the answer on, and whoever knows it may ask."""
+    offer = await fetch(pair.source, u.UV_EXPORT_OFFER)
+    answer = await exchange(pair.destination, u.UV_IMPORT_OFFER, offer)
+    await exchange(pair.source, u.UV_EXPORT_ANSWER, answer)
+    departure = pair.source.partition.migration
+    assert isinstance(departure, Departure)
+    token = sign(hosts[0].identity, Word.TOKEN, departure.session_id).hex()
+    destination = pair.queries(pair.destination, hosts[1]).queries()
+
+    with pytest.raises(HostFault, match="open"):
+        await destination["migration.take"]({"vm": "another", "as": "destination", "word": token})
+
+
+async def test_a_guest_that_does_not_thaw_is_waited_for_while_the_source_hears_the_word(
+    pair: Pair, nursery: trio.Nursery
+) -> None:
+    thaw = pair.destination.guest.held[m.SVM_THAW.number] = trio.Event()
+    await pair.move()
+    assert pair.source.partition.svm is None
+    assert pair.destination.partition.secure
+    thaw.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert pair.destination.partition.secure
 
 
 async def test_a_destination_that_has_nothing_of_the_vm_says_no_word(pair: Pair, hosts: tuple[Host, Host]) -> None:

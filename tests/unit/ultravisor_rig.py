@@ -107,12 +107,16 @@ class PlayedGuest(PlayedLink):
         self.replies: list[tuple[Envelope, Any]] = []
         self.codes: dict[int, int] = {}
         """What the guest answers, by message; H_SUCCESS otherwise."""
+        self.held: dict[int, trio.Event] = {}
+        """Messages that are answered only when their event is set."""
         self.processor = b"registers"
         """The state that it is frozen with."""
 
     async def call(self, message: m.Message[Any, Any], body: m.Body, _cause: int = 0) -> m.Status:
         await trio.lowlevel.checkpoint()
         self.calls.append((message.name, body))
+        if message.number in self.held:
+            await self.held[message.number].wait()
         code = self.codes.get(message.number, HCode.H_SUCCESS)
         if message is m.SVM_FREEZE:
             return cast(m.Status, m.SavedProcessor(code, b"" if code else self.processor))

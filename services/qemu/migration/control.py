@@ -21,7 +21,7 @@ from protocol.messages import MIGRATION_KEY, MigrationKeyBody, Status
 from protocol.wire import Envelope
 from services.qemu.migration.channel import KEY_BYTES, BulkChannel, End
 from services.qemu.migration.destination import ArrivalStatus, DestinationMigration
-from services.qemu.migration.kvm_port import KvmPort
+from services.qemu.migration.kvm_port import KvmPort, until_answered
 from services.qemu.migration.machine import MovableMachine
 from services.qemu.migration.parameters import MigrationParameters
 from services.qemu.migration.source import MigrationInDoubt, SourceMigration
@@ -225,7 +225,7 @@ class MigrationControl:
             # It may never have given the token, and then nobody has told it that the VM stays.
             await source.cancel_export()
         elif self._machine.is_running:
-            await self._kvm.go_on()
+            await until_answered(self._kvm.go_on)
 
     # -- destination ------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from protocol.errors import MalformedMessage, PefboxError
 from protocol.geometry import PAGE_BYTES
 from services.qemu.migration.channel import BulkChannel
 from services.qemu.migration.hello import hello_of, printable, why_not
-from services.qemu.migration.kvm_port import KvmPort
+from services.qemu.migration.kvm_port import KvmPort, until_answered
 from services.qemu.migration.machine import MovableMachine
 from services.qemu.migration.places import KVM_STATE, KVM_STATE_ROOM_BYTES, RECORD
 from services.qemu.migration.stream import MAX_STATE_BYTES, Frame, FrameKind, Hello, StatePart
@@ -78,8 +78,9 @@ class DestinationMigration:
                 with trio.CancelScope(shield=True):
                     await self._give_up(str(error))
             raise
+        finally:
+            self._channel.close()
         self._say(ArrivalStatus.COMPLETED)
-        self._channel.close()
 
     # -- setup ------------------------------------------------------------------------------------------------
 
@@ -162,17 +163,21 @@ class DestinationMigration:
         self._say(ArrivalStatus.READY)
         right = (await self._expect(FrameKind.STATEMENT if secure else FrameKind.START)).payload
         with trio.CancelScope(shield=True):
-            word = await self._exchange(u.UV_IMPORT_TOKEN, right) if secure else b""
+            # Once the token may have reached the ultravisor only its answer says whether the VM runs here.
+            word = await until_answered(lambda: self._exchange(u.UV_IMPORT_TOKEN, right)) if secure else b""
             self._runs = True
+            await self._tell(FrameKind.STATEMENT if secure else FrameKind.STARTED, word)
             running = self._machine.is_running
             self._machine.arrived(running=running)
             if running:
-                await self._kvm.go_on()
-            try:
-                await self._channel.send(FrameKind.STATEMENT if secure else FrameKind.STARTED, word)
-            except PefboxError:
-                # The source learns it from an operator.
-                return
+                await until_answered(self._kvm.go_on)
+
+    async def _tell(self, kind: FrameKind, payload: bytes) -> None:
+        try:
+            await self._channel.send(kind, payload)
+        except PefboxError:
+            # The source learns it from an operator.
+            return
 
     # -- giving up --------------------------------------------------------------------------------------------
 

@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import trio
 
 from protocol import messages as m
 from protocol.codes import HCode, UCode
 from protocol.declare import Call
-from protocol.errors import PefboxError
+from protocol.errors import PeerGone, PefboxError
 from services.runtime.link import Link
 
 _AGAIN_SECONDS = 0.01
 _PATIENCE_SECONDS = 5.0
 _ORDER_SECONDS = 10.0
+_HELD_UP = frozenset({"stopped", "unresponsive", "waiting"})
+_LOOK_AGAIN_SECONDS = 0.1
+_YET = frozenset({"U_RETRY", "U_BUSY", "H_BUSY"})
+ResultT = TypeVar("ResultT")
 
 
 class StepRefused(PefboxError):
-    """A step that kvm or the ultravisor refused; the ultravisor's reason is in its audit log and in `jobinfo`."""
+    """A step that kvm or the ultravisor refused; the ultravisor's reason is in its audit log and in `jobinfo`.
 
-    def __init__(self, step: str, code: str) -> None:
-        self.step, self.code = step, code
+    `may_succeed` says that it only could not be done yet.
+    """
+
+    def __init__(self, step: str, code: str, *, may_succeed: bool = False) -> None:
+        self.step, self.code, self.may_succeed = step, code, may_succeed
         super().__init__(f"{step} was refused: {code}")
+
+
+async def until_answered(order: Callable[[], Awaitable[ResultT]]) -> ResultT:
+    """The result of an order that must not be given up while kvm, ultravisor or guest are only held up.
+
+    For what would otherwise leave a processor standing still for ever. Raises PefboxError for a refusal, PeerGone for a
+    kvm that is dead.
+    """
+    while True:
+        try:
+            return await order()
+        except PeerGone as gone:
+            if gone.state not in _HELD_UP:
+                raise
+        except StepRefused as refused:
+            if not refused.may_succeed:
+                raise
+        await trio.sleep(_LOOK_AGAIN_SECONDS)
 
 
 class KvmPort:
@@ -43,7 +69,8 @@ class KvmPort:
 
         code = await _until_done(attempt, (UCode.U_RETRY, UCode.U_BUSY))
         if code != UCode.U_SUCCESS:
-            raise StepRefused(call.name, _name(UCode, code))
+            name = _name(UCode, code)
+            raise StepRefused(call.name, name, may_succeed=name in _YET)
         return results
 
     async def freeze(self) -> None:
@@ -106,7 +133,7 @@ class KvmPort:
     async def _once(self, message: m.Message[m.BodyT, m.Status], body: m.BodyT) -> int:
         with trio.move_on_after(_ORDER_SECONDS):
             return (await self._link.call(message, body)).code
-        raise StepRefused(message.name, f"no answer within {_ORDER_SECONDS:g} s")
+        raise StepRefused(message.name, f"no answer within {_ORDER_SECONDS:g} s", may_succeed=True)
 
 
 def gfns_of(bitmap: bytes, first: int = 0) -> list[int]:
@@ -132,7 +159,8 @@ async def _until_done(attempt: Callable[[], Awaitable[int]], again: tuple[int, .
 
 def _expect(step: str, code: int) -> None:
     if code != HCode.H_SUCCESS:
-        raise StepRefused(step, _name(HCode, code))
+        name = _name(HCode, code)
+        raise StepRefused(step, name, may_succeed=name in _YET)
 
 
 def _name(codes: type[HCode] | type[UCode], code: int) -> str:

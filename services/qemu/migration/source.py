@@ -11,18 +11,18 @@ tells. A secure VM's right is its ultravisor's start token, which passes through
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
 
 from protocol import ucalls as u
 from protocol.declare import Call
-from protocol.errors import MalformedMessage, PeerGone, PefboxError
+from protocol.errors import MalformedMessage, PefboxError
 from protocol.geometry import PAGE_BYTES
 from services.qemu.migration.channel import BulkChannel
 from services.qemu.migration.hello import hello_of, printable
-from services.qemu.migration.kvm_port import KvmPort, StepRefused, gfns_of
+from services.qemu.migration.kvm_port import KvmPort, StepRefused, gfns_of, until_answered
 from services.qemu.migration.machine import MovableMachine
 from services.qemu.migration.pacing import NS, Pacer
 from services.qemu.migration.parameters import MigrationParameters
@@ -39,8 +39,6 @@ READY_SECONDS = 60.0
 """For the destination to load everything; until then the VM goes on here if it does not."""
 WORD_SECONDS = 20.0
 """For its word that the VM runs there; without it nobody here knows."""
-_HELD_UP = frozenset({"stopped", "unresponsive", "waiting"})
-_HELD_UP_POLL_SECONDS = 0.1
 _PAGES_A_FRAME = 16
 _MAX_ZERO_PAGES = 1024
 
@@ -275,6 +273,7 @@ class SourceMigration:
             ready = await self._expect(FrameKind.RECORD if self._secure else FrameKind.READY)
         if scope.cancelled_caught:
             raise MigrationFailed(f"the destination was not ready within {READY_SECONDS:g} s")
+        await trio.lowlevel.checkpoint_if_cancelled()
         # From here on a cancellation would only make it unknown where the VM runs.
         with trio.CancelScope(shield=True):
             await self._give(ready)
@@ -330,7 +329,7 @@ class SourceMigration:
         if self._secure:
             await self.cancel_export()
         elif self._held and self._machine.is_running:
-            await _once_kvm_answers(self._kvm.go_on)
+            await self._go_on()
         if self._held:
             self._machine.release_devices()
             self._machine.stays()
@@ -339,7 +338,18 @@ class SourceMigration:
     async def cancel_export(self) -> bool:
         """Whether the ultravisor has taken the VM back by this."""
         # What is refused was not begun, or ended by its own failure: there is nothing to cancel.
-        return await _once_kvm_answers(lambda: self._kvm.ucall(u.UV_EXPORT_CANCEL, RECORD))
+        try:
+            await until_answered(lambda: self._kvm.ucall(u.UV_EXPORT_CANCEL, RECORD))
+        except PefboxError:
+            return False
+        return True
+
+    async def _go_on(self) -> None:
+        try:
+            await until_answered(self._kvm.go_on)
+        except PefboxError:
+            # kvm is dead, or the VM is in no state to go on: its own end says why.
+            return
 
     async def _expect(self, kind: FrameKind) -> Frame:
         frame = await self._channel.receive()
@@ -348,18 +358,3 @@ class SourceMigration:
         if frame.kind is not kind:
             raise MalformedMessage(f"the destination sent {frame.kind.name} instead of {kind.name}")
         return frame
-
-
-async def _once_kvm_answers(order: Callable[[], Awaitable[object]]) -> bool:
-    """Give kvm an order, also when it is only held up: the processor would stand still for ever. False: refused."""
-    while True:
-        try:
-            await order()
-        except PeerGone as gone:
-            if gone.state not in _HELD_UP:
-                return False
-            await trio.sleep(_HELD_UP_POLL_SECONDS)
-        except PefboxError:
-            return False
-        else:
-            return True

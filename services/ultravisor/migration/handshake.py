@@ -155,6 +155,11 @@ class DestinationHandshake:
         """The message to send."""
 
     @property
+    def session_id(self) -> bytes:
+        """The name of the migration, which both sides know from the answer on."""
+        return self._session.session_id
+
+    @property
     def subject(self) -> Subject:
         """What the source says would come; nobody vouches for it before `take_confirm`."""
         return self._session.subject

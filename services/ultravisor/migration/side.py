@@ -39,6 +39,11 @@ class Side:
         """A decision may have been stored that was not taken."""
         self.epoch = 0
 
+    @property
+    def in_doubt(self) -> bool:
+        """A decision may have been stored that was not taken."""
+        return self._in_doubt
+
     def _decide(self, decision: Decision) -> None:
         """Store it; raises MigrationRefused when that is not sure."""
         session = self._session
