@@ -130,6 +130,15 @@ class Departure:
         self._requeue()
         return confirm
 
+    async def forget_marks(self, cause: int) -> None:
+        """Stores of before say nothing: every page is sent once, and as it is from here on."""
+        with self._alone():
+            try:
+                await collect_dirty(self._of.partition, range(self._of.svm.n_pages), cause)
+            except HostFault:
+                # What keeps its mark is only sent once more.
+                return
+
     # -- pages ------------------------------------------------------------------------------------------------
 
     def next_pages(self) -> Batch | None:
@@ -245,6 +254,8 @@ class Departure:
 
     async def _freeze(self, cause: int) -> bytes:
         guest = self._of.partition.guest
+        if self._of.partition.n_thaws:
+            raise NotYet("the guest is being thawed")
         try:
             with trio.fail_after(FREEZE_SECONDS):
                 saved = await guest.call(SVM_FREEZE, RunBody(_VCPU), cause)

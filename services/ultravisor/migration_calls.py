@@ -115,6 +115,7 @@ class MigrationCalls:
         departure = _party(at.partition, Departure)
         confirm = departure.take_answer(at.take(MAX_HANDSHAKE_BYTES))
         self._note(at.partition, "migration-begun", peer=departure.peer, session=departure.session_id.hex())
+        await departure.forget_marks(at.cause)
         return at.put(confirm)
 
     def uv_export_pages(self, at: StepCall) -> list[int]:
@@ -215,11 +216,17 @@ class MigrationCalls:
             self._note(partition, "migration-started", peer=arrival.peer, session=arrival.session_id.hex())
             partition.note_esm("secure", f"arrived from {arrival.peer}")
             # Behind the word: a guest that is held up must not keep the source from hearing it.
+            # It counts as under way from now on, not from when the task begins.
+            partition.n_thaws += 1
             self._life.in_background(self._thaw, partition, cause)
         return word
 
     async def _thaw(self, partition: Partition, cause: int) -> None:
-        if not await thaw_guest(partition, cause) and partition.secure:
+        try:
+            runs = await thaw_guest(partition, cause)
+        finally:
+            partition.n_thaws -= 1
+        if not runs and partition.secure:
             await self._life.fail(partition, "guest-did-not-start: it does not thaw")
 
     async def uv_import_abandon(self, at: StepCall) -> list[int]:

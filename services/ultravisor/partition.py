@@ -57,6 +57,8 @@ class Partition:
         """What a migration hands to kvm and qemu, and gets from them."""
         self.migration: Migration | None = None
         """The one that is under way or was the last."""
+        self.n_thaws = 0
+        """Orders to thaw the guest that are under way: one that was frozen meanwhile would run by them (S6)."""
         self.migration_refusal: str | None = None
         """Why the last step of one was refused, for the operator."""
         self.last_esm: EsmOutcome | None = None

@@ -17,6 +17,14 @@ _VCPU = 0
 
 async def thaw_guest(partition: Partition, cause: int) -> bool:
     """Returns once the guest has answered or is gone: whether it runs. A guest that is stopped is waited for."""
+    partition.n_thaws += 1
+    try:
+        return await _thaw(partition, cause)
+    finally:
+        partition.n_thaws -= 1
+
+
+async def _thaw(partition: Partition, cause: int) -> bool:
     while True:
         try:
             with trio.fail_after(ANSWER_SECONDS):

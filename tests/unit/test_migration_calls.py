@@ -173,6 +173,7 @@ async def test_a_secure_vm_runs_on_where_it_was_moved_with_its_newest_pages_and_
     word = await exchange(pair.destination, u.UV_IMPORT_TOKEN, token)
 
     assert await give(pair.source, u.UV_EXPORT_STATEMENT, word) == [1]
+    await trio.testing.wait_all_tasks_blocked()
     assert pair.destination.partition.secure
     assert bytes(pair.destination.page(SECRET_GFN)[:6]) == b"newest"
     assert pair.destination.state(SHARED_GFN) == "SHARED_INV"
@@ -221,8 +222,17 @@ async def test_the_round_tells_which_shared_pages_the_guest_wrote(pair: Pair) ->
     assert n_owed == N_PAGES - sum(pair.source.state(gfn).startswith("SHARED") for gfn in range(N_PAGES))
 
 
+async def test_stores_of_before_the_migration_send_no_page_twice(pair: Pair) -> None:
+    pair.marks.buffer[SECRET_GFN] = 1
+    await pair.shake_hands()
+    await pair.pages()
+
+    assert (await pair.end_round())[0] == 0
+
+
 async def test_it_can_go_back_where_it_came_from(pair: Pair, key: RSAPrivateKey, nursery: trio.Nursery) -> None:
     await pair.move()
+    await trio.testing.wait_all_tasks_blocked()
     pair.destination.page(SECRET_GFN)[:6] = b"better"
     back = Pair(pair.destination, pair.source, pair.marks)
 
@@ -381,10 +391,14 @@ async def test_a_guest_that_does_not_thaw_is_waited_for_while_the_source_hears_t
     thaw = pair.destination.guest.held[m.SVM_THAW.number] = trio.Event()
     await pair.move()
     assert pair.source.partition.svm is None
-    assert pair.destination.partition.secure
+    back = Pair(pair.destination, pair.source, pair.marks)
+    await back.shake_hands()
+    with pytest.raises(Refused, match="U_RETRY"):
+        await back.end_round(u.UV_EXPORT_STOP)
     thaw.set()
     await trio.testing.wait_all_tasks_blocked()
     assert pair.destination.partition.secure
+    await back.end_round(u.UV_EXPORT_STOP)
 
 
 async def test_a_destination_that_has_nothing_of_the_vm_says_no_word(pair: Pair, hosts: tuple[Host, Host]) -> None:
