@@ -12,10 +12,10 @@ import trio
 from services.qemu import devices
 from services.qemu.segments import total_bytes, views_now
 from services.qemu.virtio_blk import VirtioBlk, _Request
+from tests.attack.late.begun import BEGUN, LOOK_SECONDS
 
 LARGE_BYTES = 1 << 20
 """What the boot stage of the model leaves behind; nothing else here reads so much at once."""
-LOOK_SECONDS = 0.001
 
 
 class LateBlk(VirtioBlk):
@@ -26,6 +26,7 @@ class LateBlk(VirtioBlk):
 
     async def _read(self, request: _Request) -> None:
         if total_bytes(request.data_in) == LARGE_BYTES:
+            await request.dma.write(request.data_in[0][0], BEGUN)
             await _until_gone(request)
         await super()._read(request)
 
