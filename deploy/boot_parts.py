@@ -66,9 +66,7 @@ def policy_file(vm: VmSpec) -> Attachment:
     return Attachment(POLICY_FILE, msgspec.json.encode(vm.migration))
 
 
-def hosts_blob(
-    image: SecureImage, state_dir: Path, hosts: Sequence[str], files: Sequence[Attachment] = ()
-) -> bytes:
+def hosts_blob(image: SecureImage, state_dir: Path, hosts: Sequence[str], files: Sequence[Attachment] = ()) -> bytes:
     """The ESM blob for an image, for the machine keys of `hosts`, owned by nobody who could open it."""
     for host in hosts:
         ensure_keys(state_dir, host)

@@ -107,7 +107,6 @@ class _Demo:
             report.hypercalls, report.ultracalls = count_calls(record)
         return evidence
 
-
     async def migrate(self, running: RunningCluster) -> None:
         """Move the first VM to another host while it reads its disk."""
         spec, report = self._spec.vms[0], self._reports[self._spec.vms[0].name]

@@ -48,9 +48,7 @@ class Ultravisor:
         self._hypervisor: Hypervisor | None = None
         self._life: SvmLife | None = None
         self._migrations: MigrationCalls | None = None
-        self._migration_host = host_of(
-            self._identity.identity_key, keys.identity, debuggable=runtime.config.debuggable
-        )
+        self._migration_host = host_of(self._identity.identity_key, keys.identity, debuggable=runtime.config.debuggable)
         self._ledger = FileLedger(runtime.files["ledger"]) if "ledger" in runtime.files else None
 
     async def start(self) -> None:

@@ -449,9 +449,7 @@ async def test_a_normal_vm_in_doubt_is_where_its_qemus_say(tmp_path: Path, arriv
 
 
 @pytest.mark.parametrize(("word", "moved"), [("cc", True), ("cc", False), (None, False)])
-async def test_a_secure_vm_in_doubt_is_where_the_ultravisors_say(
-    tmp_path: Path, word: str | None, moved: bool
-) -> None:
+async def test_a_secure_vm_in_doubt_is_where_the_ultravisors_say(tmp_path: Path, word: str | None, moved: bool) -> None:
     async with two_hosts(tmp_path) as running:
         await running.process("alpha/ultravisor").query("set-vm", {"vm": "vm1", "values": {"secure": True}})
         vm = await under_way(running)

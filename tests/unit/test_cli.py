@@ -59,7 +59,7 @@ def test_every_command_can_be_imported_and_explains_itself(name: str) -> None:
         (["logs"], 2, "Error: Missing argument 'TARGET'.\n"),
         (["link", "alpha"], 2, "Error: Missing argument 'HOST'.\n"),
         (["link", "alpha", "beta", "--latency", "x"], 2, "'--latency': 'x' is not a valid float.\n"),
-        (["link", "alpha", "beta", "--bandwidth", "x"], 1, 'such as 64M/s; 0: no limit\n'),
+        (["link", "alpha", "beta", "--bandwidth", "x"], 1, "such as 64M/s; 0: no limit\n"),
     ],
 )
 def test_mistake_is_one_line_with_its_exit_status(

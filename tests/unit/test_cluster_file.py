@@ -160,9 +160,7 @@ TWO_HOSTS = GOOD + '[hosts.beta]\nsecure_memory = "64M"\n[[links]]\nbetween = ["
 
 def test_a_link_has_a_shape_and_none_unless_it_says_so() -> None:
     (plain,) = parse(TWO_HOSTS).links
-    (link,) = parse(
-        TWO_HOSTS + 'latency = 50\njitter = 2.5\nbandwidth = "100M/s"\nloss = 0.01\ndown = true\n'
-    ).links
+    (link,) = parse(TWO_HOSTS + 'latency = 50\njitter = 2.5\nbandwidth = "100M/s"\nloss = 0.01\ndown = true\n').links
 
     assert plain.shape.is_plain
     assert link.shape == LinkShape(

@@ -126,9 +126,7 @@ class MigrationControl:
     async def _move(self, link: Link, connection: socket.socket) -> None:
         key = os.urandom(KEY_BYTES)
         channel = self._open_channel(connection, key, End.SOURCE)
-        self._source = SourceMigration(
-            self._machine, self._kvm, self._stream, channel, self.parameters, self._enter
-        )
+        self._source = SourceMigration(self._machine, self._kvm, self._stream, channel, self.parameters, self._enter)
         with trio.CancelScope() as self._scope:
             try:
                 await self._send_key(link, key)
@@ -281,5 +279,3 @@ def progress_facts(source: SourceMigration) -> dict[str, Any]:
     """As Progress, by name."""
     progress = source.progress()
     return {name: getattr(progress, name) for name in progress.__struct_fields__}
-
-

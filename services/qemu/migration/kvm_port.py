@@ -139,11 +139,7 @@ class KvmPort:
 def gfns_of(bitmap: bytes, first: int = 0) -> list[int]:
     """The GFNs whose bit is set; the lowest bit of the first byte is `first`."""
     return [
-        first + (index << 3) + bit
-        for index, byte in enumerate(bitmap)
-        if byte
-        for bit in range(8)
-        if byte >> bit & 1
+        first + (index << 3) + bit for index, byte in enumerate(bitmap) if byte for bit in range(8) if byte >> bit & 1
     ]
 
 
