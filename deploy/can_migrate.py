@@ -45,19 +45,10 @@ class CheckAnswer(msgspec.Struct, kw_only=True):
     reason: str | None
 
 
-def known_vm(run: ClusterRun, name: str) -> VmRecord:
-    """The VM; raises UserError for an unknown one."""
-    vm = run.vms.get(name)
-    if vm is None:
-        raise UserError(f'no VM "{name}"; there are: {", ".join(run.vms)}')
-    return vm
-
-
 async def why_not(run: ClusterRun, name: str, host: str) -> list[str]:
     """Every reason why VM `name` cannot move to `host` now; none when it can. Raises UserError for unknown names."""
-    vm = known_vm(run, name)
-    if host not in run.hosts:
-        raise UserError(f'no host "{host}"; there are: {", ".join(run.hosts)}')
+    vm = run.vm_named(name)
+    run.host_named(host)
     if run.stopping or not run.healthy:
         return ["the cluster is starting or stopping"]
     if host == vm.spec.host:

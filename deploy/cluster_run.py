@@ -21,6 +21,7 @@ from deploy.migration_record import Migration, MigrationFacts, Phase
 from deploy.plan import ConfigFrame, cluster_processes
 from deploy.run_dirs import Paths
 from deploy.states import printable
+from protocol.errors import UserError
 from protocol.roles import Role
 from protocol.vm_state import VmState
 from services.runtime.log import Log
@@ -154,6 +155,20 @@ class ClusterRun:
         self.log.warning(text, **facts)
         self.on_event(printable(text))
 
+    def vm_named(self, name: str) -> VmRecord:
+        """The VM; raises UserError for an unknown one."""
+        vm = self.vms.get(name)
+        if vm is None:
+            raise UserError(f'no VM "{name}"; there are: {", ".join(self.vms)}')
+        return vm
+
+    def host_named(self, name: str) -> HostRecord:
+        """The host; raises UserError for an unknown one."""
+        host = self.hosts.get(name)
+        if host is None:
+            raise UserError(f'no host "{name}"; there are: {", ".join(self.hosts)}')
+        return host
+
     def child(self, owner: str, role: Role) -> Child | None:
         """The process of that role of a host or VM, alive or dead."""
         return self.children.get(f"{owner}/{role.value}")
@@ -189,9 +204,13 @@ class ClusterRun:
         found = (self.child(vm, role) for role in (Role.GUEST, Role.QEMU))
         return [child for child in found if child is not None]
 
+    def incoming_child(self, vm: str, role: Role) -> Child | None:
+        """The process of that role where a VM arrives."""
+        return self.incoming.get(f"{vm}/{role.value}")
+
     def incoming_children(self, vm: str) -> list[Child]:
         """Guest and qemu where a VM arrives."""
-        found = (self.incoming.get(f"{vm}/{role.value}") for role in (Role.GUEST, Role.QEMU))
+        found = (self.incoming_child(vm, role) for role in (Role.GUEST, Role.QEMU))
         return [child for child in found if child is not None]
 
     def host_children(self, host: str) -> list[Child]:

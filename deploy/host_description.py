@@ -10,7 +10,6 @@ from deploy.cluster_devices import KEYS_OF, MAX_DEVICES
 from deploy.cluster_file import BOOTS, DISK_FORMATS, KERNELS, MIN_VM_BYTES, PCI_NODES, TIMES
 from deploy.cluster_run import ClusterRun
 from deploy.status import ask
-from protocol.errors import UserError
 from protocol.geometry import MAX_VM_BYTES, PAGE_BYTES
 from protocol.roles import Role
 from shared.dma_designs import DmaDesign
@@ -97,9 +96,7 @@ class HostDescription(msgspec.Struct, kw_only=True):
 
 async def describe_host(run: ClusterRun, name: str) -> HostDescription:
     """Ask the ultravisor of a host, bounded; raises UserError for an unknown host."""
-    host = run.hosts.get(name)
-    if host is None:
-        raise UserError(f'no host "{name}"; there are: {", ".join(run.hosts)}')
+    run.host_named(name)
     memory = await _secure_memory(run, name)
     why_not = _no_launch_security(run, name, memory)
     return HostDescription(

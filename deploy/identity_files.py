@@ -13,11 +13,8 @@ import msgspec
 
 from deploy.cluster_file import Cluster
 from protocol.errors import UserError
-from services.ultravisor.identity import ensure_identity, ensure_keys, ensure_root
+from services.ultravisor.identity import CERTIFICATE, REVOKED, ROOTS, ensure_identity, ensure_keys, ensure_root
 from services.ultravisor.migration.certificates import issue
-
-CERTIFICATE, ROOTS, REVOKED = "migration-certificate", "migration-roots", "migration-revoked"
-"""Names in `Keys.identity` beside those of the keys: hex of MessagePack, and hex of public keys between commas."""
 
 
 def identity_of(cluster: Cluster, state_dir: Path, host: str) -> dict[str, str]:

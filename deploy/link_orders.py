@@ -39,8 +39,7 @@ async def link(run: ClusterRun, between: list[str], changes: dict[str, Any]) -> 
 
 def _ends(run: ClusterRun, between: list[str]) -> tuple[str, str]:
     for name in between:
-        if name not in run.hosts:
-            raise UserError(f'no host "{name}"; there are: {", ".join(run.hosts)}')
+        run.host_named(name)
     if len(between) != 2 or between[0] == between[1]:
         raise UserError("a link is between two different hosts")
     return between[0], between[1]

@@ -12,12 +12,12 @@ from typing import Any
 
 import trio
 
-from deploy.can_migrate import known_vm, why_not
+from deploy.can_migrate import why_not
 from deploy.child import Child, QueryRefused
 from deploy.cluster_run import ClusterRun, VmRecord
 from deploy.keepers import end_all
 from deploy.migration_end import commit, undo
-from deploy.migration_record import IN_DOUBT, Migration, MigrationFacts, Phase
+from deploy.migration_record import Migration, MigrationFacts, Phase
 from deploy.migration_start import start
 from deploy.states import printable
 from deploy.status import ask
@@ -25,7 +25,7 @@ from protocol.errors import PeerGone, PefboxError, UserError
 from protocol.roles import Role
 from protocol.vm_state import VmState
 from services.qemu.migration.parameters import MigrationParameters
-from services.qemu.migration.status import MigrationStatus
+from services.qemu.migration.status import IN_DOUBT, MigrationStatus
 
 _POLL_SECONDS = 0.05
 _LAST_WORD_SECONDS = 5.0
@@ -139,7 +139,7 @@ async def _without_home(run: ClusterRun, vm: VmRecord, move: Migration, source: 
 
 async def arrival_word(run: ClusterRun, vm: VmRecord) -> str:
     """The last word of the qemu where a VM arrives; waits for it, bounded. Empty when there is none."""
-    incoming = run.incoming.get(f"{vm.spec.name}/{Role.QEMU.value}")
+    incoming = run.incoming_child(vm.spec.name, Role.QEMU)
     with trio.move_on_after(_LAST_WORD_SECONDS):
         while incoming is not None and incoming.is_running and not run.stopping:
             word = _word(await ask(incoming, "migration.status", {}))
@@ -226,7 +226,7 @@ def _open_migration(vm: VmRecord) -> Migration:
 
 async def cancel(run: ClusterRun, name: str) -> None:
     """Have a VM stay where it is; raises UserError when it does not move, or too late."""
-    vm = known_vm(run, name)
+    vm = run.vm_named(name)
     move = _open_migration(vm)
     if move.phase is Phase.STARTING:
         move.cancel_asked = True
@@ -236,14 +236,14 @@ async def cancel(run: ClusterRun, name: str) -> None:
 
 async def set_parameters(run: ClusterRun, name: str, parameters: dict[str, Any]) -> None:
     """Change the limits of a migration that is under way; raises UserError."""
-    vm = known_vm(run, name)
+    vm = run.vm_named(name)
     _open_migration(vm)
     await _order(run, vm, "migration.set", {"parameters": _checked(parameters)})
 
 
 def job_info(run: ClusterRun, name: str) -> MigrationFacts:
     """Of the migration that is under way, or of the last one; raises UserError when there was none."""
-    vm = known_vm(run, name)
+    vm = run.vm_named(name)
     facts = vm.last_migration if vm.migration is None else vm.migration.facts()
     if facts is None:
         raise UserError(f"{name} has not moved since the cluster was started")

@@ -19,9 +19,6 @@ from protocol.vm_state import VmState
 MAX_FACTS = 64
 _MAX_NUMBER = (1 << 63) - 1
 
-IN_DOUBT = "in-doubt"
-"""A qemu's word, beside those of QEMU, for a VM that was handed over and of which nothing was heard since."""
-
 
 class Phase(StrEnum):
     """What the launcher is doing about it."""

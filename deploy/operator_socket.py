@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import trio
 
-from deploy.can_migrate import known_vm, why_not
+from deploy.can_migrate import why_not
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun
 from deploy.host_description import describe_host
@@ -135,7 +135,7 @@ class OperatorSocket:
 
     async def _recover(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         name = str(arguments["vm"])
-        return {"vm": name, "host": await recover(self._run, known_vm(self._run, name))}
+        return {"vm": name, "host": await recover(self._run, self._run.vm_named(name))}
 
     async def _link(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         return await link(self._run, [str(name) for name in arguments["between"]], dict(arguments["changes"]))

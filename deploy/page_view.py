@@ -22,9 +22,7 @@ _QUESTIONS = (
 
 async def page_view(run: ClusterRun, vm_name: str, gpa: int) -> dict[str, Any]:
     """Ask kvm, ultravisor, qemu and, when the VM is debuggable, the guest; a part that cannot say says why."""
-    vm = run.vms.get(vm_name)
-    if vm is None:
-        raise UserError(f'no VM "{vm_name}"; there are: {", ".join(run.vms)}')
+    vm = run.vm_named(vm_name)
     if not 0 <= gpa < vm.spec.memory_bytes:
         raise UserError(f"gpa {gpa:#x} is outside the {vm.spec.memory_bytes:#x} bytes of {vm_name}")
     view: dict[str, Any] = {"vm": vm_name, "gpa": gpa, "gfn": gfn_of(gpa)}

@@ -56,7 +56,7 @@ async def _has_moved(run: ClusterRun, vm: VmRecord, move: Migration) -> bool:
     if move.secure and source is not None and not source.state.is_over:
         return await _carry_words(run, vm, move)
     word = await arrival_word(run, vm)
-    incoming = run.incoming.get(f"{vm.spec.name}/{Role.QEMU.value}")
+    incoming = run.incoming_child(vm.spec.name, Role.QEMU)
     if not word and incoming is not None and incoming.is_running:
         raise UserError(f"{incoming.target} on {move.host} is {incoming.state.value} and does not say what it has")
     return word == MigrationStatus.COMPLETED

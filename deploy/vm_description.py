@@ -13,7 +13,6 @@ from deploy.cluster_run import ClusterRun, VmRecord
 from deploy.operations import OperationRow, VmFacts, operation_rows
 from deploy.states import printable
 from deploy.status import ask, refresh_vm
-from protocol.errors import UserError
 from protocol.roles import Role
 from protocol.startup import AccessPlatform, DeviceEntry, DmaOffer, GuestEntry
 from shared.machine_type import CPU_MODEL, N_CPUS, VERSIONED_MACHINE, machine_uuid, slot_of
@@ -113,9 +112,7 @@ class VmDescription(msgspec.Struct, kw_only=True):
 
 async def describe_vm(run: ClusterRun, name: str) -> VmDescription:
     """Ask the processes of a VM, bounded, then say what is known; raises UserError for an unknown VM."""
-    vm = run.vms.get(name)
-    if vm is None:
-        raise UserError(f'no VM "{name}"; there are: {", ".join(run.vms)}')
+    vm = run.vm_named(name)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(refresh_vm, run, vm)
         nursery.start_soon(_refresh_machine, run, vm)

@@ -259,7 +259,6 @@ class Qemu:
             "migration.set": self._migration_set,
             "migration.refused": self._migration_refused,
             "migration.resume": self._migration_resume,
-            "migration.resolved": self._migration_resolved,
         }
 
     # -- migration --------------------------------------------------------------------------------------------
@@ -288,11 +287,6 @@ class Qemu:
     async def _migration_resume(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         """An operator found out that a VM in doubt is here again."""
         await self._moves().resume()
-        return self._moves().describe()
-
-    async def _migration_resolved(self, _arguments: dict[str, Any]) -> dict[str, Any]:
-        """An operator found out that a VM in doubt runs elsewhere."""
-        self._moves().resolved(moved=True)
         return self._moves().describe()
 
     def _moves(self) -> MigrationControl:

@@ -26,6 +26,8 @@ from shared.esm_crypto import WRAPPING_KEY_BITS, fingerprint, load_private_key, 
 MACHINE_KEY = "machine-key"
 IDENTITY_KEY = "identity-key"
 ROOT_KEY = "migration-root"
+CERTIFICATE, ROOTS, REVOKED = "migration-certificate", "migration-roots", "migration-revoked"
+"""Names in `Keys.identity` beside those of the keys: hex of MessagePack, and hex of public keys between commas."""
 OWNER = "owner"
 """The root of every host that names no other."""
 

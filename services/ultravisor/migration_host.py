@@ -18,14 +18,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from protocol.decoding import DECODE_ERRORS
 from protocol.errors import HostFault
 from services.ultravisor.esm_files import EsmFiles
+from services.ultravisor.identity import CERTIFICATE, REVOKED, ROOTS
 from services.ultravisor.migration.certificates import PUBLIC_KEY_BYTES, HostCertificate, Trust
 from services.ultravisor.migration.handshake import Host
 from services.ultravisor.migration.policy import MigrationPolicy
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
 from shared.migration_policy import POLICY_FILE, PolicyFile
 
-CERTIFICATE, ROOTS, REVOKED = "migration-certificate", "migration-roots", "migration-revoked"
-"""Names in `Keys.identity`: the certificate as hex of MessagePack, public keys in hex with commas between."""
 _SOURCES = Path(__file__).resolve().parent.parent.parent
 _TRUSTED_CODE = ("services/ultravisor", "services/runtime", "shared", "protocol")
 

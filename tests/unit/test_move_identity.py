@@ -13,11 +13,14 @@ from click.testing import CliRunner
 
 from deploy.cli_state import key
 from deploy.cluster_file import Cluster, parse_cluster
-from deploy.identity_files import CERTIFICATE, REVOKED, ROOTS, identity_of, open_ledger
+from deploy.identity_files import identity_of, open_ledger
 from protocol.errors import ClusterFileError, UserError
 from services.ultravisor.identity import (
+    CERTIFICATE,
     IDENTITY_KEY,
     MACHINE_KEY,
+    REVOKED,
+    ROOTS,
     MachineIdentity,
     ensure_root,
     identity_public_of,

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Any
 
+import msgspec
 import trio
 
 from protocol.codes import HCode
@@ -25,15 +26,13 @@ from services.qemu.migration.kvm_port import KvmPort, until_answered
 from services.qemu.migration.machine import MovableMachine
 from services.qemu.migration.parameters import MigrationParameters
 from services.qemu.migration.source import MigrationInDoubt, SourceMigration
-from services.qemu.migration.status import MigrationStatus, step
+from services.qemu.migration.status import IN_DOUBT, MigrationStatus, step
 from services.qemu.shaping import Shaper
 from services.runtime.link import Link
 from services.runtime.log import Log
 from shared.link_shape import PLAIN, LinkShape
 from shared.stream_buffer import StreamBuffer
 
-IN_DOUBT = "in-doubt"
-"""A status of our own: the right to run was given, and nobody here knows whether it was taken."""
 CONNECT_SECONDS = 10.0
 _NS_PER_MS = 1_000_000
 
@@ -202,23 +201,14 @@ class MigrationControl:
         if self.status is MigrationStatus.SETUP and self._source is None:
             self._fail(reason)
 
-    def resolved(self, *, moved: bool) -> None:
-        """An operator has found out where the VM runs: there, or here again."""
+    async def resume(self) -> None:
+        """An operator has found out that the VM runs here again; raises UserError when nobody doubted it."""
         if not self._in_doubt:
             raise UserError("the migration is not in doubt")
-        self._in_doubt = False
-        if moved:
-            self._machine.left()
-            self._enter(MigrationStatus.COMPLETED)
-            return
+        source, self._in_doubt = self._source, False
         self._machine.release_devices()
         self._machine.stays()
         self._enter(MigrationStatus.FAILED)
-
-    async def resume(self) -> None:
-        """As `resolved` here again; a normal VM's processor goes on, too."""
-        source = self._source
-        self.resolved(moved=False)
         if source is not None and source.secure:
             # It may never have given the token, and then nobody has told it that the VM stays.
             await source.cancel_export()
@@ -270,12 +260,6 @@ class MigrationControl:
             "total_time_ms": (ended_ns - times.began) // _NS_PER_MS,
             "setup_time_ms": ((times.active or ended_ns) - times.began) // _NS_PER_MS,
             "downtime_ms": ((times.started or ended_ns) - times.stopped) // _NS_PER_MS if times.stopped else None,
-            **progress_facts(source),
+            **msgspec.structs.asdict(source.progress()),
         }
         return facts
-
-
-def progress_facts(source: SourceMigration) -> dict[str, Any]:
-    """As Progress, by name."""
-    progress = source.progress()
-    return {name: getattr(progress, name) for name in progress.__struct_fields__}

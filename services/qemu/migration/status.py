@@ -10,6 +10,9 @@ from enum import StrEnum
 
 from protocol.errors import PefboxError
 
+IN_DOUBT = "in-doubt"
+"""A word of our own beside QEMU's: the right to run was given, and nobody at the source knows whether it was taken."""
+
 
 class MigrationStatus(StrEnum):
     """What query-migrate and the MIGRATION event say."""
