@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -9,6 +10,7 @@ import msgspec
 
 from protocol.decoding import DECODE_ERRORS
 from protocol.errors import HostFault, MalformedMessage
+from protocol.geometry import PAGE_SHIFT
 from protocol.messages import TceWindowBody
 from protocol.startup import VmEntry
 from services.qemu.board import Board, BoardState
@@ -45,6 +47,15 @@ class MovingMachine:
         self._machine, self._board = machine, board
         self._before: RunState | None = None
         """The run state before `switching`; of a machine that arrives, the one that it will have."""
+
+    def write_page(self, gfn: int, content: bytes | memoryview) -> None:
+        """As MovableMachine. A write to the file: half the time of first stores to the mapping, and never a signal."""
+        try:
+            n_bytes = os.pwrite(self._ram_fd, content, gfn << PAGE_SHIFT)
+        except OSError as error:
+            raise HostFault(f"the frame of gfn {gfn:#x} cannot be written: {error.strerror}") from None
+        if n_bytes != len(content):
+            raise HostFault(f"the frame of gfn {gfn:#x} cannot be written: no room")
 
     def touched(self) -> bytearray:
         """As MovableMachine."""

@@ -591,7 +591,7 @@ class World:
         _, epoch, sequence, _ = HEADER.unpack_from(self.to_d[0][1])
         sealer = self.parts.sealer(b"o" * 32, OTHER_SESSION_ID, Direction.TO_DESTINATION, aead=SymbolicAead)
         sealer._sequence = sequence
-        record = sealer.seal(RecordKind.PAGES, epoch, encode_pages([Page(0, b"x" * PAGE_BYTES)]))
+        record = sealer.seal(RecordKind.PAGES, epoch, b"".join(encode_pages([Page(0, b"x" * PAGE_BYTES)])))
         self.to_d[0] = (False, record)
 
     def _do_tamper_forge_word(self, _: int) -> None:

@@ -42,8 +42,8 @@ async def test_frames_arrive_in_order_and_whole_in_both_directions(
         frames = [await destination.receive() for _ in range(1 + len(payloads))]
     await destination.send(FrameKind.HELLO, b"back")
 
-    assert [frame.payload for frame in frames[1:]] == payloads
-    assert (await source.receive()).payload == b"back"
+    assert [bytes(frame.payload) for frame in frames[1:]] == payloads
+    assert bytes((await source.receive()).payload) == b"back"
 
 
 async def test_the_end_of_a_peer_is_told_as_such(sockets: tuple[socket.socket, socket.socket]) -> None:
@@ -94,7 +94,7 @@ async def received(raw: bytes, n_frames: int) -> list[bytes]:
         a.sendall(raw)
         a.shutdown(socket.SHUT_WR)
         channel = BulkChannel(b, KEY, End.DESTINATION)
-        return [(await channel.receive()).payload for _ in range(n_frames)]
+        return [bytes((await channel.receive()).payload) for _ in range(n_frames)]
 
 
 @given(st.data())

@@ -212,7 +212,7 @@ def feed(pair: Pair, stream: list[bytes]) -> Reason | None:
 @given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.booleans()), max_size=20), st.binary(max_size=40))
 def test_a_record_of_pages_is_what_was_encoded_or_is_refused(entries: list[tuple[int, bool]], tail: bytes) -> None:
     pages = [Page(gfn, os.urandom(PAGE_BYTES) if filled else b"") for gfn, filled in entries]
-    payload = encode_pages(pages)
+    payload = b"".join(encode_pages(pages))
 
     assert [(page.gfn, bytes(page.content)) for page in pages_of(payload, PAGE_BYTES)] == [
         (page.gfn, page.content) for page in pages

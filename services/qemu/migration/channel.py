@@ -9,6 +9,7 @@ inside, by its ultravisor.
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from enum import Enum
 from struct import Struct
 
@@ -20,7 +21,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from protocol.errors import MalformedMessage, PefboxError
 from services.qemu.migration.shaped_socket import ShapedSocket
-from services.qemu.migration.stream import HEADER, MAX_PAYLOAD_BYTES, Frame, FrameKind, FrameReader, encode
+from services.qemu.migration.stream import HEADER, MAX_PAYLOAD_BYTES, Frame, FrameKind, FrameReader, header_of
 from services.qemu.shaping import Shaper
 from shared.link_shape import LinkShape
 
@@ -55,25 +56,26 @@ class BulkChannel:
         self._sealer, self._opener = AESGCM(_derive(key, end)), AESGCM(_derive(key, end.other))
         self._n_sent = self._n_received = 0
         self._reader = FrameReader()
-        self._frames: list[Frame] = []
+        self._plain = memoryview(bytearray(HEADER.size + MAX_PAYLOAD_BYTES))
+        """The frame that is being sent."""
+        self._outgoing = memoryview(bytearray(_LENGTH.size + _MAX_CHUNK_BYTES))
+        self._incoming = memoryview(bytearray(_MAX_CHUNK_BYTES))
         self.sent_bytes = 0
         """All that went out, sealed."""
 
-    async def send(self, kind: FrameKind, payload: bytes) -> int:
-        """Send one frame; how many bytes that was. Raises ChannelLost."""
-        frame = encode(kind, payload)
-        length = _LENGTH.pack(len(frame) + _TAG_BYTES)
-        chunk = length + self._sealer.encrypt(_NONCE.pack(self._n_sent), frame, length)
-        self._n_sent += 1
+    async def send(self, kind: FrameKind, *parts: bytes | memoryview) -> int:
+        """Send one frame, whose payload is all `parts`; how many bytes that was. One at a time. Raises ChannelLost."""
+        chunk = self._seal(kind, parts)
         await self._send_all(chunk)
         self.sent_bytes += len(chunk)
         return len(chunk)
 
     async def receive(self) -> Frame:
         """The next frame that this version knows; raises ChannelLost, MalformedMessage."""
-        while not self._frames:
-            self._frames = self._reader.feed(await self._receive_chunk())
-        return self._frames.pop(0)
+        while True:
+            frame = self._reader.read(await self._receive_chunk())
+            if frame is not None:
+                return frame
 
     def set_shape(self, shape: LinkShape, shaper: Shaper, nursery: trio.Nursery) -> None:
         """The link to the other host has this shape from now on."""
@@ -83,30 +85,43 @@ class BulkChannel:
         """Close; the peer finds the channel lost, behind what is on its way over a link that has a shape."""
         self._socket.close()
 
+    def _seal(self, kind: FrameKind, parts: Sequence[bytes | memoryview]) -> memoryview:
+        """The chunk, good until the next one. Every byte of the parts is copied once: most are pages."""
+        plain, at = self._plain, HEADER.size
+        plain[:at] = header_of(kind, sum(map(len, parts)))
+        for part in parts:
+            plain[at : at + len(part)] = part
+            at += len(part)
+        chunk = self._outgoing[: _LENGTH.size + at + _TAG_BYTES]
+        length = _LENGTH.pack(at + _TAG_BYTES)
+        chunk[: _LENGTH.size] = length
+        self._sealer.encrypt_into(_NONCE.pack(self._n_sent), plain[:at], length, chunk[_LENGTH.size :])
+        self._n_sent += 1
+        return chunk
+
     async def _receive_chunk(self) -> bytes:
-        length = await self._receive_exactly(_LENGTH.size)
+        length = bytes(await self._receive_exactly(_LENGTH.size))
         (n_bytes,) = _LENGTH.unpack(length)
         if not _TAG_BYTES < n_bytes <= _MAX_CHUNK_BYTES:
             raise MalformedMessage(f"a chunk of {n_bytes} bytes")
         sealed = await self._receive_exactly(n_bytes)
         try:
-            frame = self._opener.decrypt(_NONCE.pack(self._n_received), sealed, bytes(length))
+            frame = self._opener.decrypt(_NONCE.pack(self._n_received), sealed, length)
         except InvalidTag:
             raise MalformedMessage("a chunk that is not the next one of this migration") from None
         self._n_received += 1
         return frame
 
-    async def _send_all(self, data: bytes) -> None:
-        rest = memoryview(data)
+    async def _send_all(self, rest: memoryview) -> None:
         while rest:
             try:
                 rest = rest[await self._socket.send(rest) :]
             except (OSError, trio.ClosedResourceError) as error:
                 raise ChannelLost(f"the channel to the other host is lost: {error}") from None
 
-    async def _receive_exactly(self, n_bytes: int) -> bytearray:
-        data = bytearray(n_bytes)
-        rest = memoryview(data)
+    async def _receive_exactly(self, n_bytes: int) -> memoryview:
+        """The next bytes, good until the next ones are received."""
+        whole = rest = self._incoming[:n_bytes]
         while rest:
             try:
                 n_received = await self._socket.recv_into(rest)
@@ -115,7 +130,7 @@ class BulkChannel:
             if not n_received:
                 raise ChannelLost("the other host closed the channel")
             rest = rest[n_received:]
-        return data
+        return whole
 
 
 def _derive(key: bytes, end: End) -> bytes:

@@ -116,17 +116,15 @@ class DestinationMigration:
             elif frame.kind is not FrameKind.ROUND_END:
                 raise MalformedMessage(f"the source sent {frame.kind.name} among the pages")
 
-    def _take_pages(self, payload: bytes) -> None:
-        ram = self._machine.ram
+    def _take_pages(self, payload: memoryview) -> None:
         for page in decode_pages(payload, PAGE_BYTES):
             if page.gfn >= self._n_pages:
                 raise MalformedMessage(f"gfn {page.gfn:#x} is outside the VM")
-            start = page.gfn * PAGE_BYTES
             if page.content:
-                ram[start : start + PAGE_BYTES] = page.content
+                self._machine.write_page(page.gfn, page.content)
                 self._written.add(page.gfn)
             elif page.gfn in self._written:
-                ram[start : start + PAGE_BYTES] = _ZEROS
+                self._machine.write_page(page.gfn, _ZEROS)
 
     def _take_part(self, part: StatePart) -> None:
         if part.name not in _STATES or part.name in self._whole:
@@ -205,12 +203,12 @@ class DestinationMigration:
 
     # -- helpers ----------------------------------------------------------------------------------------------
 
-    async def _exchange(self, step: Call, message: bytes) -> bytes:
+    async def _exchange(self, step: Call, message: memoryview) -> bytes:
         """Give the ultravisor a message of the other one; what it says to it."""
         (n_bytes,) = await self._give(step, message)
         return self._stream.read(RECORD, n_bytes)
 
-    async def _give(self, step: Call, message: bytes) -> list[int]:
+    async def _give(self, step: Call, message: memoryview) -> list[int]:
         self._stream.write(RECORD, message)
         return await self._kvm.ucall(step, RECORD, len(message))
 

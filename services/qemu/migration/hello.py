@@ -46,9 +46,9 @@ def why_not(theirs: Hello, ours: Hello) -> str | None:
     return f"not at the source as here: {more[0]}" if more else None
 
 
-def printable(text: bytes) -> str:
+def printable(text: memoryview) -> str:
     """A peer's text, for the operator."""
-    return "".join(character if character.isprintable() else "?" for character in text.decode(errors="replace"))
+    return "".join(character if character.isprintable() else "?" for character in str(text, errors="replace"))
 
 
 def _digest(struct: msgspec.Struct) -> str:

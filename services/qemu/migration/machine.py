@@ -17,6 +17,9 @@ class MovableMachine(Protocol):
     host_view: memoryview
     """A HostState a GFN."""
 
+    def write_page(self, gfn: int, content: bytes | memoryview) -> None:
+        """Put the content of a frame; raises HostFault when it takes none."""
+
     def touched(self) -> bytearray:
         """A byte a GFN: 0 for a frame of `ram` that nobody ever touched, which holds zeros."""
 

@@ -175,8 +175,7 @@ class SourceMigration:
             # What a guest has taken back or given away meanwhile is no content of the host's. A store to an untouched
             # frame from here on has it sent again.
             has_content = view[gfn] == wanted and touched[gfn]
-            content = bytes(ram[gfn * PAGE_BYTES : (gfn + 1) * PAGE_BYTES]) if has_content else b""
-            page = Page.of(gfn, content)
+            page = Page.of(gfn, ram[gfn * PAGE_BYTES : (gfn + 1) * PAGE_BYTES]) if has_content else Page(gfn, b"")
             batch.append(page)
             n_data += bool(page.content)
             if n_data == _PAGES_A_FRAME or len(batch) == _MAX_ZERO_PAGES:
@@ -187,7 +186,7 @@ class SourceMigration:
         self._owed = []
 
     async def _send_batch(self, batch: list[Page], n_data: int) -> None:
-        n_bytes = await self._channel.send(FrameKind.PAGES, encode_pages(batch))
+        n_bytes = await self._channel.send(FrameKind.PAGES, *encode_pages(batch))
         await self._spent(n_bytes, len(batch) - n_data, n_data)
 
     async def _send_secure_pages(self) -> None:
@@ -295,7 +294,7 @@ class SourceMigration:
             raise MigrationFailed("the destination gave the VM up")
         self._machine.left()
 
-    async def _token(self, ready: bytes) -> bytes:
+    async def _token(self, ready: memoryview) -> bytes:
         """The ultravisor's start token, in return for READY."""
         # Whatever becomes of the answer, it may have stored that it gave the token.
         self._gave = True
@@ -307,12 +306,12 @@ class SourceMigration:
                 raise MigrationFailed(str(refused)) from None
             raise
 
-    async def _take_word(self, word: bytes) -> bool:
+    async def _take_word(self, word: memoryview) -> bool:
         self._stream.write(RECORD, word)
         (moved,) = await self._kvm.ucall(u.UV_EXPORT_STATEMENT, RECORD, len(word))
         return bool(moved)
 
-    async def _exchange(self, step: Call, message: bytes) -> bytes:
+    async def _exchange(self, step: Call, message: memoryview) -> bytes:
         """Give the ultravisor a message of the other one; what it says to it."""
         self._stream.write(RECORD, message)
         (n_bytes,) = await self._kvm.ucall(step, RECORD, len(message))

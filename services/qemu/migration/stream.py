@@ -1,4 +1,4 @@
-"""Frames between two qemus: what each is, and how long, so that a reader knows whether it can go on.
+"""Frames between two qemus: what each is, so that a reader knows whether it can go on.
 
 A frame is a header of 8 bytes (little-endian: kind u8, stream u8, flags u16, length u32) and its payload. The first
 frame is HELLO. A reader refuses a kind that it does not know unless the frame is marked OPTIONAL, which it skips; so a
@@ -65,7 +65,7 @@ class Frame(NamedTuple):
     """One frame."""
 
     kind: FrameKind
-    payload: bytes
+    payload: memoryview
 
 
 Text = Annotated[str, Meta(max_length=256)]
@@ -88,7 +88,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return msgspec.json.encode(self)
 
     @classmethod
-    def decode(cls, payload: bytes) -> Hello:
+    def decode(cls, payload: bytes | memoryview) -> Hello:
         """Of a payload; raises MalformedMessage."""
         try:
             hello = msgspec.json.decode(payload, type=cls)
@@ -107,7 +107,7 @@ class StatePart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     data: bytes
 
     @classmethod
-    def decode(cls, payload: bytes) -> StatePart:
+    def decode(cls, payload: bytes | memoryview) -> StatePart:
         """Of a payload; raises MalformedMessage."""
         try:
             return msgspec.msgpack.decode(payload, type=cls)
@@ -122,49 +122,32 @@ def parts_of(name: str, data: bytes) -> list[bytes]:
     return [msgspec.msgpack.encode(part) for part in parts]
 
 
-def encode(kind: FrameKind, payload: bytes, flags: int = 0) -> bytes:
-    """The bytes of a frame, with a FrameFlag or none; raises ValueError when the payload is too long."""
-    if len(payload) > MAX_PAYLOAD_BYTES:
-        raise ValueError(f"a payload of {len(payload)} bytes in a frame of at most {MAX_PAYLOAD_BYTES}")
-    return HEADER.pack(kind, 0, flags, len(payload)) + payload
+def header_of(kind: FrameKind, n_bytes: int, flags: int = 0) -> bytes:
+    """What goes before a payload of `n_bytes`, with a FrameFlag or none; raises ValueError when that is too long."""
+    if n_bytes > MAX_PAYLOAD_BYTES:
+        raise ValueError(f"a payload of {n_bytes} bytes in a frame of at most {MAX_PAYLOAD_BYTES}")
+    return HEADER.pack(kind, 0, flags, n_bytes)
 
 
 class FrameReader:
-    """Takes bytes as they come, gives whole frames; never holds more than one frame and what came with it."""
+    """Takes whole chunks as they come, each of one frame."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
         self._began = False
 
-    @property
-    def within_frame(self) -> bool:
-        """Whether a frame has begun that is not whole: a stream that ends here was cut."""
-        return bool(self._buffer)
+    def read(self, chunk: bytes) -> Frame | None:
+        """The frame of a chunk, None for one that is to be skipped; raises MalformedMessage, which ends the stream.
 
-    def feed(self, data: bytes) -> list[Frame]:
-        """The frames that are whole with `data`; raises MalformedMessage, after which nothing more may be read."""
-        self._buffer += data
-        frames = []
-        while (found := self._next()) is not None:
-            kind, payload = found
-            if kind in _KINDS:
-                frames.append(Frame(FrameKind(kind), payload))
-        return frames
-
-    def _next(self) -> tuple[int, bytes] | None:
-        """Kind and payload of the next whole frame, which may be one that is to be skipped."""
-        buffer = self._buffer
-        if len(buffer) < HEADER.size:
-            return None
-        kind, stream, flags, n_bytes = HEADER.unpack_from(buffer)
+        The payload is a view of `chunk`.
+        """
+        if len(chunk) < HEADER.size:
+            raise MalformedMessage(f"a frame of {len(chunk)} bytes")
+        kind, stream, flags, n_bytes = HEADER.unpack_from(chunk)
         self._check(kind, stream, flags, n_bytes)
-        end = HEADER.size + n_bytes
-        if len(buffer) < end:
-            return None
-        payload = bytes(memoryview(buffer)[HEADER.size : end])
-        del buffer[:end]
+        if len(chunk) != HEADER.size + n_bytes:
+            raise MalformedMessage(f"{len(chunk) - HEADER.size} bytes where a frame says {n_bytes}")
         self._began = True
-        return kind, payload
+        return Frame(FrameKind(kind), memoryview(chunk)[HEADER.size :]) if kind in _KINDS else None
 
     def _check(self, kind: int, stream: int, flags: int, n_bytes: int) -> None:
         if n_bytes > MAX_PAYLOAD_BYTES:

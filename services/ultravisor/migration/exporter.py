@@ -124,7 +124,7 @@ class Exporter(Side):
         return Batch(self._seal_pages(pages), len(pages) - n_data, n_data)
 
     def _seal_pages(self, pages: Sequence[Page]) -> bytes:
-        record = self._sealer.seal(RecordKind.PAGES, self.epoch, encode_pages(pages))
+        record = self._sealer.seal(RecordKind.PAGES, self.epoch, b"".join(encode_pages(pages)))
         for page in pages:
             self._owed.discard(page.gfn)
             self._versions.came(page.gfn, self.epoch)
@@ -211,7 +211,7 @@ class Exporter(Side):
         self.phase = ExportPhase.RETURNED
 
     def _page(self, gfn: int) -> Page:
-        return Page.of(gfn, bytes(self._read_page(gfn)))
+        return Page.of(gfn, self._read_page(gfn))
 
     def _store_given(self) -> None:
         if not self._given_is_stored:
