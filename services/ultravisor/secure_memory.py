@@ -11,11 +11,13 @@ import ctypes
 import mmap
 import os
 import resource
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from protocol.errors import HostFault
 from protocol.geometry import PAGE_SHIFT
 from shared.memfd import SealedMemory
-from shared.touched import touched_in_file, touched_in_locked
+from shared.touched import touch, touched_in_file, touched_in_locked
 
 _SYS_MEMFD_SECRET = 447
 _CAP_IPC_LOCK = 14
@@ -76,6 +78,7 @@ class SecureMemory:
         self.mode = "memfd_secret" if isinstance(self._file, SecretMemory) else "memfd"
         self.fd = self._file.fd
         self.buffer = self._file.buffer
+        self._threads: ThreadPoolExecutor | None = None
 
     def touched(self) -> bytearray:
         """A byte a page: 0 for one that nobody ever touched, which holds zeros."""
@@ -83,8 +86,16 @@ class SecureMemory:
             return touched_in_locked(self.buffer)
         return touched_in_file(self.fd, self.size_bytes >> PAGE_SHIFT)
 
+    def touch(self, gfns: Sequence[int]) -> None:
+        """Have the kernel make these pages, which are written next; what they hold stays."""
+        if isinstance(self._file, SecretMemory):
+            self._threads = self._threads or ThreadPoolExecutor(os.cpu_count(), "touch")
+            touch(self.buffer, self._threads, gfns)
+
     def close(self) -> None:
         """Unmap and close; the memory is gone when the guest has dropped it too."""
+        if self._threads is not None:
+            self._threads.shutdown()
         self._file.close()
 
 

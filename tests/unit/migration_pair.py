@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -50,6 +51,9 @@ class Frames:
 
     def read(self, gfn: int) -> memoryview:
         return memoryview(self.raw)[gfn * PAGE_BYTES : (gfn + 1) * PAGE_BYTES]
+
+    def expect(self, gfns: Sequence[int]) -> None:
+        """It makes no difference here."""
 
     def write(self, gfn: int, content: bytes | memoryview) -> None:
         self.raw[gfn * PAGE_BYTES : (gfn + 1) * PAGE_BYTES] = content

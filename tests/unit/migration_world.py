@@ -12,7 +12,7 @@ import contextlib
 import functools
 import hashlib
 import pickle
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
@@ -155,6 +155,9 @@ class PageStore:
 
     def read(self, gfn: int) -> memoryview:
         return memoryview(self.pages[gfn])
+
+    def expect(self, gfns: Sequence[int]) -> None:
+        """It makes no difference here."""
 
     def write(self, gfn: int, content: bytes | memoryview) -> None:
         self.pages[gfn] = bytes(content)

@@ -171,3 +171,14 @@ def test_a_reader_of_the_sealed_memory_sees_each_store() -> None:
     owner.release()
     readers_map.close()
     memory.close()
+
+
+@given(st.dictionaries(st.integers(0, 2999), st.integers(1, (1 << 64) - 1), max_size=20))
+def test_every_entry_that_is_not_zero_is_found(entries: dict[int, int]) -> None:
+    n_tces = 3000
+    window = TceWindowBody(1, 12, 0, n_tces)
+    table = TceTable(window, memoryview(bytearray(n_tces * ENTRY_BYTES)))
+    for index, value in entries.items():
+        table.store(index, value)
+
+    assert table.nonzero() == dict(sorted(entries.items()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,7 +12,7 @@ from protocol.errors import HostFault
 from protocol.geometry import PAGE_BYTES
 from services.ultravisor.secure_memory import SecretMemory
 from shared.memfd import SealedMemory
-from shared.touched import touched_in_file, touched_in_locked
+from shared.touched import touch, touched_in_file, touched_in_locked
 
 N_PAGES = 64
 
@@ -54,4 +55,17 @@ def test_a_hole_that_was_punched_is_untouched_again() -> None:
     os.pwrite(memory.fd, b"x", 7 * PAGE_BYTES)
 
     assert [gfn for gfn, mark in enumerate(touched_in_file(memory.fd, N_PAGES)) if mark] == [5, 7, 9]
+    memory.close()
+
+
+def test_touching_secret_pages_makes_them_and_keeps_what_they_hold() -> None:
+    memory = secret()
+    memory.buffer[5 * PAGE_BYTES + 7] = 0x5A
+
+    with ThreadPoolExecutor(2) as threads:
+        touch(memory.buffer, threads, [2, 5, 9])
+
+    assert [gfn for gfn, mark in enumerate(touched_in_locked(memory.buffer)) if mark] == [2, 5, 9]
+    assert memory.buffer[5 * PAGE_BYTES + 7] == 0x5A
+    assert not any(memory.buffer[2 * PAGE_BYTES : 3 * PAGE_BYTES])
     memory.close()

@@ -13,6 +13,7 @@ is final: its word lets the source take the VM back (S6).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
@@ -36,6 +37,9 @@ class Frames(Protocol):
     """The secure frames that the VM gets, zeroed at the beginning."""
 
     page_bytes: int
+
+    def expect(self, gfns: Sequence[int]) -> None:
+        """The contents of these pages are put next: what is faster for many at once is done now."""
 
     def write(self, gfn: int, content: bytes | memoryview) -> None:
         """Put the content of a page."""
@@ -143,10 +147,12 @@ class Importer(Side):
         return self._say(Word.STARTED if self.phase is ImportPhase.STARTED else Word.ABANDONED)
 
     def _take_pages(self, record: Record) -> None:
-        n_pages = len(self._versions)
-        for page in pages_of(record.payload, self._frames.page_bytes):
-            if page.gfn >= n_pages:
-                raise MigrationRefused(Reason.MALFORMED, f"gfn {page.gfn:#x} is outside the VM")
+        pages = list(pages_of(record.payload, self._frames.page_bytes))
+        last = max((page.gfn for page in pages), default=0)
+        if last >= len(self._versions):
+            raise MigrationRefused(Reason.MALFORMED, f"gfn {last:#x} is outside the VM")
+        self._frames.expect([page.gfn for page in pages if page.content])
+        for page in pages:
             if page.content:
                 self._frames.write(page.gfn, page.content)
             else:

@@ -6,6 +6,7 @@ slots, its bounce pages, the files of its ESM blob with how far they were read, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -53,6 +54,10 @@ class SvmFrames:
         self._svm = svm
         self._written: set[int] = set()
         """A page that was never touched takes no memory, and is not touched to find it zero."""
+
+    def expect(self, gfns: Sequence[int]) -> None:
+        """The contents of these pages are put next."""
+        self._svm.memory.touch([gfn for gfn in gfns if gfn not in self._written])
 
     def write(self, gfn: int, content: bytes | memoryview) -> None:
         """Put the content of a page."""
