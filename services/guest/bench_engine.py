@@ -203,6 +203,26 @@ class DiskReadJob:
         return self._parts.reader.has_chunk() or self._parts.reader.finished
 
 
+class AllocJob:
+    """Take `n_pages` in a row from the kernel's allocator, for good. Outcome: the first GFN; None: no such run."""
+
+    def __init__(self, parts: Parts, n_pages: int, done: Done) -> None:
+        self._parts, self._n_pages, self._done = parts, n_pages, done
+
+    def run(self) -> Exit | Turn:
+        """All at once."""
+        gpa = self._parts.pages.alloc(self._n_pages, PageUse.BUFFER)
+        self._done(None if gpa is None else gpa >> PAGE_SHIFT)
+        return Turn.OVER
+
+    def resume(self, result: list[int]) -> None:
+        """Never called: there are no hypercalls."""
+
+    def is_ready(self) -> bool:
+        """Always."""
+        return True
+
+
 class BenchEngine(ModelEngine):
     """The model kernel with jobs."""
 
@@ -214,7 +234,8 @@ class BenchEngine(ModelEngine):
         self._job_called = False
 
     def job(self, what: str, arguments: dict[str, Any], done: Done) -> Job:
-        """A new job: `hypercalls {n}`; `fill`, `digest` or `touch {gfn, n}`; `walk {gfn, n, ms}`; `read {n}`.
+        """A new job: `hypercalls {n}`; `fill`, `digest` or `touch {gfn, n}`; `walk {gfn, n, ms}`; `read {n}` bytes;
+        `alloc {n}` pages.
 
         Raises UserError, KeyError.
         """
@@ -223,6 +244,8 @@ class BenchEngine(ModelEngine):
             return HypercallJob(n, done)
         if what == "read":
             return DiskReadJob(self._kernel._parts, n, done)
+        if what == "alloc":
+            return AllocJob(self._kernel._parts, n, done)
         gfn = int(arguments["gfn"])
         if what == "walk":
             return WalkJob(self._touch, range(gfn, gfn + n), int(arguments["ms"]), done)
