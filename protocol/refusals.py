@@ -9,6 +9,9 @@ from protocol.declare import Caller
 from protocol.messages import MESSAGES, Body
 from protocol.ucalls import UCALLS
 
+HELD_UP_STATES = frozenset({"stopped", "unresponsive"})
+"""Of a peer that answers nothing now and, once it goes on, serves whatever it was sent."""
+
 
 class Refusal(Enum):
     """Why. The value is the pair of codes (hypercall or message, ultracall)."""
@@ -23,7 +26,7 @@ class Refusal(Enum):
     @classmethod
     def of_peer(cls, state: str) -> Refusal:
         """For a call that needed a peer in `state`: one that is only stopped or slow may answer the next try."""
-        return cls.BUSY if state in ("stopped", "unresponsive") else cls.GONE
+        return cls.BUSY if state in HELD_UP_STATES else cls.GONE
 
 
 def why_not_served(number: int) -> Refusal:

@@ -33,7 +33,7 @@ from protocol.errors import GuestFault, PeerError
 from protocol.hcalls import H_CEDE, H_LOGICAL_CI_LOAD, H_LOGICAL_CI_STORE, HCALLS
 from protocol.links import GUEST_WHILE_SECURE, name_of
 from protocol.messages import Access, decode_result
-from protocol.refusals import Refusal, refusal
+from protocol.refusals import HELD_UP_STATES, Refusal, refusal
 from protocol.ucalls import PIDR, UCALLS
 from protocol.wire import Envelope, MessageKind
 from services.guest.clock import GuestClock
@@ -270,7 +270,7 @@ class Processor:
         if self._line or self._saving is not None:
             return
         if until_ns is None:
-            self._call(self._hypervisor(), H_CEDE.number, [_VCPU], None)
+            self._cede(None)
             return
         # Time does not jump over an open device request, or its time-out would fire first: the device has as long.
         before_ns = self._clock.now_ns()
@@ -280,9 +280,15 @@ class Processor:
                 self._take_next(wait_ms)
             return
         deadline_ns = time.monotonic_ns() + until_ns - self._clock.now_ns()
-        self._call(self._hypervisor(), H_CEDE.number, [_VCPU], deadline_ns)
+        self._cede(deadline_ns)
         if not self._line and time.monotonic_ns() >= deadline_ns:
             self._clock.skip_to(until_ns)
+
+    def _cede(self, deadline_ns: int | None) -> None:
+        reply = self._call(self._hypervisor(), H_CEDE.number, [_VCPU], deadline_ns)
+        if reply is not None and self._result(reply)[0] == HCode.H_BUSY:
+            # Who would end the wait is held up, so there was none: the next one must not follow at once.
+            self._wait(_LOST_PEER_MS)
 
     def _crash(self, reason: str) -> None:
         self._become(RunState.CRASHED)
@@ -300,11 +306,15 @@ class Processor:
     def _call(self, end: LinkEnd, number: int, body: Any, deadline_ns: int | None) -> Envelope | None:  # noqa: ANN401
         """Call and wait; None when the processor was started or ended meanwhile.
 
+        A peer that is held up is waited for, since it may have the call already, and what it does for it (takes an
+        interrupt, prints a line) is done once. Only a wait of the guest ends with H_BUSY then.
+
         With `deadline_ns`, on the host's monotonic clock, it also ends then and when the interrupt line rises. A wait
         of the guest ends with H_SUCCESS as soon as the processor is to be saved; kvm's own answer is passed over.
         """
         generation = self._generation
-        correlation = end.send_call(number, body, self._new_cause()) if end.peer_state == "up" else None
+        may_send = end.peer_state == "up" or _outlasts(number, end.peer_state)
+        correlation = end.send_call(number, body, self._new_cause()) if may_send else None
         if correlation is None:
             self._wait(_LOST_PEER_MS)
             return self._lost_reply(end, number) if generation == self._generation else None
@@ -315,7 +325,7 @@ class Processor:
                 reply = self._replies[key]
                 if reply is not None:
                     return reply
-                if end.peer_state != "up":
+                if end.peer_state != "up" and not _outlasts(number, end.peer_state):
                     return self._lost_reply(end, number)
                 if deadline_ns is not None and (deadline_ns <= time.monotonic_ns() or self._line):
                     return None
@@ -334,7 +344,7 @@ class Processor:
         return max(1, min(_IDLE_POLL_MS, -(-(deadline_ns - time.monotonic_ns()) // _NS_PER_MS)))
 
     def _lost_reply(self, end: LinkEnd, number: int) -> Envelope:
-        """What a call gets whose peer is dead, stopped or takes no messages."""
+        """What a call gets whose peer is dead or takes no messages; a wait of the guest also when it is held up."""
         return _own_reply(number, refusal(number, Refusal.of_peer(end.peer_state)))
 
     def _is_left(self, saving: _Saving, number: int) -> bool:
@@ -599,6 +609,11 @@ class Processor:
             self._refuse(f"processor state: {error if isinstance(error, ValueError) else type(error).__name__}")
             return False
         return True
+
+
+def _outlasts(number: int, peer_state: str) -> bool:
+    """Whether an open call to a peer that is not up goes on: it will be answered, and no wait would end early by it."""
+    return peer_state in HELD_UP_STATES and number not in _WAITS
 
 
 def _own_reply(number: int, body: Any) -> Envelope:  # noqa: ANN401

@@ -19,7 +19,7 @@ from protocol.declare import Call
 from protocol.errors import GuestFault, MalformedMessage, PeerError, PeerGone, UnexpectedMessage
 from protocol.links import LinkKind, name_of
 from protocol.messages import BodyT, Message, ReplyT, decode_registers, decode_result
-from protocol.refusals import Refusal, refusal, why_not_served
+from protocol.refusals import HELD_UP_STATES, Refusal, refusal, why_not_served
 from protocol.roles import Role
 from protocol.wire import MAX_OPEN_CALLS, Envelope, MessageKind, decode, encode, is_bundle, unbundle
 from services.runtime.channel import ZmqChannel
@@ -171,8 +171,11 @@ class Link:
         return sent
 
     def send_call(self, number: int, correlation: int, body: Any, cause: int) -> None:  # noqa: ANN401
-        """Send a call whose answer does not come as a reply (a reflected hypercall is answered by UV_RETURN)."""
-        if self.peer_state != "up":
+        """Send a call whose answer does not come as a reply (a reflected hypercall is answered by UV_RETURN).
+
+        A peer that is held up finds it when it goes on: nothing else would tell it. Raises PeerGone.
+        """
+        if self.peer_state != "up" and self.peer_state not in HELD_UP_STATES:
             raise PeerGone(self.peer, self.peer_state)
         self._send_or_raise(number, correlation, cause, body)
 

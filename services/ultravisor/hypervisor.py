@@ -53,8 +53,11 @@ class Hypervisor:
     def forward(self, lpid: int, vcpu: int, call: Call, args: list[int], cause: int, on_result: OnResult) -> None:
         """Send a hypercall; `on_result` gets `[code, outputs...]` once. Keeps a record, no task.
 
-        Raises PeerGone when kvm is lost.
+        A kvm that is held up answers when it goes on. Raises PeerGone when it is dead, and for a wait of the guest
+        (H_CEDE and its kin) also when it is held up: the guest would leave it and begin the next one.
         """
+        if call.open_ended and self._link.peer_state != "up":
+            raise PeerGone(self._link.peer, self._link.peer_state)
         cookie = self._new_cookie()
         self._open[cookie] = _Open(lpid, call, on_result, own=False)
         try:
@@ -133,18 +136,19 @@ class Hypervisor:
                 self._remember_ended(cookie)
                 record.on_result([int(code)])
 
-    def kvm_lost(self, code: int) -> None:
-        """kvm is gone or stopped: the guests' open hypercalls end with `code`; the ultravisor's own are tried again."""
-        ended = {
-            cookie: record
-            for cookie, record in self._open.items()
-            if not record.own and not (record.call.open_ended and code == HCode.H_BUSY)
-        }
-        self._log.warning("open hypercalls end", peer=self._link.peer, code=HCode(code).name, open_calls=len(ended))
+    def kvm_is_held_up(self) -> None:
+        """Open hypercalls stay open: kvm may have them already, and what it does for them is done once."""
+        guests = sum(not record.own for record in self._open.values())
+        self._log.warning("open hypercalls wait", peer=self._link.peer, open_calls=guests)
+
+    def kvm_is_gone(self) -> None:
+        """The guests' open hypercalls end; the ultravisor's own are tried until their time is over."""
+        ended = {cookie: record for cookie, record in self._open.items() if not record.own}
+        self._log.warning("open hypercalls end", peer=self._link.peer, open_calls=len(ended))
         for cookie, record in ended.items():
             del self._open[cookie]
             self._remember_ended(cookie)
-            record.on_result([code])
+            record.on_result([HCode.H_HARDWARE])
 
     @property
     def open_calls(self) -> int:

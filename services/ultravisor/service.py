@@ -7,11 +7,11 @@ import socket
 import time
 from typing import Any
 
-from protocol.codes import HCode
 from protocol.errors import HostFault, UserError
 from protocol.geometry import PAGE_SHIFT
+from protocol.refusals import HELD_UP_STATES
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
-from services.runtime.link import LOST_STATES, Link
+from services.runtime.link import Link
 from services.runtime.page_query import gfn_asked, gfns_asked
 from services.runtime.process import Query, Runtime
 from services.ultravisor.audit import AuditLog
@@ -131,11 +131,11 @@ class Ultravisor:
     def _kvm_state(self, state: str) -> None:
         assert self._hypervisor is not None
         if state in ("gone", "failed"):
-            self._hypervisor.kvm_lost(HCode.H_HARDWARE)
+            self._hypervisor.kvm_is_gone()
             for partition in list(self._partitions.values()):
                 self._runtime.nursery.start_soon(self._kvm_died, partition)
-        elif state in LOST_STATES:
-            self._hypervisor.kvm_lost(HCode.H_BUSY)
+        elif state in HELD_UP_STATES:
+            self._hypervisor.kvm_is_held_up()
 
     async def _kvm_died(self, partition: Partition) -> None:
         assert self._life is not None

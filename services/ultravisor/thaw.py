@@ -7,10 +7,10 @@ import trio
 from protocol.codes import HCode
 from protocol.errors import PeerGone, PefboxError
 from protocol.messages import SVM_THAW, RunBody
+from protocol.refusals import HELD_UP_STATES
 from services.ultravisor.partition import Partition
 
 ANSWER_SECONDS = 3.0
-_HELD_UP = frozenset({"stopped", "unresponsive"})
 _LOOK_AGAIN_SECONDS = 0.1
 _VCPU = 0
 
@@ -33,7 +33,7 @@ async def _thaw(partition: Partition, cause: int) -> bool:
         except trio.TooSlowError:
             continue
         except PeerGone as gone:
-            if gone.state not in _HELD_UP:
+            if gone.state not in HELD_UP_STATES:
                 return False
             await trio.sleep(_LOOK_AGAIN_SECONDS)
         except PefboxError:

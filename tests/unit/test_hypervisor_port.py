@@ -136,6 +136,41 @@ async def test_the_end_of_the_vm_answers_its_open_calls_and_a_late_return_is_an_
     assert rig.kvm.give_back(cookie, [HCode.H_SUCCESS]) == [UCode.U_PARAMETER]
 
 
+# -- a kvm that is held up ---------------------------------------------------------------------------------------------
+
+
+async def test_a_hypercall_that_a_kvm_has_which_is_held_up_stays_open_and_is_answered_late(rig: UltravisorRig) -> None:
+    rig.kvm.lies[h.H_XIRR.number] = silence
+    assert await rig.guest.deliver(h.H_XIRR, [0, 0]) is None
+    ((_, cookie, _),) = rig.kvm.frames
+
+    rig.kvm.peer_state = "stopped"
+    rig.kvm.hypervisor.kvm_is_held_up()
+    assert not rig.guest.replies
+    rig.kvm.give_back(cookie, [HCode.H_SUCCESS, 0x1000])
+
+    assert [body for _, body in rig.guest.replies] == [[HCode.H_SUCCESS, 0x1000]]
+
+
+async def test_a_kvm_that_is_held_up_gets_hypercalls_but_no_wait_of_the_guest(rig: UltravisorRig) -> None:
+    rig.kvm.peer_state = "stopped"
+
+    assert await rig.guest.deliver(h.H_CEDE, [0]) == [HCode.H_BUSY]
+    assert await rig.guest.deliver(h.H_EOI, [0, 1]) is None
+
+    assert rig.kvm.names() == ["H_EOI"]
+
+
+async def test_l1_the_death_of_kvm_ends_every_open_hypercall(rig: UltravisorRig) -> None:
+    for call in (h.H_XIRR, h.H_CEDE):
+        rig.kvm.lies[call.number] = silence
+        assert await rig.guest.deliver(call, [0, 0]) is None
+
+    rig.kvm.hypervisor.kvm_is_gone()
+
+    assert [body for _, body in rig.guest.replies] == [[HCode.H_HARDWARE]] * 2
+
+
 # -- a kvm that lies about pages --------------------------------------------------------------------------------------
 
 

@@ -136,6 +136,23 @@ async def test_a_lost_peer_ends_open_calls_by_name(tmp_path: Path, state: str) -
         nursery.cancel_scope.cancel()
 
 
+async def test_a_call_without_reply_reaches_a_peer_that_was_held_up(tmp_path: Path) -> None:
+    """UV_RETURN above all: nothing else would tell the ultravisor, and it is said once."""
+    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
+        came = trio.Event()
+        ends.upper.on(H_GET_TCE, lambda _envelope, _args: came.set())
+        ends.lower.peer_is("stopped")
+        ends.lower.send_call(H_GET_TCE.number, 0, [], 0)
+        await nursery.start(ends.upper.run)
+        await nursery.start(ends.lower.run)
+        with trio.fail_after(5):
+            await came.wait()
+        ends.lower.peer_is("failed")
+        with pytest.raises(PeerGone, match="upper is failed"):
+            ends.lower.send_call(H_GET_TCE.number, 0, [], 0)
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize(
     "frames",
     [

@@ -12,6 +12,7 @@ import structlog
 
 from protocol import messages as m
 from protocol.codes import HCode
+from protocol.hcalls import H_CEDE, H_XIRR
 from protocol.wire import Envelope, MessageKind
 from services.guest.clock import InstructionClock
 from services.guest.engine import Engine
@@ -110,6 +111,60 @@ def test_a_hypercall_that_is_busy_is_the_guests_to_repeat() -> None:
     processor._loop()
 
     assert engine.outcomes == [[HCode.H_BUSY]]
+
+
+class HeldUpEnd(PlayedEnd):
+    """A link whose peer stands still, and goes on or dies when the processor looks for something to do."""
+
+    peer_state = "stopped"
+
+    def __init__(self, answers: list[list[int]], becomes: str) -> None:
+        super().__init__(answers)
+        self.processor: Processor | None = None
+        self._late: deque[Envelope] = deque()
+        self._becomes = becomes
+
+    def send_call(self, number: int, body: list[int], _cause: int) -> int:
+        correlation = super().send_call(number, body, _cause)
+        self._late.append(self.inbox.pop())
+        assert self.processor is not None
+        self.processor.post(self._changes)
+        return correlation
+
+    def _changes(self) -> None:
+        assert self.processor is not None
+        self.processor.peer_is(cast(LinkEnd, self), self._becomes)
+        if self._becomes == "running":
+            self.inbox.extend(self._late)
+
+
+def held_up(exit_: Exit, answers: list[list[int]], becomes: str) -> tuple[HeldUpEnd, PlayedEngine]:
+    """What came of an exit while kvm stands still, and then is `becomes`."""
+    kvm = HeldUpEnd(answers, becomes)
+    kvm.processor, engine = played(exit_, kvm)
+    kvm.processor._loop()
+    return kvm, engine
+
+
+def test_the_result_of_a_hypercall_is_not_lost_while_its_peer_is_held_up() -> None:
+    """kvm has taken the interrupt for it: a second H_XIRR would find none."""
+    kvm, engine = held_up(Hypercall(H_XIRR.number, (0,)), [[HCode.H_SUCCESS, 0x1000]], "running")
+
+    assert engine.outcomes == [[HCode.H_SUCCESS, 0x1000]]
+    assert len(kvm.calls) == 1
+
+
+def test_l1_a_call_to_a_peer_that_is_held_up_ends_with_its_death() -> None:
+    _, engine = held_up(Hypercall(H_XIRR.number, (0,)), [[HCode.H_SUCCESS, 0x1000]], "failed")
+
+    assert engine.outcomes == [[HCode.H_HARDWARE]]
+
+
+def test_a_wait_of_the_guest_is_not_begun_with_a_peer_that_is_held_up() -> None:
+    kvm, engine = held_up(Hypercall(H_CEDE.number), [], "running")
+
+    assert engine.outcomes == [[HCode.H_BUSY]]
+    assert not kvm.calls
 
 
 def test_what_kvm_orders_is_served_while_a_device_access_waits() -> None:

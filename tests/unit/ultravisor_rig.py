@@ -139,6 +139,7 @@ class PlayedKvm(PlayedLink):
     """A kvm. It obeys, unless a test puts a handler of its own into `lies`."""
 
     peer = "alpha/kvm"
+    peer_state = "up"
 
     def __init__(self, nursery: trio.Nursery) -> None:
         super().__init__()

@@ -11,12 +11,12 @@ from protocol import messages as m
 from protocol.codes import HCode, UCode
 from protocol.declare import Call
 from protocol.errors import PeerGone, PefboxError
+from protocol.refusals import HELD_UP_STATES
 from services.runtime.link import Link
 
 _AGAIN_SECONDS = 0.01
 _PATIENCE_SECONDS = 5.0
 _ORDER_SECONDS = 10.0
-_HELD_UP = frozenset({"stopped", "unresponsive", "waiting"})
 _LOOK_AGAIN_SECONDS = 0.1
 _YET = frozenset({"U_RETRY", "U_BUSY", "H_BUSY"})
 ResultT = TypeVar("ResultT")
@@ -43,7 +43,7 @@ async def until_answered(order: Callable[[], Awaitable[ResultT]]) -> ResultT:
         try:
             return await order()
         except PeerGone as gone:
-            if gone.state not in _HELD_UP:
+            if gone.state not in HELD_UP_STATES:
                 raise
         except StepRefused as refused:
             if not refused.may_succeed:
