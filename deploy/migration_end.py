@@ -51,8 +51,16 @@ async def commit(run: ClusterRun, vm: VmRecord, move: Migration) -> None:
 
 async def undo(run: ClusterRun, vm: VmRecord, move: Migration, phase: Phase, reason: str) -> None:
     """The VM stays where it is. `phase` says how it ended."""
-    name = vm.spec.name
     move.phase = Phase.UNDOING
+    await end_arrival(run, vm, move)
+    if move.home_end is None:
+        run.report(f"{vm.spec.name} stays on {vm.spec.host}: {reason}", vm=vm.spec.name)
+    _finish(run, vm, move, phase, reason)
+
+
+async def end_arrival(run: ClusterRun, vm: VmRecord, move: Migration) -> None:
+    """Nothing of the VM is left where it was to arrive; also when there was nothing any more."""
+    name = vm.spec.name
     incoming = run.incoming_children(name)
     await end_all(incoming)
     close_disks(move)
@@ -63,9 +71,7 @@ async def undo(run: ClusterRun, vm: VmRecord, move: Migration, phase: Phase, rea
         del run.incoming[child.target]
     if move.segment:
         run.drop_segment(move.segment)
-    if move.home_end is None:
-        run.report(f"{name} stays on {vm.spec.host}: {reason}", vm=name)
-    _finish(run, vm, move, phase, reason)
+        move.segment = ""
 
 
 def _finish(run: ClusterRun, vm: VmRecord, move: Migration, phase: Phase, reason: str = "") -> None:

@@ -6,27 +6,32 @@ one its qemus are asked.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
 
 from deploy.answers import answer_of
+from deploy.child import Child, QueryRefused
 from deploy.cluster_run import ClusterRun, VmRecord
-from deploy.migrate import arrival_word, tell
-from deploy.migration_end import commit, undo
+from deploy.migrate import arrival_word
+from deploy.migration_end import commit, end_arrival, undo
 from deploy.migration_record import Migration, Phase
+from deploy.states import printable
 from deploy.status import refresh_vm
-from protocol.errors import UserError
+from protocol.errors import PeerGone, UserError
 from protocol.roles import Role
 from services.qemu.migration.status import MigrationStatus
 
 _WORD_SECONDS = 10.0
+_RESUME_SECONDS = 5.0
 
 
 class WordAnswer(msgspec.Struct, kw_only=True):
-    """A signed word of an ultravisor, in hex; None: it has given none."""
+    """A signed word of an ultravisor, in hex; None: it has given none. The source also names the migration, in hex."""
 
     word: str | None
+    session: str = ""
 
 
 class MovedAnswer(msgspec.Struct, kw_only=True):
@@ -42,13 +47,38 @@ async def recover(run: ClusterRun, vm: VmRecord) -> str:
         if run.stopping or move is None or not vm.in_doubt:
             raise UserError(f"{vm.spec.name} is not in doubt: it is on {vm.spec.host}")
         if await _has_moved(run, vm, move):
+            # It may have heard nothing: the right to run went to its ultravisor.
+            _tell_late(run.incoming_child(vm.spec.name, Role.QEMU), "migration.has-started")
             await commit(run, vm, move)
         else:
-            # What arrived is ended first: never do two run.
+            # What arrived is ended first: never do two run. A VM that does not go on stays in doubt.
+            await end_arrival(run, vm, move)
+            await _resume(run, vm)
             await undo(run, vm, move, Phase.FAILED, "it was in doubt, and did not arrive")
-            await tell(run, run.child(vm.spec.name, Role.QEMU), "migration.resume", {})
             await refresh_vm(run, vm)
     return vm.spec.host
+
+
+async def _resume(run: ClusterRun, vm: VmRecord) -> None:
+    """Have the VM go on where it was; raises UserError when it does not."""
+    qemu = run.child(vm.spec.name, Role.QEMU)
+    if qemu is None or not qemu.is_running:
+        return
+    if not qemu.state.answers:
+        _tell_late(qemu, "migration.resume")
+        return
+    try:
+        await qemu.query("migration.resume", {}, _RESUME_SECONDS)
+    except (QueryRefused, PeerGone) as error:
+        vm.reason = printable(f"it does not go on: {error}: pefbox recover {vm.spec.name}")
+        raise UserError(f"{vm.spec.name} stands still on {vm.spec.host}: {error}") from None
+
+
+def _tell_late(child: Child | None, what: str) -> None:
+    """Tell a process something that it finds even when it stands still now."""
+    if child is not None:
+        with contextlib.suppress(PeerGone):
+            child.tell(what, {})
 
 
 async def _has_moved(run: ClusterRun, vm: VmRecord, move: Migration) -> bool:
@@ -72,7 +102,7 @@ async def _carry_words(run: ClusterRun, vm: VmRecord, move: Migration) -> bool:
             {"vm": name, "as": "destination", "word": given.word},
         )
     else:
-        order = ("migration.abandon", {"vm": name})
+        order = ("migration.abandon", {"vm": name, "session": given.session})
     back = await answer_of(destination, *order, WordAnswer, _WORD_SECONDS)
     if back.word is None:
         # No token was given, and nothing is there that it could start.

@@ -242,7 +242,7 @@ class Migration:
         call = MIGRATION_UCALLS.get(body.number)
         if call is None or len(body.args) != call.n_args - 1:
             return m.MigrationUcallReply(UCode.U_PARAMETER)
-        result = await self._ultravisor.ucall(call, [self._vm.entry.lpid, *body.args], envelope.cause)
+        result = await self._ultravisor.ucall_lasting(call, [self._vm.entry.lpid, *body.args], envelope.cause)
         code = to_signed(to_register(result[0]))
         outputs = [*map(to_register, result[1:]), *(0 for _ in call.results)][: len(call.results)]
         if call is UV_EXPORT_STATEMENT and code == UCode.U_SUCCESS and outputs[0] == 1:

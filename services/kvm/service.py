@@ -14,6 +14,7 @@ from protocol.hcalls import HCALLS
 from protocol.links import KVM_GUEST, KVM_QEMU
 from protocol.refusals import Refusal
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
+from protocol.vm_state import VmState
 from protocol.wire import Envelope
 from services.kvm.memory import VmMemory
 from services.kvm.ultravisor_port import UltravisorPort
@@ -155,11 +156,14 @@ class Kvm:
         for vm in self._by_name.values():
             if peer == f"{vm.entry.name}/qemu":
                 vm.user_space.qemu_is(state)
-        if state not in ("gone", "failed"):
-            return
-        for vm in list(self._by_name.values()):
-            if peer in (f"{vm.entry.name}/guest", f"{vm.entry.name}/qemu") and vm.failure is None:
+        for vm in self._by_name.values():
+            if peer not in (f"{vm.entry.name}/guest", f"{vm.entry.name}/qemu"):
+                continue
+            if state == "failed":
                 vm.fail(f"{peer} is {state}")
+            elif state == "gone" and vm.failure is None:
+                # An end that somebody asked for: the VM has left, or is being removed.
+                vm.enter(VmState.OFF)
 
     async def stop(self) -> None:
         """End every VM."""

@@ -40,6 +40,13 @@ class UltravisorPort:
         except PeerGone as gone:
             return [_lost_code(gone)]
 
+    async def ucall_lasting(self, call: Call, args: list[int], cause: int) -> list[int]:
+        """As `ucall`, for what must not be done twice: a stopped ultravisor is waited for."""
+        try:
+            return await self._link.call_registers_lasting(call, args, cause)
+        except PeerGone as gone:
+            return [_lost_code(gone)]
+
     async def ucalls(self, call: Call, args_of_each: Sequence[list[int]], cause: int) -> list[list[int]]:
         """As `ucall` for each of `args_of_each`, open together; the results in the same order."""
         try:

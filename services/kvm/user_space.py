@@ -43,7 +43,7 @@ class UserSpace:
     """The link to one VM's qemu.
 
     A dead one is H_HARDWARE to the guest, and so is one that answers pings and no exit. A stopped or unresponsive one
-    is H_BUSY, to RTAS busy: the next try may be answered.
+    is waited for: it may have begun what it is asked.
     """
 
     def __init__(self, link: Link, log: Log, *, waits_for_devices: bool, tells_secure: bool = False) -> None:
@@ -111,7 +111,7 @@ class UserSpace:
         """The answer, or a refusal when qemu is lost; None for what is no answer, or for nothing in `seconds`."""
         try:
             with self._patience.bound(seconds):
-                return await self._link.call(message, body, cause)
+                return await self._link.call_lasting(message, body, cause)
         except PeerGone as gone:
             hcall_code, _ = Refusal.of_peer(gone.state).value
             return None if message.reply is None else message.reply.refused(hcall_code)

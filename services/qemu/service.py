@@ -259,6 +259,7 @@ class Qemu:
             "migration.set": self._migration_set,
             "migration.refused": self._migration_refused,
             "migration.resume": self._migration_resume,
+            "migration.has-started": self._migration_has_started,
         }
 
     # -- migration --------------------------------------------------------------------------------------------
@@ -287,6 +288,11 @@ class Qemu:
     async def _migration_resume(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         """An operator found out that a VM in doubt is here again."""
         await self._moves().resume()
+        return self._moves().describe()
+
+    async def _migration_has_started(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """An operator found out that a VM in doubt runs here, where it arrived."""
+        await self._moves().has_started()
         return self._moves().describe()
 
     def _moves(self) -> MigrationControl:

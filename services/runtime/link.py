@@ -86,6 +86,8 @@ class Link:
         self._log = log.bind(link=link_id, peer=peer)
         self._handlers: dict[int, _Handler] = {}
         self._pending: dict[int, trio.lowlevel.Task | _Group] = {}
+        self._lasting: set[int] = set()
+        """Those of `_pending` that a peer which is held up does not end."""
         self._next_correlation = 1
         self._open_tasks = 0
         self._gathered: dict[tuple[int, int], Batch] = {}
@@ -122,6 +124,17 @@ class Link:
     async def call_registers(self, call: Call, args: Sequence[int], cause: int = 0) -> list[int]:
         """Issue a hypercall or ultracall and wait for `[code, outputs...]`; raises PeerGone, MalformedMessage."""
         return decode_result(await self._ask(call.number, args, cause))
+
+    async def call_lasting(self, message: Message[BodyT, ReplyT], body: BodyT, cause: int = 0) -> ReplyT:
+        """As `call`, for what must not be done twice: a peer that is held up is waited for, until it answers or dies.
+
+        Whoever calls sets a bound, if there is to be one.
+        """
+        return message.decode_reply(await self._ask_lasting(message.number, body, cause))
+
+    async def call_registers_lasting(self, call: Call, args: Sequence[int], cause: int = 0) -> list[int]:
+        """As `call_lasting`, for a hypercall or ultracall."""
+        return decode_result(await self._ask_lasting(call.number, args, cause))
 
     async def call_many(self, call: Call, args_of_each: Sequence[Sequence[int]], cause: int = 0) -> list[list[int]]:
         """As `call_registers` for each of `args_of_each`, all open at once; the results in the same order."""
@@ -175,8 +188,7 @@ class Link:
 
         A peer that is held up finds it when it goes on: nothing else would tell it. Raises PeerGone.
         """
-        if self.peer_state != "up" and self.peer_state not in HELD_UP_STATES:
-            raise PeerGone(self.peer, self.peer_state)
+        self._check_alive()
         self._send_or_raise(number, correlation, cause, body)
 
     def reply(self, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
@@ -194,7 +206,10 @@ class Link:
         )
 
     def peer_is(self, state: str) -> None:
-        """Take note of what became of the peer; when it is lost its open calls end with PeerGone."""
+        """Take note of what became of the peer; when it is lost its open calls end with PeerGone.
+
+        Those of `call_lasting` end only with its death.
+        """
         if state not in LOST_STATES:
             state = "up"
         if state == self.peer_state:
@@ -204,7 +219,7 @@ class Link:
             self._log.info("peer is up again")
             return
         self._log.warning("peer lost", state=state, open_calls=len(self._pending))
-        for task in self._take_pending():
+        for task in self._take_ending(state):
             trio.lowlevel.reschedule(task, outcome.Error(PeerGone(self.peer, state)))
 
     @property
@@ -215,6 +230,18 @@ class Link:
     async def _ask(self, number: int, body: Any, cause: int) -> msgspec.Raw:  # noqa: ANN401
         if self.peer_state != "up":
             raise PeerGone(self.peer, self.peer_state)
+        return await self._ask_open(number, body, cause)
+
+    async def _ask_lasting(self, number: int, body: Any, cause: int) -> msgspec.Raw:  # noqa: ANN401
+        self._check_alive()
+        correlation = self._next_correlation
+        self._lasting.add(correlation)
+        try:
+            return await self._ask_open(number, body, cause)
+        finally:
+            self._lasting.discard(correlation)
+
+    async def _ask_open(self, number: int, body: Any, cause: int) -> msgspec.Raw:  # noqa: ANN401
         correlation = self._next_correlation
         self._next_correlation += 1
         self._send_or_raise(number, correlation, cause, body)
@@ -227,9 +254,20 @@ class Link:
         raw: msgspec.Raw = await trio.lowlevel.wait_task_rescheduled(abort)
         return raw
 
-    def _take_pending(self) -> list[trio.lowlevel.Task]:
-        waiting, self._pending = self._pending.values(), {}
-        return list({waiter.task if isinstance(waiter, _Group) else waiter: None for waiter in waiting})
+    def _check_alive(self) -> None:
+        if self.peer_state != "up" and self.peer_state not in HELD_UP_STATES:
+            raise PeerGone(self.peer, self.peer_state)
+
+    def _take_ending(self, state: str) -> list[trio.lowlevel.Task]:
+        lasting = self._lasting if state in HELD_UP_STATES else frozenset[int]()
+        open_calls, self._pending = self._pending, {}
+        ending: dict[trio.lowlevel.Task, None] = {}
+        for correlation, waiter in open_calls.items():
+            if correlation in lasting:
+                self._pending[correlation] = waiter
+            else:
+                ending[waiter.task if isinstance(waiter, _Group) else waiter] = None
+        return list(ending)
 
     def _send_or_raise(self, number: int, correlation: int, cause: int, body: Any) -> None:  # noqa: ANN401
         """A call that was not sent is never answered: raises PeerGone."""

@@ -1,4 +1,4 @@
-"""How long a peer is waited for. The time stands still while a debugger holds the peer."""
+"""How long a peer is waited for. The time stands still while the peer is held up, by a debugger or otherwise."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import trio
+
+from protocol.refusals import HELD_UP_STATES
 
 
 class Patience:
@@ -31,7 +33,7 @@ class Patience:
 
     def peer_is(self, state: str) -> None:
         """What became of the peer; whoever waits for one that was held is given the whole time again."""
-        held = state == "debugged"
+        held = state == "debugged" or state in HELD_UP_STATES
         if held is self._held:
             return
         self._held = held

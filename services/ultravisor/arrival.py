@@ -44,6 +44,7 @@ class Arrival:
         self._svm: Svm | None = None
         self._importer: Importer | None = None
         self._word: bytes | None = None
+        self._started = False
         self.kept: tuple[EsmFiles, RtasBounce] | None = None
         """What belongs to the VM beside its pages, once it is here."""
         self.session_id = self._handshake.session_id
@@ -130,7 +131,8 @@ class Arrival:
 
     def take_token(self, raw: bytes) -> bytes:
         """The start token: the VM is this host's. Returns the word for the source; raises MigrationRefused."""
-        if self._word is not None:
+        if self._started:
+            assert self._word is not None
             return self._word
         importer, svm = self._begun(), self._svm
         if svm is None or svm.phase is not SvmPhase.ARRIVED:
@@ -138,6 +140,7 @@ class Arrival:
         word = importer.take_token(raw)
         svm.phase = SvmPhase.SECURE
         self._partition.secure_since = time.time()
+        self._started = True
         self._end(word)
         return word
 

@@ -83,6 +83,7 @@ class Departure:
         self._frozen = False
         self._at_work = False
         self._svm_ended = False
+        self._cancelled = False
         self.session_id = b""
         self.peer = ""
 
@@ -102,13 +103,15 @@ class Departure:
     @property
     def phase(self) -> str:
         """For the operator."""
-        return "handshake" if self._exporter is None else self._exporter.phase.value
+        if self._exporter is not None:
+            return str(self._exporter.phase.value)
+        return str(ExportPhase.RETURNED.value) if self._cancelled else "handshake"
 
     @property
     def in_progress(self) -> bool:
         """Whether it is still open what becomes of the VM."""
         if self._exporter is None:
-            return not self._svm_ended
+            return not self._svm_ended and not self._cancelled
         if self._exporter.phase is ExportPhase.TOKEN_GIVEN:
             return True
         return not self._svm_ended and self._exporter.phase not in (ExportPhase.MOVED, ExportPhase.RETURNED)
@@ -122,6 +125,8 @@ class Departure:
 
     def take_answer(self, raw: bytes) -> bytes:
         """The second message; returns the third. Pages may be sent from here on. Raises MigrationRefused."""
+        if self._cancelled:
+            raise MigrationRefused(Reason.WRONG_PHASE, self.phase)
         session, confirm = self._handshake.take_answer(raw)
         sealer, opener = ends_at_source(session)
         identity = self._host.identity
@@ -237,10 +242,14 @@ class Departure:
         return exporter.phase is ExportPhase.MOVED
 
     def cancel(self) -> None:
-        """The VM stays here; raises MigrationRefused once the token was given, NotYet while a step is under way."""
+        """The VM stays here, also when this was said before.
+
+        Raises MigrationRefused once the token was given, NotYet while a step is under way.
+        """
         self._expect_rest()
         if self._exporter is not None:
             self._exporter.cancel()
+        self._cancelled = True
 
     async def thaw(self, cause: int) -> None:
         """The guest may run here again; nothing happens when it was not frozen."""

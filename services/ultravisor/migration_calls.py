@@ -166,9 +166,10 @@ class MigrationCalls:
     async def uv_export_cancel(self, at: StepCall) -> list[int]:
         """UV_EXPORT_CANCEL."""
         departure = _party(at.partition, Departure)
+        was_open = departure.in_progress
         departure.cancel()
-        at.partition.migration = None
-        self._note(at.partition, "migration-cancelled", session=departure.session_id.hex())
+        if was_open:
+            self._note(at.partition, "migration-cancelled", session=departure.session_id.hex())
         await departure.thaw(at.cause)
         return []
 

@@ -97,17 +97,18 @@ class MigrationQueries:
         return {"role": role, "phase": migration.phase, "session": session, "peer": migration.peer, "refusal": refusal}
 
     async def _word(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The source's word: its start token, or None when it never gave it."""
+        """The source's word: its start token, or None when it never gave it. `session` names the migration."""
         vm = str(arguments["vm"])
         partition = self._partitions.get(vm)
         if partition is not None and isinstance(partition.migration, Departure) and partition.migration.in_progress:
+            session = partition.migration.session_id.hex()
             try:
-                return {"word": partition.migration.token().hex()}
+                return {"word": partition.migration.token().hex(), "session": session}
             except MigrationRefused as refused:
-                return {"word": None, "reason": str(refused)}
+                return {"word": None, "session": session, "reason": str(refused)}
         entry = self._open_entry(vm)
         word = None if entry is None else self._token_of(entry)
-        return {"word": None if word is None else word.hex()}
+        return {"word": None if word is None else word.hex(), "session": "" if entry is None else entry.session}
 
     async def _take(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The other side's word. As destination: the token, returns the word for the source."""
@@ -124,7 +125,7 @@ class MigrationQueries:
         arrival = None if partition is None else partition.migration
         if partition is not None and isinstance(arrival, Arrival) and arrival.session_id == session_of(raw):
             return await self._calls.take_token(partition, raw, 0) if arrival.in_progress else arrival.abandon()
-        return self._word_from_ledger(raw)
+        return self._word_from_ledger(session_of(raw))
 
     async def _take_word(self, vm: str, raw: bytes) -> bool:
         partition = self._partitions.get(vm)
@@ -143,12 +144,17 @@ class MigrationQueries:
         return moved
 
     async def _abandon(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The destination gives up for good; its word for the source, None when it has nothing of the VM."""
+        """The destination gives up the migration `session` for good; its word for the source.
+
+        None when it has nothing of the VM, and no session was named: then there was no handshake.
+        """
         partition = self._partitions.get(str(arguments["vm"]))
-        if partition is None or not isinstance(partition.migration, Arrival):
-            return {"word": None}
+        session_id = bytes.fromhex(str(arguments["session"]))
+        arrival = None if partition is None else partition.migration
         try:
-            return {"word": (await self._calls.abandon(partition)).hex() or None}
+            if partition is not None and isinstance(arrival, Arrival) and session_id in (b"", arrival.session_id):
+                return {"word": (await self._calls.abandon(partition)).hex() or None}
+            return {"word": self._word_from_ledger(session_id).hex() if session_id else None}
         except MigrationRefused as refused:
             raise HostFault(str(refused)) from None
 
@@ -163,13 +169,13 @@ class MigrationQueries:
         assert self._ledger is not None
         return word_of_source(self._ledger, self._identity().identity, bytes.fromhex(entry.session))
 
-    def _word_from_ledger(self, token: bytes) -> bytes:
+    def _word_from_ledger(self, session_id: bytes) -> bytes:
         """After a crash: this host holds nothing that could start the VM, so its word is what the ledger says."""
         if self._ledger is None:
             raise HostFault("this host has no ledger of migrations")
         arrivals = (partition.migration for partition in self._partitions.values())
         live = [arrival.session_id for arrival in arrivals if isinstance(arrival, Arrival) and arrival.in_progress]
-        return word_of_destination(self._ledger, self._identity().identity, session_of(token), live)
+        return word_of_destination(self._ledger, self._identity().identity, session_id, live)
 
     def _identity(self) -> Host:
         if self._host is None:

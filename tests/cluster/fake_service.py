@@ -45,7 +45,8 @@ class FakeService:
             "migration.cancel": None,
             "migration.refused": None,
             "migration.resume": None,
-            "migration.word": {"word": None},
+            "migration.has-started": None,
+            "migration.word": {"word": None, "session": "dd"},
             "migration.abandon": {"word": "aa"},
             "migration.take": {"word": "bb", "moved": True},
             "link.shape": None,
@@ -177,6 +178,9 @@ class FakeService:
                 if what != "migration.status":
                     self.events.append(f"{what} {arguments}")
                 result = self.answers[what]
+                if isinstance(result, dict) and "refused" in result:
+                    self.send(control.Answer(query.id, error=result["refused"]))
+                    return
                 if what == "migration.start":
                     self.answers["migration.status"] = self.answers["migration.started"]
             case "notice":

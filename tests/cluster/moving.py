@@ -95,6 +95,7 @@ async def travelling(
     name: str = "moving",
     more: str = "",
     record: bool = False,
+    service_module: str | None = None,
 ) -> AsyncIterator[Traveller]:
     """The cluster, with the VM at its prompt on alpha; `vm`, `hosts` and `more` are further lines of its file."""
     file, state_dir, disk = directory / "c.toml", directory / "state", directory / "vm1.img"
@@ -111,7 +112,7 @@ async def travelling(
     spec = spec_cluster.vms[0]
     with disk.open("w+b") as image:
         layout = write_model_disk(spec, state_dir, image, data, ALIGN_BYTES, spec_cluster.homes_of(spec))
-    async with cluster(file, state_dir=state_dir, record=record) as running:
+    async with cluster(file, state_dir=state_dir, record=record, service_module=service_module) as running:
         traveller = Traveller(running, running.vm("vm1"), disk, layout)
         await console_until(traveller.vm, f"{PROMPT}\r\n> ")
         yield traveller

@@ -456,7 +456,8 @@ async def test_a_secure_vm_in_doubt_is_where_the_ultravisors_say(tmp_path: Path,
     async with two_hosts(tmp_path) as running:
         await running.process("alpha/ultravisor").query("set-vm", {"vm": "vm1", "values": {"secure": True}})
         vm = await under_way(running)
-        await answers(running, "alpha/ultravisor", migration_word={"word": word}, migration_take={"moved": moved})
+        given = {"word": word, "session": "dd"}
+        await answers(running, "alpha/ultravisor", migration_word=given, migration_take={"moved": moved})
         await says(running, "vm1/qemu", "in-doubt")
         await until_phase(vm, "in-doubt")
 
@@ -470,9 +471,31 @@ async def test_a_secure_vm_in_doubt_is_where_the_ultravisors_say(tmp_path: Path,
         ]
         events = (await seen(running, "beta/ultravisor"))["events"]
         if word is None:
-            assert "migration.abandon {'vm': 'vm1'}" in events
+            assert "migration.abandon {'vm': 'vm1', 'session': 'dd'}" in events
         else:
             assert "migration.take {'vm': 'vm1', 'as': 'destination', 'word': 'cc'}" in events
+        # Where it runs its qemu hears so, which may have given it up.
+        order = "migration.has-started {}" if moved else "migration.resume {}"
+        assert order in (await seen(running, "vm1/qemu"))["events"]
+
+
+async def test_a_vm_that_does_not_go_on_after_a_doubt_is_said_to_stand_still(tmp_path: Path) -> None:
+    async with two_hosts(tmp_path) as running:
+        vm = await under_way(running)
+        await says(running, "vm1/qemu", "in-doubt")
+        await until_phase(vm, "in-doubt")
+        await says(running, ARRIVED, "failed")
+        await answers(running, "vm1/qemu", migration_resume={"refused": "the ultravisor has not taken the VM back"})
+
+        with pytest.raises(UserError, match="vm1 stands still on alpha: vm1/qemu: the ultravisor has not taken"):
+            await vm.recover()
+
+        row = await vm.row()
+        assert row.state == "paused"
+        assert row.reason == "it does not go on: vm1/qemu: the ultravisor has not taken the VM back: pefbox recover vm1"
+        await answers(running, "vm1/qemu", migration_resume=None)
+        assert await vm.recover() == "alpha"
+        assert (await vm.row()).state == "running"
 
 
 async def test_the_host_where_a_vm_in_doubt_may_be_comes_back_before_it_is_recovered(tmp_path: Path) -> None:

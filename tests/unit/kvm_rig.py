@@ -34,6 +34,8 @@ class PlayedUltravisor:
         self.calls.append((call.name, list(args)))
         return [self.codes.get(call.number, UCode.U_SUCCESS), *self.outputs.get(call.number, [])]
 
+    ucall_lasting = ucall
+
     async def ucalls(self, call: Call, args_of_each: Sequence[Registers], cause: int) -> list[Registers]:
         """As UltravisorPort."""
         return [await self.ucall(call, args, cause) for args in args_of_each]

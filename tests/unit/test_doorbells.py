@@ -26,8 +26,8 @@ class PlayedQemu(PlayedLink):
         self.rung: list[m.MmioStoreBody] = []
         self.takes_events = True
 
-    async def call(self, _message: Any, body: m.MmioStoreBody, _cause: int = 0) -> Status:  # noqa: ANN401
-        """As Link.call."""
+    async def call_lasting(self, _message: Any, body: m.MmioStoreBody, _cause: int = 0) -> Status:  # noqa: ANN401
+        """As Link.call_lasting."""
         self.stores.append(body)
         return Status(HCode.H_SUCCESS)
 

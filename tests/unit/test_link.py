@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 import zmq
 
 from protocol import messages as m
@@ -134,6 +135,47 @@ async def test_a_lost_peer_ends_open_calls_by_name(tmp_path: Path, state: str) -
         with trio.fail_after(5), pytest.raises(PeerGone, match=f"upper is {state}"):
             await ends.lower.call_registers(H_GET_TCE, [])
         nursery.cancel_scope.cancel()
+
+
+async def test_a_lasting_call_outlasts_a_stop_of_its_peer_and_ends_with_its_death(tmp_path: Path) -> None:
+    async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
+        results: list[list[int]] = []
+
+        async def ask() -> None:
+            results.append(await ends.lower.call_registers_lasting(H_GET_TCE, []))
+
+        async def forever(_envelope: Envelope, _args: list[int]) -> list[int]:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        ends.upper.on(H_GET_TCE, lambda _envelope, _args: [HCode.H_SUCCESS])
+        ends.upper.on_waiting(H_RANDOM, forever)
+        await nursery.start(ends.lower.run)
+        with trio.fail_after(5):
+            async with trio.open_nursery() as callers:
+                callers.start_soon(ask)
+                await trio.testing.wait_all_tasks_blocked()
+                ends.lower.peer_is("stopped")
+                # Also one that is made only now.
+                callers.start_soon(ask)
+                await trio.testing.wait_all_tasks_blocked()
+                assert ends.lower.open_calls == 2
+                ends.lower.peer_is("running")
+                await nursery.start(ends.upper.run)
+        assert results == [[HCode.H_SUCCESS]] * 2
+
+        nursery.start_soon(_die_when_asked, ends.lower)
+        with trio.fail_after(5), pytest.raises(PeerGone, match="upper is failed"):
+            await ends.lower.call_registers_lasting(H_RANDOM, [])
+        nursery.cancel_scope.cancel()
+
+
+async def _die_when_asked(link: Link) -> None:
+    while not link.open_calls:
+        await trio.lowlevel.checkpoint()
+    link.peer_is("unresponsive")
+    assert link.open_calls
+    link.peer_is("failed")
 
 
 async def test_a_call_without_reply_reaches_a_peer_that_was_held_up(tmp_path: Path) -> None:

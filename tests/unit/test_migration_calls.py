@@ -18,8 +18,10 @@ from protocol.declare import Call
 from protocol.errors import HostFault
 from protocol.geometry import PAGE_BYTES, STREAM_BUFFER_BYTES
 from services.testing.image import PlayedImage
+from services.ultravisor.arrival import Arrival
 from services.ultravisor.departure import Departure
 from services.ultravisor.migration.handshake import Host
+from services.ultravisor.migration.ledger import Entry, LedgerTorn
 from services.ultravisor.migration.statements import Word, sign
 from services.ultravisor.migration_queries import MigrationQueries
 from services.ultravisor.page_state import PageEvent
@@ -265,11 +267,24 @@ async def test_a_source_that_gave_the_token_does_not_take_it_back(pair: Pair) ->
 async def test_a_source_cancels_until_it_gave_the_token(pair: Pair) -> None:
     await pair.until_ready()
 
-    await step(pair.source, u.UV_EXPORT_CANCEL, 0)
+    for _ in range(2):
+        # The answer to the first may have been lost.
+        await step(pair.source, u.UV_EXPORT_CANCEL, 0)
 
     assert pair.source.guest.names()[-1] == "SVM_THAW"
+    assert pair.source.guest.names().count("SVM_THAW") == 1
     assert pair.source.partition.secure
-    assert pair.source.partition.migration is None
+    await fetch(pair.source, u.UV_EXPORT_OFFER)
+
+
+async def test_a_handshake_that_was_cancelled_does_not_go_on(pair: Pair) -> None:
+    offer = await fetch(pair.source, u.UV_EXPORT_OFFER)
+    answer = await exchange(pair.destination, u.UV_IMPORT_OFFER, offer)
+
+    await step(pair.source, u.UV_EXPORT_CANCEL, 0)
+
+    with pytest.raises(Refused, match="U_STATE"):
+        await exchange(pair.source, u.UV_EXPORT_ANSWER, answer)
 
 
 async def test_a_destination_that_gave_up_lets_the_source_run_it_again(pair: Pair) -> None:
@@ -294,7 +309,9 @@ async def test_what_ends_at_the_destination_before_the_token_never_starts_there(
     token = await exchange(pair.source, u.UV_EXPORT_READY, await pair.until_ready())
     await pair.destination.kvm.terminate()
 
-    word = await exchange(pair.destination, u.UV_IMPORT_TOKEN, token)
+    with pytest.raises(Refused, match="U_STATE"):
+        await exchange(pair.destination, u.UV_IMPORT_TOKEN, token)
+    word = await fetch(pair.destination, u.UV_IMPORT_ABANDON)
     assert await give(pair.source, u.UV_EXPORT_STATEMENT, word) == [0]
 
 
@@ -404,8 +421,47 @@ async def test_a_guest_that_does_not_thaw_is_waited_for_while_the_source_hears_t
 async def test_a_destination_that_has_nothing_of_the_vm_says_no_word(pair: Pair, hosts: tuple[Host, Host]) -> None:
     destination = pair.queries(pair.destination, hosts[1]).queries()
 
-    assert await destination["migration.abandon"]({"vm": "vm1"}) == {"word": None}
-    assert await destination["migration.abandon"]({"vm": "gone"}) == {"word": None}
+    assert await destination["migration.abandon"]({"vm": "vm1", "session": ""}) == {"word": None}
+    assert await destination["migration.abandon"]({"vm": "gone", "session": ""}) == {"word": None}
+
+
+async def test_a_vm_whose_token_may_have_been_stored_comes_back_by_the_word_of_a_destination_that_crashed(
+    pair: Pair, hosts: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source cannot say that it never gave the token, and the destination has nothing left but its ledger."""
+    ready = await pair.until_ready()
+
+    def torn(_entry: Entry) -> None:
+        raise LedgerTorn("the disk is full")
+
+    monkeypatch.setattr(pair.source.ledger, "record", torn)
+    with pytest.raises(Refused, match="U_PERMISSION"):
+        await exchange(pair.source, u.UV_EXPORT_READY, ready)
+    with pytest.raises(Refused, match="U_STATE"):
+        await step(pair.source, u.UV_EXPORT_CANCEL, 0)
+    pair.destination.partition.migration = None
+    source = pair.queries(pair.source, hosts[0]).queries()
+    destination = pair.queries(pair.destination, hosts[1]).queries()
+
+    given = await source["migration.word"]({"vm": "vm1", "as": "source"})
+    assert given["word"] is None
+    back = await destination["migration.abandon"]({"vm": "vm1", "session": given["session"]})
+    assert await source["migration.take"]({"vm": "vm1", "as": "source", "word": back["word"]}) == {"moved": False}
+
+    assert pair.source.guest.names()[-1] == "SVM_THAW"
+    await step(pair.source, u.UV_EXPORT_CANCEL, 0)
+
+
+async def test_s6_a_destination_does_not_give_up_by_its_ledger_what_it_could_start(
+    pair: Pair, hosts: tuple[Host, Host]
+) -> None:
+    await pair.until_ready()
+    arrival = pair.destination.partition.migration
+    assert isinstance(arrival, Arrival)
+    destination = pair.queries(pair.destination, hosts[1]).queries()
+
+    with pytest.raises(HostFault, match="open"):
+        await destination["migration.abandon"]({"vm": "another", "session": arrival.session_id.hex()})
 
 
 # -- refused -----------------------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ class MigrationControl:
         """The last one that there was."""
         self._source: SourceMigration | None = None
         self._scope: trio.CancelScope | None = None
+        self._destination: DestinationMigration | None = None
         self._arrival: ArrivalStatus | None = None
         self._arrival_reason = ""
 
@@ -202,17 +203,21 @@ class MigrationControl:
             self._fail(reason)
 
     async def resume(self) -> None:
-        """An operator has found out that the VM runs here again; raises UserError when nobody doubted it."""
-        if not self._in_doubt:
+        """An operator has found out that the VM runs here again.
+
+        Raises UserError when nobody doubted it, or the ultravisor does not let it run.
+        """
+        source = self._source
+        if not self._in_doubt or source is None:
             raise UserError("the migration is not in doubt")
-        source, self._in_doubt = self._source, False
+        # It may never have given the token, and then nobody has told it that the VM stays.
+        if source.secure and not await source.cancel_export():
+            raise UserError("the ultravisor has not taken the VM back")
+        self._in_doubt = False
         self._machine.release_devices()
         self._machine.stays()
         self._enter(MigrationStatus.FAILED)
-        if source is not None and source.secure:
-            # It may never have given the token, and then nobody has told it that the VM stays.
-            await source.cancel_export()
-        elif self._machine.is_running:
+        if not source.secure and self._machine.is_running:
             await until_answered(self._kvm.go_on)
 
     # -- destination ------------------------------------------------------------------------------------------
@@ -223,11 +228,19 @@ class MigrationControl:
         self._arrival = ArrivalStatus.SETUP
         channel = self._open_channel(self._socket, self._key, End.DESTINATION)
         self._socket = None
-        self._nursery.start_soon(self._arrive, channel)
+        self._destination = DestinationMigration(self._machine, self._kvm, self._stream, channel, self._arriving)
+        self._nursery.start_soon(self._arrive, self._destination)
 
-    async def _arrive(self, channel: BulkChannel) -> None:
+    async def has_started(self) -> None:
+        """An operator brought the VM the right to run here; raises UserError when none has arrived."""
+        if self._destination is None:
+            raise UserError("no machine arrives here")
+        await self._destination.has_started()
+        self._arrival_reason = ""
+
+    async def _arrive(self, destination: DestinationMigration) -> None:
         try:
-            await DestinationMigration(self._machine, self._kvm, self._stream, channel, self._arriving).run()
+            await destination.run()
         except PefboxError as error:
             self._log.warning("the VM does not arrive", reason=str(error))
             self._arrival, self._arrival_reason = ArrivalStatus.FAILED, str(error)

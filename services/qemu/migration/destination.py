@@ -2,6 +2,7 @@
 
 The VM runs here when its source gave the right to: for a secure VM that is the start token, which this host's
 ultravisor checks, for a normal one a frame. Before that anything that goes wrong ends it here for good, and says so.
+The token may reach the ultravisor another way, carried by an operator: then this side is told (`has_started`).
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class DestinationMigration:
         self._states: dict[str, bytearray] = {}
         self._whole: set[str] = set()
         self._checked = False
+        self._loaded = False
         self._runs = False
         self._written: set[int] = set()
         """GFNs that something came for: only those can hold another content than zeros."""
@@ -77,9 +79,26 @@ class DestinationMigration:
             if not self._runs:
                 with trio.CancelScope(shield=True):
                     await self._give_up(str(error))
-            raise
+            # What goes wrong with the conversation is no matter any more once the VM runs here.
+            if not self._runs or not isinstance(error, PefboxError):
+                raise
         finally:
             self._channel.close()
+        self._say(ArrivalStatus.COMPLETED)
+
+    async def has_started(self) -> None:
+        """The ultravisor has the start token from somebody else: the VM runs here, whatever this side gave up.
+
+        Raises ArrivalFailed when not all of the VM had come, so that it cannot be.
+        """
+        if self._runs:
+            return
+        if not self._loaded:
+            raise ArrivalFailed("the VM did not come here as a whole")
+        self._runs = True
+        self._channel.close()
+        with trio.CancelScope(shield=True):
+            await self._go_on()
         self._say(ArrivalStatus.COMPLETED)
 
     # -- setup ------------------------------------------------------------------------------------------------
@@ -147,6 +166,7 @@ class DestinationMigration:
         await self._kvm.load(KVM_STATE, len(kvm))
         await self._machine.load_devices(devices)
         if not secure:
+            self._loaded = True
             await self._channel.send(FrameKind.READY, b"")
             return
         (n_bytes,) = await self._kvm.ucall(u.UV_IMPORT_READY, RECORD)
@@ -155,6 +175,7 @@ class DestinationMigration:
             # kvm holds the processor, too, so that it stands still when the ultravisor lets it go.
             await self._kvm.go_on()
             await self._kvm.stop()
+        self._loaded = True
         await self._channel.send(FrameKind.RECORD, ready)
 
     async def _start(self, *, secure: bool) -> None:
@@ -163,12 +184,21 @@ class DestinationMigration:
         with trio.CancelScope(shield=True):
             # Once the token may have reached the ultravisor only its answer says whether the VM runs here.
             word = await until_answered(lambda: self._exchange(u.UV_IMPORT_TOKEN, right)) if secure else b""
-            self._runs = True
+            ran, self._runs = self._runs, True
             await self._tell(FrameKind.STATEMENT if secure else FrameKind.STARTED, word)
-            running = self._machine.is_running
-            self._machine.arrived(running=running)
-            if running:
-                await until_answered(self._kvm.go_on)
+            if not ran:
+                await self._go_on()
+
+    async def _go_on(self) -> None:
+        running = self._machine.is_running
+        self._machine.arrived(running=running)
+        if not running:
+            return
+        try:
+            await until_answered(self._kvm.go_on)
+        except PefboxError:
+            # kvm is dead, or the VM is in no state to go on: its own end says why.
+            return
 
     async def _tell(self, kind: FrameKind, payload: bytes) -> None:
         try:
@@ -180,10 +210,12 @@ class DestinationMigration:
     # -- giving up --------------------------------------------------------------------------------------------
 
     async def _give_up(self, reason: str) -> None:
-        self._say(ArrivalStatus.FAILED)
         word = b""
         if self._hello is not None and self._hello.secure:
             word = await self._abandon()
+        if self._runs:
+            return
+        self._say(ArrivalStatus.FAILED)
         with trio.move_on_after(1):
             try:
                 if word:

@@ -204,10 +204,10 @@ class Exporter(Side):
             self._close()
 
     def cancel(self) -> None:
-        """The VM stays here. Raises MigrationRefused once the token was given."""
+        """The VM stays here, also when it was RETURNED already. Raises MigrationRefused once the token was given."""
         if self.phase is ExportPhase.TOKEN_GIVEN:
             raise MigrationRefused(Reason.TOKEN_GIVEN)
-        self._expect(*_MAY_CANCEL)
+        self._expect(*_MAY_CANCEL, ExportPhase.RETURNED)
         self.phase = ExportPhase.RETURNED
 
     def _page(self, gfn: int) -> Page:
