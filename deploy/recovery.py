@@ -53,7 +53,8 @@ async def recover(run: ClusterRun, vm: VmRecord) -> str:
         else:
             # What arrived is ended first: never do two run. A VM that does not go on stays in doubt.
             await end_arrival(run, vm, move)
-            await _resume(run, vm)
+            if move.home_end is None:
+                await _resume(run, vm)
             await undo(run, vm, move, Phase.FAILED, "it was in doubt, and did not arrive")
             await refresh_vm(run, vm)
     return vm.spec.host

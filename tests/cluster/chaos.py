@@ -1,4 +1,5 @@
-"""Migrations to which one thing happens at a chosen step: a process is killed or held up, or the user cancels.
+"""Migrations to which one thing happens at a chosen step: a process is killed or held up, the link between the hosts is
+cut for a while, or the user cancels.
 
 The protocol's states at the end last milliseconds, so each is waited for where it shows first: a line of qemu's log or
 of an audit log, or an ultravisor's answer. Signals go straight to the process.
@@ -6,6 +7,7 @@ of an audit log, or an ultravisor's answer. Signals go straight to the process.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -20,6 +22,7 @@ import trio
 from deploy.api import RunningCluster, processes_of
 from deploy.status import ProcessRow
 from protocol.errors import UserError
+from services.qemu.migration.source import WORD_SECONDS
 from tests.cluster.moving import HOSTS, Traveller
 
 _LOOK_SECONDS = 0.0005
@@ -35,19 +38,23 @@ class Kind(Enum):
     KILL = "kill"
     HOLD = "hold"
     """SIGSTOP, and SIGCONT later: nothing is lost, everything is late."""
+    CUT = "cut the link"
+    """`pefbox link --down`, and `--up` later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`victim` is a role and `at_home` says of which side; a cancellation has none."""
+    """`victim` is a role and `at_home` says of which side; a cancellation and a cut have none."""
 
     kind: Kind
     victim: str = ""
     at_home: bool = False
     seconds: float = 0.0
-    """How long it is held."""
+    """How long it is held, or the link is cut."""
 
     def __str__(self) -> str:
+        if self.kind is Kind.CUT:
+            return f"{self.kind.value} for {self.seconds:.1f} s"
         side = "source" if self.at_home else "destination"
         return f"{self.kind.value} {side} {self.victim}" if self.victim else self.kind.value
 
@@ -93,16 +100,21 @@ _PHASES_FROM = {
 def faults(dice: random.Random) -> Iterator[Fault]:
     """Ten at a time, in any order: nothing, a cancellation, and something to each of eight processes.
 
-    The first ten kill: they are what a short run has.
+    The first ten kill: they are what a short run has. To later tens two cuts are added, and to every third of them one
+    that lasts until the source waits no more for the destination's word.
     """
     roles = ("qemu", "guest", "kvm", "ultravisor")
     chance_to_hold = 0.0
-    while True:
+    for n_hands in itertools.count():
         hand = [Fault(Kind.NONE), Fault(Kind.CANCEL)]
         for role in roles:
             for at_home in (True, False):
                 kind = Kind.HOLD if dice.random() < chance_to_hold else Kind.KILL
                 hand.append(Fault(kind, role, at_home, dice.uniform(0.1, 2.5)))
+        if n_hands:
+            hand += [Fault(Kind.CUT, seconds=dice.uniform(0.1, 2.5)) for _ in range(2)]
+        if n_hands % 3 == 1:
+            hand.append(Fault(Kind.CUT, seconds=WORD_SECONDS + 1))
         dice.shuffle(hand)
         yield from hand
         chance_to_hold = 0.4
@@ -216,6 +228,8 @@ async def strike(traveller: Traveller, fault: Fault, victim: Victim | None) -> i
             await traveller.vm.cancel_migration()
         except UserError:
             return 0
+    elif fault.kind is Kind.CUT:
+        await traveller.running.link(*HOSTS, down=True)
     elif victim is not None:
         victim.send(signal.SIGKILL if fault.kind is Kind.KILL else signal.SIGSTOP)
     return struck_ns

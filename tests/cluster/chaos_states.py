@@ -28,6 +28,8 @@ OF_ULTRAVISORS = (
     *(f"source: {word}" for word in ("handshake", "copying", "stopped", "finished", "token-given", "moved")),
     *(f"destination: {word}" for word in ("receiving", "checked", "ready", "started")),
 )
+EVERY = (STARTING, *OF_QEMU, *OF_ULTRAVISORS)
+"""All that must be struck in a full run."""
 AFTER: dict[Call, tuple[str, ...]] = {
     u.UV_EXPORT_OFFER: ("source: handshake",),
     u.UV_EXPORT_ANSWER: ("source: copying",),
@@ -124,10 +126,12 @@ def _step_of(entry: RecordedFrame) -> Step | None:
     return Step(entry.t_ns, owner, states[int(result[-1])] if len(states) > 1 else states[0])
 
 
-def table(strikes: list[Strike]) -> str:
-    """How often something struck in each state."""
+def table(strikes: list[Strike], enough: int) -> str:
+    """How often something struck in each state, and in how many of the protocol's it did so `enough` times."""
     counts = counted(strikes)
     lines = [f"{state:<26} {n:>4}" for state, n in counts.items()]
+    n_enough = sum(counts[state] >= enough for state in EVERY)
+    lines.append(f"{n_enough} of {len(EVERY)} states were struck {enough} times and more")
     outcomes: dict[str, int] = {}
     for strike in strikes:
         outcomes[strike.outcome] = outcomes.get(strike.outcome, 0) + 1
@@ -137,5 +141,4 @@ def table(strikes: list[Strike]) -> str:
 def counted(strikes: list[Strike]) -> dict[str, int]:
     """The same, of every state of the protocol."""
     states = [state for strike in strikes for state in strike.states]
-    every = (STARTING, *OF_QEMU, *OF_ULTRAVISORS)
-    return {state: states.count(state) for state in (*every, *sorted(set(states) - set(every)))}
+    return {state: states.count(state) for state in (*EVERY, *sorted(set(states) - set(EVERY)))}
