@@ -188,7 +188,7 @@ class PlayedEngine:
         self.n_saves = 0
 
     def start(self, _pc: int, _gprs: dict[int, int], *, secure: bool) -> None:
-        self.secure, self.at_safe_point = secure, True
+        self.secure, self.at_safe_point, self._awaited = secure, True, False
 
     def run(self, slice_ns: int) -> Exit:
         assert not self._awaited
