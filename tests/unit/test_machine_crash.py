@@ -17,7 +17,7 @@ import structlog
 from services.guest.machine.engine import report_crash
 from services.guest.clock import InstructionClock, WallClock
 from tests.unit import power_asm as asm
-from tests.unit.machine_rig import ENTRY, SLICE_NS, MachineRig
+from tests.unit.machine_rig import ENTRY, MachineRig
 
 rig = MachineRig(CLOCK)
 engine = rig.engine
@@ -30,7 +30,7 @@ def fault_on_data(address, use, access):
     return fill(address, use, access) if use.value == "fetch" else ctypes.string_at(0)
 
 engine._translator._page = fault_on_data
-engine.run(SLICE_NS)
+rig.until_exit()
 """
 
 
