@@ -11,8 +11,9 @@ OTHER_PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 $(HOME)/.pyenv
 	&& echo $$p; done | tail -n 1)
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
-# Most tests wait more than they compute. Each worker takes whole files.
-IN_PARALLEL ?= --numprocesses=2 --dist=loadfile
+# Most tests wait more than they compute. Each worker takes whole files, in their order: the long ones, of tests/cluster,
+# before the short ones, so that no worker is left alone at the end.
+IN_PARALLEL ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 PACKAGES := protocol shared services deploy tests
 QUICK_TESTS := tests/unit tests/cluster/test_disk.py
 
