@@ -17,6 +17,7 @@ from protocol.errors import HostFault, PefboxError
 from protocol.messages import MAP_INVALIDATE, MAX_INVALIDATION_RANGES, InvalidateBody, Range
 from services.runtime.link import Link
 from shared.dirty_map import DirtyMap, put_marks
+from shared.gfn_bitmap import bitmap_of_marks
 
 GUEST_MAP, DEVICE_MAP = "guest-dirty-map", "device-dirty-map"
 _ACKNOWLEDGE_SECONDS = 1.0
@@ -56,12 +57,12 @@ class DirtyPages:
         return written
 
     async def collect_bitmap(self, gfns: range, cause: int = 0) -> bytes:
-        """As `collect`, a bit a GFN; the lowest of the first byte is for the first of `gfns`.
+        """As `collect`, as a bitmap of `gfns`.
 
         What `collect` has told meanwhile counts too: a migration reads by this, and must miss nothing.
         """
         written = await self._collect(gfns, cause)
-        return _packed(_merged([written, _take(self._shown, gfns)]))
+        return bitmap_of_marks(_merged([written, _take(self._shown, gfns)]))
 
     async def _collect(self, gfns: range, cause: int) -> bytes:
         """As `collect`: a byte a GFN, 1 for one that was written."""
@@ -129,16 +130,6 @@ def _merged(taken: list[bytes]) -> bytes:
     for found in taken:
         merged |= int.from_bytes(found, "little")
     return merged.to_bytes(len(taken[0]), "little")
-
-
-def _packed(written: bytes) -> bytes:
-    """A bit for each byte of 0 or 1: every eighth byte, from each of eight places on, gives one bit of all bytes."""
-    n_bytes = -(-len(written) // 8)
-    padded = written.ljust(n_bytes * 8, b"\0")
-    packed = 0
-    for bit in range(8):
-        packed |= int.from_bytes(padded[bit::8], "little") << bit
-    return packed.to_bytes(n_bytes, "little")
 
 
 def _invalidation(gfns: range, written: bytes) -> InvalidateBody | None:

@@ -28,6 +28,7 @@ from services.ultravisor.page_state import HOST_READABLE, TRANSIENT, GfnState
 from services.ultravisor.partition import Partition
 from services.ultravisor.svm import Svm
 from services.ultravisor.thaw import thaw_guest
+from shared.gfn_bitmap import bitmap_of
 
 FREEZE_SECONDS = 3.0
 """The guest itself gives up after a second without a safe point."""
@@ -55,7 +56,7 @@ class SvmOfHost:
 class RoundEnd:
     """The record that ends a round, how many pages are owed now, and which host-readable ones were written.
 
-    `written_shared` has a bit a GFN, the lowest of the first byte for the first.
+    `written_shared` is a bitmap of all GFNs.
     """
 
     record: bytes
@@ -193,7 +194,7 @@ class Departure:
         self._requeue()
         states = self._of.svm.states
         shared = [gfn for gfn in written if states[gfn] in HOST_READABLE]
-        return RoundEnd(record, len(self._queue), _bitmap(shared, n_pages))
+        return RoundEnd(record, len(self._queue), bitmap_of(shared, n_pages))
 
     def _read_page(self, gfn: int) -> memoryview:
         """Nothing for a page that was untouched when the round began: a store since then has it sent again."""
@@ -309,10 +310,3 @@ class _Alone:
 
     def __exit__(self, *_: object) -> None:
         self._departure._at_work = False
-
-
-def _bitmap(gfns: list[int], n_pages: int) -> bytes:
-    bits = bytearray((n_pages + 7) // 8)
-    for gfn in gfns:
-        bits[gfn >> 3] |= 1 << (gfn & 7)
-    return bytes(bits)

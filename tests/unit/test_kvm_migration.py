@@ -1034,9 +1034,6 @@ async def test_whatever_is_marked_the_log_has_it_and_the_rest_stays(
     expected = [int(bool(marks[gfn] or others[gfn])) for gfn in gfns]
     assert list(merged) == expected
     assert bytes(mine) == bytes(0 if gfn in gfns else mark for gfn, mark in enumerate(marks))
-    packed = dirty._packed(merged)
-    assert [packed[i >> 3] >> (i & 7) & 1 for i in range(len(gfns))] == expected
-    assert len(packed) == -(-len(gfns) // 8)
 
 
 class Storing:

@@ -13,6 +13,7 @@ from protocol.declare import Call
 from protocol.errors import PeerGone, PefboxError
 from protocol.refusals import HELD_UP_STATES
 from services.runtime.link import Link
+from shared.gfn_bitmap import gfns_of
 
 _AGAIN_SECONDS = 0.01
 _PATIENCE_SECONDS = 5.0
@@ -134,13 +135,6 @@ class KvmPort:
         with trio.move_on_after(_ORDER_SECONDS):
             return (await self._link.call_lasting(message, body)).code
         raise StepRefused(message.name, f"no answer within {_ORDER_SECONDS:g} s", may_succeed=True)
-
-
-def gfns_of(bitmap: bytes, first: int = 0) -> list[int]:
-    """The GFNs whose bit is set; the lowest bit of the first byte is `first`."""
-    return [
-        first + (index << 3) + bit for index, byte in enumerate(bitmap) if byte for bit in range(8) if byte >> bit & 1
-    ]
 
 
 async def _until_done(attempt: Callable[[], Awaitable[int]], again: tuple[int, ...]) -> int:

@@ -22,7 +22,7 @@ from protocol.errors import MalformedMessage, PefboxError
 from protocol.geometry import PAGE_BYTES
 from services.qemu.migration.channel import BulkChannel
 from services.qemu.migration.hello import hello_of, printable
-from services.qemu.migration.kvm_port import KvmPort, StepRefused, gfns_of, until_answered
+from services.qemu.migration.kvm_port import KvmPort, StepRefused, until_answered
 from services.qemu.migration.machine import MovableMachine
 from services.qemu.migration.pacing import NS, Pacer
 from services.qemu.migration.parameters import MigrationParameters
@@ -31,6 +31,7 @@ from services.qemu.migration.precopy import Next, Precopy, Progress
 from services.qemu.migration.status import MigrationStatus
 from services.qemu.migration.stream import Frame, FrameKind, parts_of
 from services.runtime.first_error import first_error_nursery
+from shared.gfn_bitmap import gfns_of
 from shared.host_view import HostState
 from shared.page_batch import Page, encode_pages
 from shared.stream_buffer import StreamBuffer
