@@ -27,6 +27,9 @@ from tests.cluster.moving import HOSTS, Traveller
 
 _LOOK_SECONDS = 0.0005
 _GIVE_UP_SECONDS = 20.0
+_LONGEST_SECONDS = 2.5
+_LONGEST_OF_QEMU_SECONDS = 1.0
+"""The model kernel gives up a device that does not answer within two seconds."""
 _OVER = frozenset({"done", "failed", "cancelled", "in-doubt"})
 
 
@@ -110,9 +113,10 @@ def faults(dice: random.Random) -> Iterator[Fault]:
         for role in roles:
             for at_home in (True, False):
                 kind = Kind.HOLD if dice.random() < chance_to_hold else Kind.KILL
-                hand.append(Fault(kind, role, at_home, dice.uniform(0.1, 2.5)))
+                longest = _LONGEST_OF_QEMU_SECONDS if role == "qemu" else _LONGEST_SECONDS
+                hand.append(Fault(kind, role, at_home, dice.uniform(0.1, longest)))
         if n_hands:
-            hand += [Fault(Kind.CUT, seconds=dice.uniform(0.1, 2.5)) for _ in range(2)]
+            hand += [Fault(Kind.CUT, seconds=dice.uniform(0.1, _LONGEST_SECONDS)) for _ in range(2)]
         if n_hands % 3 == 1:
             hand.append(Fault(Kind.CUT, seconds=WORD_SECONDS + 1))
         dice.shuffle(hand)
