@@ -46,8 +46,15 @@ def test_a_guest_that_writes_slower_than_the_link_carries_converges_within_its_d
     progress = run(20, 100).progress()
 
     assert 1 < progress.round < 5
+    assert progress.expected_downtime_ms is not None
     assert 0 < progress.expected_downtime_ms <= 300
     assert 18 * MIB < progress.dirty_pages_per_second * PAGE <= 20 * MIB
+
+
+def test_nobody_knows_the_downtime_before_the_link_has_carried_anything() -> None:
+    precopy = Precopy(N_PAGES, PAGE, 300, 0)
+
+    assert precopy.progress().expected_downtime_ms is None
 
 
 def test_a_guest_that_writes_faster_than_the_link_carries_is_not_stopped_and_said_to_be_so() -> None:

@@ -27,7 +27,8 @@ class Next(Enum):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far it is. Rates are of the last round that says something; `expected_downtime_ms` if it stopped now."""
+    """How far it is. Rates are of the last round that says something; `expected_downtime_ms` if it stopped now, None as
+    long as nothing says what the link carries."""
 
     round: int
     total_bytes: int
@@ -37,7 +38,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     data_pages: int
     dirty_pages_per_second: int
     bytes_per_second: int
-    expected_downtime_ms: int
+    expected_downtime_ms: int | None
     converges: bool
 
 
@@ -88,7 +89,7 @@ class Precopy:
             data_pages=self._data_pages,
             dirty_pages_per_second=self._dirty_pages_per_second,
             bytes_per_second=self._bytes_per_second,
-            expected_downtime_ms=self._downtime_ms(),
+            expected_downtime_ms=self._downtime_ms() if self._bytes_per_second else None,
             converges=self._dirty_pages_per_second * self._page_bytes < max(1, self._bytes_per_second),
         )
 
