@@ -28,10 +28,14 @@ _RESUME_SECONDS = 5.0
 
 
 class WordAnswer(msgspec.Struct, kw_only=True):
-    """A signed word of an ultravisor, in hex; None: it has given none. The source also names the migration, in hex."""
+    """A signed word of an ultravisor, in hex; None: it has given none.
+
+    The source also names the migration, in hex, and says why it cannot give a token that it may have given before.
+    """
 
     word: str | None
     session: str = ""
+    withheld: str = ""
 
 
 class MovedAnswer(msgspec.Struct, kw_only=True):
@@ -97,6 +101,9 @@ async def _carry_words(run: ClusterRun, vm: VmRecord, move: Migration) -> bool:
     source, destination = (run.child(host, Role.ULTRAVISOR) for host in (move.source, move.host))
     name = vm.spec.name
     given = await answer_of(source, "migration.word", {"vm": name, "as": "source"}, WordAnswer, _WORD_SECONDS)
+    if given.withheld and move.home_end is not None:
+        # Only the destination has the VM, which must not give it up: the token may be had later.
+        raise UserError(f"{move.source}/ultravisor cannot give {name} its start token: {printable(given.withheld)}")
     if given.word is not None:
         order: tuple[str, dict[str, Any]] = (
             "migration.take",

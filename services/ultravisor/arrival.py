@@ -148,8 +148,8 @@ class Arrival:
 
     def check_abandon(self) -> None:
         """Raise MigrationRefused when `abandon` would: before anything of the VM is given up."""
-        if self._importer is not None and self._importer.in_doubt:
-            raise MigrationRefused(Reason.NOT_STORED, "a crash may find the VM started")
+        if self._importer is not None:
+            self._importer.check_abandon()
 
     def abandon(self) -> bytes:
         """It never runs here, and nothing of it is kept: the word for the source (empty: there was no handshake).
@@ -161,6 +161,11 @@ class Arrival:
             self._give_up()
         assert self._word is not None
         return self._word
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it cannot start here any more: only its word is still open, if at all."""
+        return self._word is not None or (self._importer is not None and self._svm is None)
 
     @property
     def guest_has_it(self) -> bool:

@@ -16,6 +16,7 @@ from services.ultravisor.arrival import Arrival
 from services.ultravisor.departure import Departure
 from services.ultravisor.life import SvmLife
 from services.ultravisor.migration.certificates import HostCertificate
+from services.ultravisor.migration.exporter import ExportPhase
 from services.ultravisor.migration.handshake import VERSION, Host
 from services.ultravisor.migration.ledger import Decision, Entry, FileLedger
 from services.ultravisor.migration.recovery import word_of_destination, word_of_source
@@ -97,15 +98,19 @@ class MigrationQueries:
         return {"role": role, "phase": migration.phase, "session": session, "peer": migration.peer, "refusal": refusal}
 
     async def _word(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The source's word: its start token, or None when it never gave it. `session` names the migration."""
+        """The source's word: its start token, or None when it never gave it. `session` names the migration.
+
+        `withheld` is why a token that it may have given cannot be given now.
+        """
         vm = str(arguments["vm"])
         partition = self._partitions.get(vm)
         if partition is not None and isinstance(partition.migration, Departure) and partition.migration.in_progress:
-            session = partition.migration.session_id.hex()
+            departure, session = partition.migration, partition.migration.session_id.hex()
             try:
-                return {"word": partition.migration.token().hex(), "session": session}
+                return {"word": departure.token().hex(), "session": session}
             except MigrationRefused as refused:
-                return {"word": None, "session": session, "reason": str(refused)}
+                withheld = str(refused) if departure.phase == ExportPhase.TOKEN_GIVEN.value else ""
+                return {"word": None, "session": session, "withheld": withheld}
         entry = self._open_entry(vm)
         word = None if entry is None else self._token_of(entry)
         return {"word": None if word is None else word.hex(), "session": "" if entry is None else entry.session}
@@ -124,7 +129,7 @@ class MigrationQueries:
         partition = self._partitions.get(vm)
         arrival = None if partition is None else partition.migration
         if partition is not None and isinstance(arrival, Arrival) and arrival.session_id == session_of(raw):
-            return await self._calls.take_token(partition, raw, 0) if arrival.in_progress else arrival.abandon()
+            return arrival.abandon() if arrival.is_over else await self._calls.take_token(partition, raw, 0)
         return self._word_from_ledger(session_of(raw))
 
     async def _take_word(self, vm: str, raw: bytes) -> bool:

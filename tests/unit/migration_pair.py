@@ -40,6 +40,9 @@ class MemoryLedger:
     def newest(self, session_id: bytes) -> Entry | None:
         return self.entries.get(session_id.hex())
 
+    def settle(self) -> None:
+        """Nothing is ever torn."""
+
 
 class Frames:
     """Secure memory of one side."""

@@ -25,7 +25,7 @@ from services.ultravisor.migration.certificates import issue
 from services.ultravisor.migration.exporter import Exporter, ExportPhase
 from services.ultravisor.migration.handshake import Session, Subject
 from services.ultravisor.migration.importer import Importer, ImportPhase
-from services.ultravisor.migration.ledger import Entry, Ledger
+from services.ultravisor.migration.ledger import Entry, Ledger, LedgerTorn
 from services.ultravisor.migration.policy import MigrationPolicy
 from services.ultravisor.migration.records import (
     HEADER,
@@ -62,7 +62,9 @@ _TAKERS = {
     RecordKind.STATE: Importer._take_state,
     RecordKind.FINAL: Importer._take_final,
 }
-_FAULTS = ("crash", "cut", "full", "tamper", "operator")
+_FAULTS = ("crash", "cut", "full", "torn", "tamper", "operator")
+STORED = 1
+"""Argument of what shows it: what was torn was stored."""
 _MAY_CANCEL = (ExportPhase.COPYING, ExportPhase.STOPPED, ExportPhase.FINISHED)
 
 
@@ -129,18 +131,34 @@ OTHER_SESSION_ID = hashlib.sha256(b"other session").digest()
 
 @dataclass
 class Book:
-    """A ledger that survives its ultravisor; `broken` is a full disk."""
+    """A ledger that survives its ultravisor; `broken` is a full disk, `tears` one that may have stored all the same."""
 
     entries: dict[bytes, Entry] = field(default_factory=dict)
     broken: bool = False
+    tears: bool = False
+    torn: Entry | None = None
+    """What may have been stored: a crash shows whether it was."""
 
     def clone(self) -> Book:
-        return Book(dict(self.entries), self.broken)
+        return Book(dict(self.entries), self.broken, self.tears, self.torn)
 
     def record(self, entry: Entry) -> None:
+        if self.tears:
+            self.torn = entry
+            raise LedgerTorn("perhaps no space left")
         if self.broken:
             raise HostFault("no space left")
-        self.entries[bytes.fromhex(entry.session)] = entry
+        self.entries[bytes.fromhex(entry.session)], self.torn = entry, None
+
+    def settle(self) -> None:
+        if self.tears:
+            raise HostFault("no space left")
+
+    def reveal(self, *, was_stored: bool) -> None:
+        """Whoever reads it next finds what was torn, or does not."""
+        if was_stored and self.torn is not None:
+            self.entries[bytes.fromhex(self.torn.session)] = self.torn
+        self.torn = None
 
     def newest(self, session_id: bytes) -> Entry | None:
         return self.entries.get(session_id)
@@ -230,6 +248,8 @@ class World:
         self.d_ran = False
         self.given = False
         """The source was past the point where it alone decides."""
+        self.let_go = False
+        """An operator had the destination give up for a source that lived."""
         self.reported = False
         """The source's qemu was told that the destination gave up."""
         self.faults: tuple[str, ...] = ()
@@ -303,7 +323,10 @@ class World:
             if self.importer is not None and (self.importer.state, self.importer.states) != (STATE, STATES):
                 raise Violation("S3: the VM started without its state")
             self.d_ran = True
-        if self.exporter is not None and self.exporter.phase is ExportPhase.TOKEN_GIVEN:
+        exporter = self.exporter
+        if exporter is not None and exporter.phase is ExportPhase.TOKEN_GIVEN and not exporter._in_doubt:
+            self.given = True
+        if self.book_s.newest(SESSION_ID) is not None:
             self.given = True
         if any(b"secret" in raw for _, raw in (*self.to_d, *self.to_s)):
             raise Violation("S1: a page is on the stream in plain")
@@ -316,7 +339,7 @@ class World:
         if self.runs_at_source or self.runs_at_destination:
             return
         source_died, destination_died = not self.source_lives, not self.destination_lives
-        given_up = destination_died or "operator-abandons" in self.faults
+        given_up = destination_died or self.let_go or "operator-abandons" in self.faults
         if (self.d_ran and destination_died) or (source_died and (given_up or not self.given)):
             return
         raise Violation("S6: the VM runs nowhere, though a host that could run it lives")
@@ -335,9 +358,12 @@ class World:
         )
 
     def _plain(self) -> tuple[object, ...]:
-        books = tuple((book.broken, *book.entries.values()) for book in (self.book_s, self.book_d))
+        books = tuple(
+            (book.broken, book.tears, book.torn, *book.entries.values()) for book in (self.book_s, self.book_d)
+        )
         stream = (tuple(self.to_d), tuple(self.to_s), tuple(self.old) if self.linked else ())
-        flags = (self.linked, self.source_lives, self.destination_lives, self.d_ran, self.given, self.reported)
+        lives = (self.linked, self.source_lives, self.destination_lives)
+        flags = (*lives, self.d_ran, self.given, self.let_go, self.reported)
         pages = (tuple(self.memory.pages), tuple(self.frames.pages))
         return (books, stream, flags, pages, frozenset(self.dirty), self.n_writes, self.round, self.faults)
 
@@ -368,8 +394,11 @@ class World:
         if silent and self._open:
             yield "recover-d", 0
             yield "recover-s", 0
-        if self.book_s.broken or self.book_d.broken:
+        books = (self.book_s, self.book_d)
+        if any(book.broken or book.tears for book in books):
             yield "make-room", 0
+            if any(book.torn for book in books):
+                yield "make-room", STORED
 
     @property
     def _may_cancel(self) -> bool:
@@ -404,9 +433,14 @@ class World:
             ("cut", self.bounds.cuts),
             ("full-disk-s", self.bounds.full_disks),
             ("full-disk-d", self.bounds.full_disks),
+            ("torn-disk-s", self.bounds.full_disks),
+            ("torn-disk-d", self.bounds.full_disks),
         ):
             if self.faults.count(name) < limit:
                 yield name, 0
+        for name, book in (("crash-uv-s", self.book_s), ("crash-uv-d", self.book_d)):
+            if book.torn is not None and self.faults.count(name) < self.bounds.crashes:
+                yield name, STORED
         if self.linked and sum(name.startswith("tamper") for name in self.faults) < self.bounds.tampering:
             if self.to_d and not self.to_d[0][0]:
                 yield "tamper-foreign", 0
@@ -502,8 +536,16 @@ class World:
         with contextlib.suppress(MigrationRefused):
             self.to_s.append((True, self.importer.abandon()))
 
-    def _do_make_room(self, _: int) -> None:
-        self.book_s.broken = self.book_d.broken = False
+    def _do_make_room(self, stored: int) -> None:
+        self._reveal_d(stored)
+        self.book_s.reveal(was_stored=stored == STORED)
+        for book in (self.book_s, self.book_d):
+            book.broken = book.tears = False
+
+    def _reveal_d(self, stored: int) -> None:
+        # One whose ledger says so has started it, even if it died at once.
+        self.d_ran |= self.book_d.torn is not None and stored == STORED
+        self.book_d.reveal(was_stored=stored == STORED)
 
     def _do_give_up(self, _: int) -> None:
         assert self.importer is not None
@@ -514,17 +556,28 @@ class World:
         importer = self.importer
         if importer is None or importer.phase is not ImportPhase.READY:
             return
-        if self.exporter is not None:
-            token = self.exporter.token() if self.exporter.phase is ExportPhase.TOKEN_GIVEN else None
-        else:
+        if self.exporter is None:
             token = recovery.word_of_source(self.book_s, SOURCE, SESSION_ID)  # type: ignore[arg-type]
+        else:
+            token = self._token_of(self.exporter)
+            if token is None and self.exporter.phase is ExportPhase.TOKEN_GIVEN and not self.source_lives:
+                # It may be had later, and only the destination has the VM.
+                return
         try:
-            if token is None:
+            if token is None or not self.destination_lives:
                 importer.abandon()
+                self.let_go = self.source_lives
             else:
                 importer.take_token(token)
         except MigrationRefused:
             return
+
+    @staticmethod
+    def _token_of(exporter: Exporter) -> bytes | None:
+        """None also from one that cannot store that it gave it."""
+        with contextlib.suppress(MigrationRefused):
+            return exporter.token()
+        return None
 
     def _do_recover_s(self, _: int) -> None:
         """The operator carries the destination's word to the source."""
@@ -539,11 +592,13 @@ class World:
             word = self.parts.word_of_destination(self.book_d, DESTINATION, SESSION_ID, ())  # type: ignore[arg-type]
         exporter.take_statement(word)
 
-    def _do_crash_uv_s(self, _: int) -> None:
+    def _do_crash_uv_s(self, stored: int) -> None:
+        self.book_s.reveal(was_stored=stored == STORED)
         self.exporter, self.source_lives = None, False
         self._do_cut(0)
 
-    def _do_crash_uv_d(self, _: int) -> None:
+    def _do_crash_uv_d(self, stored: int) -> None:
+        self._reveal_d(stored)
         self.importer, self.destination_lives = None, False
         self.frames.wipe()
         self._do_cut(0)
@@ -556,7 +611,9 @@ class World:
         """A process of the VM that comes died: its ultravisor gives up, unless it has started."""
         self.destination_lives = False
         if self.importer is not None and self.importer.phase is not ImportPhase.STARTED:
-            self.importer.abandon()
+            # A start that may have been stored is not given up: only the token leads on.
+            with contextlib.suppress(MigrationRefused):
+                self.importer.abandon()
         self._do_cut(0)
 
     def _do_cut(self, _: int) -> None:
@@ -569,6 +626,12 @@ class World:
 
     def _do_full_disk_d(self, _: int) -> None:
         self.book_d.broken = True
+
+    def _do_torn_disk_s(self, _: int) -> None:
+        self.book_s.tears = True
+
+    def _do_torn_disk_d(self, _: int) -> None:
+        self.book_d.tears = True
 
     def _do_tamper_drop(self, _: int) -> None:
         self.to_d.pop(0)

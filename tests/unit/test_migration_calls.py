@@ -21,7 +21,7 @@ from services.testing.image import PlayedImage
 from services.ultravisor.arrival import Arrival
 from services.ultravisor.departure import Departure
 from services.ultravisor.migration.handshake import Host
-from services.ultravisor.migration.ledger import Entry, LedgerTorn
+from services.ultravisor.migration.ledger import Entry, FileLedger, LedgerTorn
 from services.ultravisor.migration.statements import Word, sign
 from services.ultravisor.migration_queries import MigrationQueries
 from services.ultravisor.page_state import PageEvent
@@ -430,11 +430,7 @@ async def test_a_vm_whose_token_may_have_been_stored_comes_back_by_the_word_of_a
 ) -> None:
     """The source cannot say that it never gave the token, and the destination has nothing left but its ledger."""
     ready = await pair.until_ready()
-
-    def torn(_entry: Entry) -> None:
-        raise LedgerTorn("the disk is full")
-
-    monkeypatch.setattr(pair.source.ledger, "record", torn)
+    tear(pair.source.ledger, monkeypatch)
     with pytest.raises(Refused, match="U_PERMISSION"):
         await exchange(pair.source, u.UV_EXPORT_READY, ready)
     with pytest.raises(Refused, match="U_STATE"):
@@ -445,11 +441,57 @@ async def test_a_vm_whose_token_may_have_been_stored_comes_back_by_the_word_of_a
 
     given = await source["migration.word"]({"vm": "vm1", "as": "source"})
     assert given["word"] is None
+    assert "disk" in given["withheld"]
     back = await destination["migration.abandon"]({"vm": "vm1", "session": given["session"]})
     assert await source["migration.take"]({"vm": "vm1", "as": "source", "word": back["word"]}) == {"moved": False}
 
     assert pair.source.guest.names()[-1] == "SVM_THAW"
     await step(pair.source, u.UV_EXPORT_CANCEL, 0)
+
+
+def tear(ledger: FileLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can say from here on what it stored."""
+
+    def torn(*_entry: Entry) -> None:
+        raise LedgerTorn("the disk is full")
+
+    monkeypatch.setattr(ledger, "record", torn)
+    monkeypatch.setattr(ledger, "settle", torn)
+
+
+async def test_a_source_takes_the_vm_back_once_its_ledger_says_that_the_token_was_not_given(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = await pair.until_ready()
+    tear(pair.source.ledger, monkeypatch)
+    with pytest.raises(Refused, match="U_PERMISSION"):
+        await exchange(pair.source, u.UV_EXPORT_READY, ready)
+    with pytest.raises(Refused, match="U_STATE"):
+        await step(pair.source, u.UV_EXPORT_CANCEL, 0)
+
+    monkeypatch.undo()
+    await step(pair.source, u.UV_EXPORT_CANCEL, 0)
+
+    assert pair.source.guest.names()[-1] == "SVM_THAW"
+
+
+async def test_a_vm_that_ended_where_its_start_may_have_been_stored_is_given_up_once_the_ledger_can_be_read(
+    pair: Pair, hosts: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = await exchange(pair.source, u.UV_EXPORT_READY, await pair.until_ready())
+    tear(pair.destination.ledger, monkeypatch)
+    with pytest.raises(Refused, match="U_PERMISSION"):
+        await exchange(pair.destination, u.UV_IMPORT_TOKEN, token)
+    await pair.destination.kvm.terminate()
+    destination = pair.queries(pair.destination, hosts[1]).queries()
+    order = {"vm": "vm1", "as": "destination", "word": token.hex()}
+    with pytest.raises(HostFault, match="may find the VM started"):
+        await destination["migration.take"](order)
+
+    monkeypatch.undo()
+    word = bytes.fromhex((await destination["migration.take"](order))["word"])
+
+    assert await give(pair.source, u.UV_EXPORT_STATEMENT, word) == [0]
 
 
 async def test_s6_a_destination_does_not_give_up_by_its_ledger_what_it_could_start(

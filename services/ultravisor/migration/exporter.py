@@ -204,11 +204,23 @@ class Exporter(Side):
             self._close()
 
     def cancel(self) -> None:
-        """The VM stays here, also when it was RETURNED already. Raises MigrationRefused once the token was given."""
-        if self.phase is ExportPhase.TOKEN_GIVEN:
+        """The VM stays here, also when it was RETURNED already.
+
+        Raises MigrationRefused once the token was given, or when that may have been stored.
+        """
+        if self.phase is ExportPhase.TOKEN_GIVEN and not self._was_never_given():
             raise MigrationRefused(Reason.TOKEN_GIVEN)
         self._expect(*_MAY_CANCEL, ExportPhase.RETURNED)
         self.phase = ExportPhase.RETURNED
+
+    def _was_never_given(self) -> bool:
+        """Whether the ledger that could not say if it stored the decision says by now that it did not."""
+        if self._given_is_stored:
+            return False
+        self._settle(Decision.GIVEN)
+        if not self._in_doubt:
+            self.phase = ExportPhase.FINISHED
+        return not self._in_doubt
 
     def _page(self, gfn: int) -> Page:
         return Page.of(gfn, self._read_page(gfn))

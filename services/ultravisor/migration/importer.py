@@ -135,11 +135,16 @@ class Importer(Side):
         """
         if self.phase is ImportPhase.STARTED:
             raise MigrationRefused(Reason.WRONG_PHASE, self.phase.value)
-        if self._in_doubt:
-            raise MigrationRefused(Reason.NOT_STORED, "a crash may find the VM started")
+        self.check_abandon()
         if not self._wiped:
             self._wipe()
         return self.word()
+
+    def check_abandon(self) -> None:
+        """Raise MigrationRefused when a start may have been stored."""
+        self._settle(Decision.STARTED)
+        if self._in_doubt:
+            raise MigrationRefused(Reason.NOT_STORED, "a crash may find the VM started")
 
     def word(self) -> bytes:
         """What became of the VM here, for the source; raises MigrationRefused while that is open."""

@@ -58,6 +58,9 @@ class Ledger(Protocol):
     def newest(self, session_id: bytes) -> Entry | None:
         """The newest entry of a migration."""
 
+    def settle(self) -> None:
+        """After LedgerTorn: find out what was stored. Raises HostFault while nobody can say."""
+
 
 class FileLedger:
     """JSON lines behind a descriptor opened for appending and reading. Raises HostFault when they are no ledger."""
@@ -71,9 +74,8 @@ class FileLedger:
 
     def record(self, entry: Entry) -> None:
         """As Ledger.record."""
-        if self._torn:
-            # What the failed write left behind counts as whatever it is, before anything is put behind it.
-            self._scan()
+        # What a failed write left behind counts as whatever it is, before anything is put behind it.
+        self.settle()
         raw = msgspec.json.encode(entry) + b"\n"
         if self._size_bytes + len(raw) > _MAX_LEDGER_BYTES:
             raise HostFault("the ledger of migrations is full")
@@ -90,6 +92,11 @@ class FileLedger:
     def newest(self, session_id: bytes) -> Entry | None:
         """As Ledger.newest."""
         return self._entries.get(session_id.hex())
+
+    def settle(self) -> None:
+        """As Ledger.settle."""
+        if self._torn:
+            self._scan()
 
     def open_entries(self) -> list[Entry]:
         """Tokens that were given and never answered: what an operator may have to resolve."""

@@ -3,6 +3,7 @@ signed, and the versions of the pages."""
 
 from __future__ import annotations
 
+import contextlib
 from enum import Enum
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -39,10 +40,14 @@ class Side:
         """A decision may have been stored that was not taken."""
         self.epoch = 0
 
-    @property
-    def in_doubt(self) -> bool:
-        """A decision may have been stored that was not taken."""
-        return self._in_doubt
+    def _settle(self, decision: Decision) -> None:
+        """End the doubt about `decision` if the ledger can say by now that it was not stored."""
+        if not self._in_doubt:
+            return
+        with contextlib.suppress(HostFault):
+            self._ledger.settle()
+            entry = self._ledger.newest(self._session.session_id)
+            self._in_doubt = entry is not None and entry.decision is decision
 
     def _decide(self, decision: Decision) -> None:
         """Store it; raises MigrationRefused when that is not sure."""

@@ -18,7 +18,7 @@ from protocol.messages import Gfn
 from services.ultravisor.esm_files import EsmFilesState
 from services.ultravisor.migration.payloads import ARRIVES_AS, MAX_STATE_BYTES
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
-from services.ultravisor.svm import MAX_SLOTS, Slot, Svm
+from services.ultravisor.svm import MAX_SLOTS, Slot, Svm, SvmPhase
 
 
 class SvmRest(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -71,7 +71,9 @@ class SvmFrames:
             self._svm.zero_secure(gfn)
 
     def wipe(self) -> None:
-        """Zero every page of the VM."""
+        """Zero every page of the VM; one that has ended has none any more."""
+        if self._svm.phase is SvmPhase.ENDED:
+            return
         for gfn in list(self._written):
             self.zero(gfn)
 
