@@ -103,14 +103,10 @@ class MigrationQueries:
         `withheld` is why a token that it may have given cannot be given now.
         """
         vm = str(arguments["vm"])
-        partition = self._partitions.get(vm)
-        if partition is not None and isinstance(partition.migration, Departure) and partition.migration.in_progress:
-            departure, session = partition.migration, partition.migration.session_id.hex()
-            try:
-                return {"word": departure.token().hex(), "session": session}
-            except MigrationRefused as refused:
-                withheld = str(refused) if departure.phase == ExportPhase.TOKEN_GIVEN.value else ""
-                return {"word": None, "session": session, "withheld": withheld}
+        departure = self._departure(vm)
+        if departure is not None:
+            return _word_of(departure)
+        # After a crash there is no VM here any more: only what the ledger says of it.
         entry = self._open_entry(vm)
         word = None if entry is None else self._token_of(entry)
         return {"word": None if word is None else word.hex(), "session": "" if entry is None else entry.session}
@@ -133,10 +129,12 @@ class MigrationQueries:
         return self._word_from_ledger(session_of(raw))
 
     async def _take_word(self, vm: str, raw: bytes) -> bool:
-        partition = self._partitions.get(vm)
-        if partition is not None and isinstance(partition.migration, Departure) and partition.migration.in_progress:
-            return await self._calls.take_word(partition, raw, 0)
-        # After a crash there is no VM here any more: only what the ledger says of it.
+        departure = self._departure(vm)
+        if departure is not None and departure.session_id != session_of(raw):
+            # An earlier one, say, that nobody closed: it tells nothing about where the VM is now.
+            raise HostFault(f"this word is about another migration of {vm}")
+        if departure is not None and departure.in_progress:
+            return await self._calls.take_word(self._partitions[vm], raw, 0)
         entry = None if self._ledger is None else self._ledger.newest(session_of(raw))
         if self._ledger is None or entry is None:
             # The token was never given, so the VM cannot have started there.
@@ -165,6 +163,12 @@ class MigrationQueries:
 
     # -- helpers ----------------------------------------------------------------------------------------------
 
+    def _departure(self, vm: str) -> Departure | None:
+        """The newest migration of the VM from here that this ultravisor has lived through."""
+        partition = self._partitions.get(vm)
+        migration = None if partition is None else partition.migration
+        return migration if isinstance(migration, Departure) else None
+
     def _open_entry(self, vm: str) -> Entry | None:
         """The newest token of the VM that nobody has answered."""
         entries = [] if self._ledger is None else self._ledger.open_entries()
@@ -192,3 +196,14 @@ class MigrationQueries:
         if partition is None:
             raise UserError(f"the ultravisor knows no VM {arguments['vm']}")
         return partition
+
+
+def _word_of(departure: Departure) -> dict[str, Any]:
+    session = departure.session_id.hex()
+    if not departure.in_progress:
+        return {"word": None, "session": session}
+    try:
+        return {"word": departure.token().hex(), "session": session}
+    except MigrationRefused as refused:
+        withheld = str(refused) if departure.phase == ExportPhase.TOKEN_GIVEN.value else ""
+        return {"word": None, "session": session, "withheld": withheld}

@@ -21,7 +21,7 @@ from services.testing.image import PlayedImage
 from services.ultravisor.arrival import Arrival
 from services.ultravisor.departure import Departure
 from services.ultravisor.migration.handshake import Host
-from services.ultravisor.migration.ledger import Entry, FileLedger, LedgerTorn
+from services.ultravisor.migration.ledger import Decision, Entry, FileLedger, LedgerTorn
 from services.ultravisor.migration.statements import Word, sign
 from services.ultravisor.migration_queries import MigrationQueries
 from services.ultravisor.page_state import PageEvent
@@ -447,6 +447,30 @@ async def test_a_vm_whose_token_may_have_been_stored_comes_back_by_the_word_of_a
 
     assert pair.source.guest.names()[-1] == "SVM_THAW"
     await step(pair.source, u.UV_EXPORT_CANCEL, 0)
+
+
+async def test_s6_a_token_of_an_earlier_migration_says_nothing_about_this_one(
+    pair: Pair, hosts: tuple[Host, Host]
+) -> None:
+    """Nobody closed that one at its source, and its destination had started the VM; this one never gets so far."""
+    earlier = bytes(32)
+    for rig, host, decision in (
+        (pair.source, hosts[1], Decision.GIVEN),
+        (pair.destination, hosts[0], Decision.STARTED),
+    ):
+        rig.ledger.record(Entry.of(earlier, "vm1", host.identity.public_key().public_bytes_raw(), decision))
+    await pair.until_ready()
+    await pair.source.kvm.terminate()
+    source = pair.queries(pair.source, hosts[0]).queries()
+    destination = pair.queries(pair.destination, hosts[1]).queries()
+
+    given = await source["migration.word"]({"vm": "vm1", "as": "source"})
+    assert given["word"] is None
+    started = sign(hosts[1].identity, Word.STARTED, earlier).hex()
+    with pytest.raises(HostFault, match="another migration of vm1"):
+        await source["migration.take"]({"vm": "vm1", "as": "source", "word": started})
+    back = await destination["migration.abandon"]({"vm": "vm1", "session": given["session"]})
+    assert await source["migration.take"]({"vm": "vm1", "as": "source", "word": back["word"]}) == {"moved": False}
 
 
 def tear(ledger: FileLedger, monkeypatch: pytest.MonkeyPatch) -> None:
