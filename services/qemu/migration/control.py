@@ -203,16 +203,18 @@ class MigrationControl:
             self._fail(reason)
 
     async def resume(self) -> None:
-        """An operator has found out that the VM runs here again.
+        """An operator has found out that the VM runs here again; also when this was said before.
 
-        Raises UserError when nobody doubted it, or the ultravisor does not let it run.
+        Raises UserError when there was no doubt, or the ultravisor does not let it run.
         """
         source = self._source
-        if not self._in_doubt or source is None:
+        if source is None or not source.right_given:
             raise UserError("the migration is not in doubt")
         # It may never have given the token, and then nobody has told it that the VM stays.
-        if source.secure and not await source.cancel_export():
+        if source.secure and self._in_doubt and not await source.cancel_export():
             raise UserError("the ultravisor has not taken the VM back")
+        if not self._in_doubt:
+            return
         self._in_doubt = False
         self._machine.release_devices()
         self._machine.stays()
