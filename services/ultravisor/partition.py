@@ -32,7 +32,10 @@ class EsmOutcome(msgspec.Struct, frozen=True):
 
 
 class Migration(Protocol):
-    """A migration of the VM, as the VM's own life needs to know it."""
+    """A migration or snapshot of the VM, as the VM's own life needs to know it."""
+
+    what: str
+    """How the audit log calls it."""
 
     @property
     def holds_pages(self) -> bool:

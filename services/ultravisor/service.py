@@ -15,7 +15,6 @@ from services.runtime.link import Link
 from services.runtime.page_query import gfn_asked, gfns_asked
 from services.runtime.process import Query, Runtime
 from services.ultravisor.audit import AuditLog
-from services.ultravisor.departure import Departure
 from services.ultravisor.dirty import collect_dirty
 from services.ultravisor.guest_calls import GuestCalls
 from services.ultravisor.hypervisor import Hypervisor
@@ -30,6 +29,7 @@ from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.page_state import HOST_READABLE
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount, largest_secret_bytes
+from services.ultravisor.svm_export import Export
 from shared.stream_buffer import StreamBuffer
 
 
@@ -200,8 +200,8 @@ class Ultravisor:
     async def _page_dirty(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Which of `n` pages from `gpa` guest or ultravisor wrote since this was last asked."""
         partition = self._named(arguments)
-        if isinstance(partition.migration, Departure) and partition.migration.in_progress:
-            raise UserError(f"{partition.name} is on its way to another host, which needs these marks")
+        if isinstance(partition.migration, Export) and partition.migration.in_progress:
+            raise UserError(f"{partition.name} is being moved or saved, which needs these marks")
         gfns = gfns_asked(arguments, partition.ram.size_bytes >> PAGE_SHIFT)
         return {"gfns": await collect_dirty(partition, gfns)}
 
