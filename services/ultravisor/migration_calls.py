@@ -41,7 +41,7 @@ class MigrationCalls(StepCalls):
     ) -> None:
         """Without `host` and `ledger` every migration is refused."""
         super().__init__(partitions, life)
-        self._account = account
+        self.account = account
         self._host, self._ledger = host, ledger
 
     def register(self, link: Link) -> None:
@@ -66,13 +66,8 @@ class MigrationCalls(StepCalls):
 
     async def uv_export_offer(self, at: StepCall) -> list[int]:
         """UV_EXPORT_OFFER."""
-        host, ledger = self._identity()
-        svm = at.partition.svm if at.partition.secure else None
-        files, bounce = self._life.files.get(at.partition.lpid), self._life.bounce.get(at.partition.lpid)
-        if svm is None or files is None or bounce is None or _in_progress(at.partition):
-            raise MigrationRefused(Reason.WRONG_PHASE, "no secure VM, or a migration of it is under way")
-        of = SvmOfHost(at.partition, svm, files, bounce.gfns, policy_of(files))
-        departure = at.partition.migration = Departure(of, host, ledger)
+        host, ledger = self.identity()
+        departure = at.partition.migration = Departure(self.svm_of_host(at.partition), host, ledger)
         self._note(at.partition, "migration-offered")
         return at.put(departure.offer)
 
@@ -123,7 +118,7 @@ class MigrationCalls(StepCalls):
         facts = {"peer": departure.peer, "session": departure.session_id.hex()}
         if moved:
             self._note(partition, "migration-moved", **facts)
-            await self._life.terminate(partition, "migrated")
+            await self.life.terminate(partition, "migrated")
         else:
             self._note(partition, "migration-returned", **facts)
             await departure.thaw(cause)
@@ -143,11 +138,10 @@ class MigrationCalls(StepCalls):
 
     async def uv_import_offer(self, at: StepCall) -> list[int]:
         """UV_IMPORT_OFFER."""
-        host, ledger = self._identity()
-        if _in_progress(at.partition):
-            raise MigrationRefused(Reason.WRONG_PHASE, "a migration of this VM is under way")
+        host, ledger = self.identity()
+        self.refuse_second(at.partition)
         offer = at.take(MAX_HANDSHAKE_BYTES)
-        arrival = at.partition.migration = Arrival(at.partition, host, ledger, self._account, offer)
+        arrival = at.partition.migration = Arrival(at.partition, host, ledger, self.account, offer)
         return at.put(arrival.answer)
 
     async def uv_import_confirm(self, at: StepCall) -> list[int]:
@@ -167,7 +161,7 @@ class MigrationCalls(StepCalls):
         record = await arrival.ready(at.cause)
         assert arrival.kept is not None
         # Before the start: the guest's first instruction may ask for them.
-        self._life.files[at.partition.lpid], self._life.bounce[at.partition.lpid] = arrival.kept
+        self.life.files[at.partition.lpid], self.life.bounce[at.partition.lpid] = arrival.kept
         return at.put(record)
 
     async def uv_import_token(self, at: StepCall) -> list[int]:
@@ -183,10 +177,14 @@ class MigrationCalls(StepCalls):
             self._note(partition, "migration-started", peer=arrival.peer, session=arrival.session_id.hex())
             partition.note_esm("secure", f"arrived from {arrival.peer}")
             # Behind the word: a guest that is held up must not keep the source from hearing it.
-            # It counts as under way from now on, not from when the task begins.
-            partition.n_thaws += 1
-            self._life.in_background(self._thaw, partition, cause)
+            self.thaw_arrived(partition, cause)
         return word
+
+    def thaw_arrived(self, partition: Partition, cause: int) -> None:
+        """Let a VM run that has all come, in the background."""
+        # It counts as under way from now on, not from when the task begins.
+        partition.n_thaws += 1
+        self.life.in_background(self._thaw, partition, cause)
 
     async def _thaw(self, partition: Partition, cause: int) -> None:
         try:
@@ -194,7 +192,7 @@ class MigrationCalls(StepCalls):
         finally:
             partition.n_thaws -= 1
         if not runs and partition.secure:
-            await self._life.fail(partition, "guest-did-not-start: it does not thaw")
+            await self.life.fail(partition, "guest-did-not-start: it does not thaw")
 
     async def uv_import_abandon(self, at: StepCall) -> list[int]:
         """UV_IMPORT_ABANDON."""
@@ -207,7 +205,7 @@ class MigrationCalls(StepCalls):
             arrival.check_abandon()
             self._note(partition, f"{arrival.what}-abandoned", session=arrival.session_id.hex())
             if arrival.guest_has_it:
-                await self._life.terminate(partition, f"{arrival.what}-abandoned")
+                await self.life.terminate(partition, f"{arrival.what}-abandoned")
         return arrival.abandon()
 
     async def drop(self, partition: Partition) -> None:
@@ -219,16 +217,27 @@ class MigrationCalls(StepCalls):
             except MigrationRefused as refused:
                 self._note(partition, "migration-in-doubt", reason=str(refused))
 
-    # -- helpers ----------------------------------------------------------------------------------------------
+    # -- what snapshots share ---------------------------------------------------------------------------------
 
-    def _identity(self) -> tuple[Host, FileLedger]:
+    def svm_of_host(self, partition: Partition) -> SvmOfHost:
+        """The secure VM with what is kept of it; raises MigrationRefused, also while it is moved or saved."""
+        svm = partition.svm if partition.secure else None
+        files, bounce = self.life.files.get(partition.lpid), self.life.bounce.get(partition.lpid)
+        if svm is None or files is None or bounce is None:
+            raise MigrationRefused(Reason.WRONG_PHASE, "no secure VM")
+        self.refuse_second(partition)
+        return SvmOfHost(partition, svm, files, bounce.gfns, policy_of(files))
+
+    def refuse_second(self, partition: Partition) -> None:
+        """Raise MigrationRefused while the VM is moved, saved or restored."""
+        if isinstance(partition.migration, Export | Import) and partition.migration.in_progress:
+            raise MigrationRefused(Reason.WRONG_PHASE, f"a {partition.migration.what} of this VM is under way")
+
+    def identity(self) -> tuple[Host, FileLedger]:
+        """What this host is to others, and its ledger; raises MigrationRefused."""
         if self._host is None or self._ledger is None:
             raise MigrationRefused(Reason.NO_IDENTITY)
         return self._host, self._ledger
-
-
-def _in_progress(partition: Partition) -> bool:
-    return isinstance(partition.migration, Export | Import) and partition.migration.in_progress
 
 
 def _party(partition: Partition, kind: type[PartyT]) -> PartyT:

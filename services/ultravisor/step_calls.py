@@ -55,14 +55,14 @@ class StepCalls:
     """Base of whoever serves steps. `partitions` are the VMs of this host by lpid."""
 
     def __init__(self, partitions: dict[int, Partition], life: SvmLife) -> None:
-        self._partitions, self._life = partitions, life
+        self.partitions, self.life = partitions, life
 
     def _named(self, partition: Partition, call: Call) -> str:
         """What a step belongs to, as the audit log calls it."""
         return "migration" if partition.migration is None else partition.migration.what
 
     def _note(self, partition: Partition, event: str, **facts: str) -> None:
-        self._life.write_audit(partition.name, event, **facts)
+        self.life.write_audit(partition.name, event, **facts)
 
     def _waiting(self, link: Link, call: Call, step: Step) -> None:
         async def serve(envelope: Envelope, registers: list[int]) -> list[int]:
@@ -89,7 +89,7 @@ class StepCalls:
         link.on(call, serve)
 
     def _find(self, call: Call, registers: list[int], cause: int) -> StepCall | None:
-        partition = self._partitions.get(registers[0]) if len(registers) >= call.n_args else None
+        partition = self.partitions.get(registers[0]) if len(registers) >= call.n_args else None
         if partition is None or partition.stream is None:
             return None
         return StepCall(partition, partition.stream, registers[1:], cause)

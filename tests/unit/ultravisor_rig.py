@@ -41,6 +41,7 @@ from services.ultravisor.migration_calls import MigrationCalls
 from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount
+from services.ultravisor.snapshot_calls import SnapshotCalls
 from shared.real_address import real_address
 from shared.stream_buffer import StreamBuffer, make_stream_buffer
 
@@ -277,6 +278,7 @@ class UltravisorRig:
         stream.close()
         self.migrations = MigrationCalls({LPID: self.partition}, self.life, self.account, host, self.ledger)
         self.migrations.register(cast(Link, self.kvm))
+        SnapshotCalls(self.migrations).register(cast(Link, self.kvm))
 
     async def _notice(self, what: str, vm: str, reason: str) -> None:
         self.notices.append((what, vm, reason))
