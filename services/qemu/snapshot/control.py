@@ -149,7 +149,8 @@ class SnapshotControl:
         self._log.info("snapshot", status=status.value)
 
     def _facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {"status": self._status.value, "reason": self._reason}
+        ready = self.place is not None
+        facts: dict[str, Any] = {"status": self._status.value, "reason": self._reason, "ready": ready}
         if self._status is SnapshotStatus.NONE:
             return facts
         facts["total_time_ms"] = ((self._ended_ns or time.monotonic_ns()) - self._began_ns) // _NS_PER_MS

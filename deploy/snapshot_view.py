@@ -1,0 +1,37 @@
+"""A snapshot or restore for people: how far it is, and how it ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deploy.cli_support import printable
+from deploy.migration_view import mebibytes
+from deploy.snapshot_job import SnapshotKind, SnapshotPhase
+
+Facts = dict[str, Any]
+
+
+def progress_lines(facts: Facts) -> list[str]:
+    """Which VM and file, what is being done, how much of it is."""
+    progress = facts["progress"]
+    arrow = "->" if facts["kind"] == SnapshotKind.SAVE else "<-"
+    lines = [f"{facts['vm']} {arrow} {facts['file']}  {facts['phase']}  {facts['seconds']:.1f} s"]
+    if isinstance(progress.get("bytes"), int):
+        total = progress.get("total_bytes")
+        of = f" of {mebibytes(total)}" if isinstance(total, int) else ""
+        lines.append(f"  {mebibytes(progress['bytes'])}{of}")
+    return [printable(line) for line in lines]
+
+
+def result_line(facts: Facts) -> str:
+    """How it ended, in one line."""
+    vm, file, saves = facts["vm"], facts["file"], facts["kind"] == SnapshotKind.SAVE
+    if facts["phase"] == SnapshotPhase.IN_DOUBT:
+        return printable(f"{vm} is off: {facts['reason']}")
+    if facts["phase"] != SnapshotPhase.DONE:
+        what = f"was not saved in {file}" if saves else f"was not restored from {file}, and is off"
+        return printable(f"{vm} {what}: {facts['reason'] or facts['phase']}")
+    n_bytes = facts["progress"].get("bytes")
+    parts = [f"{facts['seconds']:.1f} s", *([mebibytes(n_bytes)] if isinstance(n_bytes, int) else [])]
+    what = f"is saved in {file}, and off" if saves else f"goes on out of {file}"
+    return printable(f"{vm} {what}: {', '.join(parts)}")
