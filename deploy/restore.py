@@ -50,7 +50,7 @@ async def restore(run: ClusterRun, name: str, path: Path, *, ignore_disks: bool)
 
 
 def open_all(run: ClusterRun, files: Mapping[str, Path]) -> dict[str, int]:
-    """Of a cluster that is about to start: its VMs that go on out of `files`, by name; descriptors. Raises UserError."""
+    """Of a cluster that is about to start: descriptors of `files`, by the VM. Raises UserError."""
     opened: dict[str, int] = {}
     try:
         for name, path in files.items():

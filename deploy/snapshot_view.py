@@ -17,10 +17,18 @@ def progress_lines(facts: Facts) -> list[str]:
     arrow = "->" if facts["kind"] == SnapshotKind.SAVE else "<-"
     lines = [f"{facts['vm']} {arrow} {facts['file']}  {facts['phase']}  {facts['seconds']:.1f} s"]
     if isinstance(progress.get("bytes"), int):
-        total = progress.get("total_bytes")
-        of = f" of {mebibytes(total)}" if isinstance(total, int) else ""
-        lines.append(f"  {mebibytes(progress['bytes'])}{of}")
+        lines.append(f"  {mebibytes(progress['bytes'])}{_how_much(progress)}")
     return [printable(line) for line in lines]
+
+
+def _how_much(progress: Facts) -> str:
+    """A snapshot's length is known when it is written; until then its pages say how far it is."""
+    total_bytes, pages, total_pages = (progress.get(name) for name in ("total_bytes", "pages", "total_pages"))
+    if isinstance(total_bytes, int):
+        return f" of {mebibytes(total_bytes)}"
+    if isinstance(pages, int) and isinstance(total_pages, int):
+        return f", {pages} of {total_pages} pages"
+    return ""
 
 
 def result_line(facts: Facts) -> str:

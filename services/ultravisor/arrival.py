@@ -6,6 +6,7 @@ from services.ultravisor.migration.handshake import DestinationHandshake, Host
 from services.ultravisor.migration.importer import Importer
 from services.ultravisor.migration.ledger import Ledger
 from services.ultravisor.migration.records import ends_at_destination
+from services.ultravisor.migration.refusals import MigrationRefused, Reason
 from services.ultravisor.migration.svm_parts import SvmFrames
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount
@@ -19,6 +20,8 @@ class Arrival(Import):
         self, partition: Partition, host: Host, ledger: Ledger, account: SecureAccount, raw_offer: bytes
     ) -> None:
         """Raises MigrationRefused for an offer that is not good, or of another VM; secure memory is set aside."""
+        if partition.entry.restoring:
+            raise MigrationRefused(Reason.NOT_THIS_VM, "it is to go on out of a snapshot here")
         self._host, self._ledger = host, ledger
         self._handshake = DestinationHandshake(host, raw_offer)
         super().__init__(partition, account, self._handshake.subject)

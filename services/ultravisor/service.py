@@ -29,7 +29,6 @@ from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.page_state import HOST_READABLE
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount, largest_secret_bytes
-from services.ultravisor.snapshot.book import vm_begins
 from services.ultravisor.snapshot_calls import SnapshotCalls
 from services.ultravisor.svm_export import Export
 from shared.stream_buffer import StreamBuffer
@@ -60,7 +59,7 @@ class Ultravisor:
         def register(link: Link) -> None:
             self._hypervisor = Hypervisor(link, self._runtime.log)
             self._life = SvmLife(
-                self._runtime, self._hypervisor, self._account, self._identity.machine_key, self._audit
+                self._runtime, self._hypervisor, self._account, self._identity.machine_key, self._audit, self._ledger
             )
             HypervisorCalls(self._partitions, self._life).register(link, self._hypervisor)
             self._migrations = MigrationCalls(
@@ -77,7 +76,8 @@ class Ultravisor:
         """A VM begins, as a normal one."""
         assert self._hypervisor is not None
         assert self._life is not None
-        self._void_snapshots(vm)
+        if not vm.restoring:
+            self._life.void_snapshots(vm.name)
         ram = NormalRam(files[f"ram:{vm.name}"], vm.memory_bytes, lambda reason: self._ram_fault(vm.name, reason))
         private = socket.socket(fileno=files[f"secure:{vm.name}"])
         entry = next(link for link in links if link.vm == vm.name)
@@ -91,15 +91,6 @@ class Ultravisor:
             GuestCalls(partition, hypervisor, life).register(link)
 
         await self._runtime.open_link(entry, keys[entry.id], register)
-
-    def _void_snapshots(self, vm: VmEntry) -> None:
-        """A VM that begins in any other way leaves nothing to restore; raises HostFault, and it does not begin."""
-        if vm.restoring or self._ledger is None:
-            return
-        assert self._life is not None
-        n_void = vm_begins(self._ledger, vm.name)
-        if n_void:
-            self._life.write_audit(vm.name, "snapshot-void", snapshots=n_void, reason="the VM is started again")
 
     def _ram_fault(self, vm: str, reason: str) -> None:
         assert self._life is not None

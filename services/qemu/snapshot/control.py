@@ -155,7 +155,7 @@ class SnapshotControl:
             return facts
         facts["total_time_ms"] = ((self._ended_ns or time.monotonic_ns()) - self._began_ns) // _NS_PER_MS
         if self._save is not None:
-            facts |= {"bytes": self._save.n_bytes, "pages": self._save.n_pages_done, "secure": self._save.secure}
+            facts |= self._save.progress()
         if self._load is not None:
             head = self._load.head
             facts |= {"bytes": self._load.n_bytes, "total_bytes": head.body_bytes, "secure": head.secure}

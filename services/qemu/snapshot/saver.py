@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from enum import StrEnum
+from typing import Any
 
 import trio
 
@@ -78,17 +79,12 @@ class SnapshotSave:
         self._body = BodyWriter(fd)
         self._outflow = Outflow(machine, kvm, stream, self._body, self._spent, secure=self._secure)
         self._commit = trio.Event()
-        self.n_pages_done = 0
+        self._n_pages_done = 0
 
-    @property
-    def secure(self) -> bool:
-        """Whether it is a secure VM."""
-        return self._secure
-
-    @property
-    def n_bytes(self) -> int:
-        """That were written."""
-        return self._body.n_bytes
+    def progress(self) -> dict[str, Any]:
+        """How far it is: `pages` of `total_pages` are written."""
+        n_bytes, total = self._body.n_bytes, self._n_pages
+        return {"bytes": n_bytes, "pages": min(self._n_pages_done, total), "total_pages": total, "secure": self._secure}
 
     @property
     def may_cancel(self) -> bool:
@@ -186,4 +182,4 @@ class SnapshotSave:
         return goes_on
 
     async def _spent(self, _n_bytes: int, zero_pages: int, data_pages: int) -> None:
-        self.n_pages_done += zero_pages + data_pages
+        self._n_pages_done += zero_pages + data_pages
