@@ -230,7 +230,7 @@ class MigrationCalls(StepCalls):
 
     def refuse_second(self, partition: Partition) -> None:
         """Raise MigrationRefused while the VM is moved, saved or restored."""
-        if isinstance(partition.migration, Export | Import) and partition.migration.in_progress:
+        if partition.migration is not None and partition.migration.in_progress:
             raise MigrationRefused(Reason.WRONG_PHASE, f"a {partition.migration.what} of this VM is under way")
 
     def identity(self) -> tuple[Host, FileLedger]:

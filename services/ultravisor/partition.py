@@ -38,6 +38,10 @@ class Migration(Protocol):
     """How the audit log calls it."""
 
     @property
+    def in_progress(self) -> bool:
+        """Whether it is still open what becomes of the VM."""
+
+    @property
     def holds_pages(self) -> bool:
         """The guest stands still for the migration, so that no page may change its state."""
 

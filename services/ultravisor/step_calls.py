@@ -59,7 +59,8 @@ class StepCalls:
 
     def _named(self, partition: Partition, call: Call) -> str:
         """What a step belongs to, as the audit log calls it."""
-        return "migration" if partition.migration is None else partition.migration.what
+        migration = partition.migration
+        return "migration" if migration is None or not migration.in_progress else migration.what
 
     def _note(self, partition: Partition, event: str, **facts: str) -> None:
         self.life.write_audit(partition.name, event, **facts)

@@ -251,8 +251,13 @@ class UltravisorRig:
         key: RSAPrivateKey,
         secure_memory_bytes: int = 64 << 20,
         host: Host | None = None,
+        ledger_fd: int | None = None,
+        *,
+        restoring: bool = False,
     ) -> None:
-        """`host` is what it is to other ultravisors; without it nothing leaves or arrives."""
+        """`host` is what it is to other ultravisors; without it nothing leaves or arrives. `ledger_fd` is one that it
+        goes on with, and the caller's; `restoring` says how its VM begins.
+        """
         self.account = SecureAccount(secure_memory_bytes)
         self.notices: list[tuple[str, str, str]] = []
         self.pidr = 0
@@ -264,12 +269,12 @@ class UltravisorRig:
         runtime = cast(Runtime, SimpleNamespace(log=LOG, protections={}, notice=self._notice, nursery=nursery))
         self.guest, self.kvm = PlayedGuest(), PlayedKvm(nursery)
         self.hypervisor = Hypervisor(cast(Link, self.kvm), LOG)
-        self._ledger_fd = os.memfd_create("ledger", os.MFD_CLOEXEC)
+        self._ledger_fd = os.memfd_create("ledger", os.MFD_CLOEXEC) if ledger_fd is None else os.dup(ledger_fd)
         self.ledger = FileLedger(self._ledger_fd)
         audit = AuditLog(self._audit_fd, lambda: 0.0)
         self.life = SvmLife(runtime, self.hypervisor, self.account, key, audit, self.ledger)
         ram = NormalRam(os.dup(self.ram_fd), MEMORY_BYTES)
-        self.partition = Partition(vm_entry(), ram, cast(Link, self.guest), private)
+        self.partition = Partition(vm_entry(restoring=restoring), ram, cast(Link, self.guest), private)
         self.kvm.hypervisor = self.hypervisor
         HypervisorCalls({LPID: self.partition}, self.life).register(cast(Link, self.kvm), self.hypervisor)
         GuestCalls(self.partition, self.hypervisor, self.life).register(cast(Link, self.guest))
@@ -373,7 +378,7 @@ def played_image(key: RSAPrivateKey, kernel: bytes, files: dict[str, bytes]) -> 
     return make_image(pem, kernel, MEMORY_BYTES, files)
 
 
-def vm_entry(*, secure_allowed: bool = True, time: str = "wall") -> VmEntry:
+def vm_entry(*, secure_allowed: bool = True, time: str = "wall", restoring: bool = False) -> VmEntry:
     """The entry of `vm1` with LPID and MEMORY_BYTES."""
     return VmEntry(
         name="vm1",
@@ -387,15 +392,22 @@ def vm_entry(*, secure_allowed: bool = True, time: str = "wall") -> VmEntry:
         guest=GuestEntry(),
         disks=[],
         devices=[],
+        restoring=restoring,
     )
 
 
 @contextmanager
 def ultravisor_rig(
-    nursery: trio.Nursery, key: RSAPrivateKey, secure_memory_bytes: int = 64 << 20, host: Host | None = None
+    nursery: trio.Nursery,
+    key: RSAPrivateKey,
+    secure_memory_bytes: int = 64 << 20,
+    host: Host | None = None,
+    ledger_fd: int | None = None,
+    *,
+    restoring: bool = False,
 ) -> Iterator[UltravisorRig]:
     """A rig, closed at the end."""
-    rig = UltravisorRig(nursery, key, secure_memory_bytes, host)
+    rig = UltravisorRig(nursery, key, secure_memory_bytes, host, ledger_fd, restoring=restoring)
     try:
         yield rig
     finally:
