@@ -106,7 +106,7 @@ def _head_of(path: Path, fd: int) -> SnapshotHead:
 def _check(vm: VmSpec, path: Path, head: SnapshotHead, *, ignore_disks: bool) -> None:
     if (head.vm, head.lpid) != (vm.name, vm.lpid):
         raise UserError(
-            f"{path}: is a snapshot of {printable(head.vm)} (lpid {head.lpid}), not of {vm.name} ({vm.lpid})"
+            f"{path}: is a snapshot of {printable(head.vm)} (lpid {head.lpid}), not of {vm.name} (lpid {vm.lpid})"
         )
     if head.memory_bytes != vm.memory_bytes:
         raise UserError(f"{path}: {vm.name} had {head.memory_bytes} bytes of memory then, now it has {vm.memory_bytes}")

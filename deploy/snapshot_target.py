@@ -23,7 +23,10 @@ class SnapshotTarget:
         self.path = path
         self._replace = replace
         self._published = False
-        _check(path, replace=replace)
+        try:
+            _check(path, replace=replace)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
         self._part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         self._manifest = manifest
         manifest.add_file(str(self._part))
@@ -62,6 +65,7 @@ class SnapshotTarget:
 
 
 def _check(path: Path, *, replace: bool) -> None:
+    """Raises UserError, OSError."""
     if not path.name or not path.parent.is_dir():
         raise UserError(f"{path.parent}: is no directory to put a snapshot in")
     if path.is_dir() or (path.exists() and not path.is_file()):
