@@ -15,19 +15,15 @@ import trio
 from deploy.child import Child
 from deploy.cluster_file import VmSpec
 from deploy.cluster_run import ClusterRun, VmRecord
-from deploy.keepers import end_all
-from deploy.migration_record import VmEnd
 from deploy.operations import RESTORE, refuse_impossible
 from deploy.restart import end_incarnation, start_incarnation
-from deploy.snapshot import finish, give_file, order, refuse_unless_healthy
+from deploy.snapshot import finish, give_file, order, refuse_unless_healthy, switch_off
 from deploy.snapshot_job import SnapshotJob, SnapshotKind, SnapshotPhase
 from deploy.states import printable
 from deploy.status import ask, refresh_vm
-from deploy.supervise import end_vm
 from deploy.vm_description import vm_facts
 from protocol.errors import PefboxError, UserError
 from protocol.roles import Role
-from protocol.vm_state import VmState
 from services.qemu.snapshot.saver import SnapshotStatus
 from shared.snapshot_file import BadSnapshot, DiskMark, SnapshotHead, mark_of, read_head, why_other_disks
 
@@ -120,7 +116,7 @@ def _check(vm: VmSpec, path: Path, head: SnapshotHead, *, ignore_disks: bool) ->
     if reason is None or ignore_disks:
         return
     advice = "" if head.secure else "; --ignore-disks restores it all the same"
-    raise UserError(f"{path}: {vm.name} cannot go on: {reason}{advice}")
+    raise UserError(f"{path}: {vm.name} cannot go on: {printable(reason)}{advice}")
 
 
 def _disks_of(vm: VmSpec) -> list[DiskMark]:
@@ -200,7 +196,6 @@ async def _refusals(run: ClusterRun, vm: VmRecord, job: SnapshotJob) -> list[str
 async def _fail(run: ClusterRun, vm: VmRecord, job: SnapshotJob, reason: str) -> None:
     """The VM is off, and nothing of it runs."""
     name = vm.spec.name
-    end_vm(run, vm, VmEnd(VmState.OFF, f"not restored: {reason}"))
-    await end_all(run.vm_children(name))
+    await switch_off(run, vm, f"not restored: {reason}")
     finish(vm, job, SnapshotPhase.FAILED, reason)
     run.report(f"{name} was not restored from {job.path}: {reason}", vm=name)

@@ -13,6 +13,7 @@ import trio
 
 from deploy.child import Child, QueryRefused
 from deploy.cluster_run import ClusterRun, VmRecord
+from deploy.keepers import end_all
 from deploy.migration_record import VmEnd
 from deploy.operations import SNAPSHOT, refuse_impossible
 from deploy.snapshot_job import SnapshotFacts, SnapshotJob, SnapshotKind, SnapshotPhase
@@ -86,7 +87,7 @@ async def _carry_out(run: ClusterRun, vm: VmRecord, job: SnapshotJob, target: Sn
         await _follow(run, vm, job, target, qemu)
         if run.stopping:
             return
-        _end(run, vm, job, target)
+        await _end(run, vm, job, target)
     finally:
         target.close()
 
@@ -121,17 +122,17 @@ def _tell(run: ClusterRun, qemu: Child, what: str) -> None:
         run.log.error("not told", process=qemu.target, what=what, reason=gone.state)
 
 
-def _end(run: ClusterRun, vm: VmRecord, job: SnapshotJob, target: SnapshotTarget) -> None:
+async def _end(run: ClusterRun, vm: VmRecord, job: SnapshotJob, target: SnapshotTarget) -> None:
     name, committing = vm.spec.name, job.phase is SnapshotPhase.COMMITTING
     if job.status == SnapshotStatus.SAVED:
+        await switch_off(run, vm, f"saved in {job.path}")
         finish(vm, job, SnapshotPhase.DONE)
-        end_vm(run, vm, VmEnd(VmState.OFF, f"saved in {job.path}"))
         run.report(f"{name} is saved in {job.path}, and off", vm=name)
         return
     if committing and job.status not in (SnapshotStatus.FAILED, SnapshotStatus.CANCELLED):
         reason = job.reason or vm.reason or "its processes ended"
+        await switch_off(run, vm, f"it may be saved in {job.path}")
         finish(vm, job, SnapshotPhase.IN_DOUBT, f"{reason}; {job.path} is whole, and `pefbox restore` will tell")
-        end_vm(run, vm, VmEnd(VmState.OFF, f"it may be saved in {job.path}"))
         return
     target.take_back()
     cancelled = job.status == SnapshotStatus.CANCELLED and not job.publish_error
@@ -147,6 +148,12 @@ def refuse_unless_healthy(run: ClusterRun) -> None:
     """Raise UserError while the cluster starts or stops."""
     if run.stopping or not run.healthy:
         raise UserError("the cluster is starting or stopping")
+
+
+async def switch_off(run: ClusterRun, vm: VmRecord, reason: str) -> None:
+    """The VM is off for this reason, unless it has failed already; returns when none of its processes is left."""
+    end_vm(run, vm, VmEnd(VmState.OFF, reason))
+    await end_all(run.vm_children(vm.spec.name))
 
 
 def finish(vm: VmRecord, job: SnapshotJob, phase: SnapshotPhase, reason: str = "") -> None:

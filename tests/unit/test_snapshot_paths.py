@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
+from deploy.cli_cluster import up
 from deploy.cluster_file import VmSpec, read_cluster_file
 from deploy.manifest import Manifest
 from deploy.restore import open_snapshot
@@ -36,7 +38,7 @@ def spec_in(directory: Path, *, secure: bool = True) -> VmSpec:
     return read_cluster_file(file).vms[0]
 
 
-def snapshot_of(vm: VmSpec, directory: Path, **changes: object) -> Path:
+def snapshot_of(vm: VmSpec, directory: Path, /, **changes: object) -> Path:
     fd = os.open(vm.disks[0].path, os.O_RDONLY)
     head = SnapshotHead(
         vm=vm.name, lpid=vm.lpid, host=vm.host, secure=False, running=True, memory_bytes=vm.memory_bytes, taken=1.0,
@@ -162,3 +164,10 @@ def test_a_target_is_no_directory_no_device_and_nobodys_file(tmp_path: Path) -> 
 def as_manifest(played: PlayedManifest) -> Manifest:
     made: Manifest = SimpleNamespace(add_file=played.add_file, drop_file=played.drop_file)  # type: ignore[assignment]
     return made
+
+
+@pytest.mark.parametrize("word", ["vm1", "=file", "vm1=", ""])
+def test_up_takes_a_vm_and_its_file(word: str) -> None:
+    answer = CliRunner().invoke(up, ["--restore", word])
+    assert answer.exit_code == 2
+    assert f"--restore: {word!r} is none; it is VM=FILE" in answer.output
