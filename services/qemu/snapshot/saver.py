@@ -18,10 +18,11 @@ from typing import Any
 import trio
 
 from protocol import ucalls as u
+from protocol.codes import HCode
 from protocol.errors import PefboxError
 from protocol.geometry import PAGE_BYTES
 from services.qemu.migration.hello import hello_of
-from services.qemu.migration.kvm_port import KvmPort, until_answered
+from services.qemu.migration.kvm_port import KvmPort, StepRefused, until_answered
 from services.qemu.migration.machine import MovableMachine
 from services.qemu.migration.outflow import Outflow
 from services.qemu.migration.places import DIRTY, RECORD
@@ -124,7 +125,7 @@ class SnapshotSave:
             n_bytes, _ = await self._kvm.ucall(u.UV_EXPORT_STOP, RECORD, DIRTY)
             await self._body.send(FrameKind.RECORD, self._stream.read(RECORD, n_bytes))
         else:
-            await self._kvm.freeze()
+            await self._freeze()
         # Its answer says that every doorbell of before has come.
         await self._kvm.written(self._n_pages)
         await self._machine.hold_devices()
@@ -133,6 +134,14 @@ class SnapshotSave:
             await self._outflow.send_secure_pages()
         await self._outflow.send_state()
         await self._body.finish(await self._head())
+
+    async def _freeze(self) -> None:
+        try:
+            await self._kvm.freeze()
+        except StepRefused as refused:
+            if refused.code != HCode.H_STATE.name:
+                raise
+            raise SnapshotFailed("the VM just starts, or turns secure: try again") from None
 
     def _own_pages(self) -> list[int]:
         if not self._secure:
