@@ -40,7 +40,6 @@ class Restoring(Import):
             raise
         sealer, opener = ends_at_destination(session)
         self._importer = SnapshotImporter(session, host.identity, ledger, sealer, opener, SvmFrames(svm))
-        self._started = False
 
     def start(self) -> bool:
         """The VM runs here from now on, and the snapshot is used up. False when it did already.
@@ -52,7 +51,6 @@ class Restoring(Import):
         importer = self._loaded()
         assert isinstance(importer, SnapshotImporter)
         importer.start(self._ledger)
-        self._started = True
         self._runs(b"")
         return True
 
