@@ -145,7 +145,7 @@ async def _carry_out(run: ClusterRun, vm: VmRecord, job: SnapshotJob, fd: int) -
             await end_incarnation(run, vm)
             await start_incarnation(run, vm)
         await load(run, vm, job, fd)
-    except PefboxError as error:
+    except (PefboxError, OSError) as error:
         if not run.stopping:
             await _fail(run, vm, job, str(error))
     finally:

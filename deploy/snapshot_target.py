@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -10,6 +12,8 @@ from deploy.manifest import Manifest
 from protocol.errors import UserError
 
 _MODE = 0o600
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP)
+"""What file systems without hard links say."""
 
 
 class SnapshotTarget:
@@ -39,10 +43,8 @@ class SnapshotTarget:
     def publish(self) -> None:
         """Give it its name; returns once a crash cannot undo that. Raises UserError, and it has no name then."""
         try:
-            if self._replace:
+            if self._replace or not self._link():
                 os.replace(self._part, self.path)
-            else:
-                os.link(self._part, self.path)
             self._published = True
             _sync_directory(self.path.parent)
         except FileExistsError:
@@ -51,16 +53,28 @@ class SnapshotTarget:
             self.take_back()
             raise UserError(f"{self.path}: cannot be made: {error.strerror}") from None
 
+    def _link(self) -> bool:
+        """Whether it has its name, which a link takes from no other file; False where there are no links."""
+        try:
+            os.link(self._part, self.path)
+        except OSError as error:
+            if error.errno in _NO_LINKS and not self.path.exists():
+                return False
+            raise
+        return True
+
     def take_back(self) -> None:
         """It is no snapshot after all."""
         if self._published:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.unlink()
             self._published = False
 
     def close(self) -> None:
         """Done with it: what has no name goes."""
         os.close(self.fd)
-        self._part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._part.unlink()
         self._manifest.drop_file(str(self._part))
 
 

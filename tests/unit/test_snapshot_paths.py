@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,25 @@ def test_a_target_has_its_name_when_it_is_published(tmp_path: Path, replace: boo
     assert (tmp_path / "s").read_bytes() == b"content"
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
     assert not manifest.files
+
+
+def test_a_file_system_without_links_does_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_paths: object) -> None:
+        raise PermissionError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    target = SnapshotTarget(tmp_path / "s", as_manifest(PlayedManifest()), replace=False)
+    target.publish()
+    target.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+    (tmp_path / "s").unlink()
+    target = SnapshotTarget(tmp_path / "s", as_manifest(PlayedManifest()), replace=False)
+    (tmp_path / "s").write_text("somebody's")
+    with pytest.raises(UserError, match="cannot be made"):
+        target.publish()
+    target.close()
+    assert (tmp_path / "s").read_text() == "somebody's"
 
 
 @pytest.mark.parametrize("published", [True, False])

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule
 
+from protocol.errors import HostFault
 from services.ultravisor.migration.exporter import ExportPhase
 from services.ultravisor.migration.handshake import Host
 from services.ultravisor.migration.importer import ImportPhase
@@ -178,6 +179,27 @@ def test_s3_with_two_that_are_open_only_the_newest_is_restored(ledger: FileLedge
     check_restorable(ledger, b"new", "vm1")
     with pytest.raises(MigrationRefused, match="not completed"):
         check_restorable(ledger, b"new", "vm2")
+
+
+def test_s6_a_snapshot_that_may_have_been_stored_is_void_when_the_vm_begins(
+    ledger: FileLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_fd: int, *_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    snapshot = take(ledger, MEMORY)
+    with monkeypatch.context() as disk:
+        # The line is written; that it is on stable storage nobody says, and it cannot be taken back.
+        disk.setattr(os, "fsync", full)
+        disk.setattr(os, "ftruncate", full)
+        with pytest.raises(MigrationRefused, match="cannot be stored"):
+            snapshot.exporter.commit()
+        assert not snapshot.exporter.guest_may_run
+        with pytest.raises(HostFault):
+            vm_begins(ledger, SUBJECT.vm)
+    assert vm_begins(ledger, SUBJECT.vm) == 1
+    with pytest.raises(MigrationRefused, match="started again"):
+        check_restorable(ledger, snapshot_id(snapshot.head), SUBJECT.vm)
 
 
 class Host1(RuleBasedStateMachine):

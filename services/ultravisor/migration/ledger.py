@@ -103,7 +103,12 @@ class FileLedger:
         return [entry for entry in self._entries.values() if entry.decision is Decision.GIVEN]
 
     def of_vm(self, vm: str) -> list[Entry]:
-        """The newest entry of each migration and snapshot of a VM, in the order in which these began."""
+        """The newest entry of each migration and snapshot of a VM, in the order in which these began.
+
+        What a failed write left behind counts, too. Raises HostFault when that cannot be read.
+        """
+        if self._torn:
+            self._scan()
         return [entry for entry in self._entries.values() if entry.vm == vm]
 
     def _take_back(self, cause: OSError) -> None:
