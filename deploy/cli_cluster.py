@@ -51,7 +51,7 @@ def up(
     with connect(started) as client:
         answer = client.call("status")
     _print_status(answer)
-    _refuse_unrestored(answer, start.restore)
+    refuse_unrestored(answer, start.restore)
 
 
 def _restores(words: tuple[str, ...]) -> dict[str, Path]:
@@ -65,11 +65,11 @@ def _restores(words: tuple[str, ...]) -> dict[str, Path]:
     return files
 
 
-def _refuse_unrestored(answer: dict[str, Any], restore: Mapping[str, Path]) -> None:
+def refuse_unrestored(answer: dict[str, Any], restore: Mapping[str, Path]) -> None:
     """Raise UserError for a VM that did not go on; the cluster is up."""
     for host in answer["hosts"]:
         for row in host["vms"]:
-            if row["name"] in restore and row["state"] == VmState.OFF:
+            if row["name"] in restore and row["state"] == VmState.OFF.value:
                 raise UserError(printable(f"{row['name']} is off: {row['reason']}"))
 
 

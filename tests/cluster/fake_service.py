@@ -127,6 +127,8 @@ class FakeService:
             raise SystemExit(1)
         for vm in config.vms:
             self.vms[vm.name] = {"state": "running", "secure": False, "pages": {"normal": vm.memory_bytes >> 16}}
+            if vm.restoring and "restore-fails" in os.environ.get("PEFBOX_FAKE", ""):
+                self.answers["snapshot.status"] = {"status": "failed", "reason": "told to fail", "ready": True}
         self.send(control.Confined({"landlock": "on"}))
 
     def give_first(self) -> None:

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from deploy.api import RunningCluster, Vm, cluster
+from deploy.cli_cluster import refuse_unrestored
 from deploy.manifest import clean_run_dir, read_manifest
 from deploy.run_dirs import running_clusters
 from protocol.errors import UserError
@@ -347,3 +348,17 @@ async def test_up_starts_nothing_when_a_snapshot_cannot_be_the_vms(tmp_path: Pat
         async with one_vm(tmp_path, {"vm1": tmp_path / "nowhere"}):
             pass
     assert running_clusters() == []
+
+
+async def test_a_vm_that_up_does_not_restore_is_off_and_the_cluster_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFBOX_FAKE", "restore-fails")
+    async with one_vm(tmp_path, {"vm1": snapshot_file(tmp_path)}) as running:
+        row = await running.vm("vm1").row()
+        assert (row.state, row.reason) == ("off", "not restored: told to fail")
+        assert (await running.vm("vm1").snapshot_info())["phase"] == "failed"
+        assert (await running.status()).healthy
+        with pytest.raises(UserError, match="vm1 is off: not restored: told to fail"):
+            refuse_unrestored(msgspec.to_builtins(await running.status()), {"vm1": tmp_path})
+        await running.vm("vm1").restart()
