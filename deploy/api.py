@@ -20,7 +20,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from deploy.host_links import LinkRow
 from deploy.migration_record import Phase
 from deploy.operator_protocol import LENGTH, Request, Response, frame
 from deploy.run_dirs import LAUNCHER_SOCKET, Paths, runtime_root
+from deploy.snapshot_job import SnapshotPhase
 from deploy.status import ClusterStatus, ProcessRow, VmRow
 from deploy.vm_description import VmDescription
 from protocol.errors import UserError
@@ -42,6 +43,7 @@ _POLL_SECONDS = 0.02
 _DOWN_SECONDS = 20.0
 _PROMPT_QUIET_SECONDS = 0.2
 _OVER_PHASES = frozenset({Phase.DONE, Phase.FAILED, Phase.CANCELLED, Phase.IN_DOUBT})
+_OVER_SNAPSHOT = frozenset(phase for phase in SnapshotPhase if phase.ended)
 
 
 class Process:
@@ -194,6 +196,38 @@ class Vm:
         """Find out where it runs after a migration that was cut; returns its host. Raises UserError."""
         return str((await self._cluster.order("recover", {"vm": self.name}))["host"])
 
+    async def snapshot(self, file: str | Path, *, force: bool = False, seconds: float = 120.0) -> dict[str, Any]:
+        """Save it into `file`, which `force` replaces, and switch it off; how that went, as `pefbox snapshot --json`.
+
+        Raises UserError when it was not saved, or when that is open after `seconds`.
+        """
+        await self._cluster.order("snapshot", {"vm": self.name, "file": _absolute(file), "force": force})
+        return await self._snapshot_end(f"{self.name} is not saved in {file}", seconds)
+
+    async def restore(self, file: str | Path, *, ignore_disks: bool = False, seconds: float = 120.0) -> dict[str, Any]:
+        """Let it go on out of `file`, also where a disk was written since if `ignore_disks`; how that went.
+
+        Raises UserError when it does not go on, or when that is open after `seconds`.
+        """
+        order = {"vm": self.name, "file": _absolute(file), "ignore_disks": ignore_disks}
+        await self._cluster.order("restore", order)
+        return await self._snapshot_end(f"{self.name} does not go on out of {file}", seconds)
+
+    async def _snapshot_end(self, problem: str, seconds: float) -> dict[str, Any]:
+        facts = await _until(self.snapshot_info, lambda facts: facts["phase"] in _OVER_SNAPSHOT, problem, seconds)
+        if facts["phase"] != SnapshotPhase.DONE:
+            raise UserError(f"{problem}: {facts['reason'] or facts['phase']}")
+        return facts
+
+    async def snapshot_info(self) -> dict[str, Any]:
+        """How far its snapshot or restore is, or how the last one ended; raises UserError when there was none."""
+        facts: dict[str, Any] = await self._cluster.order("snapshot-info", {"vm": self.name})
+        return facts
+
+    async def cancel_snapshot(self) -> None:
+        """Let it go on; raises UserError when it is not being saved, or too late."""
+        await self._cluster.order("snapshot-cancel", {"vm": self.name})
+
     async def page(self, gpa: int) -> dict[str, Any]:
         """What each part of the machine knows of a page (`pefbox page`)."""
         view: dict[str, Any] = await self._cluster.order("page", {"vm": self.name, "gpa": gpa})
@@ -336,11 +370,12 @@ async def cluster(
     record: bool = False,
     debug: bool = False,
     service_module: str | None = None,
+    restore: Mapping[str, str | Path] | None = None,
 ) -> AsyncIterator[RunningCluster]:
     """Start a cluster, yield it healthy, stop it at the end.
 
-    Without `name` it gets a new one, without `state_dir` one that is removed at the end. Raises UserError when it
-    does not come up.
+    Without `name` it gets a new one, without `state_dir` one that is removed at the end. The VMs of `restore` go on
+    out of these files; one that does not is off, as `Vm.snapshot_info` says. Raises UserError when it does not come up.
     """
     own_state = Path(tempfile.mkdtemp(prefix="pefbox-state-")) if state_dir is None else None
     owner_fd, held_fd = os.pipe()
@@ -352,6 +387,7 @@ async def cluster(
         debug=debug,
         service_module=service_module,
         owner_fd=owner_fd,
+        restore={vm: Path(file) for vm, file in (restore or {}).items()},
     )
     try:
         started, launcher = await trio.to_thread.run_sync(functools.partial(start_detached, start))
@@ -373,6 +409,11 @@ def processes_of(status: ClusterStatus) -> list[ProcessRow]:
     """All process rows."""
     rows = [row for host in status.hosts for row in host.processes]
     return rows + [row for host in status.hosts for vm in host.vms for row in (*vm.processes, *vm.arriving)]
+
+
+def _absolute(file: str | Path) -> str:
+    """As the launcher needs it, which has another working directory."""
+    return str(Path(file).absolute())
 
 
 def _limits(bandwidth: int | None, downtime_limit: int | None) -> dict[str, int]:

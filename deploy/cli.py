@@ -26,6 +26,8 @@ COMMANDS = {
     "can-migrate": "deploy.cli_migrate:can_migrate",
     "jobinfo": "deploy.cli_migrate:jobinfo",
     "recover": "deploy.cli_migrate:recover",
+    "snapshot": "deploy.cli_snapshot:snapshot",
+    "restore": "deploy.cli_snapshot:restore",
     "link": "deploy.cli_link:link",
     "restart": "deploy.cli_cluster:restart",
     "down": "deploy.cli_cluster:down",

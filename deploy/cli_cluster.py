@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from deploy.cli_support import cluster_option, json_option
+from deploy.cli_support import cluster_option, json_option, printable
 from deploy.client import DetachedStart, LauncherClient, connect, start_detached, wait_until_down
 from deploy.run_dirs import run_dirs, running_clusters, runtime_root
+from protocol.errors import UserError
+from protocol.vm_state import VmState
 
 BUILTIN = Path(__file__).parent / "clusters"
 _STATUS_SECONDS = 0.9
@@ -24,20 +27,53 @@ _RESTART_SECONDS = 45.0
 @click.option("--record", is_flag=True, help="Record every frame of every link (see `calls`).")
 @click.option("--debug", is_flag=True, help="Let debuggers into the host processes. Secrets are then not protected.")
 @click.option("--state", "state_dir", type=click.Path(path_type=Path), help="Directory of keys, audit log and logs.")
-def up(cluster_file: Path, name: str | None, detach: bool, record: bool, debug: bool, state_dir: Path | None) -> None:
+@click.option(
+    "--restore", metavar="VM=FILE", multiple=True, help="Let VM go on out of a snapshot in the place of booting."
+)
+def up(
+    cluster_file: Path,
+    name: str | None,
+    detach: bool,
+    record: bool,
+    debug: bool,
+    state_dir: Path | None,
+    restore: tuple[str, ...],
+) -> None:
     """Start the cluster that CLUSTER_FILE describes and wait until it is healthy.
 
     Without --detach the command stays, and stops everything on Ctrl-C.
     """
-    if detach:
-        started, _ = start_detached(DetachedStart(cluster_file, name, state_dir, record, debug))
-        with connect(started) as client:
-            _print_status(client.call("status"))
+    start = DetachedStart(cluster_file, name, state_dir, record, debug, restore=_restores(restore))
+    if not detach:
+        _up_in_foreground(start)
         return
-    _up_in_foreground(cluster_file, name, state_dir, record, debug)
+    started, _ = start_detached(start)
+    with connect(started) as client:
+        answer = client.call("status")
+    _print_status(answer)
+    refuse_unrestored(answer, start.restore)
 
 
-def _up_in_foreground(cluster_file: Path, name: str | None, state_dir: Path | None, record: bool, debug: bool) -> None:
+def _restores(words: tuple[str, ...]) -> dict[str, Path]:
+    """Files by VM."""
+    files = {}
+    for word in words:
+        vm, equals, file = word.partition("=")
+        if not (vm and equals and file):
+            raise click.UsageError(f"--restore: {word!r} is none; it is VM=FILE.")
+        files[vm] = Path(file)
+    return files
+
+
+def refuse_unrestored(answer: dict[str, Any], restore: Mapping[str, Path]) -> None:
+    """Raise UserError for a VM that did not go on; the cluster is up."""
+    for host in answer["hosts"]:
+        for row in host["vms"]:
+            if row["name"] in restore and row["state"] == VmState.OFF.value:
+                raise UserError(printable(f"{row['name']} is off: {row['reason']}"))
+
+
+def _up_in_foreground(start: DetachedStart) -> None:
     # The launcher's libraries take a while to import; the other commands need none of them.
     import msgspec
 
@@ -49,8 +85,10 @@ def _up_in_foreground(cluster_file: Path, name: str | None, state_dir: Path | No
         _print_status(msgspec.to_builtins(status_now(run)))
         click.echo("Ctrl-C stops the cluster.", err=True)
 
-    options = LaunchOptions(record=record, debug=debug)
-    launch(LaunchRequest(cluster_file, name, state_dir, options), healthy, lambda text: click.echo(text, err=True))
+    options = LaunchOptions(record=start.record, debug=start.debug)
+    files = {vm: file.absolute() for vm, file in start.restore.items()}
+    request = LaunchRequest(start.cluster_file, start.name, start.state_dir, options, restore=files)
+    launch(request, healthy, lambda text: click.echo(text, err=True))
 
 
 @click.command("ps")

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
 from deploy.cli_support import cluster_option, json_option, printable
 from deploy.client import LauncherClient, connect
+from deploy.progress import Facts, Followed, follow
 from protocol.errors import UserError
 
 _ACCEPT_SECONDS = 45.0
 _RECOVER_SECONDS = 90.0
-_POLL_SECONDS = 0.1
 _OVER = ("done", "failed", "cancelled", "in-doubt")
-Facts = dict[str, Any]
 
 
 @click.command("migrate")
@@ -113,47 +110,16 @@ def _cancel(run_dir: Path, vm: str) -> None:
 
 
 def _follow(run_dir: Path, facts: Facts, over: Callable[[Facts], bool], *, quiet: bool) -> Facts:
-    """Show how far it is until it is `over`; the first Ctrl-C cancels it, a second one only stops watching."""
-    cancelled = False
-    with _screen(quiet) as show:
-        while not over(facts):
-            try:
-                show(facts)
-                time.sleep(_POLL_SECONDS)
-                facts = _job_info(run_dir, facts["vm"])
-            except KeyboardInterrupt:
-                if cancelled:
-                    raise
-                cancelled = True
-                try:
-                    _cancel(run_dir, facts["vm"])
-                except UserError as error:
-                    click.echo(f"pefbox: {error}", err=True)
-    return facts
-
-
-@contextlib.contextmanager
-def _screen(quiet: bool) -> Iterator[Callable[[Facts], None]]:
-    """Where progress is shown: nowhere, when nobody looks."""
-    from deploy.tables import console
-
-    output = console(stderr=True)
-    if quiet or not output.is_terminal:
-        yield lambda facts: None
-        return
-    from rich.console import Group
-    from rich.live import Live
-    from rich.text import Text
-
     from deploy.migration_view import headline, progress_lines
 
-    with Live(console=output, transient=True, auto_refresh=False) as live:
-
-        def show(facts: Facts) -> None:
-            lines = [headline(facts), *progress_lines(facts)]
-            live.update(Group(*(Text(line) for line in lines)), refresh=True)
-
-        yield show
+    vm = facts["vm"]
+    followed = Followed(
+        ask=lambda: _job_info(run_dir, vm),
+        over=over,
+        lines=lambda facts: [headline(facts), *progress_lines(facts)],
+        cancel=lambda: _cancel(run_dir, vm),
+    )
+    return follow(followed, facts, quiet=quiet)
 
 
 def _job_info(run_dir: Path, vm: str) -> Facts:

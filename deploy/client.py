@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -121,6 +122,8 @@ class DetachedStart:
     service_module: str | None = None
     owner_fd: int | None = None
     """The read end of a pipe whose other end an owner holds; the cluster ends with it."""
+    restore: Mapping[str, Path] = field(default_factory=dict)
+    """VMs that go on out of a snapshot, and its file."""
 
     def command(self, ready_fd: int) -> list[str]:
         """The command line of the launcher."""
@@ -128,6 +131,8 @@ class DetachedStart:
         command += ["--ready-fd", str(ready_fd)]
         command += ["--name", self.name] if self.name is not None else []
         command += ["--state", str(self.state_dir.absolute())] if self.state_dir is not None else []
+        for vm, file in self.restore.items():
+            command += ["--restore", vm, str(file.absolute())]
         command += ["--record"] if self.record else []
         command += ["--debug"] if self.debug else []
         command += ["--service-module", self.service_module] if self.service_module is not None else []

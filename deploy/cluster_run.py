@@ -20,6 +20,7 @@ from deploy.memory_segments import create_segment, segment_name, unlink_segment
 from deploy.migration_record import Migration, MigrationFacts, Phase
 from deploy.plan import ConfigFrame, cluster_processes
 from deploy.run_dirs import Paths
+from deploy.snapshot_job import SnapshotFacts, SnapshotJob
 from deploy.states import printable
 from protocol.errors import UserError
 from protocol.roles import Role
@@ -51,6 +52,9 @@ class VmRecord:
     asked_to_move: bool = False
     """Its monitor's user waits to hear whether it can."""
     last_migration: MigrationFacts | None = None
+    snapshot: SnapshotJob | None = None
+    """The one that is being taken of it, or that it is restored from."""
+    last_snapshot: SnapshotFacts | None = None
     state: VmState = VmState.STARTING
     since_s: float = field(default_factory=time.time)
     reason: str = ""

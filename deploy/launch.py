@@ -7,8 +7,8 @@ import functools
 import resource
 import shutil
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -22,6 +22,7 @@ from deploy.manifest import clean_run_dir, new_manifest
 from deploy.migrate import asked_by_monitor
 from deploy.operator_socket import OperatorSocket
 from deploy.plan import cluster_processes
+from deploy.restore import close_all, load_all, open_all
 from deploy.run_dirs import LOCK_FILE, Lock, Paths, default_paths, is_locked, make_private_dir
 from deploy.start import start_cluster
 from deploy.stopping import remove_everything, stop_processes
@@ -42,6 +43,8 @@ class LaunchRequest:
     options: LaunchOptions
     owner_fd: int | None = None
     """A pipe that becomes readable when whoever owns the cluster is gone; None: it belongs to nobody's life."""
+    restore: Mapping[str, Path] = field(default_factory=dict)
+    """VMs that do not boot but go on out of a snapshot, and its file."""
 
 
 def prepare(request: LaunchRequest) -> tuple[ClusterRun, list[Lock]]:
@@ -76,25 +79,27 @@ def launch(request: LaunchRequest, on_healthy: Callable[[ClusterRun], None], on_
     run.on_event = on_event
     _protect_secrets(request.options.debug)
     try:
-        failure = trio.run(_live, run, on_healthy, request.owner_fd)
+        failure = trio.run(_live, run, on_healthy, request)
     finally:
         remove_everything(run, locks)
     if failure is not None:
         raise failure
 
 
-async def _live(run: ClusterRun, on_healthy: Callable[[ClusterRun], None], owner_fd: int | None) -> PefboxError | None:
+async def _live(
+    run: ClusterRun, on_healthy: Callable[[ClusterRun], None], request: LaunchRequest
+) -> PefboxError | None:
     failure: list[PefboxError] = []
     async with trio.open_nursery() as nursery:
         run.nursery = nursery
         run.on_migrate = functools.partial(asked_by_monitor, run)
         await nursery.start(watch_signals, run)
         await nursery.start(_watch_orders_to_end, run)
-        if owner_fd is not None:
-            nursery.start_soon(_end_with_owner, run, owner_fd)
+        if request.owner_fd is not None:
+            nursery.start_soon(_end_with_owner, run, request.owner_fd)
         await nursery.start(OperatorSocket(run).serve)
         nursery.start_soon(heartbeat, run)
-        nursery.start_soon(_start, run, on_healthy, failure)
+        nursery.start_soon(_start, run, on_healthy, request.restore, failure)
         await run.stop_requested.wait()
         run.log.info("stopping")
         await stop_processes(run)
@@ -102,9 +107,17 @@ async def _live(run: ClusterRun, on_healthy: Callable[[ClusterRun], None], owner
     return failure[0] if failure else None
 
 
-async def _start(run: ClusterRun, on_healthy: Callable[[ClusterRun], None], failure: list[PefboxError]) -> None:
+async def _start(
+    run: ClusterRun,
+    on_healthy: Callable[[ClusterRun], None],
+    restore: Mapping[str, Path],
+    failure: list[PefboxError],
+) -> None:
+    snapshots: dict[str, int] = {}
     try:
+        snapshots = open_all(run, restore)
         await start_cluster(run)
+        await load_all(run, snapshots)
         await wait_until_started(run, run.vms.values())
     except PefboxError as error:
         if not run.stopping:
@@ -112,6 +125,8 @@ async def _start(run: ClusterRun, on_healthy: Callable[[ClusterRun], None], fail
             failure.append(error)
         run.stop_requested.set()
         return
+    finally:
+        close_all(snapshots)
     run.healthy = True
     run.log.info("healthy")
     on_healthy(run)

@@ -28,7 +28,10 @@ def main() -> int:
     """Launch; the exit status is 0 when the cluster came up and was stopped in good order."""
     arguments = _arguments()
     options = LaunchOptions(record=arguments.record, debug=arguments.debug, service_module=arguments.service_module)
-    request = LaunchRequest(arguments.cluster_file, arguments.name, arguments.state, options, arguments.owner_fd)
+    restore = {vm: Path(file) for vm, file in arguments.restore}
+    request = LaunchRequest(
+        arguments.cluster_file, arguments.name, arguments.state, options, arguments.owner_fd, restore
+    )
 
     def say(outcome: Outcome) -> None:
         try:
@@ -56,6 +59,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--owner-fd", type=int, help="inherited pipe; the cluster stops when its other end is closed")
     parser.add_argument("--name", help="name of the cluster; default: as in the file")
     parser.add_argument("--state", type=Path, help="state directory")
+    parser.add_argument("--restore", nargs=2, metavar=("VM", "FILE"), action="append", default=[])
     parser.add_argument("--record", action="store_true", help="record every frame of every link")
     parser.add_argument("--debug", action="store_true", help="let debuggers into the host processes")
     parser.add_argument("--service-module", default=SERVICE_MODULE, help="module to run for a role")

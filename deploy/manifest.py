@@ -40,6 +40,8 @@ class ManifestData(msgspec.Struct):
     launcher: ProcessRecord
     segments: list[str]
     processes: list[ProcessRecord]
+    files: list[str] = []
+    """Unfinished ones, outside the run directory."""
 
 
 class Manifest:
@@ -58,6 +60,16 @@ class Manifest:
     def drop_segment(self, name: str) -> None:
         """Forget a RAM segment that is gone."""
         self.data.segments.remove(name)
+        self._write()
+
+    def add_file(self, path: str) -> None:
+        """Note a file that will be made, and has no use unless it is finished."""
+        self.data.files.append(path)
+        self._write()
+
+    def drop_file(self, path: str) -> None:
+        """Forget one that is finished, or gone."""
+        self.data.files.remove(path)
         self._write()
 
     def add_process(self, target: str, pid: int) -> None:
@@ -124,6 +136,7 @@ def clean_run_dir(run_dir: Path) -> list[str] | None:
     try:
         removed = _kill(data.processes)
         removed += [f"segment {name}" for name in data.segments if unlink_segment(name)]
+        removed += [f"unfinished {path}" for path in data.files if _unlink(path)]
         shutil.rmtree(run_dir)
     finally:
         lock.release()
@@ -143,6 +156,14 @@ def _kill(processes: list[ProcessRecord]) -> list[str]:
             break
         time.sleep(0.01)
     return [f"process {process.target} ({process.pid})" for process in alive]
+
+
+def _unlink(path: str) -> bool:
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
 
 
 def _is_zombie(pid: int) -> bool:

@@ -86,6 +86,12 @@ def _is_started(facts: VmFacts) -> str | None:
     return f"{facts.name} is {facts.state.value}"
 
 
+def _is_off(facts: VmFacts) -> str | None:
+    if facts.state in (VmState.OFF, VmState.FAILED):
+        return None
+    return f"{facts.name} is {facts.state.value}: pefbox qmp {facts.name} quit"
+
+
 def _is_built(monitor_command: str) -> Condition:
     def condition(facts: VmFacts) -> str | None:
         if facts.monitor_commands is None or monitor_command in facts.monitor_commands:
@@ -136,6 +142,8 @@ CONSOLE = "console"
 VIRTIO_CONSOLE = "virtio console"
 BALLOON = "balloon"
 MIGRATE = "migrate"
+SNAPSHOT = "snapshot"
+RESTORE = "restore"
 ASSIGNED_KINDS = frozenset({"edu"})
 _STARTS_AGAIN = "its secure memory is gone; it boots as a normal VM and may turn itself secure again"
 
@@ -166,7 +174,18 @@ _TABLE = (
         "balloon",
     ),
     _monitor("memory dump", "dump-guest-memory", _is_normal("all but its shared pages would be ciphertext")),
-    _monitor("snapshot", "snapshot-save", _is_normal("its pages are ciphertext that no later start can read")),
+    Operation(
+        SNAPSHOT,
+        "pefbox snapshot VM FILE",
+        (
+            _stays,
+            _is_started,
+            _answers(Role.ULTRAVISOR, Role.KVM, Role.QEMU, Role.GUEST),
+            _has_nothing_assigned,
+        ),
+        on_secure="it is sealed for this host's ultravisor, which restores it once",
+    ),
+    Operation(RESTORE, "pefbox restore VM FILE", (_stays, _is_off, _answers(Role.ULTRAVISOR, Role.KVM))),
     Operation(
         MIGRATE,
         "pefbox migrate VM HOST",

@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,6 +25,8 @@ from deploy.operator_protocol import LENGTH, MAX_FRAME_BYTES, Request, Response,
 from deploy.page_view import page_view
 from deploy.recovery import recover
 from deploy.restart import restart
+from deploy.restore import restore
+from deploy.snapshot import cancel_snapshot, snapshot, snapshot_info
 from deploy.status import gather_status
 from deploy.vm_description import describe_vm
 from protocol.errors import PefboxError, UserError
@@ -52,6 +55,10 @@ class OperatorSocket:
             "can-migrate": self._can_migrate,
             "jobinfo": self._job_info,
             "recover": self._recover,
+            "snapshot": self._snapshot,
+            "snapshot-cancel": self._snapshot_cancel,
+            "snapshot-info": self._snapshot_info,
+            "restore": self._restore,
             "link": self._link,
             "signal": self._signal,
             "stop": self._stop,
@@ -136,6 +143,20 @@ class OperatorSocket:
     async def _recover(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         name = str(arguments["vm"])
         return {"vm": name, "host": await recover(self._run, self._run.vm_named(name))}
+
+    async def _snapshot(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        path, force = Path(str(arguments["file"])), bool(arguments.get("force"))
+        return (await snapshot(self._run, str(arguments["vm"]), path, force=force)).facts()
+
+    async def _snapshot_cancel(self, arguments: dict[str, Any]) -> None:
+        await cancel_snapshot(self._run, str(arguments["vm"]))
+
+    async def _snapshot_info(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return snapshot_info(self._run, str(arguments["vm"]))
+
+    async def _restore(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        path, ignore_disks = Path(str(arguments["file"])), bool(arguments.get("ignore_disks"))
+        return (await restore(self._run, str(arguments["vm"]), path, ignore_disks=ignore_disks)).facts()
 
     async def _link(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         return await link(self._run, [str(name) for name in arguments["between"]], dict(arguments["changes"]))

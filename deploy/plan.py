@@ -236,7 +236,9 @@ class KeyRing:
         )
 
 
-def vm_entry(vm: VmSpec, incarnation: int, ram_segment: str, *, incoming: bool = False) -> VmEntry:
+def vm_entry(
+    vm: VmSpec, incarnation: int, ram_segment: str, *, incoming: bool = False, restoring: bool = False
+) -> VmEntry:
     """What every process of a VM is told about it."""
     return VmEntry(
         name=vm.name,
@@ -252,6 +254,7 @@ def vm_entry(vm: VmSpec, incarnation: int, ram_segment: str, *, incoming: bool =
         devices=vm.devices,
         dma=vm.dma,
         incoming=incoming,
+        restoring=restoring,
     )
 
 

@@ -44,6 +44,14 @@ async def restart(run: ClusterRun, name: str) -> None:
 
 async def _restart_vm(run: ClusterRun, vm: VmRecord) -> None:
     refuse_impossible(vm_facts(run, vm), RESTART)
+    await end_incarnation(run, vm)
+    with _failing(run, [vm]):
+        await start_incarnation(run, vm)
+        await wait_until_started(run, [vm])
+
+
+async def end_incarnation(run: ClusterRun, vm: VmRecord) -> None:
+    """End what runs of a VM, and have its host forget it; raises UserError when that does not let go."""
     name, host = vm.spec.name, vm.spec.host
     vm.being_removed = True
     try:
@@ -54,12 +62,10 @@ async def _restart_vm(run: ClusterRun, vm: VmRecord) -> None:
         vm.being_removed = False
     remove_directories(plan.vm_links(run.paths, host, name, vm.incarnation))
     remove_directories(network_links(run, {name: vm.incarnation}))
-    with _failing(run, [vm]):
-        await _start_vm(run, vm)
-        await wait_until_started(run, [vm])
 
 
-async def _start_vm(run: ClusterRun, vm: VmRecord) -> None:
+async def start_incarnation(run: ClusterRun, vm: VmRecord) -> None:
+    """Start the processes of its next one. Raises PefboxError."""
     name, host = vm.spec.name, vm.spec.host
     processes = plan.vm_processes(vm.spec, vm.move)
     incarnation = vm.newest + 1
@@ -99,6 +105,9 @@ async def _restart_host(run: ClusterRun, name: str) -> None:
 
 def _refuse_while_moving(run: ClusterRun, host: str) -> None:
     """A VM in doubt does not keep the host where it may have arrived from coming back: its word may be needed."""
+    for vm in run.vms.values():
+        if vm.snapshot is not None and vm.spec.host == host:
+            raise UserError(f"{host}: {vm.spec.name} is just being saved or restored")
     for vm in run.moving(host):
         assert vm.migration is not None
         if vm.in_doubt and host == vm.migration.host:

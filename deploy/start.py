@@ -170,7 +170,8 @@ def entry_of(run: ClusterRun, vm: str, host: str) -> VmEntry:
     move = record.migration
     if move is not None and host != record.spec.host:
         return plan.vm_entry(record.spec, move.incarnation, move.segment, incoming=True)
-    return plan.vm_entry(record.spec, record.incarnation, record.segment)
+    restoring = record.snapshot is not None and record.snapshot.restores
+    return plan.vm_entry(record.spec, record.incarnation, record.segment, restoring=restoring)
 
 
 async def configure(run: ClusterRun, children: list[Child], ring: KeyRing, files: OpenFiles) -> None:

@@ -139,6 +139,9 @@ def vm_facts(run: ClusterRun, vm: VmRecord) -> VmFacts:
 
 
 def _on_its_way(vm: VmRecord) -> str | None:
+    if vm.snapshot is not None:
+        way = "restored from" if vm.snapshot.restores else "saved in"
+        return f"{vm.spec.name} is being {way} {vm.snapshot.path}"
     if vm.migration is None:
         return None
     if vm.in_doubt:

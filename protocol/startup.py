@@ -122,7 +122,8 @@ class GuestEntry(Struct, frozen=True):
 class VmEntry(Struct, frozen=True):
     """One virtual machine, the same for all processes that know it.
 
-    `incoming` says that it does not start here, but arrives from another host.
+    `incoming` says that it does not start here, but arrives from another host; `restoring`, that it goes on out of a
+    snapshot.
     """
 
     name: str
@@ -138,6 +139,12 @@ class VmEntry(Struct, frozen=True):
     devices: list[DeviceEntry]
     dma: DmaMachine = DmaMachine()
     incoming: bool = False
+    restoring: bool = False
+
+    @property
+    def starts(self) -> bool:
+        """It boots, by itself."""
+        return not (self.incoming or self.restoring)
 
 
 class LinkEntry(Struct, frozen=True):

@@ -239,6 +239,7 @@ ESM_FILE_CHUNK_BYTES = 64
 # -- migration: pefbox's own, PEF has none ------------------------------------------------------------------------
 
 _OWN = "pefbox (docs/migration.md)"
+_SNAPSHOT = "pefbox (docs/snapshot.md)"
 _OFFSET = Reg("offset", Kind.SIZE)
 _LENGTH = Reg("n_bytes", Kind.SIZE)
 _STEP_ERRORS: dict[Code, str] = {
@@ -249,10 +250,10 @@ _STEP_ERRORS: dict[Code, str] = {
 }
 
 
-def _step(number: int, name: str, *more: Reg, results: tuple[Reg, ...] = (_LENGTH,)) -> Call:
+def _step(number: int, name: str, *more: Reg, results: tuple[Reg, ...] = (_LENGTH,), source: str = _OWN) -> Call:
     """A step of a migration: what it takes and gives lies at `offset` of the VM's stream buffer."""
     args = (_LPID, _OFFSET, *more)
-    return UCALLS.declare(number, name, args=args, results=results, callers=_HV, errors=_STEP_ERRORS, source=_OWN)
+    return UCALLS.declare(number, name, args=args, results=results, callers=_HV, errors=_STEP_ERRORS, source=source)
 
 
 UV_EXPORT_OFFER = _step(0xF1C0, "UV_EXPORT_OFFER")
@@ -305,5 +306,14 @@ UV_IMPORT_TOKEN = _step(0xF1F4, "UV_IMPORT_TOKEN", _LENGTH)
 UV_IMPORT_ABANDON = _step(0xF1F8, "UV_IMPORT_ABANDON")
 """The VM never runs here, and what came is wiped. Gives the word for the source."""
 
-MIGRATION_UCALLS = {call.number: call for call in UCALLS if call.source == _OWN}
+UV_SAVE_BEGIN = _step(0xF1A0, "UV_SAVE_BEGIN", source=_SNAPSHOT)
+"""Begin a snapshot; its head. UV_EXPORT_STOP, PAGES and STATE follow, or UV_EXPORT_CANCEL at any time."""
+UV_SAVE_COMMIT = _step(0xF1A4, "UV_SAVE_COMMIT", results=(), source=_SNAPSHOT)
+"""All is stored: the VM is in the snapshot, and nothing of it is left here."""
+UV_RESTORE_BEGIN = _step(0xF1A8, "UV_RESTORE_BEGIN", _LENGTH, results=(), source=_SNAPSHOT)
+"""Takes the head of a snapshot. UV_IMPORT_RECORD and READY follow, or UV_IMPORT_ABANDON at any time."""
+UV_RESTORE_START = _step(0xF1AC, "UV_RESTORE_START", results=(), source=_SNAPSHOT)
+"""The VM runs here, and its snapshot is used up."""
+
+MIGRATION_UCALLS = {call.number: call for call in UCALLS if call.source in (_OWN, _SNAPSHOT)}
 """What kvm passes on for qemu."""

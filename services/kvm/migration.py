@@ -20,7 +20,7 @@ from protocol import messages as m
 from protocol.codes import HCode, UCode
 from protocol.errors import HostFault, MalformedMessage, PeerError, PefboxError
 from protocol.registers import to_register, to_signed
-from protocol.ucalls import MIGRATION_UCALLS, UV_EXPORT_CANCEL, UV_EXPORT_STATEMENT
+from protocol.ucalls import MIGRATION_UCALLS, UV_EXPORT_CANCEL, UV_EXPORT_STATEMENT, UV_SAVE_COMMIT
 from protocol.vm_state import VmState
 from protocol.wire import Envelope
 from services.kvm import saved_vm
@@ -52,7 +52,7 @@ class Migration:
         self._log = log
         self._processor: bytes | None = None
         """The state of a normal VM's processor, which has stood still since."""
-        self._arrived = not vm.entry.incoming
+        self._arrived = vm.entry.starts
         self._loading = False
         self._left = False
         self._saved = False
@@ -245,14 +245,14 @@ class Migration:
         result = await self._ultravisor.ucall_lasting(call, [self._vm.entry.lpid, *body.args], envelope.cause)
         code = to_signed(to_register(result[0]))
         outputs = [*map(to_register, result[1:]), *(0 for _ in call.results)][: len(call.results)]
-        if call is UV_EXPORT_STATEMENT and code == UCode.U_SUCCESS and outputs[0] == 1:
+        if code == UCode.U_SUCCESS and (call is UV_SAVE_COMMIT or (call is UV_EXPORT_STATEMENT and outputs[0] == 1)):
             self._leave()
         elif call in (UV_EXPORT_CANCEL, UV_EXPORT_STATEMENT) and code == UCode.U_SUCCESS:
             self.runs()
         return m.MigrationUcallReply(code, outputs)
 
     def _leave(self) -> None:
-        """The VM runs elsewhere, and its ultravisor has let go of it here."""
+        """The VM runs elsewhere, or is in a snapshot, and its ultravisor has let go of it here."""
         self._left = True
         self._vm.hcalls.drop_open()
         self._vm.enter(VmState.OFF)

@@ -27,6 +27,7 @@ from services.qemu.migration.status import MigrationStatus
 from services.qemu.moving_machine import MovingMachine
 from services.qemu.network_links import NetworkLinks
 from services.qemu.qmp import COMMANDS, Monitored, MonitorEvents, RunState, serve_monitors
+from services.qemu.snapshot.control import FILE_GIFT, SnapshotControl, SnapshotPlace
 from services.qemu.virtio_balloon import VirtioBalloon
 from services.qemu.virtio_console import VirtioConsole
 from services.runtime.link import Link
@@ -61,6 +62,7 @@ class Qemu:
         self._migrations: MigrationControl | None = None
         self._migration_monitor: MigrationMonitor | None = None
         self._migration_link: Link | None = None
+        self._snapshots = SnapshotControl(runtime.nursery, runtime.log)
         self._built = trio.Event()
         self._announced = False
 
@@ -108,7 +110,7 @@ class Qemu:
         try:
             await self._build(vm, files)
             await self._serve_monitor(vm, events)
-            if not vm.incoming:
+            if vm.starts:
                 await self._machine.power_on()
         except PefboxError as error:
             self._runtime.log.error("the machine does not start", reason=str(error))
@@ -153,12 +155,15 @@ class Qemu:
         assert self._link is not None
         assert self._host_view is not None
         machine = MovingMachine(vm, self._machine, board, ram, files[f"ram:{vm.name}"], self._host_view)
-        if vm.incoming:
+        if not vm.starts:
             self._machine.state = RunState.INMIGRATE
+        kvm, buffer = KvmPort(self._link), StreamBuffer(stream)
+        disks = {disk.name: files[f"disk:{disk.name}"] for disk in vm.disks}
+        self._snapshots.place = SnapshotPlace(machine, kvm, buffer, disks, self._runtime.config.host, self._restored)
         control = MigrationControl(
             machine,
-            KvmPort(self._link),
-            StreamBuffer(stream),
+            kvm,
+            buffer,
             self._runtime.nursery,
             self._runtime.log,
             self._migration_status,
@@ -171,6 +176,10 @@ class Qemu:
     def _migration_status(self, status: MigrationStatus) -> None:
         if self._events is not None and self._migration_monitor is not None and self._migration_monitor.tells_events:
             self._events.emit(MigrationEvent(status))
+
+    def _restored(self) -> None:
+        if self._machine is not None:
+            self._runtime.nursery.start_soon(self._announce, self._machine)
 
     async def _announce(self, machine: Machine) -> None:
         """Tell the networks where the VM that has arrived is now."""
@@ -219,6 +228,9 @@ class Qemu:
         if tag in MIGRATION_SOCKETS and self._migrations is not None:
             self._migrations.take_socket(fd)
             return
+        if tag == FILE_GIFT:
+            self._snapshots.take_file(fd)
+            return
         if tag == "host-view" and self._vm is not None and not self._has_view.is_set():
             mapping = map_sealed(fd, self._vm.memory_bytes >> PAGE_SHIFT)
             self._mappings.append(mapping)
@@ -260,6 +272,7 @@ class Qemu:
             "migration.refused": self._migration_refused,
             "migration.resume": self._migration_resume,
             "migration.has-started": self._migration_has_started,
+            **self._snapshots.queries(),
         }
 
     # -- migration --------------------------------------------------------------------------------------------

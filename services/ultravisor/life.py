@@ -19,10 +19,12 @@ from services.ultravisor.audit_limit import AuditLimit
 from services.ultravisor.esm import EsmSwitch, SecureBoot, first_refusal
 from services.ultravisor.esm_files import EsmFiles
 from services.ultravisor.hypervisor import Hypervisor
+from services.ultravisor.migration.ledger import FileLedger
 from services.ultravisor.partition import Partition
 from services.ultravisor.rtas_bounce import RtasBounce
 from services.ultravisor.secure_memory import SecureAccount
 from services.ultravisor.sharing import SvmBroken
+from services.ultravisor.snapshot.book import vm_begins
 from services.ultravisor.svm import Svm, SvmPhase
 
 _GUEST_KILL_SECONDS = 3.0
@@ -32,13 +34,20 @@ class SvmLife:
     """Begins and ends the secure VMs of one host."""
 
     def __init__(
-        self, runtime: Runtime, hypervisor: Hypervisor, account: SecureAccount, key: RSAPrivateKey, audit: AuditLog
+        self,
+        runtime: Runtime,
+        hypervisor: Hypervisor,
+        account: SecureAccount,
+        key: RSAPrivateKey,
+        audit: AuditLog,
+        ledger: FileLedger | None = None,
     ) -> None:
         self._runtime = runtime
         self._hypervisor = hypervisor
         self._account = account
         self._key = key
         self._audit = audit
+        self._ledger = ledger
         self._limit = AuditLimit(time.monotonic)
         self.files: dict[int, EsmFiles] = {}
         self.bounce: dict[int, RtasBounce] = {}
@@ -60,6 +69,12 @@ class SvmLife:
         except HostFault as fault:
             self._runtime.log.error("audit", reason=str(fault))
 
+    def void_snapshots(self, vm: str) -> None:
+        """The VM begins in another way than out of a snapshot. Raises HostFault, and it must not begin then."""
+        n_void = 0 if self._ledger is None else vm_begins(self._ledger, vm)
+        if n_void:
+            self.write_audit(vm, "snapshot-void", snapshots=n_void, reason="the VM is started again")
+
     async def esm(self, partition: Partition, kbase: int, fdt_gpa: int, cause: int) -> list[int]:
         """UV_ESM; the reply matters only when it failed, since a VM that is secure goes on at kbase."""
         bad = first_refusal(partition, kbase, fdt_gpa)
@@ -70,6 +85,7 @@ class SvmLife:
         if partition.svm is not None:
             return [UCode.U_RETRY]
         try:
+            self.void_snapshots(partition.name)
             svm = Svm(partition.name, partition.lpid, partition.entry.incarnation, partition.ram, self._account)
         except HostFault as fault:
             self._note_refusal(partition, str(fault))

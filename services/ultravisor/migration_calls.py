@@ -1,23 +1,16 @@
 """Migration as kvm asks for it, step by step: UV_EXPORT_... at the source, UV_IMPORT_... at the destination.
 
-What the other ultravisor says and gets to hear lies in the VM's stream buffer, which kvm and qemu write, too: it is
-copied out, then looked at. The hypervisor learns a code; the operator the reason, from the audit log and `status`.
+A snapshot is taken and restored by the same steps but for its beginning and its end (`snapshot_calls`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from protocol import ucalls as u
-from protocol.codes import UCode
-from protocol.declare import Call
-from protocol.errors import PeerError
-from protocol.wire import Envelope
 from services.runtime.link import Link
 from services.ultravisor.arrival import Arrival
-from services.ultravisor.departure import Departure, NotYet, RoundEnd, SvmOfHost
+from services.ultravisor.departure import Departure
 from services.ultravisor.life import SvmLife
 from services.ultravisor.migration.handshake import MAX_HANDSHAKE_BYTES, Host
 from services.ultravisor.migration.ledger import FileLedger
@@ -27,43 +20,15 @@ from services.ultravisor.migration.statements import MAX_STATEMENT_BYTES
 from services.ultravisor.migration_host import policy_of
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount
+from services.ultravisor.step_calls import StepCall, StepCalls
+from services.ultravisor.svm_export import Export, RoundEnd, SvmOfHost
+from services.ultravisor.svm_import import Import
 from services.ultravisor.thaw import thaw_guest
-from shared.stream_buffer import StreamBuffer
 
-_STATE_REASONS = frozenset({Reason.WRONG_PHASE, Reason.TOKEN_GIVEN})
-"""What a hypervisor that asks out of turn gets; it is nothing for the audit log."""
-
-PartyT = TypeVar("PartyT", Departure, Arrival)
+PartyT = TypeVar("PartyT", Departure, Arrival, Export, Import)
 
 
-@dataclass(frozen=True, slots=True)
-class StepCall:
-    """One step: of which VM, its stream buffer, the arguments after the lpid."""
-
-    partition: Partition
-    stream: StreamBuffer
-    args: list[int]
-    cause: int
-
-    def take(self, max_bytes: int) -> bytes:
-        """What the other ultravisor said; raises MigrationRefused when it is too long, PeerError for a bad place."""
-        offset, n_bytes = self.args[:2]
-        if n_bytes > max_bytes:
-            raise MigrationRefused(Reason.MALFORMED, f"{n_bytes} bytes where at most {max_bytes} are meant")
-        return self.stream.read(offset, n_bytes)
-
-    def put(self, data: bytes) -> list[int]:
-        """For the other ultravisor; returns the result that says how long it is. Raises PeerError."""
-        self.stream.write(self.args[0], data)
-        return [len(data)]
-
-
-Step = Callable[[StepCall], Awaitable[list[int]]]
-"""Returns the results."""
-StepAtOnce = Callable[[StepCall], list[int]]
-
-
-class MigrationCalls:
+class MigrationCalls(StepCalls):
     """Handlers of the link to kvm. `partitions` are the VMs of this host by lpid."""
 
     def __init__(
@@ -75,7 +40,8 @@ class MigrationCalls:
         ledger: FileLedger | None,
     ) -> None:
         """Without `host` and `ledger` every migration is refused."""
-        self._partitions, self._life, self._account = partitions, life, account
+        super().__init__(partitions, life)
+        self.account = account
         self._host, self._ledger = host, ledger
 
     def register(self, link: Link) -> None:
@@ -100,13 +66,8 @@ class MigrationCalls:
 
     async def uv_export_offer(self, at: StepCall) -> list[int]:
         """UV_EXPORT_OFFER."""
-        host, ledger = self._identity()
-        svm = at.partition.svm if at.partition.secure else None
-        files, bounce = self._life.files.get(at.partition.lpid), self._life.bounce.get(at.partition.lpid)
-        if svm is None or files is None or bounce is None or _in_progress(at.partition):
-            raise MigrationRefused(Reason.WRONG_PHASE, "no secure VM, or a migration of it is under way")
-        of = SvmOfHost(at.partition, svm, files, bounce.gfns, policy_of(files))
-        departure = at.partition.migration = Departure(of, host, ledger)
+        host, ledger = self.identity()
+        departure = at.partition.migration = Departure(self.svm_of_host(at.partition), host, ledger)
         self._note(at.partition, "migration-offered")
         return at.put(departure.offer)
 
@@ -120,7 +81,7 @@ class MigrationCalls:
 
     def uv_export_pages(self, at: StepCall) -> list[int]:
         """UV_EXPORT_PAGES."""
-        departure = _party(at.partition, Departure)
+        departure = _party(at.partition, Export)
         batch = departure.next_pages()
         if batch is None:
             return [0, 0, 0, 0]
@@ -128,15 +89,15 @@ class MigrationCalls:
 
     async def uv_export_round(self, at: StepCall) -> list[int]:
         """UV_EXPORT_ROUND."""
-        return _put_round(at, await _party(at.partition, Departure).end_round(at.cause))
+        return _put_round(at, await _party(at.partition, Export).end_round(at.cause))
 
     async def uv_export_stop(self, at: StepCall) -> list[int]:
         """UV_EXPORT_STOP."""
-        return _put_round(at, await _party(at.partition, Departure).stop(at.cause))
+        return _put_round(at, await _party(at.partition, Export).stop(at.cause))
 
     def uv_export_state(self, at: StepCall) -> list[int]:
         """UV_EXPORT_STATE."""
-        record, more = _party(at.partition, Departure).next_state()
+        record, more = _party(at.partition, Export).next_state()
         return [*at.put(record), int(more)]
 
     async def uv_export_ready(self, at: StepCall) -> list[int]:
@@ -157,7 +118,7 @@ class MigrationCalls:
         facts = {"peer": departure.peer, "session": departure.session_id.hex()}
         if moved:
             self._note(partition, "migration-moved", **facts)
-            await self._life.terminate(partition, "migrated")
+            await self.life.terminate(partition, "migrated")
         else:
             self._note(partition, "migration-returned", **facts)
             await departure.thaw(cause)
@@ -165,11 +126,11 @@ class MigrationCalls:
 
     async def uv_export_cancel(self, at: StepCall) -> list[int]:
         """UV_EXPORT_CANCEL."""
-        departure = _party(at.partition, Departure)
+        departure = _party(at.partition, Export)
         was_open = departure.in_progress
         departure.cancel()
         if was_open:
-            self._note(at.partition, "migration-cancelled", session=departure.session_id.hex())
+            self._note(at.partition, f"{departure.what}-cancelled", session=departure.session_id.hex())
         await departure.thaw(at.cause)
         return []
 
@@ -177,11 +138,10 @@ class MigrationCalls:
 
     async def uv_import_offer(self, at: StepCall) -> list[int]:
         """UV_IMPORT_OFFER."""
-        host, ledger = self._identity()
-        if _in_progress(at.partition):
-            raise MigrationRefused(Reason.WRONG_PHASE, "a migration of this VM is under way")
+        host, ledger = self.identity()
+        self.refuse_second(at.partition)
         offer = at.take(MAX_HANDSHAKE_BYTES)
-        arrival = at.partition.migration = Arrival(at.partition, host, ledger, self._account, offer)
+        arrival = at.partition.migration = Arrival(at.partition, host, ledger, self.account, offer)
         return at.put(arrival.answer)
 
     async def uv_import_confirm(self, at: StepCall) -> list[int]:
@@ -193,15 +153,15 @@ class MigrationCalls:
 
     def uv_import_record(self, at: StepCall) -> list[int]:
         """UV_IMPORT_RECORD."""
-        return [int(_party(at.partition, Arrival).take_record(at.take(MAX_RECORD_BYTES)))]
+        return [int(_party(at.partition, Import).take_record(at.take(MAX_RECORD_BYTES)))]
 
     async def uv_import_ready(self, at: StepCall) -> list[int]:
         """UV_IMPORT_READY."""
-        arrival = _party(at.partition, Arrival)
+        arrival = _party(at.partition, Import)
         record = await arrival.ready(at.cause)
         assert arrival.kept is not None
         # Before the start: the guest's first instruction may ask for them.
-        self._life.files[at.partition.lpid], self._life.bounce[at.partition.lpid] = arrival.kept
+        self.life.files[at.partition.lpid], self.life.bounce[at.partition.lpid] = arrival.kept
         return at.put(record)
 
     async def uv_import_token(self, at: StepCall) -> list[int]:
@@ -217,10 +177,14 @@ class MigrationCalls:
             self._note(partition, "migration-started", peer=arrival.peer, session=arrival.session_id.hex())
             partition.note_esm("secure", f"arrived from {arrival.peer}")
             # Behind the word: a guest that is held up must not keep the source from hearing it.
-            # It counts as under way from now on, not from when the task begins.
-            partition.n_thaws += 1
-            self._life.in_background(self._thaw, partition, cause)
+            self.thaw_arrived(partition, cause)
         return word
+
+    def thaw_arrived(self, partition: Partition, cause: int) -> None:
+        """Let a VM run that has all come, in the background."""
+        # It counts as under way from now on, not from when the task begins.
+        partition.n_thaws += 1
+        self.life.in_background(self._thaw, partition, cause)
 
     async def _thaw(self, partition: Partition, cause: int) -> None:
         try:
@@ -228,7 +192,7 @@ class MigrationCalls:
         finally:
             partition.n_thaws -= 1
         if not runs and partition.secure:
-            await self._life.fail(partition, "guest-did-not-start: it does not thaw")
+            await self.life.fail(partition, "guest-did-not-start: it does not thaw")
 
     async def uv_import_abandon(self, at: StepCall) -> list[int]:
         """UV_IMPORT_ABANDON."""
@@ -236,77 +200,44 @@ class MigrationCalls:
 
     async def abandon(self, partition: Partition) -> bytes:
         """The VM never runs here: the word for the source, empty before the handshake. Raises MigrationRefused."""
-        arrival = _party(partition, Arrival)
+        arrival = _party(partition, Import)
         if arrival.in_progress:
             arrival.check_abandon()
-            self._note(partition, "migration-abandoned", session=arrival.session_id.hex())
+            self._note(partition, f"{arrival.what}-abandoned", session=arrival.session_id.hex())
             if arrival.guest_has_it:
-                await self._life.terminate(partition, "migration-abandoned")
+                await self.life.terminate(partition, f"{arrival.what}-abandoned")
         return arrival.abandon()
 
     async def drop(self, partition: Partition) -> None:
         """The VM is removed from this host: what has not arrived never will."""
         migration = partition.migration
-        if isinstance(migration, Arrival) and migration.in_progress:
+        if isinstance(migration, Import) and migration.in_progress:
             try:
                 await self.abandon(partition)
             except MigrationRefused as refused:
                 self._note(partition, "migration-in-doubt", reason=str(refused))
 
-    # -- helpers ----------------------------------------------------------------------------------------------
+    # -- what snapshots share ---------------------------------------------------------------------------------
 
-    def _identity(self) -> tuple[Host, FileLedger]:
+    def svm_of_host(self, partition: Partition) -> SvmOfHost:
+        """The secure VM with what is kept of it; raises MigrationRefused, also while it is moved or saved."""
+        svm = partition.svm if partition.secure else None
+        files, bounce = self.life.files.get(partition.lpid), self.life.bounce.get(partition.lpid)
+        if svm is None or files is None or bounce is None:
+            raise MigrationRefused(Reason.WRONG_PHASE, "no secure VM")
+        self.refuse_second(partition)
+        return SvmOfHost(partition, svm, files, bounce.gfns, policy_of(files))
+
+    def refuse_second(self, partition: Partition) -> None:
+        """Raise MigrationRefused while the VM is moved, saved or restored."""
+        if partition.migration is not None and partition.migration.in_progress:
+            raise MigrationRefused(Reason.WRONG_PHASE, f"a {partition.migration.what} of this VM is under way")
+
+    def identity(self) -> tuple[Host, FileLedger]:
+        """What this host is to others, and its ledger; raises MigrationRefused."""
         if self._host is None or self._ledger is None:
             raise MigrationRefused(Reason.NO_IDENTITY)
         return self._host, self._ledger
-
-    def _note(self, partition: Partition, event: str, **facts: str) -> None:
-        self._life.write_audit(partition.name, event, **facts)
-
-    def _waiting(self, link: Link, call: Call, step: Step) -> None:
-        async def serve(envelope: Envelope, registers: list[int]) -> list[int]:
-            at = self._find(call, registers, envelope.cause)
-            if at is None:
-                return [UCode.U_PARAMETER]
-            try:
-                return [UCode.U_SUCCESS, *await step(at)]
-            except (MigrationRefused, NotYet, PeerError) as error:
-                return [self._refused(at.partition, call, error)]
-
-        link.on_waiting(call, serve)
-
-    def _at_once(self, link: Link, call: Call, step: StepAtOnce) -> None:
-        def serve(envelope: Envelope, registers: list[int]) -> list[int]:
-            at = self._find(call, registers, envelope.cause)
-            if at is None:
-                return [UCode.U_PARAMETER]
-            try:
-                return [UCode.U_SUCCESS, *step(at)]
-            except (MigrationRefused, NotYet, PeerError) as error:
-                return [self._refused(at.partition, call, error)]
-
-        link.on(call, serve)
-
-    def _find(self, call: Call, registers: list[int], cause: int) -> StepCall | None:
-        partition = self._partitions.get(registers[0]) if len(registers) >= call.n_args else None
-        if partition is None or partition.stream is None:
-            return None
-        return StepCall(partition, partition.stream, registers[1:], cause)
-
-    def _refused(self, partition: Partition, call: Call, error: MigrationRefused | NotYet | PeerError) -> UCode:
-        if isinstance(error, NotYet):
-            return UCode.U_RETRY
-        if isinstance(error, PeerError):
-            return UCode.U_PARAMETER
-        if error.reason in _STATE_REASONS:
-            return UCode.U_STATE
-        partition.migration_refusal = str(error)
-        self._note(partition, "migration-refused", step=call.name, reason=str(error))
-        return UCode.U_PERMISSION
-
-
-def _in_progress(partition: Partition) -> bool:
-    return isinstance(partition.migration, Departure | Arrival) and partition.migration.in_progress
 
 
 def _party(partition: Partition, kind: type[PartyT]) -> PartyT:

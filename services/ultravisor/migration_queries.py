@@ -139,7 +139,7 @@ class MigrationQueries:
         if self._ledger is None or entry is None:
             # The token was never given, so the VM cannot have started there.
             return False
-        if entry.vm != vm or entry.decision is Decision.STARTED:
+        if entry.vm != vm or entry.decision not in (Decision.GIVEN, Decision.CLOSED):
             raise HostFault(f"this word is about no migration of {vm} from here")
         moved = check(raw, bytes.fromhex(entry.session), bytes.fromhex(entry.peer)) is Word.STARTED
         if entry.decision is Decision.GIVEN:

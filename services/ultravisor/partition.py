@@ -32,7 +32,14 @@ class EsmOutcome(msgspec.Struct, frozen=True):
 
 
 class Migration(Protocol):
-    """A migration of the VM, as the VM's own life needs to know it."""
+    """A migration or snapshot of the VM, as the VM's own life needs to know it."""
+
+    what: str
+    """How the audit log calls it."""
+
+    @property
+    def in_progress(self) -> bool:
+        """Whether it is still open what becomes of the VM."""
 
     @property
     def holds_pages(self) -> bool:

@@ -15,7 +15,6 @@ from services.runtime.link import Link
 from services.runtime.page_query import gfn_asked, gfns_asked
 from services.runtime.process import Query, Runtime
 from services.ultravisor.audit import AuditLog
-from services.ultravisor.departure import Departure
 from services.ultravisor.dirty import collect_dirty
 from services.ultravisor.guest_calls import GuestCalls
 from services.ultravisor.hypervisor import Hypervisor
@@ -30,6 +29,8 @@ from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.page_state import HOST_READABLE
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount, largest_secret_bytes
+from services.ultravisor.snapshot_calls import SnapshotCalls
+from services.ultravisor.svm_export import Export
 from shared.stream_buffer import StreamBuffer
 
 
@@ -58,13 +59,14 @@ class Ultravisor:
         def register(link: Link) -> None:
             self._hypervisor = Hypervisor(link, self._runtime.log)
             self._life = SvmLife(
-                self._runtime, self._hypervisor, self._account, self._identity.machine_key, self._audit
+                self._runtime, self._hypervisor, self._account, self._identity.machine_key, self._audit, self._ledger
             )
             HypervisorCalls(self._partitions, self._life).register(link, self._hypervisor)
             self._migrations = MigrationCalls(
                 self._partitions, self._life, self._account, self._migration_host, self._ledger
             )
             self._migrations.register(link)
+            SnapshotCalls(self._migrations).register(link)
 
         self._kvm = await self._runtime.open_link(entry, self._keys[entry.id], register)
 
@@ -74,6 +76,8 @@ class Ultravisor:
         """A VM begins, as a normal one."""
         assert self._hypervisor is not None
         assert self._life is not None
+        if not vm.restoring:
+            self._life.void_snapshots(vm.name)
         ram = NormalRam(files[f"ram:{vm.name}"], vm.memory_bytes, lambda reason: self._ram_fault(vm.name, reason))
         private = socket.socket(fileno=files[f"secure:{vm.name}"])
         entry = next(link for link in links if link.vm == vm.name)
@@ -200,8 +204,8 @@ class Ultravisor:
     async def _page_dirty(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Which of `n` pages from `gpa` guest or ultravisor wrote since this was last asked."""
         partition = self._named(arguments)
-        if isinstance(partition.migration, Departure) and partition.migration.in_progress:
-            raise UserError(f"{partition.name} is on its way to another host, which needs these marks")
+        if isinstance(partition.migration, Export) and partition.migration.in_progress:
+            raise UserError(f"{partition.name} is being moved or saved, which needs these marks")
         gfns = gfns_asked(arguments, partition.ram.size_bytes >> PAGE_SHIFT)
         return {"gfns": await collect_dirty(partition, gfns)}
 

@@ -50,6 +50,11 @@ class FakeService:
             "migration.abandon": {"word": "aa"},
             "migration.take": {"word": "bb", "moved": True},
             "link.shape": None,
+            "snapshot.status": {"status": "none", "ready": True},
+            "snapshot.save": None,
+            "snapshot.commit": None,
+            "snapshot.cancel": None,
+            "snapshot.restore": None,
         }
 
     def send(self, packet: control.FromProcess, fd: int | None = None) -> None:
@@ -88,6 +93,8 @@ class FakeService:
                 self.vms[vm.name] = {"state": "running", "secure": False, "pages": {"normal": vm.memory_bytes >> 16}}
                 self.keys += [f"{key.link}" for key in keys.links]
                 self.events.append(f"added {vm.name}.{vm.incarnation} {sorted(link.id for link in links)}")
+                if vm.restoring:
+                    self.events.append(f"{vm.name} is restoring")
                 if vm.incoming:
                     self.events.append(f"{vm.name} is incoming")
             case control.RemoveVm(order, name):
@@ -103,7 +110,7 @@ class FakeService:
                 assert {link.id for link in links} == {key.link for key in keys.links}
                 self.events.append(f"replaced {sorted(link.id for link in links)}")
             case control.Gift(tag, _, giver):
-                self.gifts[tag] = [giver, os.pread(fds[0], 100, 0).decode()]
+                self.gifts[tag] = [giver, os.pread(fds[0], 100, 0).decode(errors="replace")]
                 os.close(fds[0])
             case control.Ping(sequence):
                 self.events.pop()
@@ -120,6 +127,8 @@ class FakeService:
             raise SystemExit(1)
         for vm in config.vms:
             self.vms[vm.name] = {"state": "running", "secure": False, "pages": {"normal": vm.memory_bytes >> 16}}
+            if vm.restoring and "restore-fails" in os.environ.get("PEFBOX_FAKE", ""):
+                self.answers["snapshot.status"] = {"status": "failed", "reason": "told to fail", "ready": True}
         self.send(control.Confined({"landlock": "on"}))
 
     def give_first(self) -> None:
@@ -147,6 +156,7 @@ class FakeService:
                     "links": [link.id for link in config.links],
                     "config": {"run_dir": config.run_dir, "record": config.record, "debuggable": config.debuggable},
                     "vms": [[vm.name, vm.incarnation, vm.incoming] for vm in config.vms],
+                    "restoring": [vm.name for vm in config.vms if vm.restoring],
                     "open": sorted(os.listdir("/proc/self/fd"), key=int),
                 }
             case "vm.status":
@@ -175,7 +185,7 @@ class FakeService:
                     self.channel.sendall(arguments["send"])
                 result = None if "send" in arguments else self.channel.recv(100)
             case what if what in self.answers:
-                if what != "migration.status":
+                if what not in ("migration.status", "snapshot.status"):
                     self.events.append(f"{what} {arguments}")
                 result = self.answers[what]
                 if isinstance(result, dict) and "refused" in result:

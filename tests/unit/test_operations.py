@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deploy.cli import COMMANDS
-from deploy.operations import OPERATIONS, VmFacts, operation_of, operation_rows, refuse_by, refuse_impossible
+from deploy.operations import OPERATIONS, RESTORE, VmFacts, operation_of, operation_rows, refuse_by, refuse_impossible
 from deploy.states import ProcessState
 from protocol.errors import UserError
 from protocol.roles import Role
@@ -36,7 +36,9 @@ def without(role: Role, state: ProcessState) -> VmFacts:
 
 
 def impossible(of: VmFacts) -> dict[str, str]:
-    return {name: row.reason for name, row in operation_rows(of).items() if not row.possible}
+    """But for a restore, which needs a VM that is off."""
+    rows = operation_rows(of)
+    return {name: row.reason for name, row in rows.items() if not row.possible and name != RESTORE}
 
 
 def test_everything_is_possible_with_a_normal_vm_whose_monitor_can_do_it() -> None:
@@ -46,7 +48,7 @@ def test_everything_is_possible_with_a_normal_vm_whose_monitor_can_do_it() -> No
 def test_a_secure_vm_refuses_what_would_need_its_memory_and_nothing_else() -> None:
     reasons = impossible(facts(secure=True))
 
-    assert set(reasons) == {"balloon", "memory dump", "snapshot"}
+    assert set(reasons) == {"balloon", "memory dump"}
     assert all(reason.startswith("vm1 is secure: ") for reason in reasons.values())
 
 
@@ -60,9 +62,9 @@ def test_a_secure_vm_says_what_is_different_where_something_is_possible() -> Non
 
 
 def test_what_the_monitor_does_not_know_is_not_built() -> None:
-    reasons = impossible(facts(monitor_commands=EVERYTHING - {"snapshot-save"}, secure=True))
+    reasons = impossible(facts(monitor_commands=EVERYTHING - {"dump-guest-memory"}, secure=True))
 
-    assert reasons["snapshot"] == "not built: the monitor has no command snapshot-save"
+    assert reasons["memory dump"] == "not built: the monitor has no command dump-guest-memory"
 
 
 @pytest.mark.parametrize(("operation", "kind"), [("balloon", "virtio-balloon"), ("virtio console", "virtio-console")])
@@ -72,9 +74,8 @@ def test_an_operation_on_a_device_needs_the_device(operation: str, kind: str) ->
 
 def test_a_vm_moves_when_it_runs_has_somewhere_to_go_and_nothing_that_belongs_to_its_host() -> None:
     assert impossible(facts(other_hosts=False)) == {"migrate": "alpha is the only host of the cluster"}
-    assert impossible(facts(device_kinds=FACTS.device_kinds | {"edu"})) == {
-        "migrate": "device edu is assigned to the VM: unplug it"
-    }
+    assigned = "device edu is assigned to the VM: unplug it"
+    assert impossible(facts(device_kinds=FACTS.device_kinds | {"edu"})) == {"migrate": assigned, "snapshot": assigned}
     assert impossible(facts(state=VmState.PAUSED)) == {}
     assert impossible(facts(state=VmState.OFF))["migrate"] == "vm1 is off"
 
@@ -82,15 +83,25 @@ def test_a_vm_moves_when_it_runs_has_somewhere_to_go_and_nothing_that_belongs_to
 def test_a_vm_on_its_way_is_neither_restarted_nor_sent_elsewhere() -> None:
     on_its_way = "vm1 is on its way to beta"
 
-    assert impossible(facts(on_its_way=on_its_way)) == {"restart": on_its_way, "migrate": on_its_way}
+    assert impossible(facts(on_its_way=on_its_way)) == dict.fromkeys(("restart", "migrate", "snapshot"), on_its_way)
 
 
 def test_an_operation_needs_the_processes_that_do_it() -> None:
     assert impossible(without(Role.QEMU, ProcessState.FAILED))["pause"] == "vm1/qemu is failed: pefbox restart vm1"
     assert impossible(without(Role.KVM, ProcessState.STOPPED))["pause"] == "alpha/kvm is stopped"
     assert impossible(without(Role.KVM, ProcessState.GONE))["console"] == "alpha/kvm is gone: pefbox restart alpha"
-    assert set(impossible(without(Role.ULTRAVISOR, ProcessState.UNRESPONSIVE))) == {"restart", "migrate"}
-    assert set(impossible(without(Role.GUEST, ProcessState.FAILED))) == {"migrate"}
+    assert set(impossible(without(Role.ULTRAVISOR, ProcessState.UNRESPONSIVE))) == {"restart", "migrate", "snapshot"}
+    assert set(impossible(without(Role.GUEST, ProcessState.FAILED))) == {"migrate", "snapshot"}
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_vm_that_is_off_is_restored_and_one_that_runs_is_saved(secure: bool) -> None:
+    on, off = operation_rows(facts(secure=secure)), operation_rows(facts(state=VmState.OFF))
+
+    assert on["snapshot"].possible and off["restore"].possible
+    assert on["snapshot"].note == ("it is sealed for this host's ultravisor, which restores it once" if secure else "")
+    assert on["restore"].reason == "vm1 is running: pefbox qmp vm1 quit"
+    assert off["snapshot"].reason == "vm1 is off"
 
 
 @pytest.mark.parametrize("state", [VmState.OFF, VmState.FAILED, VmState.STARTING])

@@ -41,6 +41,7 @@ from services.ultravisor.migration_calls import MigrationCalls
 from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount
+from services.ultravisor.snapshot_calls import SnapshotCalls
 from shared.real_address import real_address
 from shared.stream_buffer import StreamBuffer, make_stream_buffer
 
@@ -250,8 +251,13 @@ class UltravisorRig:
         key: RSAPrivateKey,
         secure_memory_bytes: int = 64 << 20,
         host: Host | None = None,
+        ledger_fd: int | None = None,
+        *,
+        restoring: bool = False,
     ) -> None:
-        """`host` is what it is to other ultravisors; without it nothing leaves or arrives."""
+        """`host` is what it is to other ultravisors; without it nothing leaves or arrives. `ledger_fd` is one that it
+        goes on with, and the caller's; `restoring` says how its VM begins.
+        """
         self.account = SecureAccount(secure_memory_bytes)
         self.notices: list[tuple[str, str, str]] = []
         self.pidr = 0
@@ -263,20 +269,22 @@ class UltravisorRig:
         runtime = cast(Runtime, SimpleNamespace(log=LOG, protections={}, notice=self._notice, nursery=nursery))
         self.guest, self.kvm = PlayedGuest(), PlayedKvm(nursery)
         self.hypervisor = Hypervisor(cast(Link, self.kvm), LOG)
-        self.life = SvmLife(runtime, self.hypervisor, self.account, key, AuditLog(self._audit_fd, lambda: 0.0))
+        self._ledger_fd = os.memfd_create("ledger", os.MFD_CLOEXEC) if ledger_fd is None else os.dup(ledger_fd)
+        self.ledger = FileLedger(self._ledger_fd)
+        audit = AuditLog(self._audit_fd, lambda: 0.0)
+        self.life = SvmLife(runtime, self.hypervisor, self.account, key, audit, self.ledger)
         ram = NormalRam(os.dup(self.ram_fd), MEMORY_BYTES)
-        self.partition = Partition(vm_entry(), ram, cast(Link, self.guest), private)
+        self.partition = Partition(vm_entry(restoring=restoring), ram, cast(Link, self.guest), private)
         self.kvm.hypervisor = self.hypervisor
         HypervisorCalls({LPID: self.partition}, self.life).register(cast(Link, self.kvm), self.hypervisor)
         GuestCalls(self.partition, self.hypervisor, self.life).register(cast(Link, self.guest))
-        self._ledger_fd = os.memfd_create("ledger", os.MFD_CLOEXEC)
-        self.ledger = FileLedger(self._ledger_fd)
         stream = make_stream_buffer("vm1")
         self.partition.stream = StreamBuffer(os.dup(stream.fd))
         self.stream = StreamBuffer(os.dup(stream.fd))
         stream.close()
         self.migrations = MigrationCalls({LPID: self.partition}, self.life, self.account, host, self.ledger)
         self.migrations.register(cast(Link, self.kvm))
+        SnapshotCalls(self.migrations).register(cast(Link, self.kvm))
 
     async def _notice(self, what: str, vm: str, reason: str) -> None:
         self.notices.append((what, vm, reason))
@@ -370,7 +378,7 @@ def played_image(key: RSAPrivateKey, kernel: bytes, files: dict[str, bytes]) -> 
     return make_image(pem, kernel, MEMORY_BYTES, files)
 
 
-def vm_entry(*, secure_allowed: bool = True, time: str = "wall") -> VmEntry:
+def vm_entry(*, secure_allowed: bool = True, time: str = "wall", restoring: bool = False) -> VmEntry:
     """The entry of `vm1` with LPID and MEMORY_BYTES."""
     return VmEntry(
         name="vm1",
@@ -384,15 +392,22 @@ def vm_entry(*, secure_allowed: bool = True, time: str = "wall") -> VmEntry:
         guest=GuestEntry(),
         disks=[],
         devices=[],
+        restoring=restoring,
     )
 
 
 @contextmanager
 def ultravisor_rig(
-    nursery: trio.Nursery, key: RSAPrivateKey, secure_memory_bytes: int = 64 << 20, host: Host | None = None
+    nursery: trio.Nursery,
+    key: RSAPrivateKey,
+    secure_memory_bytes: int = 64 << 20,
+    host: Host | None = None,
+    ledger_fd: int | None = None,
+    *,
+    restoring: bool = False,
 ) -> Iterator[UltravisorRig]:
     """A rig, closed at the end."""
-    rig = UltravisorRig(nursery, key, secure_memory_bytes, host)
+    rig = UltravisorRig(nursery, key, secure_memory_bytes, host, ledger_fd, restoring=restoring)
     try:
         yield rig
     finally:

@@ -15,18 +15,14 @@ import trio
 from protocol import ucalls as u
 from protocol.declare import Call
 from protocol.errors import MalformedMessage, PefboxError
-from protocol.geometry import PAGE_BYTES
 from services.qemu.migration.channel import BulkChannel
 from services.qemu.migration.hello import hello_of, printable, why_not
+from services.qemu.migration.inflow import Inflow
 from services.qemu.migration.kvm_port import KvmPort, until_answered
 from services.qemu.migration.machine import MovableMachine
-from services.qemu.migration.places import KVM_STATE, KVM_STATE_ROOM_BYTES, RECORD
-from services.qemu.migration.stream import MAX_STATE_BYTES, Frame, FrameKind, Hello, StatePart
-from shared.page_batch import decode_pages
+from services.qemu.migration.places import RECORD
+from services.qemu.migration.stream import Frame, FrameKind, Hello
 from shared.stream_buffer import StreamBuffer
-
-_STATES = frozenset({"devices", "kvm"})
-_ZEROS = bytes(PAGE_BYTES)
 
 
 class ArrivalStatus(Enum):
@@ -55,15 +51,10 @@ class DestinationMigration:
         say: Callable[[ArrivalStatus], None],
     ) -> None:
         self._machine, self._kvm, self._stream, self._channel, self._say = machine, kvm, stream, channel, say
-        self._n_pages = machine.vm.memory_bytes // PAGE_BYTES
+        self._inflow = Inflow(machine, kvm, stream)
         self._hello: Hello | None = None
-        self._states: dict[str, bytearray] = {}
-        self._whole: set[str] = set()
-        self._checked = False
         self._loaded = False
         self._runs = False
-        self._written: set[int] = set()
-        """GFNs that something came for: only those can hold another content than zeros."""
 
     async def run(self) -> None:
         """Take the VM; returns when it runs here. Raises ArrivalFailed or another PefboxError: it never will."""
@@ -118,63 +109,23 @@ class DestinationMigration:
     async def _shake_hands(self) -> None:
         offer = (await self._expect(FrameKind.HANDSHAKE)).payload
         await self._channel.send(FrameKind.HANDSHAKE, await self._exchange(u.UV_IMPORT_OFFER, offer))
-        await self._give(u.UV_IMPORT_CONFIRM, (await self._expect(FrameKind.HANDSHAKE)).payload)
+        await self._inflow.give(u.UV_IMPORT_CONFIRM, (await self._expect(FrameKind.HANDSHAKE)).payload)
 
     # -- what comes -------------------------------------------------------------------------------------------
 
     async def _receive(self, *, secure: bool) -> None:
-        while not self._whole >= _STATES or (secure and not self._checked):
-            frame = await self._next()
-            if frame.kind is FrameKind.RECORD and secure:
-                (checked,) = await self._give(u.UV_IMPORT_RECORD, frame.payload)
-                self._checked = bool(checked)
-            elif frame.kind is FrameKind.PAGES:
-                self._take_pages(frame.payload)
-            elif frame.kind is FrameKind.STATE:
-                self._take_part(StatePart.decode(frame.payload))
-            elif frame.kind is not FrameKind.ROUND_END:
-                raise MalformedMessage(f"the source sent {frame.kind.name} among the pages")
-
-    def _take_pages(self, payload: memoryview) -> None:
-        for page in decode_pages(payload, PAGE_BYTES):
-            if page.gfn >= self._n_pages:
-                raise MalformedMessage(f"gfn {page.gfn:#x} is outside the VM")
-            if page.content:
-                self._machine.write_page(page.gfn, page.content)
-                self._written.add(page.gfn)
-            elif page.gfn in self._written:
-                self._machine.write_page(page.gfn, _ZEROS)
-
-    def _take_part(self, part: StatePart) -> None:
-        if part.name not in _STATES or part.name in self._whole:
-            raise MalformedMessage(f"a part of the state {part.name!r}, which has none")
-        data = self._states.setdefault(part.name, bytearray())
-        if len(data) + len(part.data) > MAX_STATE_BYTES:
-            raise MalformedMessage(f"more than {MAX_STATE_BYTES} bytes of the state {part.name!r}")
-        data += part.data
-        if part.last:
-            self._whole.add(part.name)
+        while not self._inflow.is_whole(secure=secure):
+            await self._inflow.take(await self._next(), secure=secure)
 
     # -- loading ----------------------------------------------------------------------------------------------
 
     async def _load(self, *, secure: bool) -> None:
-        devices, kvm = bytes(self._states.pop("devices")), bytes(self._states.pop("kvm"))
-        if len(kvm) > KVM_STATE_ROOM_BYTES:
-            raise MalformedMessage(f"{len(kvm)} bytes of kvm's state")
-        await self._machine.make_windows(devices)
-        self._stream.write(KVM_STATE, kvm)
-        await self._kvm.load(KVM_STATE, len(kvm))
-        await self._machine.load_devices(devices)
+        await self._inflow.load()
         if not secure:
             self._loaded = True
             await self._channel.send(FrameKind.READY, b"")
             return
-        (n_bytes,) = await self._kvm.ucall(u.UV_IMPORT_READY, RECORD)
-        ready = self._stream.read(RECORD, n_bytes)
-        if not self._machine.is_running:
-            # kvm holds the processor, too, so that it stands still when the ultravisor lets it go.
-            await self._kvm.go_on()
-            await self._kvm.stop()
+        ready = await self._inflow.load_secure()
         self._loaded = True
         await self._channel.send(FrameKind.RECORD, ready)
 
@@ -237,12 +188,8 @@ class DestinationMigration:
 
     async def _exchange(self, step: Call, message: memoryview) -> bytes:
         """Give the ultravisor a message of the other one; what it says to it."""
-        (n_bytes,) = await self._give(step, message)
+        (n_bytes,) = await self._inflow.give(step, message)
         return self._stream.read(RECORD, n_bytes)
-
-    async def _give(self, step: Call, message: memoryview) -> list[int]:
-        self._stream.write(RECORD, message)
-        return await self._kvm.ucall(step, RECORD, len(message))
 
     async def _next(self) -> Frame:
         frame = await self._channel.receive()

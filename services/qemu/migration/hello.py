@@ -32,18 +32,18 @@ def capabilities_of(vm: VmEntry) -> list[str]:
     return [*devices, f"kernel: {vm.guest.kernel}", f"time: {vm.time}", f"dma: {_digest(vm.dma)}"]
 
 
-def why_not(theirs: Hello, ours: Hello) -> str | None:
-    """Why a machine that says `theirs` cannot arrive where `ours` is said; None when it can."""
+def why_not(theirs: Hello, ours: Hello, there: str = "at the source") -> str | None:
+    """Why a machine that says `theirs` cannot arrive where `ours` is said; None when it can; `there` is the other."""
     if theirs.version != VERSION:
-        return f"the source speaks version {theirs.version} of the migration stream, here it is {VERSION}"
+        return f"the migration stream {there} is of version {theirs.version}, here it is {VERSION}"
     for what in ("machine", "vm", "page_bytes", "n_pages"):
         if getattr(theirs, what) != getattr(ours, what):
-            return f"{what} is {getattr(theirs, what)!r} at the source and {getattr(ours, what)!r} here"
+            return f"{what} is {getattr(theirs, what)!r} {there} and {getattr(ours, what)!r} here"
     missing = [capability for capability in theirs.capabilities if capability not in ours.capabilities]
     if missing:
-        return f"not here as at the source: {missing[0]}"
+        return f"not here as {there}: {missing[0]}"
     more = [capability for capability in ours.capabilities if capability not in theirs.capabilities]
-    return f"not at the source as here: {more[0]}" if more else None
+    return f"not {there} as here: {more[0]}" if more else None
 
 
 def printable(text: memoryview) -> str:

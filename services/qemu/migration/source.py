@@ -24,24 +24,21 @@ from services.qemu.migration.channel import BulkChannel
 from services.qemu.migration.hello import hello_of, printable
 from services.qemu.migration.kvm_port import KvmPort, StepRefused, until_answered
 from services.qemu.migration.machine import MovableMachine
+from services.qemu.migration.outflow import Outflow
 from services.qemu.migration.pacing import NS, Pacer
 from services.qemu.migration.parameters import MigrationParameters
-from services.qemu.migration.places import DIRTY, KVM_STATE, KVM_STATE_ROOM_BYTES, RECORD
+from services.qemu.migration.places import DIRTY, RECORD
 from services.qemu.migration.precopy import Next, Precopy, Progress
 from services.qemu.migration.status import MigrationStatus
-from services.qemu.migration.stream import Frame, FrameKind, parts_of
-from services.runtime.first_error import first_error_nursery
+from services.qemu.migration.stream import Frame, FrameKind
 from shared.gfn_bitmap import gfns_of
 from shared.host_view import HostState
-from shared.page_batch import Page, encode_pages
 from shared.stream_buffer import StreamBuffer
 
 READY_SECONDS = 60.0
 """For the destination to load everything; until then the VM goes on here if it does not."""
 WORD_SECONDS = 20.0
 """For its word that the VM runs there; without it nobody here knows."""
-_PAGES_A_FRAME = 16
-_MAX_ZERO_PAGES = 1024
 
 
 class MigrationFailed(PefboxError):
@@ -80,6 +77,7 @@ class SourceMigration:
         self.times = Times()
         self._machine, self._kvm, self._stream, self._channel, self._say = machine, kvm, stream, channel, say
         self._secure = machine.secure
+        self._outflow = Outflow(machine, kvm, stream, channel, self._spent, secure=self._secure)
         self._n_pages = machine.vm.memory_bytes // PAGE_BYTES
         self._precopy = Precopy(self._n_pages, PAGE_BYTES, parameters.downtime_limit, self.times.began)
         self._pacer = Pacer(parameters.max_bandwidth, self.times.began)
@@ -162,51 +160,11 @@ class SourceMigration:
                 return
 
     async def _send_round(self) -> None:
-        await self._send_own_pages()
-        if self._secure:
-            await self._send_secure_pages()
-        await self._channel.send(FrameKind.ROUND_END, b"")
-
-    async def _send_own_pages(self) -> None:
-        wanted = HostState.SHARED if self._secure else HostState.PRESENT
-        ram, view, touched = self._machine.ram, self._machine.host_view, self._machine.touched()
-        batch: list[Page] = []
-        n_data = 0
-        for gfn in self._owed:
-            # What a guest has taken back or given away meanwhile is no content of the host's. A store to an untouched
-            # frame from here on has it sent again.
-            has_content = view[gfn] == wanted and touched[gfn]
-            page = Page.of(gfn, ram[gfn * PAGE_BYTES : (gfn + 1) * PAGE_BYTES]) if has_content else Page(gfn, b"")
-            batch.append(page)
-            n_data += bool(page.content)
-            if n_data == _PAGES_A_FRAME or len(batch) == _MAX_ZERO_PAGES:
-                await self._send_batch(batch, n_data)
-                batch, n_data = [], 0
-        if batch:
-            await self._send_batch(batch, n_data)
+        await self._outflow.send_own_pages(self._owed)
         self._owed = []
-
-    async def _send_batch(self, batch: list[Page], n_data: int) -> None:
-        n_bytes = await self._channel.send(FrameKind.PAGES, *encode_pages(batch))
-        await self._spent(n_bytes, len(batch) - n_data, n_data)
-
-    async def _send_secure_pages(self) -> None:
-        """While a record is on its way the ultravisor makes the next one."""
-        send, receive = trio.open_memory_channel[tuple[bytes, int, int]](1)
-        async with first_error_nursery() as nursery:
-            nursery.start_soon(self._fetch_records, send)
-            async with receive:
-                async for record, n_zero, n_data in receive:
-                    n_bytes = await self._channel.send(FrameKind.RECORD, record)
-                    await self._spent(n_bytes, n_zero, n_data)
-
-    async def _fetch_records(self, send: trio.MemorySendChannel[tuple[bytes, int, int]]) -> None:
-        async with send:
-            while True:
-                n_bytes, n_zero, n_data, _ = await self._kvm.ucall(u.UV_EXPORT_PAGES, RECORD)
-                if not n_bytes:
-                    return
-                await send.send((self._stream.read(RECORD, n_bytes), n_zero, n_data))
+        if self._secure:
+            await self._outflow.send_secure_pages()
+        await self._channel.send(FrameKind.ROUND_END, b"")
 
     async def _spent(self, n_bytes: int, n_zero: int, n_data: int) -> None:
         self._precopy.sent(n_bytes, zero_pages=n_zero, data_pages=n_data)
@@ -253,20 +211,8 @@ class SourceMigration:
         last.update(await self._kvm.written(self._n_pages))
         self._owed = [gfn for gfn in sorted(last) if not self._secure or gfn in self._shared]
         await self._send_round()
-        await self._send_state()
+        await self._outflow.send_state()
         await self._hand_over()
-
-    async def _send_state(self) -> None:
-        n_bytes = await self._kvm.save(KVM_STATE, KVM_STATE_ROOM_BYTES)
-        devices = self._machine.save_devices()
-        for name, data in (("devices", devices), ("kvm", self._stream.read(KVM_STATE, n_bytes))):
-            for part in parts_of(name, data):
-                await self._channel.send(FrameKind.STATE, part)
-        more = self._secure
-        while more:
-            n_bytes, more_flag = await self._kvm.ucall(u.UV_EXPORT_STATE, RECORD)
-            await self._channel.send(FrameKind.RECORD, self._stream.read(RECORD, n_bytes))
-            more = bool(more_flag)
 
     async def _hand_over(self) -> None:
         with trio.move_on_after(READY_SECONDS) as scope:

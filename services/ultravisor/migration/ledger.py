@@ -1,8 +1,10 @@
-"""The decisions of migrations that must outlive a crash of the ultravisor that took them.
+"""The decisions of migrations and snapshots that must outlive a crash of the ultravisor that took them.
 
 Two decide who runs the VM: the source's GIVEN (the destination may start, the source may not) and the destination's
 STARTED (it did). Each is stored before anything follows from it. What a destination has not stored as STARTED it can
 never start after a crash, since keys and pages are gone; so a promise not to start needs no entry.
+
+Of a snapshot it is SAVED (the VM is in it, and runs here no more), then RESTORED or VOID: `snapshot.book`.
 """
 
 from __future__ import annotations
@@ -21,15 +23,20 @@ _MAX_LEDGER_BYTES = 16 << 20
 
 
 class Decision(Enum):
-    """What was decided about one migration."""
+    """What was decided about one migration or snapshot."""
 
     GIVEN = "given"
     STARTED = "started"
     CLOSED = "closed"
+    SAVED = "saved"
+    RESTORED = "restored"
+    VOID = "void"
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One decision: `session` in hex names the migration, `peer` is the identity of the other ultravisor, in hex."""
+    """One decision: `session` in hex names the migration or snapshot, `peer` is the identity of the other ultravisor,
+    of a snapshot the own, in hex.
+    """
 
     session: str
     vm: str
@@ -101,6 +108,15 @@ class FileLedger:
     def open_entries(self) -> list[Entry]:
         """Tokens that were given and never answered: what an operator may have to resolve."""
         return [entry for entry in self._entries.values() if entry.decision is Decision.GIVEN]
+
+    def of_vm(self, vm: str) -> list[Entry]:
+        """The newest entry of each migration and snapshot of a VM, in the order in which these began.
+
+        What a failed write left behind counts, too. Raises HostFault when that cannot be read.
+        """
+        if self._torn:
+            self._scan()
+        return [entry for entry in self._entries.values() if entry.vm == vm]
 
     def _take_back(self, cause: OSError) -> None:
         try:

@@ -24,7 +24,7 @@ class Reason(Enum):
     NO_ROOM = "the destination has too little secure memory"
     MALFORMED = "a message is malformed"
     NOT_NEXT = "a record was dropped, repeated or reordered"
-    NOT_GENUINE = "a record was altered, or is of another migration or direction"
+    NOT_GENUINE = "a record was altered, or is of another migration, snapshot or direction"
     OUT_OF_PLACE = "a record came where the migration has no place for it"
     NOT_NEWEST = "a page did not arrive in its newest version"
     NOT_WHOLE = "the state did not arrive whole"
@@ -33,6 +33,14 @@ class Reason(Enum):
     NOT_THIS_VM = "what comes is not the VM that is expected here"
     NO_IDENTITY = "this host has no identity for migrations"
     NOT_STARTED = "the guest did not take over its state"
+    SNAPSHOT_VERSION = "the snapshot is of another version"
+    ELSEWHERE = "the snapshot was taken by another ultravisor"
+    NOT_SAVED = "this ultravisor has not completed this snapshot, or it was altered"
+    RESTORED_BEFORE = "the snapshot was restored already, and the secure VM ran on since"
+    BEGAN_SINCE = "the secure VM was started again since the snapshot"
+    OLDER_SNAPSHOT = "a newer snapshot of the secure VM was taken"
+    NOT_RESTORING = "the VM is not being restored from a snapshot"
+    DEBUGGED = "a debugger may be attached here, which the secure VM did not allow when it was saved"
     NOT_STORED = "the decision cannot be stored, so it was not taken"
 
 
