@@ -18,6 +18,7 @@ COMMANDS = {
     "dumpxml": "deploy.cli_manage:dumpxml",
     "logs": "deploy.cli_logs:logs",
     "calls": "deploy.cli_logs:calls",
+    "trace": "deploy.cli_trace:trace",
     "page": "deploy.cli_vm:page",
     "console": "deploy.cli_vm:console",
     "qmp": "deploy.cli_vm:qmp",

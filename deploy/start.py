@@ -121,11 +121,11 @@ def add_shared_files(vm: str, files: OpenFiles) -> None:
 
 
 def open_process_files(run: ClusterRun, processes: Iterable[ProcessPlan], files: OpenFiles) -> None:
-    """Logs, records, audit logs, disks and images, by name and target."""
+    """Logs, traces, audit logs, disks and images, by name and target."""
     for process in processes:
         target = process.target
         files.add(f"log@{target}", _open_appending(run.paths.log_file(target)))
-        files.add(f"record@{target}", _open_appending(run.paths.record_file(target)))
+        files.add(f"trace@{target}", _open_appending(run.paths.trace_file(process.place)))
         if process.role is Role.ULTRAVISOR:
             files.add(f"audit@{target}", open_audit_file(run.paths.state_dir, process.host))
             files.add(f"ledger@{target}", open_ledger(run.paths.ledger(process.host)))

@@ -16,7 +16,7 @@ from protocol.errors import MalformedMessage, UnexpectedMessage
 from protocol.links import LinkKind
 from protocol.roles import Role
 from protocol.wire import Envelope, MessageKind, decode, encode
-from services.runtime.recorder import Tap
+from services.runtime.tracer import Tap
 
 # As plain integers: an operation on the library's enums costs as much as a call into it.
 _NOBLOCK = int(zmq.NOBLOCK)
@@ -40,6 +40,7 @@ class LinkEnd:
         self.peer = peer
         self.peer_state = "up"
         self.tap: Tap | None = None
+        """Set and taken away by another thread: looked at once for each message."""
         self._inbound = kind.inbound(Role.GUEST)
         self._correlations = itertools.count(1)
 
@@ -73,8 +74,9 @@ class LinkEnd:
         self._unlooked = True
         if self._get(_RCVMORE):
             self._refuse_parts(frame)
-        if self.tap is not None:
-            self.tap(self.id, "in", (frame,))
+        tap = self.tap
+        if tap is not None:
+            tap(False, (frame,))
         envelope = decode(frame)
         if envelope.kind is not MessageKind.REPLY and envelope.number not in self._inbound:
             raise UnexpectedMessage(f"number {envelope.number:#x} is not carried in this direction")
@@ -84,14 +86,16 @@ class LinkEnd:
         frames = [first]
         while self._get(_RCVMORE):
             frames.append(self._recv())
-        if self.tap is not None:
-            self.tap(self.id, "in", frames)
+        tap = self.tap
+        if tap is not None:
+            tap(False, frames)
         raise MalformedMessage(f"{len(frames)} frames where one is declared")
 
     def _send(self, kind: MessageKind, number: int, correlation: int, cause: int, body: Any) -> bool:  # noqa: ANN401
         frame = encode(kind, number, correlation, cause, body)
-        if self.tap is not None:
-            self.tap(self.id, "out", (frame,))
+        tap = self.tap
+        if tap is not None:
+            tap(True, (frame,))
         self._unlooked = True
         try:
             self._put(frame, _NOBLOCK)

@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 
 from protocol import messages as m
+from protocol.causes import first_cause
 from protocol.codes import HCode, UCode
 from protocol.declare import Reg
 from protocol.errors import GuestFault, PeerError
@@ -109,7 +110,7 @@ class Processor:
         self._in_engine = False
         self._deferred: list[tuple[LinkEnd, Envelope]] = []
         self._generation = 0
-        self._next_cause = 1
+        self._next_cause = first_cause(memory.lpid, 0)
         self._replies: dict[tuple[LinkEnd, int], Envelope | None] = {}
         self._resume_with: list[int] | None = None
         self._again: MmioLoad | MmioStore | None = None
@@ -129,6 +130,10 @@ class Processor:
     def start_thread(self) -> None:
         """Begin to serve; the processor is off until it is started."""
         self._thread.start()
+
+    def count_causes_from(self, cause: int) -> None:
+        """The next call has the cause after `cause`; before the thread runs."""
+        self._next_cause = cause
 
     def post(self, action: Callable[[], None]) -> None:
         """Have `action` run in the processor's thread, soon."""
@@ -295,7 +300,7 @@ class Processor:
         self.crash_reason = reason
         self._log.error("guest crashed", reason=reason)
         body = m.CrashBody(_VCPU, reason[:512])
-        self._hypervisor().send_event(m.GUEST_CRASHED.number, body, 0)
+        self._hypervisor().send_event(m.GUEST_CRASHED.number, body, self._new_cause())
 
     def _hypervisor(self) -> LinkEnd:
         """Where `sc 1` and faults go."""
@@ -356,7 +361,7 @@ class Processor:
 
     def _new_cause(self) -> int:
         self._next_cause += 1
-        return self._memory.lpid << 48 | self._next_cause
+        return self._next_cause
 
     def resolve_fault(self, gfn: int, access: Access) -> None:
         """Have the map give `gfn`; called by the address space from inside the engine. Raises GuestFault."""

@@ -95,7 +95,7 @@ class Arrival:
         session = self._handshake.take_confirm(raw)
         partition = self._partition
         try:
-            svm = Svm(partition.name, partition.lpid, partition.entry.incarnation, partition.ram, self._account)
+            svm = partition.make_svm(self._account)
         except HostFault as fault:
             raise MigrationRefused(Reason.NO_ROOM, str(fault)) from None
         sealer, opener = ends_at_destination(session)

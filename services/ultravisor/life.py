@@ -70,7 +70,7 @@ class SvmLife:
         if partition.svm is not None:
             return [UCode.U_RETRY]
         try:
-            svm = Svm(partition.name, partition.lpid, partition.entry.incarnation, partition.ram, self._account)
+            svm = partition.make_svm(self._account)
         except HostFault as fault:
             self._note_refusal(partition, str(fault))
             return [UCode.U_PARAMETER]

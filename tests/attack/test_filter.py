@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deploy.calls_view import RecordedFrame, RecordReader
+from deploy.trace.reader import FrameReader, SeenFrame
 from protocol.codes import HCode, RtasStatus, UCode
 from protocol.declare import Caller
 from protocol.geometry import PAGE_BYTES, gpa_of
@@ -47,8 +47,8 @@ def own_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
 
 def frames(rig: Rig, target: str, kind: str) -> list[tuple[str, Envelope]]:
     """Direction and envelope of every recorded frame of a process on its links of one kind."""
-    reader = RecordReader(rig.cluster.paths.record_file(target))
-    found: list[RecordedFrame] = [entry for entry in reader.read() if entry.link.partition(":")[2].startswith(kind)]
+    reader = FrameReader(rig.cluster.paths.trace_file(target))
+    found: list[SeenFrame] = [entry for entry in reader.read() if entry.link.partition(":")[2].startswith(kind)]
     return [(entry.direction, decode(entry.frame)) for entry in found]
 
 

@@ -1,0 +1,88 @@
+"""The events of several files in the order of their time."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from deploy.run_dirs import file_stem
+from deploy.trace.events import Event, EventDecoder
+from deploy.trace.filters import Filter, check_names
+from deploy.trace.reader import TraceReader, trace_files
+from protocol import trace as t
+
+
+class Trace:
+    """A file, or all files of a directory; `events` may be called again while they grow."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._sources = [(TraceReader(path), EventDecoder(_moved_to(path))) for path in files]
+
+    def events(self) -> Iterator[Event]:
+        """What was added since the last time, in order; raises TraceDamaged."""
+        return heapq.merge(*(_events(*source) for source in self._sources), key=lambda event: event.t_ns)
+
+
+class Survey(msgspec.Struct, frozen=True):
+    """What a trace is of: processes with how their recording began, VMs with their clock, its last moment.
+
+    `cut` are files that end inside an entry, and how many bytes of it they have.
+    """
+
+    began: dict[str, t.Began]
+    clocks: dict[str, str]
+    last_ns: int
+    cut: dict[Path, int]
+
+
+def survey(files: list[Path]) -> Survey:
+    """Look through files once, without decoding messages; raises TraceDamaged."""
+    began: dict[str, t.Began] = {}
+    clocks: dict[str, str] = {}
+    cut: dict[Path, int] = {}
+    last_ns = 0
+    for path in files:
+        reader = TraceReader(path)
+        for entry in reader.read():
+            if isinstance(entry, t.Began):
+                began[_moved_to(path) or entry.process] = entry
+            elif isinstance(entry, t.VmKnown):
+                clocks[entry.name] = entry.time
+            elif not isinstance(entry, t.LinkOpened):
+                last_ns = max(last_ns, entry.t_ns)
+        if reader.n_cut_bytes:
+            cut[path] = reader.n_cut_bytes
+    return Survey(began, clocks, last_ns, cut)
+
+
+class Selection:
+    """The events of a trace that a filter lets through. Raises UserError for a name that the trace does not have."""
+
+    def __init__(self, where: Path, filter_: Filter) -> None:
+        self._files = trace_files(where)
+        self._filter = filter_
+        self.survey = survey(self._files)
+        check_names(filter_, self.survey.clocks, self.survey.began)
+
+    def __iter__(self) -> Iterator[Event]:
+        since_ns = self._filter.since_ns
+        oldest_ns = 0 if since_ns is None else self.survey.last_ns - since_ns
+        events = Trace(self._files).events()
+        return (event for event in events if event.t_ns >= oldest_ns and self._filter.passes(event))
+
+
+def _events(reader: TraceReader, decoder: EventDecoder) -> Iterator[Event]:
+    for entry in reader.read():
+        event = decoder.event(entry)
+        if event is not None:
+            yield event
+
+
+def _moved_to(path: Path) -> str | None:
+    """`vm1/qemu.1` for the file of a process that took a VM in: its target alone is that of the other host's."""
+    owner, _, rest = path.stem.partition(".")
+    role, _, move = rest.partition(".")
+    return f"{owner}/{role}.{move}" if move and path.stem == file_stem(f"{owner}/{role}.{move}") else None
