@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from deploy.client import connect
 from deploy.logs_view import LogReader, as_text, in_order, log_files
 from deploy.trace.events import Event
 from deploy.trace.filters import Filter
-from deploy.trace.merge import Trace
+from deploy.trace.merge import Tail, Trace
 from deploy.trace.recording import flush, paths_of, recording
+from deploy.trace.show import each_message_once
 from protocol.errors import UserError
 
 _POLL_SECONDS = 0.1
@@ -67,26 +68,23 @@ def calls(vm: str, follow: bool, cluster: str | None, state_dir: Path | None, as
         targets = [f"{host_of(status, vm)}/{role}" for role in ("kvm", "ultravisor")]
         paths = paths_of(client, status)
         trace = Trace([paths.trace_file(target) for target in targets])
-        show = _shower(trace, Filter(vm=vm), as_json)
         if follow:
+            tail = Tail(trace)
             with recording(client, targets):
-                _repeat(show)
+                _repeat(lambda: _show_calls(tail.settled(time.monotonic_ns()), vm, targets, as_json=as_json))
         flush(client, targets)
         if not any(paths.trace_file(target).stat().st_size for target in targets):
             raise UserError("nothing was recorded: start with `up --record`, or see live calls with -f")
-        show()
+        _show_calls(trace.events(), vm, targets, as_json=as_json)
 
 
-def _shower(trace: Trace, filter_: Filter, as_json: bool) -> Callable[[], None]:
-    """The upper end of each link shows: so each message does once, and the guest need not record."""
-
-    def show() -> None:
-        for event in trace.events():
-            if event.is_message and filter_.passes(event):
-                row = _row(event)
-                click.echo(json.dumps(row) if as_json else printable(_line(row)))
-
-    return show
+def _show_calls(events: Iterable[Event], vm: str, targets: list[str], *, as_json: bool) -> None:
+    """Each message once, and the guest need not record."""
+    filter_ = Filter(vm=vm)
+    for event in each_message_once(iter(events), targets, filter_):
+        if event.is_message and filter_.passes(event):
+            row = _row(event)
+            click.echo(json.dumps(row) if as_json else printable(_line(row)))
 
 
 def _row(event: Event) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def show(
 
 
 def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
-    from deploy.trace.merge import Trace
+    from deploy.trace.merge import Tail, Trace
     from deploy.trace.recording import paths_of, recording, targets_of
     from deploy.trace.show import each_message_once
 
@@ -133,9 +133,11 @@ def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
         trace = Trace([paths.trace_file(target) for target in targets])
         for _ in trace.events():
             """What is there already is not what comes."""
+        tail = Tail(trace)
         with recording(client, targets):
             while True:
-                for event in each_message_once(trace.events(), set(targets), filter_):
+                events = iter(tail.settled(time.monotonic_ns()))
+                for event in each_message_once(events, set(targets), filter_):
                     if filter_.passes(event):
                         _print(event, as_json=as_json)
                 sys.stdout.flush()

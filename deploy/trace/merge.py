@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from deploy.trace.events import Event, EventDecoder
 from deploy.trace.filters import Filter, check_names
 from deploy.trace.reader import TraceReader, trace_files
 from protocol import trace as t
+from services.runtime.tracer import FLUSH_SECONDS
 
 
 class Trace:
@@ -24,6 +26,22 @@ class Trace:
     def events(self) -> Iterator[Event]:
         """What was added since the last time, in order; raises TraceDamaged."""
         return heapq.merge(*(_events(*source) for source in self._sources), key=lambda event: event.t_ns)
+
+
+class Tail:
+    """The events of files that grow, in order: one is kept back until no process can have an earlier one to write."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._kept: list[Event] = []
+        self._age_ns = int(2 * FLUSH_SECONDS * 1e9)
+
+    def settled(self, now_ns: int) -> list[Event]:
+        """Those that were added since the last time and are in order now; `now_ns` is monotonic."""
+        events = sorted([*self._kept, *self._trace.events()], key=lambda event: event.t_ns)
+        n = bisect_right(events, now_ns - self._age_ns, key=lambda event: event.t_ns)
+        self._kept = events[n:]
+        return events[:n]
 
 
 class Survey(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from protocol.roles import Role
 MAX_LINES = 200
 """A diagram with more is none."""
 _ORDER = [role.value for role in (Role.GUEST, Role.ULTRAVISOR, Role.KVM, Role.QEMU)]
-_ESCAPES = str.maketrans({";": "#59;", "#": "#35;", "<": "#lt;", ">": "#gt;"})
+_ESCAPES = str.maketrans({";": "#59;", "#": "#35;", "<": "#lt;"})
 _NS_PER_US = 1000
 
 

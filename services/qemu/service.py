@@ -165,6 +165,7 @@ class Qemu:
             self._runtime.log,
             self._migration_status,
             lambda host: self._runtime.notice("migrate", vm.name, host),
+            self._runtime.tracer,
         )
         control.set_shape(self._shapes.migration)
         self._migration_monitor = MigrationMonitor(control, PAGE_BYTES)
