@@ -2,6 +2,7 @@
 
 For each pair of processes what one of them sent the other is compared in its order: name, arguments, result of every
 call, and every event. The two directions are compared apart, as nothing orders them but time, which no two runs share.
+Calls of one name that one cause makes side by side (the pages of a share) have no order among themselves.
 The VM's own time is compared where both runs count it in instructions. Ids are not: correlation and cause number
 messages, and a cookie is random, as is what a private call gives.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ class Said(msgspec.Struct):
     result: str | None = None
     """Of a call that was answered: code and outputs."""
     is_private: bool = False
+    cause: int = 0
 
     def line(self) -> str:
         """For people."""
@@ -101,10 +104,22 @@ def _said(events: Iterable[Event], survey: Survey, repeatable: set[str]) -> dict
         call = HCALLS.by_number.get(event.number or -1) or UCALLS.by_number.get(event.number or -1)
         time_ns = event.time_ns if event.vm in repeatable else None
         one = Said(event.t_ns, event.name, event.text, event.values, time_ns, is_private=bool(call and call.private))
+        one.cause = event.cause
         said[event.link, sender, receiver].append(one)
         if event.kind is EventKind.CALL:
             waiting[event.process, event.link, event.outward, event.correlation] = one
-    return dict(said)
+    return {key: _ordered(messages) for key, messages in said.items()}
+
+
+def _ordered(messages: list[Said]) -> list[Said]:
+    """With those that nothing orders in an order of their own."""
+    ordered: list[Said] = []
+    for (_, cause), group in groupby(messages, key=lambda one: (one.name, one.cause)):
+        together = list(group)
+        if cause:
+            together.sort(key=lambda one: one.text)
+        ordered += together
+    return ordered
 
 
 def _take_answer(waiting: dict[tuple[str, str, bool, int | None], Said], event: Event) -> None:
