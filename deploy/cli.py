@@ -14,6 +14,7 @@ COMMANDS = {
     "up": "deploy.cli_cluster:up",
     "ps": "deploy.cli_cluster:ps",
     "status": "deploy.cli_cluster:status",
+    "top": "deploy.cli_top:top",
     "capabilities": "deploy.cli_manage:capabilities",
     "dumpxml": "deploy.cli_manage:dumpxml",
     "logs": "deploy.cli_logs:logs",

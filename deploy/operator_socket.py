@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import trio
 
+from deploy.activity import gather_activity
 from deploy.can_migrate import why_not
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun
@@ -41,6 +42,7 @@ class OperatorSocket:
         self._token = secrets.token_hex(16)
         self._orders: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
             "status": self._status,
+            "activity": self._activity,
             "host": self._host,
             "vm": self._vm,
             "query": self._query,
@@ -98,6 +100,9 @@ class OperatorSocket:
 
     async def _status(self, _arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         return await gather_status(self._run)
+
+    async def _activity(self, _arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return await gather_activity(self._run)
 
     async def _host(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         return await describe_host(self._run, str(arguments["host"]))

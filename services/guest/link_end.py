@@ -6,7 +6,6 @@ class only sends, receives without waiting, and pairs replies with calls.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -42,11 +41,12 @@ class LinkEnd:
         self.tap: Tap | None = None
         """Set and taken away by another thread: looked at once for each message."""
         self._inbound = kind.inbound(Role.GUEST)
-        self._correlations = itertools.count(1)
+        self.n_calls = 0
+        """Made so far; the last one's correlation id."""
 
     def send_call(self, number: int, body: Any, cause: int) -> int | None:  # noqa: ANN401
         """Send a call; its correlation id, or None when the peer takes no more messages."""
-        correlation = next(self._correlations)
+        self.n_calls = correlation = self.n_calls + 1
         return correlation if self._send(MessageKind.CALL, number, correlation, cause, body) else None
 
     def send_event(self, number: int, body: Any, cause: int) -> None:  # noqa: ANN401

@@ -144,9 +144,13 @@ class Processor:
         state = state if state in LOST_STATES else "up"
         if state != end.peer_state:
             end.peer_state = state
-            open_calls = sum(1 for other, _ in self._replies if other is end)
+            open_calls = self.open_calls(end)
             event = "peer lost" if state != "up" else "peer is up again"
             self._log.warning(event, peer=end.peer, state=state, open_calls=open_calls)
+
+    def open_calls(self, end: LinkEnd) -> int:
+        """Calls to a peer that it has not answered; for any thread."""
+        return sum(1 for other, _ in list(self._replies) if other is end)
 
     def quit(self) -> None:
         """Leave the loop, after everything that was posted before."""

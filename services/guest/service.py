@@ -138,9 +138,25 @@ class Guest:
     def queries(self) -> dict[str, Query]:
         """By name."""
         return {
+            "statistics": self._statistics,
             "page.guest": self._page_guest,
             "vm.status": self._vm_status,
             "bench": self._bench,
+        }
+
+    async def _statistics(self, _arguments: dict[str, Any]) -> dict[str, dict[str, int | str]]:
+        """As that of a process whose links are under trio. Orders are served at once, and none of its calls queues."""
+        processor = self._processor
+        return {
+            end.id: {
+                "peer": end.peer,
+                "calls": end.n_calls,
+                "open_calls": 0 if processor is None else processor.open_calls(end),
+                "serving": 0,
+                "queued": 0,
+                "refused": 0 if processor is None else processor.refused,
+            }
+            for end in self._ends
         }
 
     async def _page_guest(self, arguments: dict[str, Any]) -> dict[str, Any]:

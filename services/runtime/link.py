@@ -227,6 +227,18 @@ class Link:
         """Calls of this side that wait for a reply."""
         return len(self._pending)
 
+    def statistics(self) -> dict[str, int | str]:
+        """For the operator: calls made so far, those that wait for a reply, those of the peer that are being served,
+        messages that it has not taken, and what was refused of it."""
+        return {
+            "peer": self.peer,
+            "calls": self._next_correlation - 1,
+            "open_calls": self.open_calls,
+            "serving": self._open_tasks,
+            "queued": self._channel.n_queued,
+            "refused": self.refused,
+        }
+
     async def _ask(self, number: int, body: Any, cause: int) -> msgspec.Raw:  # noqa: ANN401
         if self.peer_state != "up":
             raise PeerGone(self.peer, self.peer_state)

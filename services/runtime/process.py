@@ -355,8 +355,7 @@ class _ControlLoop:
         await self._end.send(control.Answer(query.id, result))
 
     async def _statistics(self, _arguments: dict[str, Any]) -> dict[str, Any]:
-        links = self._runtime.links.values()
-        return {link.id: {"open_calls": link.open_calls, "refused": link.refused} for link in links}
+        return {link.id: link.statistics() for link in self._runtime.links.values()}
 
     async def _record(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Begin or end to record; answered as `recording`."""
