@@ -171,6 +171,7 @@ class MigrationControl:
     def _doubt(self, reason: str) -> None:
         self.reason, self._in_doubt = reason, True
         self._log.error("migration in doubt", reason=reason)
+        self._note("source", IN_DOUBT)
 
     def _enter(self, status: MigrationStatus) -> None:
         if status is MigrationStatus.SETUP:
