@@ -43,7 +43,7 @@ class EventKind(StrEnum):
 MESSAGE_KINDS = frozenset({EventKind.CALL, EventKind.REPLY, EventKind.EVENT, EventKind.MALFORMED})
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened in `process`.
 
     Of a message: `peer`, whether it went there (`outward`), `link`, `number`, `correlation`, `values` (registers or
