@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,30 @@ async def test_two_runs_by_instructions_are_alike_until_one_is_told_something_el
     assert (first["sender"], first["receiver"]) == ("vm1/guest", "alpha/ultravisor")
     assert first["n_same"] > 100
     assert first["a"].startswith("H_GET_TERM_CHAR")
+
+
+async def test_a_live_tail_shows_decoded_calls_and_leaves_recording_as_it_was(minimal_cluster: RunningCluster) -> None:
+    vm = minimal_cluster.vm("vm1")
+    await console_until(vm, "\n> ")
+    command = [sys.executable, "-m", "deploy.cli", "trace", "show", "-f", "--vm", "vm1", "--call", "H_PUT_TERM_CHAR"]
+    tail = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
+    assert tail.stdout is not None
+    with trio.fail_after(30):
+        while not await are_recording(minimal_cluster, all):
+            await trio.lowlevel.checkpoint()
+        await vm.console_command("pages")
+        shown = await tail.stdout.receive_some()
+        tail.send_signal(signal.SIGINT)
+        assert await tail.wait() == 130
+
+    first = shown.decode().splitlines()[0]
+    assert re.search(r"vm1/guest > alpha/(kvm|ultravisor) +H_PUT_TERM_CHAR\(termno=0x\w+, n_bytes=\d+, ", first), first
+    assert not await are_recording(minimal_cluster, any)
+
+
+async def are_recording(running: RunningCluster, which: Callable[[Iterable[bool]], bool]) -> bool:
+    answers = [await running.process(target).query("recording", seconds=5.0) for target in sorted(PROCESSES)]
+    return which(answer["recording"] for answer in answers)
 
 
 async def test_a_migration_is_one_cause_on_both_hosts(tmp_path: Path) -> None:
