@@ -71,7 +71,9 @@ def record(directory: Path, seconds: float | None, process: str | None, cluster:
         window = Window(files.values())
         with recording(client, targets) as switched:
             window.take_whole(files[target] for target in targets if target not in switched)
-            click.echo(f"recording {len(targets)} processes{'' if seconds else '; Ctrl-C ends it'}", err=True)
+            click.echo(
+                f"recording {len(targets)} processes{'' if seconds is not None else '; Ctrl-C ends it'}", err=True
+            )
             _wait(seconds)
             flush(client, targets)
         n_bytes = window.copy_to(directory)
@@ -199,7 +201,9 @@ def export(
     if kind == "mermaid" and filter_.cause is None:
         raise UserError("a sequence diagram is of one cause: --cause ID; `pefbox trace show` prints the ids")
     selection = Selection(_place(trace, cluster, state_dir), filter_)
-    text = _as_perfetto(selection) if filter_.cause is None or kind == "perfetto" else _as_mermaid(selection, filter_)
+    text = (
+        _as_perfetto(selection) if filter_.cause is None or kind != "mermaid" else _as_mermaid(selection, filter_.cause)
+    )
     if output is None:
         click.echo(text, nl=False)
     else:
@@ -213,11 +217,11 @@ def _as_perfetto(selection: Any) -> str:  # noqa: ANN401
     return json.dumps(trace_events(selection)) + "\n"
 
 
-def _as_mermaid(selection: Any, filter_: Filter) -> str:  # noqa: ANN401
+def _as_mermaid(selection: Any, cause: int | None) -> str:  # noqa: ANN401
     from deploy.trace.mermaid import sequence_diagram
 
-    assert filter_.cause is not None
-    return sequence_diagram(selection, filter_.cause)
+    assert cause is not None
+    return sequence_diagram(selection, cause)
 
 
 def _write(path: Path, text: str) -> None:

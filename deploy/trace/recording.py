@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +54,16 @@ def order(client: LauncherClient, target: str, *, on: bool) -> None:
 
 
 def flush(client: LauncherClient, targets: list[str]) -> None:
-    """Have what was noted so far in the files."""
+    """Have what was noted so far in the files; of a process that does not answer there is what it wrote by itself."""
     for target in targets:
-        client.query(target, "recording", {}, _SECONDS)
+        with suppress(UserError):
+            client.query(target, "recording", {}, _SECONDS)
 
 
 def _end(client: LauncherClient, target: str) -> None:
-    try:
+    # Of one that has ended meanwhile, or does not answer, the file has what it wrote.
+    with suppress(UserError):
         order(client, target, on=False)
-    except UserError:
-        # It ended meanwhile, or does not answer: nobody can tell it, and its file has what it wrote.
-        return
 
 
 class Window:

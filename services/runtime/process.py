@@ -157,7 +157,13 @@ class Runtime:
         while True:
             await trio.sleep(FLUSH_SECONDS)
             if self.tracer.has_work:
-                await trio.to_thread.run_sync(self.tracer.flush)
+                await self.flush_trace()
+
+    async def flush_trace(self) -> None:
+        """What was noted until now is in the file, as far as there is room."""
+        await trio.to_thread.run_sync(self.tracer.flush)
+        if self.tracer.is_full:
+            self.tracer.switch(on=False)
 
 
 ServiceFactory = Callable[[Runtime, Keys], Service]
@@ -359,12 +365,11 @@ class _ControlLoop:
 
     async def _record(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Begin or end to record; answered as `recording`."""
-        tracer = self._runtime.tracer
-        tracer.switch(on=bool(arguments["on"]))
+        self._runtime.tracer.switch(on=bool(arguments["on"]))
         return await self._recording({})
 
     async def _recording(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         """Whether it records; what was noted until now is in the file then."""
         tracer = self._runtime.tracer
-        await trio.to_thread.run_sync(tracer.flush)
+        await self._runtime.flush_trace()
         return {"recording": tracer.on, "full": tracer.is_full}

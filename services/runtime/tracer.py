@@ -50,8 +50,9 @@ class _End(NamedTuple):
 
 
 class Tracer:
-    """`on` says whether anything is to be noted; who notes looks at it first. Methods `*_moved` and such may be called
-    by any thread.
+    """`on` says whether anything is to be noted; who notes looks at it first, in whatever thread.
+
+    Everything but noting and `flush` is for the thread of the process's links.
     """
 
     def __init__(self, fd: int | None, config: ProcessConfig | None) -> None:
@@ -70,7 +71,7 @@ class Tracer:
         self._unwritten = b""
         self._n_written = 0
         self.is_full = False
-        """The file has reached MAX_FILE_BYTES: recording has ended for good."""
+        """The file has reached MAX_FILE_BYTES: nothing more is written to it."""
         self._confidential: set[int] = set()
 
     # -- what there is to trace -------------------------------------------------------------------------------
@@ -170,26 +171,28 @@ class Tracer:
     @property
     def has_work(self) -> bool:
         """Whether `flush` has something to do."""
-        return bool(self._queue or self._unwritten or self._n_lost > self._n_lost_told)
+        return bool(self._queue or self._unwritten or (self._n_lost > self._n_lost_told and not self.is_full))
 
     def flush(self) -> None:
-        """Write what is queued. On a full disk it stays queued, then is lost and counted; the process goes on."""
+        """Write what is queued. On a full disk it stays queued, then is lost and counted; the process goes on.
+
+        Afterwards the file may be full (`is_full`): whoever flushes then switches off, in the thread of the links.
+        """
         with self._writing:
             while self._write_out() and self._queue:
                 n = min(len(self._queue), _ENTRIES_A_WRITE)
-                self._unwritten = b"".join([self._encoded(self._queue.popleft()) for _ in range(n)])
-                if self._n_written + len(self._unwritten) > MAX_FILE_BYTES and not self.is_full:
-                    self._end_full()
+                encoded = b"".join([self._encoded(self._queue.popleft()) for _ in range(n)])
+                if self.is_full:
+                    continue
+                self._unwritten = encoded
+                if self._n_written + len(encoded) > MAX_FILE_BYTES:
+                    self.is_full = True
+                    self._unwritten += _lost(0, "the file is full: recording has ended")
                 time.sleep(0)
-            if not self._unwritten and self._n_lost > self._n_lost_told:
+            if not self._unwritten and not self.is_full and self._n_lost > self._n_lost_told:
                 n_lost, self._n_lost_told = self._n_lost - self._n_lost_told, self._n_lost
-                self._unwritten = t.encode_entry(t.Lost(time.monotonic_ns(), n_lost, "the queue was full"))
+                self._unwritten = _lost(n_lost, "the queue was full")
                 self._write_out()
-
-    def _end_full(self) -> None:
-        self.switch(on=False)
-        self.is_full = True
-        self._queue.append(t.Lost(time.monotonic_ns(), 0, "the file is full: recording has ended"))
 
     def _encoded(self, entry: t.AnyEntry) -> bytes:
         if isinstance(entry, t.MessageSeen):
@@ -213,6 +216,10 @@ class Tracer:
             self._n_written += n
             self._unwritten = self._unwritten[n:]
         return True
+
+
+def _lost(n_entries: int, reason: str) -> bytes:
+    return t.encode_entry(t.Lost(time.monotonic_ns(), n_entries, reason))
 
 
 UNTRACED = Tracer(None, None)

@@ -129,11 +129,18 @@ def test_a_full_file_says_so_and_recording_ends_for_good(tmp_path: Path, monkeyp
     for _ in range(20):
         recording.saw(link, FRAME)
     recording.tracer.flush()
+    assert recording.tracer.is_full
+    for _ in range(20):
+        recording.saw(link, FRAME)
+    recording.tracer.flush()
+    n_bytes = recording.path.stat().st_size
+    recording.tracer.switch(on=False)
     recording.tracer.switch(on=True)
 
     assert not recording.tracer.on
-    assert recording.tracer.is_full
+    assert not recording.tracer.has_work
     assert recording._ends[link].tap is None
+    assert recording.path.stat().st_size == n_bytes
     assert events_of(recording.close())[-1].text == "the file is full: recording has ended"
 
 
