@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,6 +17,10 @@ from deploy.client import connect
 from deploy.run_dirs import Paths, choose_cluster, runtime_root
 from deploy.trace.filters import Filter, check_names, make_filter
 from protocol.errors import UserError
+
+if TYPE_CHECKING:
+    from deploy.trace.events import Event
+    from deploy.trace.merge import Selection
 
 POLL_SECONDS = 0.1
 _trace_argument = click.argument("trace", required=False, type=click.Path(path_type=Path))
@@ -71,9 +75,8 @@ def record(directory: Path, seconds: float | None, process: str | None, cluster:
         window = Window(files.values())
         with recording(client, targets) as switched:
             window.take_whole(files[target] for target in targets if target not in switched)
-            click.echo(
-                f"recording {len(targets)} processes{'' if seconds is not None else '; Ctrl-C ends it'}", err=True
-            )
+            how_long = "Ctrl-C ends it" if seconds is None else f"{seconds:g} s"
+            click.echo(f"recording {len(targets)} processes: {how_long}", err=True)
             _wait(seconds)
             flush(client, targets)
         n_bytes = window.copy_to(directory)
@@ -146,7 +149,7 @@ def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
                 time.sleep(POLL_SECONDS)
 
 
-def _print(event: Any, *, as_json: bool) -> None:  # noqa: ANN401
+def _print(event: Event, *, as_json: bool) -> None:
     from deploy.trace.show import line, row
 
     click.echo(json.dumps(row(event)) if as_json else printable(line(event)))
@@ -201,9 +204,7 @@ def export(
     if kind == "mermaid" and filter_.cause is None:
         raise UserError("a sequence diagram is of one cause: --cause ID; `pefbox trace show` prints the ids")
     selection = Selection(_place(trace, cluster, state_dir), filter_)
-    text = (
-        _as_perfetto(selection) if filter_.cause is None or kind != "mermaid" else _as_mermaid(selection, filter_.cause)
-    )
+    text = _as_perfetto(selection) if kind == "perfetto" else _as_mermaid(selection, filter_)
     if output is None:
         click.echo(text, nl=False)
     else:
@@ -211,17 +212,17 @@ def export(
     _tell_cut(selection.survey.cut, trace)
 
 
-def _as_perfetto(selection: Any) -> str:  # noqa: ANN401
+def _as_perfetto(selection: Selection) -> str:
     from deploy.trace.perfetto import trace_events
 
     return json.dumps(trace_events(selection)) + "\n"
 
 
-def _as_mermaid(selection: Any, cause: int | None) -> str:  # noqa: ANN401
+def _as_mermaid(selection: Selection, filter_: Filter) -> str:
     from deploy.trace.mermaid import sequence_diagram
 
-    assert cause is not None
-    return sequence_diagram(selection, cause)
+    assert filter_.cause is not None
+    return sequence_diagram(selection, filter_.cause)
 
 
 def _write(path: Path, text: str) -> None:
