@@ -14,6 +14,7 @@ import msgspec
 from deploy.trace import text
 from protocol import trace as t
 from protocol.declare import Call
+from protocol.decoding import DECODE_ERRORS
 from protocol.errors import MalformedMessage
 from protocol.hcalls import HCALLS
 from protocol.links import ULTRAVISOR_KVM, name_of
@@ -168,8 +169,8 @@ class EventDecoder:
         }
         try:
             envelope = decode(seen.frame)
-            body = msgspec.msgpack.decode(envelope.body)
-        except (MalformedMessage, msgspec.MsgspecError, ValueError) as error:
+            body = text.tamed(msgspec.msgpack.decode(envelope.body))
+        except (MalformedMessage, TypeError, *DECODE_ERRORS) as error:
             reason = "withheld" if seen.withheld else str(error)
             return Event(kind=EventKind.MALFORMED, name="malformed", text=f"malformed: {reason}", **facts)
         kind = "" if link is None else link.kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 from typing import Any
 
@@ -21,6 +22,8 @@ from protocol.ucalls import UCALLS
 
 _MAX_ITEMS = 8
 """Of a list in a body; the rest is only counted."""
+_MAX_DEPTH = 6
+"""No declared body is deeper than 3."""
 _RETURN_OUTPUTS = 2
 
 
@@ -80,6 +83,24 @@ def of_request(request: t.RequestMoved) -> str:
 def are_registers(body: object) -> bool:
     """Whether a body is what calls carry."""
     return isinstance(body, list) and all(isinstance(value, int) for value in body)
+
+
+def tamed(value: Any, depth: int = _MAX_DEPTH) -> Any:  # noqa: ANN401
+    """A decoded body of whoever sent it, as far as JSON has words for it (bytes apart); what is deeper is left out."""
+    if isinstance(value, (list, dict)) and not depth:
+        return "..."
+    if isinstance(value, list):
+        return [tamed(item, depth - 1) for item in value]
+    if isinstance(value, dict):
+        return {_key(key): tamed(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str, bytes)) else type(value).__name__
+
+
+def _key(key: Any) -> int | str:  # noqa: ANN401
+    """Registers are numbered (gprs); anything else is a name."""
+    return key if isinstance(key, int) and not isinstance(key, bool) else str(key)
 
 
 def _fields(struct: type[m.Body], body: Any, *, skip: int = 0) -> str:  # noqa: ANN401

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deploy.cli_logs import _row
+from deploy.cli_support import printable
+from deploy.trace import show
 from deploy.trace.diff import compare
 from deploy.trace.events import Event, EventKind
 from deploy.trace.filters import CALL_NAMES, Filter, make_filter
@@ -19,11 +26,11 @@ from deploy.trace.stats import percentile, statistics
 from deploy.trace.tables import diff_lines
 from protocol import messages as m
 from protocol.errors import UserError
-from protocol.hcalls import H_CEDE, H_PUT_TCE, H_RANDOM
+from protocol.hcalls import H_CEDE, H_PUT_TCE, H_RANDOM, HCALLS
 from protocol.links import KVM_GUEST, KVM_QEMU, ULTRAVISOR_KVM
 from protocol.trace import InterruptStep
-from protocol.ucalls import UV_RETURN
-from protocol.wire import MessageKind
+from protocol.ucalls import UCALLS, UV_RETURN
+from protocol.wire import MessageKind, encode
 from tests.unit.trace_rig import LPID, Recording, events_of
 
 CALL, REPLY, EVENT = MessageKind.CALL, MessageKind.REPLY, MessageKind.EVENT
@@ -345,3 +352,54 @@ def test_a_run_that_goes_on_differs_only_to_the_end_and_seeds_are_noted(tmp_path
     assert found.notes == ["vm1/guest ran with seed 1 in A and 2 in B"]
     assert strict.first is not None
     assert (strict.first.a, strict.first.b, strict.first.n_same) == (None, "H_CEDE() of vcpu 0", 2)
+
+
+# -- what hostile peers sent ----------------------------------------------------------------------------------
+
+
+WEIRD = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(0, 9) | st.binary(), inner),
+    max_leaves=10,
+)
+NUMBERS = st.sampled_from([*HCALLS.by_number, *UCALLS.by_number, *m.MESSAGES]) | st.integers(0, (1 << 63) - 1)
+DEEP = b"\x91" * 5000 + b"\xc0"
+
+
+def every_view(frames: list[bytes]) -> None:
+    """Make all that is made of a trace; whatever came over a link, it must not raise."""
+    with tempfile.TemporaryDirectory() as directory:
+        recording = Recording(Path(directory), "alpha/kvm")
+        ends = ((KVM_GUEST, "vm1", "vm1/guest"), (ULTRAVISOR_KVM, None, "alpha/ultravisor"))
+        links = [recording.link(kind, vm=vm, peer=peer) for kind, vm, peer in ends]
+        for number, frame in enumerate(frames):
+            recording.saw(links[number % 2], frame, outward=bool(number & 2))
+        path = recording.close()
+        events = events_of(path)
+        for event in events:
+            assert printable(line(event))
+            json.dumps(show.row(event))
+        statistics(events)
+        json.dumps(trace_events(events))
+        sequence_diagram(events, events[-1].cause)
+        compare(path, path, Filter(), to_the_end=True)
+
+
+@given(st.lists(st.tuples(st.sampled_from(MessageKind), NUMBERS, WEIRD), min_size=1, max_size=6))
+def test_s5_no_view_of_a_trace_breaks_over_what_a_peer_sent(messages: list[tuple[MessageKind, int, Any]]) -> None:
+    every_view([encode(kind, number, number & 3, 5, body) for kind, number, body in messages])
+
+
+@given(st.lists(st.binary(max_size=60), min_size=1, max_size=6))
+def test_s5_nor_over_what_is_no_message(frames: list[bytes]) -> None:
+    every_view([frame or b"x" for frame in frames])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [DEEP, b"\x81\x90\xc0", b"\x81\xc0\xc0", b"\xd6\xff\x00\x00\x00\x00", b"\xd4\x05\x00", b"\xca\x7f\xc0\x00\x00"],
+    ids=["deep", "list as key", "nil as key", "timestamp", "extension", "nan"],
+)
+def test_s5_nor_over_bodies_that_no_encoder_makes(body: bytes) -> None:
+    for kind in MessageKind:
+        every_view([encode(kind, H_CEDE.number, 1, 5, msgspec.Raw(body))])
