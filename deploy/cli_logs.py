@@ -17,7 +17,7 @@ from deploy.logs_view import LogReader, as_text, in_order, log_files
 from deploy.trace.events import Event
 from deploy.trace.filters import Filter
 from deploy.trace.merge import Tail, Trace
-from deploy.trace.recording import flush, paths_of, recording
+from deploy.trace.recording import begin, flush, paths_of
 from deploy.trace.show import each_message_once
 from protocol.errors import UserError
 
@@ -70,9 +70,10 @@ def calls(vm: str, follow: bool, cluster: str | None, state_dir: Path | None, as
         trace = Trace([paths.trace_file(target) for target in targets])
         if follow:
             tail = Tail(trace)
-            with recording(client, targets):
-                _repeat(lambda: _show_calls(tail.settled(time.monotonic_ns()), vm, targets, as_json=as_json))
-        flush(client, targets)
+            for target in targets:
+                begin(client, target)
+            _repeat(lambda: _show_calls(tail.settled(time.monotonic_ns()), vm, targets, as_json=as_json))
+        flush(client)
         if not any(paths.trace_file(target).stat().st_size for target in targets):
             raise UserError("nothing was recorded: start with `up --record`, or see live calls with -f")
         _show_calls(trace.events(), vm, targets, as_json=as_json)

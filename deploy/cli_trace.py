@@ -65,22 +65,27 @@ def record(directory: Path, seconds: float | None, process: str | None, cluster:
 
     Processes that record already (`up --record`) are copied from their beginning, and go on recording.
     """
-    from deploy.trace.recording import Window, flush, make_new_dir, paths_of, recording, targets_of
+    from deploy.trace.recording import Window, begin, files_of, flush, make_new_dir, paths_of
 
     with connect(cluster) as client:
-        status = client.call("status")
-        targets, paths = targets_of(status, process), paths_of(client, status)
+        trace_dir = paths_of(client, client.call("status")).trace_dir
         make_new_dir(directory)
-        files = {target: paths.trace_file(target) for target in targets}
-        window = Window(files.values())
-        with recording(client, targets) as switched:
-            window.take_whole(files[target] for target in targets if target not in switched)
-            how_long = "Ctrl-C ends it" if seconds is None else f"{seconds:g} s"
-            click.echo(f"recording {len(targets)} processes: {how_long}", err=True)
-            _wait(seconds)
-            flush(client, targets)
-        n_bytes = window.copy_to(directory)
-    click.echo(f"{directory}: {n_bytes} bytes of {len(targets)} processes")
+        window = Window(files_of(trace_dir))
+        begun = begin(client, process)
+        window.take_whole(begun["before"])
+        _tell_silent(begun["silent"])
+        how_long = "Ctrl-C ends it" if seconds is None else f"{seconds:g} s"
+        click.echo(f"recording {len(begun['targets'])} processes: {how_long}", err=True)
+        _wait(seconds)
+        flush(client)
+        copies = window.copy_to(directory, files_of(trace_dir, process))
+    n_bytes = sum(copy.stat().st_size for copy in copies)
+    click.echo(f"{directory}: {n_bytes} bytes of {len(copies)} processes")
+
+
+def _tell_silent(targets: list[str]) -> None:
+    for target in targets:
+        click.echo(f"pefbox: {target} does not answer: it records when it does", err=True)
 
 
 def _wait(seconds: float | None) -> None:
@@ -125,28 +130,35 @@ def show(
 
 def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
     from deploy.trace.merge import Tail, Trace
-    from deploy.trace.recording import paths_of, recording, targets_of
+    from deploy.trace.recording import begin, files_of, paths_of
     from deploy.trace.show import each_message_once
 
     if filter_.since_ns is not None:
         raise UserError("--since asks for what was; -f shows what comes")
     with connect(cluster) as client:
         status = client.call("status")
-        targets = targets_of(status, filter_.process)
-        check_names(filter_, (row["name"] for host in status["hosts"] for row in host["vms"]), targets)
-        paths = paths_of(client, status)
-        trace = Trace([paths.trace_file(target) for target in targets])
+        check_names(filter_, (row["name"] for host in status["hosts"] for row in host["vms"]), _targets(status))
+        trace_dir = paths_of(client, status).trace_dir
+        trace = Trace(files_of(trace_dir, filter_.process))
         for _ in trace.events():
             """What is there already is not what comes."""
         tail = Tail(trace)
-        with recording(client, targets):
-            while True:
-                events = iter(tail.settled(time.monotonic_ns()))
-                for event in each_message_once(events, set(targets), filter_):
-                    if filter_.passes(event):
-                        _print(event, as_json=as_json)
-                sys.stdout.flush()
-                time.sleep(POLL_SECONDS)
+        begun = begin(client, filter_.process)
+        _tell_silent(begun["silent"])
+        while True:
+            trace.add(files_of(trace_dir, filter_.process))
+            events = iter(tail.settled(time.monotonic_ns()))
+            for event in each_message_once(events, trace.processes, filter_):
+                if filter_.passes(event):
+                    _print(event, as_json=as_json)
+            sys.stdout.flush()
+            time.sleep(POLL_SECONDS)
+
+
+def _targets(status: dict[str, Any]) -> list[str]:
+    from deploy.tables import processes_of
+
+    return [row["target"] for row in processes_of(status)]
 
 
 def _print(event: Event, *, as_json: bool) -> None:
@@ -266,10 +278,10 @@ def _place(trace: Path | None, cluster: str | None, state_dir: Path | None) -> P
             raise UserError("TRACE is a trace already: leave out --cluster and --state")
         return trace
     if state_dir is None and _runs(cluster):
-        from deploy.trace.recording import flush, targets_of
+        from deploy.trace.recording import flush
 
         with connect(cluster) as client:
-            flush(client, targets_of(client.call("status")))
+            flush(client)
     return Paths(runtime_root(), state_dir_of(cluster, state_dir)).trace_dir
 
 

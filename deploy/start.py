@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -183,7 +184,8 @@ async def configure(run: ClusterRun, children: list[Child], ring: KeyRing, files
 async def _configure_one(run: ClusterRun, child: Child, ring: KeyRing, files: OpenFiles) -> None:
     await _wait(run, child, child.hello)
     entries = [entry_of(run, vm.name, child.plan.host) for vm in plan.vms_known_to(child.plan, run.cluster)]
-    config = plan.process_config(run.frame, child.plan, entries, ring.entries(child.plan))
+    frame = replace(run.frame, record=run.recorders.wants(child.target))
+    config = plan.process_config(frame, child.plan, entries, ring.entries(child.plan))
     descriptors = [files[key] for key in file_keys(child.plan, config.descriptors)]
     child.channel.send(control.Start(config), descriptors)
     await _wait(run, child, child.confined)

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import msgspec
 
 from deploy.cluster_section import did_you_mean
+from deploy.targets import is_of
 from deploy.trace.events import Event, EventKind
 from protocol.codes import HCode, RtasStatus, UCode
 from protocol.errors import UserError
@@ -48,11 +49,6 @@ class Filter(msgspec.Struct, frozen=True):
             and (self.process is None or is_of(event.process, self.process))
             and (self.call is None or _is_called(event, self.call))
         )
-
-
-def is_of(process: str, name: str) -> bool:
-    """Whether `name` means a process: itself, its host or VM."""
-    return name in (process, process.partition("@")[0], process.partition("/")[0])
 
 
 def _is_called(event: Event, pattern: str) -> bool:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
-from deploy.run_dirs import file_stem
 from deploy.trace.events import Event, EventDecoder
 from deploy.trace.filters import Filter, check_names
-from deploy.trace.reader import TraceReader, trace_files
+from deploy.trace.reader import TraceReader, place_of, trace_files
 from protocol import trace as t
 from services.runtime.tracer import FLUSH_SECONDS
 
@@ -20,12 +19,24 @@ from services.runtime.tracer import FLUSH_SECONDS
 class Trace:
     """A file, or all files of a directory; `events` may be called again while they grow."""
 
-    def __init__(self, files: list[Path]) -> None:
-        self._sources = [(TraceReader(path), EventDecoder(_moved_to(path))) for path in files]
+    def __init__(self, files: Iterable[Path] = ()) -> None:
+        self._sources: dict[Path, tuple[TraceReader, EventDecoder]] = {}
+        self.add(files)
+
+    def add(self, files: Iterable[Path]) -> None:
+        """Files that are not among them yet."""
+        for path in files:
+            if path not in self._sources:
+                self._sources[path] = (TraceReader(path), EventDecoder(_moved_to(path)))
+
+    @property
+    def processes(self) -> set[str]:
+        """Those that recorded, as far as it was read."""
+        return {decoder.process for _, decoder in self._sources.values() if decoder.began is not None}
 
     def events(self) -> Iterator[Event]:
         """What was added since the last time, in order; raises TraceDamaged."""
-        return heapq.merge(*(_events(*source) for source in self._sources), key=lambda event: event.t_ns)
+        return heapq.merge(*(_events(*source) for source in self._sources.values()), key=lambda event: event.t_ns)
 
 
 class Tail:
@@ -100,7 +111,6 @@ def _events(reader: TraceReader, decoder: EventDecoder) -> Iterator[Event]:
 
 
 def _moved_to(path: Path) -> str | None:
-    """`vm1/qemu.1` for the file of a process that took a VM in: its target alone is that of the other host's."""
-    owner, _, rest = path.stem.partition(".")
-    role, _, move = rest.partition(".")
-    return f"{owner}/{role}.{move}" if move and path.stem == file_stem(f"{owner}/{role}.{move}") else None
+    """The place of a process that took a VM in: its target alone is that of the other host's, too."""
+    place = place_of(path)
+    return place if "." in place else None

@@ -106,6 +106,11 @@ class FrameReader:
                 yield SeenFrame(entry.t_ns, self._links.get(entry.link, "?"), direction, entry.frame)
 
 
+def place_of(path: Path) -> str:
+    """Whose file it is: `vm1/qemu`, or `vm1/qemu.2` of a process that took a VM in."""
+    return path.stem.replace(".", "/", 1)
+
+
 def trace_files(where: Path) -> list[Path]:
     """The files of a trace: `where` itself, or all in that directory; raises UserError when there are none."""
     if where.is_file():

@@ -1,20 +1,22 @@
-"""Traces of running clusters: which processes record, and what they wrote since then."""
+"""Traces of a running cluster, from the side of its commands: have it record, and find what it wrote since then."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from deploy.client import LauncherClient
-from deploy.run_dirs import Paths
+from deploy.run_dirs import TRACE_SUFFIX, Paths
 from deploy.tables import processes_of
-from deploy.trace.filters import is_of
+from deploy.targets import is_of
+from deploy.trace.reader import place_of
 from protocol.errors import UserError
 
 _SECONDS = 2.0
+_ALL_SECONDS = 10.0
 
 
 def paths_of(client: LauncherClient, status: dict[str, Any]) -> Paths:
@@ -22,71 +24,54 @@ def paths_of(client: LauncherClient, status: dict[str, Any]) -> Paths:
     return Paths(client.run_dir, Path(status["state_dir"]))
 
 
-def targets_of(status: dict[str, Any], process: str | None = None) -> list[str]:
-    """The processes of a cluster that can be asked, or those that `process` names; raises UserError for none."""
-    targets = [row["target"] for row in processes_of(status) if row["state"] not in ("gone", "failed", "stopped")]
-    chosen = [target for target in targets if process is None or is_of(target, process)]
-    if not chosen:
-        raise UserError(f'--process: no "{process}" runs; there is: {", ".join(targets)}')
-    return chosen
+def begin(client: LauncherClient, process: str | None = None) -> dict[str, list[str]]:
+    """Have `process` record, those of a host or VM, or all, also those that start later, until the client is closed.
+
+    Gives `targets`, those of them that recorded `before`, and the `silent` ones, that did not answer. Raises UserError.
+    """
+    begun: dict[str, list[str]] = client.call("record", {"process": process}, _ALL_SECONDS)
+    return begun
 
 
-@contextmanager
-def recording(client: LauncherClient, targets: list[str]) -> Iterator[list[str]]:
-    """The processes that did not record before, and do for as long as the block runs; the others go on afterwards."""
-    switched = []
-    try:
-        for target in targets:
-            if not client.query(target, "recording", {}, _SECONDS)["recording"]:
-                switched.append(target)
-                order(client, target, on=True)
-        yield switched
-    finally:
-        for target in switched:
-            _end(client, target)
-
-
-def order(client: LauncherClient, target: str, *, on: bool) -> None:
-    """Have a process record, or not; all that it noted is in its file then. Raises UserError when its file is full."""
-    answer = client.query(target, "record", {"on": on}, _SECONDS)
-    if on and answer["full"]:
-        raise UserError(f"the trace of {target} is full: `pefbox restart` begins another, as does the next start")
-
-
-def flush(client: LauncherClient, targets: list[str]) -> None:
+def flush(client: LauncherClient) -> None:
     """Have what was noted so far in the files; of a process that does not answer there is what it wrote by itself."""
-    for target in targets:
-        with suppress(UserError):
-            client.query(target, "recording", {}, _SECONDS)
+    for row in processes_of(client.call("status")):
+        if row["state"] == "running":
+            with suppress(UserError):
+                client.query(row["target"], "recording", {}, _SECONDS)
 
 
-def _end(client: LauncherClient, target: str) -> None:
-    # Of one that has ended meanwhile, or does not answer, the file has what it wrote.
-    with suppress(UserError):
-        order(client, target, on=False)
+def files_of(directory: Path, process: str | None = None) -> list[Path]:
+    """The trace files there, or those of `process`, of a host or VM."""
+    files = sorted(directory.glob(f"*{TRACE_SUFFIX}"))
+    return [path for path in files if process is None or is_of(place_of(path), process)]
 
 
 class Window:
     """What is recorded from now on, to be copied to a directory of its own."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self._from = {path: path.stat().st_size if path.exists() else 0 for path in files}
+        self._from = {path: path.stat().st_size for path in files}
 
-    def take_whole(self, files: Iterable[Path]) -> None:
-        """Files that were being recorded into before: only from its beginning can a trace be read."""
-        self._from |= dict.fromkeys(files, 0)
+    def take_whole(self, targets: list[str]) -> None:
+        """Processes that recorded before: only from its beginning can a trace be read."""
+        for path in self._from:
+            if any(is_of(place_of(path), target) for target in targets):
+                self._from[path] = 0
 
-    def copy_to(self, directory: Path) -> int:
-        """Copy; the number of bytes. Raises UserError."""
-        n_bytes = 0
-        for path, offset in self._from.items():
-            if not path.exists() or path.stat().st_size <= offset:
+    def copy_to(self, directory: Path, files: Iterable[Path]) -> list[Path]:
+        """Copy what was added to `files`, all of those that are new; the files that have something."""
+        return list(self._copies(directory, files))
+
+    def _copies(self, directory: Path, files: Iterable[Path]) -> Iterator[Path]:
+        for path in files:
+            offset = self._from.get(path, 0)
+            if path.stat().st_size <= offset:
                 continue
             with path.open("rb") as source, (directory / path.name).open("wb") as copy:
                 source.seek(offset)
                 shutil.copyfileobj(source, copy)
-                n_bytes += copy.tell()
-        return n_bytes
+            yield directory / path.name
 
 
 def make_new_dir(path: Path) -> None:

@@ -268,6 +268,7 @@ class _ControlLoop:
         self._runtime = runtime
         self._service = service
         self._removals: dict[str, trio.Event] = {}
+        self._record_number = 0
         self._queries: dict[str, Query] = {
             "statistics": self._statistics,
             "record": self._record,
@@ -364,7 +365,11 @@ class _ControlLoop:
         return {link.id: link.statistics() for link in self._runtime.links.values()}
 
     async def _record(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Begin or end to record; answered as `recording`."""
+        """Begin or end to record; answered as `recording`. Of orders with a `number` only the latest counts."""
+        number = int(arguments.get("number", self._record_number))
+        if number < self._record_number:
+            return await self._recording({})
+        self._record_number = number
         self._runtime.tracer.switch(on=bool(arguments["on"]))
         return await self._recording({})
 

@@ -185,7 +185,36 @@ async def test_a_live_tail_shows_decoded_calls_and_leaves_recording_as_it_was(mi
 
     first = shown.decode().splitlines()[0]
     assert re.search(r"vm1/guest > alpha/(kvm|ultravisor) +H_PUT_TERM_CHAR\(termno=0x\w+, n_bytes=\d+, ", first), first
-    assert not await are_recording(minimal_cluster, any)
+    with trio.fail_after(5):
+        while await are_recording(minimal_cluster, any):
+            await trio.lowlevel.checkpoint()
+
+
+async def test_recording_ends_with_a_command_that_is_killed_and_takes_in_what_starts_meanwhile(
+    minimal_cluster: RunningCluster, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "deploy.cli", "trace", "record", str(tmp_path / "whole")]
+    killed = await trio.lowlevel.open_process([*command[:-1], str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    recorder = await trio.lowlevel.open_process(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    with trio.fail_after(60):
+        while (await minimal_cluster.status()).recording is False or not await are_recording(minimal_cluster, all):
+            await trio.lowlevel.checkpoint()
+        await minimal_cluster.restart("vm1")
+        await minimal_cluster.vm("vm1").wait_state("running")
+        assert await are_recording(minimal_cluster, all)
+        killed.kill()
+        await killed.wait()
+        assert await are_recording(minimal_cluster, all)
+        recorder.send_signal(signal.SIGINT)
+        assert await recorder.wait() == 0
+        while await are_recording(minimal_cluster, any):
+            await trio.lowlevel.checkpoint()
+    assert not (await minimal_cluster.status()).recording
+
+    events = list(Trace(trace_files(tmp_path / "whole")).events())
+    beginnings = [event.process for event in events if event.kind is EventKind.BEGAN]
+    assert beginnings.count("vm1/guest") == 2
+    assert beginnings.count("alpha/kvm") == 1
 
 
 async def are_recording(running: RunningCluster, which: Callable[[Iterable[bool]], bool]) -> bool:
