@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import heapq
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from deploy.calls_view import CallDecoder, RecordedFrame, RecordReader
 from deploy.cli_support import cluster_option, json_option, printable, state_dir_of, state_option
 from deploy.cli_vm import host_of
-from deploy.client import LauncherClient, connect
+from deploy.client import connect
 from deploy.logs_view import LogReader, as_text, in_order, log_files
-from deploy.run_dirs import Paths
+from deploy.trace.events import Event
+from deploy.trace.filters import Filter
+from deploy.trace.merge import Tail, Trace
+from deploy.trace.recording import begin, flush, paths_of
+from deploy.trace.show import each_message_once
 from protocol.errors import UserError
 
 _POLL_SECONDS = 0.1
@@ -63,52 +65,40 @@ def calls(vm: str, follow: bool, cluster: str | None, state_dir: Path | None, as
         raise UserError("calls needs the running cluster, to know the host of a VM; use --cluster")
     with connect(cluster) as client:
         status = client.call("status")
-        host = host_of(status, vm)
-        lpid = next(row["lpid"] for part in status["hosts"] for row in part["vms"] if row["name"] == vm)
-        paths = Paths(client.run_dir, Path(status["state_dir"]))
-        targets = [f"{host}/kvm", f"{host}/ultravisor"]
-        readers = [RecordReader(paths.record_file(target)) for target in targets]
-        decoder = CallDecoder(vm, lpid)
-        show = _shower(readers, decoder, as_json)
-        if not follow:
-            if not status["recording"] and not any(paths.record_file(target).stat().st_size for target in targets):
-                raise UserError("nothing was recorded: start with `up --record`, or see live calls with -f")
-            show()
-            return
-        _follow(client, targets if not status["recording"] else [], show)
+        targets = [f"{host_of(status, vm)}/{role}" for role in ("kvm", "ultravisor")]
+        paths = paths_of(client, status)
+        trace = Trace([paths.trace_file(target) for target in targets])
+        if follow:
+            tail = Tail(trace)
+            for target in targets:
+                begin(client, target)
+            _repeat(lambda: _show_calls(tail.settled(time.monotonic_ns()), vm, targets, as_json=as_json))
+        flush(client)
+        if not any(paths.trace_file(target).stat().st_size for target in targets):
+            raise UserError("nothing was recorded: start with `up --record`, or see live calls with -f")
+        _show_calls(trace.events(), vm, targets, as_json=as_json)
 
 
-def _shower(readers: list[RecordReader], decoder: CallDecoder, as_json: bool) -> Callable[[], None]:
-    def show() -> None:
-        for entry in _merged(readers):
-            if decoder.concerns(entry):
-                row = decoder.describe(entry)
-                click.echo(json.dumps(row) if as_json else printable(_line(row)))
+def _show_calls(events: Iterable[Event], vm: str, targets: list[str], *, as_json: bool) -> None:
+    """Each message once, and the guest need not record."""
+    filter_ = Filter(vm=vm)
+    for event in each_message_once(iter(events), targets, filter_):
+        if event.is_message and filter_.passes(event):
+            row = _row(event)
+            click.echo(json.dumps(row) if as_json else printable(_line(row)))
 
-    return show
 
-
-def _merged(readers: list[RecordReader]) -> Iterator[RecordedFrame]:
-    return heapq.merge(*(reader.read() for reader in readers), key=lambda entry: entry.t_ns)
+def _row(event: Event) -> dict[str, Any]:
+    names = ("t_ns", "link", "kind", "number", "name", "correlation", "cause", "text")
+    row = {name: getattr(event, name) for name in names} | {"direction": "out" if event.outward else "in"}
+    return row if event.took_ns is None else row | {"took_us": event.took_ns / 1000}
 
 
 def _line(row: dict[str, Any]) -> str:
-    arrow = {"in": ">", "out": "<"}.get(row["direction"], "?")
+    arrow = "<" if row["direction"] == "out" else ">"
     took = f"  {row['took_us']:.0f} us" if "took_us" in row else ""
-    payload = f"  +{row['payload_bytes']} bytes" if "payload_bytes" in row else ""
-    cause = f"  cause {row['cause']}" if row.get("cause") else ""
-    return f"{row['t_ns'] / 1e9:.6f} {row['link']:<26} {arrow} {row['text']}{took}{payload}{cause}"
-
-
-def _follow(client: LauncherClient, to_switch: list[str], show: Callable[[], None]) -> None:
-    """Follow the records; processes that do not record are told to, and told to stop at the end."""
-    for target in to_switch:
-        client.query(target, "record", {"on": True})
-    try:
-        _repeat(show)
-    finally:
-        for target in to_switch:
-            client.query(target, "record", {"on": False})
+    cause = f"  cause {row['cause']:#x}" if row["cause"] else ""
+    return f"{row['t_ns'] / 1e9:.6f} {row['link']:<26} {arrow} {row['text']}{took}{cause}"
 
 
 def _repeat(show: Callable[[], None]) -> None:

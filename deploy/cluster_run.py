@@ -19,6 +19,7 @@ from deploy.manifest import Manifest
 from deploy.memory_segments import create_segment, segment_name, unlink_segment
 from deploy.migration_record import Migration, MigrationFacts, Phase
 from deploy.plan import ConfigFrame, cluster_processes
+from deploy.recorders import Recorders
 from deploy.run_dirs import Paths
 from deploy.snapshot_job import SnapshotFacts, SnapshotJob
 from deploy.states import printable
@@ -129,6 +130,7 @@ class ClusterRun:
         self.on_migrate: Callable[[VmRecord, str], None] = lambda vm, host: None
         """A VM's monitor was told to move it to a host."""
         self.log = log
+        self.recorders = Recorders(always=options.record)
         self.frame = ConfigFrame(cluster, paths, options.record, options.debug)
         self.hosts = {host.name: HostRecord(host) for host in cluster.hosts}
         self.links = HostLinks(cluster.links)

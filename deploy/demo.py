@@ -18,7 +18,6 @@ import trio
 
 from deploy import makers
 from deploy.api import RunningCluster, Vm, cluster, processes_of
-from deploy.calls_view import count_calls
 from deploy.cluster_file import Cluster, VmSpec, read_cluster_file, resolve_state
 from deploy.demo_evidence import Evidence, take_evidence
 from deploy.demo_report import (
@@ -32,6 +31,7 @@ from deploy.demo_report import (
     conclude,
 )
 from deploy.run_dirs import default_paths
+from deploy.trace.counts import count_calls
 from protocol.errors import PefboxError
 from protocol.roles import Role
 from services.runtime.first_error import first_error_nursery
@@ -103,7 +103,7 @@ class _Demo:
             report = self._reports[vm.name]
             revealed = await self._guest.reveal(running.vm(vm.name))
             await trio.to_thread.run_sync(_search, evidence, revealed, report)
-            record = running.paths.record_file(f"{vm.name}/{Role.GUEST.value}")
+            record = running.paths.trace_file(f"{vm.name}/{Role.GUEST.value}")
             report.hypercalls, report.ultracalls = count_calls(record)
         return evidence
 
@@ -146,9 +146,10 @@ class _Demo:
 async def _copy(running: RunningCluster) -> Evidence:
     rows = processes_of(await running.status())
     host_side = {row.target: row.pid for row in rows if row.role in (Role.KVM.value, Role.QEMU.value)}
-    for target in host_side:
-        # What it has seen so far is all in its files then.
-        await running.process(target).query("record", {"on": False})
+    for row in rows:
+        # What it has seen so far is all in its files then; the calls that a guest makes are counted further on.
+        on = row.target not in host_side
+        await running.process(row.target).query("record", {"on": on})
     return await trio.to_thread.run_sync(take_evidence, running.paths, host_side)
 
 

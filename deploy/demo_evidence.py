@@ -1,8 +1,8 @@
 """What the demo looks through for a guest's secrets: copies of all that the host's side could have seen.
 
 Taken at a mark, before the guest is asked to reveal anything: all normal RAM, every frame that kvm and qemu sent or
-received, all logs, and, as root, the memory of both processes. A secret counts as found when the bytes are there, raw
-or in hexadecimal, whole or in the 8-byte words in which registers travel.
+received, what ultravisors and guests recorded, all logs, and, as root, the memory of both processes. A secret counts as
+found when the bytes are there, raw or in hexadecimal, whole or in the 8-byte words in which registers travel.
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ def take_evidence(paths: Paths, host_targets: dict[str, int]) -> Evidence:
     for name in [] if manifest is None else manifest.segments:
         evidence.copies[f"normal RAM {name}"] = list(_data_of(SEGMENT_DIR / name))
     for target in host_targets:
-        evidence.copies[f"frames of {target}"] = [paths.record_file(target).read_bytes()]
-    for log in sorted((paths.state_dir / "log").iterdir()):
+        evidence.copies[f"frames of {target}"] = [paths.trace_file(target).read_bytes()]
+    own = {paths.trace_file(target) for target in host_targets}
+    for path in sorted(set(paths.trace_dir.iterdir()) - own):
+        evidence.copies[f"trace {path.name}"] = [path.read_bytes()]
+    for log in sorted(paths.log_dir.iterdir()):
         evidence.copies[f"log {log.name}"] = [log.read_bytes()]
     for target, pid in host_targets.items():
         if os.geteuid() != 0:

@@ -23,7 +23,7 @@ from deploy.migrate import asked_by_monitor
 from deploy.operator_socket import OperatorSocket
 from deploy.plan import cluster_processes
 from deploy.restore import close_all, load_all, open_all
-from deploy.run_dirs import LOCK_FILE, Lock, Paths, default_paths, is_locked, make_private_dir
+from deploy.run_dirs import LOCK_FILE, TRACE_SUFFIX, Lock, Paths, default_paths, is_locked, make_private_dir
 from deploy.start import start_cluster
 from deploy.stopping import remove_everything, stop_processes
 from deploy.supervise import heartbeat, watch_signals
@@ -65,7 +65,7 @@ def prepare(request: LaunchRequest) -> tuple[ClusterRun, list[Lock]]:
         for lock in locks:
             lock.release()
         raise
-    _truncate_records(paths, [process.target for process in cluster_processes(cluster)])
+    _remove_records(paths, [process.target for process in cluster_processes(cluster)])
     manifest = new_manifest(paths.manifest, cluster.name, paths.state_dir)
     return ClusterRun(cluster, paths, request.options, manifest, _open_log(paths)), locks
 
@@ -158,8 +158,8 @@ def _make_files(cluster: Cluster, state_dir: Path) -> None:
 
 def _make_state_dirs(paths: Paths) -> None:
     make_private_dir(paths.state_dir)
-    for directory in ("log", "record"):
-        (paths.state_dir / directory).mkdir(mode=0o700, exist_ok=True)
+    for directory in (paths.log_dir, paths.trace_dir):
+        directory.mkdir(mode=0o700, exist_ok=True)
 
 
 def _take_run_dir(paths: Paths) -> Lock:
@@ -174,11 +174,12 @@ def _take_run_dir(paths: Paths) -> Lock:
     return Lock(paths.run_dir / LOCK_FILE, f'a cluster "{paths.run_dir.name}" starts already')
 
 
-def _truncate_records(paths: Paths, targets: list[str]) -> None:
-    """Logs and records are of one run."""
+def _remove_records(paths: Paths, targets: list[str]) -> None:
+    """Logs and traces are of one run."""
     for target in targets:
-        for path in (paths.log_file(target), paths.record_file(target)):
-            path.unlink(missing_ok=True)
+        paths.log_file(target).unlink(missing_ok=True)
+    for path in paths.trace_dir.glob(f"*{TRACE_SUFFIX}"):
+        path.unlink()
     paths.launcher_log.unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hmac
 import os
 import secrets
@@ -15,6 +16,7 @@ from typing import Any
 import msgspec
 import trio
 
+from deploy.activity import gather_activity
 from deploy.can_migrate import why_not
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun
@@ -23,6 +25,7 @@ from deploy.link_orders import link
 from deploy.migrate import cancel, job_info, migrate, set_parameters
 from deploy.operator_protocol import LENGTH, MAX_FRAME_BYTES, Request, Response, frame
 from deploy.page_view import page_view
+from deploy.recorders import begin_recording, end_recording
 from deploy.recovery import recover
 from deploy.restart import restart
 from deploy.restore import restore
@@ -44,6 +47,7 @@ class OperatorSocket:
         self._token = secrets.token_hex(16)
         self._orders: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
             "status": self._status,
+            "activity": self._activity,
             "host": self._host,
             "vm": self._vm,
             "query": self._query,
@@ -79,10 +83,11 @@ class OperatorSocket:
             return
         try:
             while (request := await _read_request(stream)) is not None:
-                await stream.send_all(frame(await self._answer(request)))
+                await stream.send_all(frame(await self._answer(request, stream)))
         except (trio.BrokenResourceError, msgspec.MsgspecError):
             pass
         finally:
+            end_recording(self._run, stream)
             await stream.aclose()
 
     def _write_token(self) -> None:
@@ -90,10 +95,13 @@ class OperatorSocket:
         with os.fdopen(fd, "w", encoding="ascii") as file:
             file.write(self._token)
 
-    async def _answer(self, request: Request) -> Response:
+    async def _answer(self, request: Request, connection: object) -> Response:
         if not hmac.compare_digest(request.token.encode(), self._token.encode()):
             return Response(error="the token does not fit: only who can read the run directory may give orders")
         order = self._orders.get(request.what)
+        if request.what == "record":
+            # Until the connection ends: so a command that is killed leaves nothing recording.
+            order = functools.partial(self._record, connection)
         if order is None:
             return Response(error=f"this launcher knows no order {request.what!r}")
         try:
@@ -105,6 +113,13 @@ class OperatorSocket:
 
     async def _status(self, _arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         return await gather_status(self._run)
+
+    async def _activity(self, _arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return await gather_activity(self._run)
+
+    async def _record(self, connection: object, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        process = arguments.get("process")
+        return await begin_recording(self._run, connection, None if process is None else str(process))
 
     async def _host(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         return await describe_host(self._run, str(arguments["host"]))

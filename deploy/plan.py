@@ -281,7 +281,7 @@ def vm_descriptors(role: Role, vm: VmSpec) -> list[str]:
 
 def descriptors(process: ProcessPlan, cluster: Cluster) -> list[str]:
     """The descriptors that come with `Start`, in order."""
-    names = ["log", "record"]
+    names = ["log", "trace"]
     if process.role is Role.ULTRAVISOR:
         names += ["audit", "ledger"]
     for vm in vms_known_to(process, cluster):
@@ -343,7 +343,7 @@ def process_config(
         run_dir=str(paths.process_dir(process.place)),
         state_dir=str(paths.state_dir),
         log_file=str(paths.log_file(process.target)),
-        record_file=str(paths.record_file(process.target)),
+        trace_file=str(paths.trace_file(process.place)),
         record=frame.record,
         debuggable=is_debuggable(process, cluster, frame.debug),
         secure_memory_bytes=host.secure_memory_bytes if host is not None and is_ultravisor else 0,

@@ -1,7 +1,7 @@
 """Where clusters live on this machine: run directories, state directories, and which clusters run.
 
 A run directory holds sockets and the manifest and is gone after `down`; a state directory holds machine keys, audit
-log, log and record files and stays. A cluster that runs holds a lock on a file in each, so no pid is ever guessed at.
+log, log and trace files and stays. A cluster that runs holds a lock on a file in each, so no pid is ever guessed at.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ MANIFEST_FILE = "manifest.json"
 LAUNCHER_SOCKET = "launcher.sock"
 TOKEN_FILE = "token"
 LAUNCHER_LOG = "launcher.log"
+TRACE_SUFFIX = ".trace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,12 @@ class Paths:
     @property
     def launcher_log(self) -> Path:
         """The launcher's own log."""
-        return self.state_dir / "log" / LAUNCHER_LOG
+        return self.log_dir / LAUNCHER_LOG
+
+    @property
+    def log_dir(self) -> Path:
+        """What the processes log, and write to standard error."""
+        return self.state_dir / "log"
 
     def process_dir(self, place: str) -> Path:
         """The run directory of one process, by its place; the links it binds lie below."""
@@ -54,15 +60,20 @@ class Paths:
 
     def log_file(self, target: str) -> Path:
         """The JSON lines of one process."""
-        return self.state_dir / "log" / f"{file_stem(target)}.log"
+        return self.log_dir / f"{file_stem(target)}.log"
 
     def stderr_file(self, place: str) -> Path:
         """What one process wrote to standard error, by its place."""
-        return self.state_dir / "log" / f"{file_stem(place)}.stderr"
+        return self.log_dir / f"{file_stem(place)}.stderr"
 
-    def record_file(self, target: str) -> Path:
-        """The recorded frames of one process."""
-        return self.state_dir / "record" / f"{file_stem(target)}.msgpack"
+    @property
+    def trace_dir(self) -> Path:
+        """The trace files of all processes."""
+        return self.state_dir / "trace"
+
+    def trace_file(self, place: str) -> Path:
+        """What one process recorded (protocol.trace), by its place: that of a VM that arrives is another."""
+        return self.trace_dir / f"{file_stem(place)}{TRACE_SUFFIX}"
 
     def host_state_dir(self, host: str) -> Path:
         """Machine key and audit log of one host."""

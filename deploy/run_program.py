@@ -13,7 +13,7 @@ import trio
 
 from deploy.api import RunningCluster, cluster
 from deploy.boot_parts import BootParts, parts_blob, read_program_file
-from deploy.calls_view import count_calls
+from deploy.trace.counts import count_calls
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES
 from services.runtime.first_error import first_error_nursery
@@ -245,7 +245,7 @@ class _Run:
             # Dead, or it does not answer: its record has what it wrote until then.
             self._report.instructions = self._report.trail = None
         if self._order.count_calls:
-            counts = count_calls(self._running.paths.record_file(_GUEST))
+            counts = count_calls(self._running.paths.trace_file(_GUEST))
             self._report.hypercalls, self._report.ultracalls = counts
 
     def _set(self, exit_status: int, outcome: str, reason: str = "") -> None:

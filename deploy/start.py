@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -121,11 +122,11 @@ def add_shared_files(vm: str, files: OpenFiles) -> None:
 
 
 def open_process_files(run: ClusterRun, processes: Iterable[ProcessPlan], files: OpenFiles) -> None:
-    """Logs, records, audit logs, disks and images, by name and target."""
+    """Logs, traces, audit logs, disks and images, by name and target."""
     for process in processes:
         target = process.target
         files.add(f"log@{target}", _open_appending(run.paths.log_file(target)))
-        files.add(f"record@{target}", _open_appending(run.paths.record_file(target)))
+        files.add(f"trace@{target}", _open_appending(run.paths.trace_file(process.place)))
         if process.role is Role.ULTRAVISOR:
             files.add(f"audit@{target}", open_audit_file(run.paths.state_dir, process.host))
             files.add(f"ledger@{target}", open_ledger(run.paths.ledger(process.host)))
@@ -184,7 +185,8 @@ async def configure(run: ClusterRun, children: list[Child], ring: KeyRing, files
 async def _configure_one(run: ClusterRun, child: Child, ring: KeyRing, files: OpenFiles) -> None:
     await _wait(run, child, child.hello)
     entries = [entry_of(run, vm.name, child.plan.host) for vm in plan.vms_known_to(child.plan, run.cluster)]
-    config = plan.process_config(run.frame, child.plan, entries, ring.entries(child.plan))
+    frame = replace(run.frame, record=run.recorders.wants(child.target))
+    config = plan.process_config(frame, child.plan, entries, ring.entries(child.plan))
     descriptors = [files[key] for key in file_keys(child.plan, config.descriptors)]
     child.channel.send(control.Start(config), descriptors)
     await _wait(run, child, child.confined)

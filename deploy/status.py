@@ -161,7 +161,7 @@ def status_now(run: ClusterRun) -> ClusterStatus:
     return ClusterStatus(
         cluster=run.cluster.name,
         healthy=run.healthy,
-        recording=run.options.record,
+        recording=run.recorders.any,
         run_dir=str(run.paths.run_dir),
         state_dir=str(run.paths.state_dir),
         hosts=[_host_row(run, host) for host in run.hosts.values()],

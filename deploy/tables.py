@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-_STYLES = {
+STATE_STYLES = {
     "running": "green",
     "starting": "cyan",
     "paused": "yellow",
@@ -21,6 +21,7 @@ _STYLES = {
     "gone": "dim",
     "off": "dim",
 }
+"""Of a word that stands there, too."""
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -149,7 +150,7 @@ def ago(since_s: float) -> str:
 
 
 def _state(state: str) -> Text:
-    return Text(state, style=_STYLES.get(state, ""))
+    return Text(state, style=STATE_STYLES.get(state, ""))
 
 
 def _count(count: int | None) -> str:

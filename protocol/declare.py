@@ -142,6 +142,8 @@ class Call:
     """So many of the last results are given only to a caller that has room for them."""
     hardware: tuple[Reg, ...] = ()
     """Registers of the processor that come before the arguments: no program chooses them with the call."""
+    private: bool = False
+    """What a secure VM says and gets by it stays between VM and ultravisor: no trace holds it (S1)."""
 
     @property
     def n_args(self) -> int:
@@ -200,6 +202,7 @@ class CallTable:
         optional_args: int = 0,
         optional_results: int = 0,
         hardware: tuple[Reg, ...] = (),
+        private: bool = False,
     ) -> Call:
         """Add a call; a number or name that is taken is a mistake in the table and raises ValueError."""
         if number in self.by_number or name in self.by_name:
@@ -217,6 +220,7 @@ class CallTable:
             optional_args=optional_args,
             optional_results=optional_results,
             hardware=hardware,
+            private=private,
         )
         self.by_number[number] = call
         self.by_name[name] = call

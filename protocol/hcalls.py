@@ -171,7 +171,9 @@ H_JOIN = HCALLS.declare(
     source="PAPR 14.5.3.6",
     open_ended=True,
 )
-H_RANDOM = HCALLS.declare(0x300, "H_RANDOM", results=(Reg("value"),), callers=_GUEST, source="PAPR 14.5.4.11")
+H_RANDOM = HCALLS.declare(
+    0x300, "H_RANDOM", results=(Reg("value"),), callers=_GUEST, source="PAPR 14.5.4.11", private=True
+)
 H_SET_MODE = HCALLS.declare(
     0x31C,
     "H_SET_MODE",

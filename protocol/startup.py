@@ -167,7 +167,8 @@ class ProcessConfig(Struct, frozen=True):
     """Everything a process needs to know before it runs.
 
     `target` is its name (`alpha/kvm`, `vm1/guest`); `secure_memory_bytes` is the ultravisor's account;
-    `record` and `log` are files; `descriptors` names the files that come with this message, in order.
+    `record` says that it records a trace from the start; `descriptors` names the files that come with this message, in
+    order.
     """
 
     cluster: str
@@ -177,7 +178,7 @@ class ProcessConfig(Struct, frozen=True):
     run_dir: str
     state_dir: str
     log_file: str
-    record_file: str
+    trace_file: str
     record: bool
     debuggable: bool
     secure_memory_bytes: int

@@ -222,6 +222,7 @@ UV_ESMB_GET_FILE = UCALLS.declare(
         UCode.U_PARAMETER: "no such file in the ESM blob, an offset that was already read, or another process",
     },
     source=_UAPI,
+    private=True,
 )
 UV_SEND_SBE_COMMAND = UCALLS.declare(
     0xF150,

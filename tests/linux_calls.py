@@ -14,8 +14,8 @@ from pathlib import Path
 from elftools.elf.constants import SH_FLAGS
 from elftools.elf.elffile import ELFFile
 
-from deploy.calls_view import RecordedFrame, RecordReader
-from deploy.run_dirs import file_stem
+from deploy.run_dirs import Paths
+from deploy.trace.reader import FrameReader, SeenFrame
 from protocol.hcalls import H_REGISTER_PROC_TBL, H_RTAS, HCALLS
 from protocol.messages import EXIT_RTAS
 from protocol.rtas import RTAS
@@ -54,8 +54,8 @@ def calls_made(state_dir: Path, vm: str) -> Calls:
 
 
 def _calls(state_dir: Path, process: str, direction: str) -> Iterator[tuple[int, Envelope]]:
-    record = state_dir / "record" / f"{file_stem(process)}.msgpack"
-    frames: Iterator[RecordedFrame] = RecordReader(record).read()
+    record = Paths(state_dir, state_dir).trace_file(process)
+    frames: Iterator[SeenFrame] = FrameReader(record).read()
     for recorded in frames:
         envelope = decode(recorded.frame)
         if recorded.direction == direction and envelope.kind is MessageKind.CALL:

@@ -6,7 +6,6 @@ class only sends, receives without waiting, and pairs replies with calls.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -16,7 +15,7 @@ from protocol.errors import MalformedMessage, UnexpectedMessage
 from protocol.links import LinkKind
 from protocol.roles import Role
 from protocol.wire import Envelope, MessageKind, decode, encode
-from services.runtime.recorder import Tap
+from services.runtime.tracer import Tap
 
 # As plain integers: an operation on the library's enums costs as much as a call into it.
 _NOBLOCK = int(zmq.NOBLOCK)
@@ -40,12 +39,14 @@ class LinkEnd:
         self.peer = peer
         self.peer_state = "up"
         self.tap: Tap | None = None
+        """Set and taken away by another thread: looked at once for each message."""
         self._inbound = kind.inbound(Role.GUEST)
-        self._correlations = itertools.count(1)
+        self.n_calls = 0
+        """Made so far; the last one's correlation id."""
 
     def send_call(self, number: int, body: Any, cause: int) -> int | None:  # noqa: ANN401
         """Send a call; its correlation id, or None when the peer takes no more messages."""
-        correlation = next(self._correlations)
+        self.n_calls = correlation = self.n_calls + 1
         return correlation if self._send(MessageKind.CALL, number, correlation, cause, body) else None
 
     def send_event(self, number: int, body: Any, cause: int) -> None:  # noqa: ANN401
@@ -73,8 +74,9 @@ class LinkEnd:
         self._unlooked = True
         if self._get(_RCVMORE):
             self._refuse_parts(frame)
-        if self.tap is not None:
-            self.tap(self.id, "in", (frame,))
+        tap = self.tap
+        if tap is not None:
+            tap(False, (frame,))
         envelope = decode(frame)
         if envelope.kind is not MessageKind.REPLY and envelope.number not in self._inbound:
             raise UnexpectedMessage(f"number {envelope.number:#x} is not carried in this direction")
@@ -84,14 +86,16 @@ class LinkEnd:
         frames = [first]
         while self._get(_RCVMORE):
             frames.append(self._recv())
-        if self.tap is not None:
-            self.tap(self.id, "in", frames)
+        tap = self.tap
+        if tap is not None:
+            tap(False, frames)
         raise MalformedMessage(f"{len(frames)} frames where one is declared")
 
     def _send(self, kind: MessageKind, number: int, correlation: int, cause: int, body: Any) -> bool:  # noqa: ANN401
         frame = encode(kind, number, correlation, cause, body)
-        if self.tap is not None:
-            self.tap(self.id, "out", (frame,))
+        tap = self.tap
+        if tap is not None:
+            tap(True, (frame,))
         self._unlooked = True
         try:
             self._put(frame, _NOBLOCK)

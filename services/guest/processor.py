@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 
 from protocol import messages as m
+from protocol.causes import first_cause
 from protocol.codes import HCode, UCode
 from protocol.declare import Reg
 from protocol.errors import GuestFault, PeerError
@@ -109,7 +110,7 @@ class Processor:
         self._in_engine = False
         self._deferred: list[tuple[LinkEnd, Envelope]] = []
         self._generation = 0
-        self._next_cause = 1
+        self._next_cause = first_cause(memory.lpid, 0)
         self._replies: dict[tuple[LinkEnd, int], Envelope | None] = {}
         self._resume_with: list[int] | None = None
         self._again: MmioLoad | MmioStore | None = None
@@ -130,6 +131,10 @@ class Processor:
         """Begin to serve; the processor is off until it is started."""
         self._thread.start()
 
+    def count_causes_from(self, cause: int) -> None:
+        """The next call has the cause after `cause`; before the thread runs."""
+        self._next_cause = cause
+
     def post(self, action: Callable[[], None]) -> None:
         """Have `action` run in the processor's thread, soon."""
         self._inbox.post(action)
@@ -139,9 +144,13 @@ class Processor:
         state = state if state in LOST_STATES else "up"
         if state != end.peer_state:
             end.peer_state = state
-            open_calls = sum(1 for other, _ in self._replies if other is end)
+            open_calls = self.open_calls(end)
             event = "peer lost" if state != "up" else "peer is up again"
             self._log.warning(event, peer=end.peer, state=state, open_calls=open_calls)
+
+    def open_calls(self, end: LinkEnd) -> int:
+        """Calls to a peer that it has not answered; for any thread."""
+        return sum(1 for other, _ in list(self._replies) if other is end)
 
     def quit(self) -> None:
         """Leave the loop, after everything that was posted before."""
@@ -295,7 +304,7 @@ class Processor:
         self.crash_reason = reason
         self._log.error("guest crashed", reason=reason)
         body = m.CrashBody(_VCPU, reason[:512])
-        self._hypervisor().send_event(m.GUEST_CRASHED.number, body, 0)
+        self._hypervisor().send_event(m.GUEST_CRASHED.number, body, self._new_cause())
 
     def _hypervisor(self) -> LinkEnd:
         """Where `sc 1` and faults go."""
@@ -356,7 +365,7 @@ class Processor:
 
     def _new_cause(self) -> int:
         self._next_cause += 1
-        return self._memory.lpid << 48 | self._next_cause
+        return self._next_cause
 
     def resolve_fault(self, gfn: int, access: Access) -> None:
         """Have the map give `gfn`; called by the address space from inside the engine. Raises GuestFault."""

@@ -10,20 +10,20 @@ from typing import Any, TypeVar
 import outcome
 import trio
 
+from protocol.causes import first_cause
 from protocol.errors import GuestFault, HostFault, UserError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
 from protocol.links import KVM_GUEST, LINK_KINDS, ULTRAVISOR_GUEST
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.guest.address_space import AddressSpace
 from services.guest.bench_engine import BenchEngine
-from services.guest.clock import make_clock
+from services.guest.clock import GuestClock, make_clock
 from services.guest.engine import Engine
 from services.guest.engines import make_engine
 from services.guest.link_end import LinkEnd
 from services.guest.processor import Processor
 from services.guest.vm_memory import GuestVmMemory
 from services.runtime.process import Query, Runtime
-from services.runtime.recorder import Recorder
 from services.runtime.sockets import connect_socket
 from shared.memfd import map_sealed
 
@@ -44,7 +44,6 @@ class Guest:
         self._processor: Processor | None = None
         self._engine: Engine | None = None
         self._has_map = trio.Event()
-        self._recorder: Recorder | None = None
 
     async def start(self) -> None:
         """Nothing host-wide."""
@@ -57,9 +56,9 @@ class Guest:
         private = socket.socket(fileno=files[f"secure:{vm.name}"])
         memory = GuestVmMemory(vm.lpid, files[f"ram:{vm.name}"], vm.memory_bytes, private, self._runtime.log)
         os.close(files[f"ram:{vm.name}"])
-        kvm = self._connect(next(link for link in links if link.kind == KVM_GUEST.name), keys)
-        ultravisor = self._connect(next(link for link in links if link.kind == ULTRAVISOR_GUEST.name), keys)
         clock = make_clock(vm.time)
+        kvm = self._connect(next(link for link in links if link.kind == KVM_GUEST.name), keys, clock)
+        ultravisor = self._connect(next(link for link in links if link.kind == ULTRAVISOR_GUEST.name), keys, clock)
         processor: list[Processor] = []
         space = AddressSpace(
             memory.normal, memory.dirty.buffer, lambda gfn, access: processor[0].resolve_fault(gfn, access)
@@ -67,19 +66,17 @@ class Guest:
         memory.space = space
         engine = make_engine(vm, space, clock, self._runtime.log)
         processor.append(Processor(engine, memory, kvm, ultravisor, clock, self._runtime.log, vm.guest.kernel))
+        processor[0].count_causes_from(first_cause(vm.lpid, vm.incarnation))
         self._memory, self._processor, self._engine = memory, processor[0], engine
         await self._runtime.give("guest-dirty-map", vm.name, memory.dirty.fd)
         await self._runtime.give("secure-dirty-map", vm.name, memory.secure_dirty.fd)
         self._runtime.nursery.start_soon(self._run)
 
-    def _connect(self, entry: LinkEntry, keys: dict[str, LinkKey]) -> LinkEnd:
+    def _connect(self, entry: LinkEntry, keys: dict[str, LinkKey], clock: GuestClock) -> LinkEnd:
         socket_ = connect_socket(self._runtime.context, entry, keys[entry.id])
         end = LinkEnd(socket_, LINK_KINDS[entry.kind], entry.id, entry.peer)
         self._ends.append(end)
-        if self._runtime.config.record:
-            if self._recorder is None:
-                self._recorder = Recorder(self._runtime.files["record"])
-            end.tap = self._recorder.record
+        self._runtime.tracer.add_end(end, entry, clock.now_ns)
         return end
 
     async def _run(self) -> None:
@@ -87,10 +84,6 @@ class Guest:
         await self._has_map.wait()
         assert self._processor is not None
         self._processor.start_thread()
-        while True:
-            await trio.sleep(0.5)
-            if self._recorder is not None:
-                self._processor.post(self._recorder.flush)
 
     async def replace_links(self, links: list[LinkEntry], keys: dict[str, LinkKey]) -> None:
         """All links of this role end with the VM or with the process."""
@@ -139,18 +132,31 @@ class Guest:
         if self._processor is not None and self._has_map.is_set():
             self._processor.quit()
             await trio.to_thread.run_sync(self._processor.join, _JOIN_SECONDS)
-        if self._recorder is not None:
-            self._recorder.flush()
 
     # -- questions of the operator ----------------------------------------------------------------------------
 
     def queries(self) -> dict[str, Query]:
         """By name."""
         return {
+            "statistics": self._statistics,
             "page.guest": self._page_guest,
             "vm.status": self._vm_status,
-            "record": self._record,
             "bench": self._bench,
+        }
+
+    async def _statistics(self, _arguments: dict[str, Any]) -> dict[str, dict[str, int | str]]:
+        """As that of a process whose links are under trio. Orders are served at once, and none of its calls queues."""
+        processor = self._processor
+        return {
+            end.id: {
+                "peer": end.peer,
+                "calls": end.n_calls,
+                "open_calls": 0 if processor is None else processor.open_calls(end),
+                "serving": 0,
+                "queued": 0,
+                "refused": 0 if processor is None else processor.refused,
+            }
+            for end in self._ends
         }
 
     async def _page_guest(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -180,20 +186,6 @@ class Guest:
             "instructions": None if self._engine is None else self._engine.n_instructions,
             "trail": None if self._engine is None else self._engine.trail,
         }
-
-    async def _record(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        on = bool(arguments["on"])
-        recorder = Recorder(self._runtime.files["record"]) if on else None
-
-        def switch() -> None:
-            if self._recorder is not None:
-                self._recorder.flush()
-            self._recorder = recorder
-            for end in self._ends:
-                end.tap = recorder.record if recorder is not None else None
-
-        await self._in_processor(switch)
-        return {"recording": on}
 
     async def _bench(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         """Have a debuggable VM's bench kernel do a job; its outcome."""

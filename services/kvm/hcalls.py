@@ -23,6 +23,7 @@ from protocol.hcall_values import (
     SetModeResource,
 )
 from services.kvm.guest_call import AtOnce, GuestCall, Result, Waiting
+from services.kvm.interrupt_trace import InterruptTrace
 from services.kvm.rtas import RtasCalls
 from services.kvm.tce_tables import TceTables
 from services.kvm.terminal import Terminal
@@ -72,6 +73,7 @@ class Hcalls:
         vcpus: Vcpus,
         user_space: UserSpace,
         secure: SecurePages,
+        interrupts: InterruptTrace,
     ) -> None:
         self._ram = ram
         self._xics = xics
@@ -79,6 +81,7 @@ class Hcalls:
         self._terminal = terminal
         self._vcpus = vcpus
         self._secure = secure
+        self._interrupts = interrupts
         self._user_space = user_space
         self._open: dict[int, Answer] = {}
         self._modes: dict[int, int] = {}
@@ -94,8 +97,8 @@ class Hcalls:
             h.H_CPPR.number: lambda call: self._xics.h_cppr(call.vcpu, *call.args),
             h.H_IPI.number: lambda call: self._xics.h_ipi(*call.args),
             h.H_IPOLL.number: lambda call: self._xics.h_ipoll(*call.args),
-            h.H_XIRR.number: lambda call: self._xics.h_xirr(call.vcpu),
-            h.H_XIRR_X.number: lambda call: self._xics.h_xirr_x(call.vcpu, _timebase()),
+            h.H_XIRR.number: lambda call: self._accepted(self._xics.h_xirr(call.vcpu)),
+            h.H_XIRR_X.number: lambda call: self._accepted(self._xics.h_xirr_x(call.vcpu, _timebase())),
             h.H_CEDE.number: self.h_cede,
             h.H_CONFER.number: self.h_confer,
             h.H_PROD.number: self.h_prod,
@@ -122,6 +125,10 @@ class Hcalls:
             h.H_SVM_INIT_START.number: self.h_svm_init_start,
             h.H_SVM_INIT_ABORT.number: self.h_svm_init_abort,
         }
+
+    def _accepted(self, result: Result) -> Result:
+        self._interrupts.accepted(result)
+        return result
 
     # -- virtual processor ------------------------------------------------------------------------------------
 

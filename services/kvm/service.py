@@ -113,7 +113,9 @@ class Kvm:
             self._runtime.nursery.start_soon(self._give_away, "normal-map", vm.name, os.dup(memory.map_fd))
 
         guest, qemu = ends[KVM_GUEST.name], ends[KVM_QEMU.name]
-        new = Vm(vm, memory, guest, qemu, self._port, table_made, map_needed, self._runtime.log, stream)
+        new = Vm(
+            vm, memory, guest, qemu, self._port, table_made, map_needed, self._runtime.log, stream, self._runtime.tracer
+        )
         new.register_guest(ends[KVM_GUEST.name])
         new.register_qemu(ends[KVM_QEMU.name])
         self._vms[vm.lpid] = self._by_name[vm.name] = new

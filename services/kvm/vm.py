@@ -22,6 +22,7 @@ from services.kvm.dirty import DirtyPages
 from services.kvm.discard import Discards
 from services.kvm.guest_call import GuestCall
 from services.kvm.hcalls import Hcalls
+from services.kvm.interrupt_trace import InterruptTrace
 from services.kvm.memory import MemSlot, VmMemory
 from services.kvm.migration import Migration
 from services.kvm.tce_tables import TceTables
@@ -31,8 +32,10 @@ from services.kvm.user_space import UserSpace
 from services.kvm.uvmem import SecurePages, Switch
 from services.kvm.vcpu import RunState, Vcpus
 from services.kvm.xics import Xics
+from services.runtime.cause import CAUSE
 from services.runtime.link import DEFERRED, Link
 from services.runtime.log import Log
+from services.runtime.tracer import UNTRACED, Tracer
 from shared.guest_ram import GuestRam
 from shared.interrupt_sources import VTY_SOURCE
 from shared.memfd import SealedMemory
@@ -64,6 +67,7 @@ class Vm:
         map_needed: MapNeeded,
         log: Log,
         stream: StreamBuffer | None = None,
+        tracer: Tracer = UNTRACED,
     ) -> None:
         self.entry = entry
         self.memory = memory
@@ -92,7 +96,10 @@ class Vm:
         self.dirty = DirtyPages(memory.n_pages, guest, qemu, lambda: self.secure.switch is not Switch.NONE)
         self.discards = Discards(memory, self.secure, guest, self.dirty.own, self._log)
         self.ram = GuestRam(memory.ram, memory.host_view, self._want, self.dirty.own)
-        self.hcalls = Hcalls(self.ram, self.xics, self.tces, self.terminal, self.vcpus, self.user_space, self.secure)
+        self.interrupts = InterruptTrace(entry.lpid, tracer)
+        self.hcalls = Hcalls(
+            self.ram, self.xics, self.tces, self.terminal, self.vcpus, self.user_space, self.secure, self.interrupts
+        )
         self.migration = Migration(self, ultravisor, stream, self._log)
 
     # -- hypercalls -------------------------------------------------------------------------------------------
@@ -121,7 +128,7 @@ class Vm:
                 self._guest.reply(envelope, result)
 
             result = handler(GuestCall(registers[0], registers[1:n_registers], envelope.cause, answer))
-            self.after_call()
+            self.after_call(envelope.cause)
             return result
 
         return serve
@@ -134,8 +141,9 @@ class Vm:
             if len(registers) < n_registers:
                 return [HCode.H_PARAMETER]
             args = registers[1:n_registers]
+            CAUSE.set(envelope.cause)
             result = await handler(GuestCall(registers[0], args, envelope.cause, _answered_elsewhere))
-            self.after_call()
+            self.after_call(envelope.cause)
             return result
 
         return serve
@@ -146,19 +154,20 @@ class Vm:
         result = self.hcalls.at_once[call.number](GuestCall(vcpu, args, cause, answer))
         if result is not DEFERRED:
             answer(result)
-        self.after_call()
+        self.after_call(cause)
 
     async def reflected_waiting(self, call: Call, vcpu: int, args: list[int], cause: int) -> list[int]:
         """As `reflected_at_once`, for a handler that waits; its result."""
         self.migration.runs()
+        CAUSE.set(cause)
         result = await self.hcalls.waiting[call.number](GuestCall(vcpu, args, cause, _answered_elsewhere))
-        self.after_call()
+        self.after_call(cause)
         return result
 
-    def after_call(self) -> None:
-        """Tell what a call changed: interrupt lines, ended waits."""
+    def after_call(self, cause: int = 0) -> None:
+        """Tell what a call or event changed: interrupt lines, ended waits."""
         for server, level in self.xics.take_line_changes():
-            self._tell_line(server, level)
+            self._tell_line(server, level, cause)
         self.hcalls.answer_ended()
 
     def tell_lines(self) -> None:
@@ -167,9 +176,9 @@ class Vm:
         for server in range(len(self.vcpus)):
             self._tell_line(server, self.xics.line(server))
 
-    def _tell_line(self, server: int, level: bool) -> None:
+    def _tell_line(self, server: int, level: bool, cause: int = 0) -> None:
         self.vcpus.set_line(server, level)
-        self._guest.send_event(m.VCPU_LINE, m.LineBody(server, level))
+        self._guest.send_event(m.VCPU_LINE, m.LineBody(server, level), cause)
 
     # -- faults of a normal VM --------------------------------------------------------------------------------
 
@@ -186,7 +195,7 @@ class Vm:
         self.fail(body.reason)
 
     async def _want(self, gfns: list[int]) -> None:
-        if await self._make_present(gfns, 0) != HCode.H_SUCCESS:
+        if await self._make_present(gfns, CAUSE.get()) != HCode.H_SUCCESS:
             raise GuestFault(f"gfn {gfns[0]:#x} cannot be made present")
 
     async def _make_present(self, gfns: list[int], cause: int) -> HCode:
@@ -225,16 +234,18 @@ class Vm:
     def _irq_source(self, _envelope: Envelope, body: m.IrqSourceBody) -> m.Status:
         return m.Status(self.xics.add_source(body.source, body.level_triggered))
 
-    def _irq_set(self, _envelope: Envelope, body: m.IrqBody) -> None:
-        self.raise_irq(body.source, body.level)
+    def _irq_set(self, envelope: Envelope, body: m.IrqBody) -> None:
+        self.raise_irq(body.source, body.level, envelope.cause)
 
     def _terminal_output(self, _envelope: Envelope, body: m.TerminalBody) -> None:
         self.terminal.put(body.data)
 
-    def raise_irq(self, source: int, level: bool) -> None:
+    def raise_irq(self, source: int, level: bool, cause: int = 0) -> None:
         """A source's level changed, or an edge came."""
+        if level:
+            self.interrupts.raised(source, cause)
         self.xics.set_irq(source, level)
-        self.after_call()
+        self.after_call(cause)
 
     def type_in(self, data: bytes) -> int:
         """Text typed at the terminal; how many bytes were taken."""

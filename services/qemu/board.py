@@ -32,6 +32,7 @@ from services.qemu.virtio_console import VirtioConsole
 from services.qemu.virtio_net import VirtioNet
 from services.qemu.virtio_pci import VirtioPciFunction
 from services.runtime.text_buffers import TextState
+from services.runtime.tracer import UNTRACED, Tracer
 from shared.guest_ram import GuestRam
 from shared.host_view import HostState
 from shared.interrupt_sources import EPOW_SOURCE, HOTPLUG_SOURCE, NVRAM_SOURCE, VTY_SOURCE
@@ -68,7 +69,7 @@ class BoardState(msgspec.Struct):
 class Board:
     """The devices of `vm`. `disks` are open descriptors by disk name; they stay the caller's to close.
 
-    `networks` are the VM's ends of its networks.
+    `networks` are the VM's ends of its networks; `tracer` is told of each request.
 
     With `assign_bars` BARs have addresses from the start, otherwise firmware or driver gives them. With `time` of the
     VM "instructions" a kick returns when the device has finished what was available, so that runs repeat.
@@ -85,6 +86,7 @@ class Board:
         *,
         networks: Mapping[str, Switch] | None = None,
         assign_bars: bool = False,
+        tracer: Tracer = UNTRACED,
     ) -> None:
         self.vm = vm
         self.bridge = PciHostBridge(port, ddw=vm.dma.ddw)
@@ -100,6 +102,7 @@ class Board:
         for index, device in enumerate(vm.devices):
             devfn = devfn_of(slot_of(index))
             function = DeviceMaker(vm, self._memory_of(devfn, device), port, disks, networks or {}).make(device)
+            function.device.trace_to(tracer, vm.lpid)
             self.functions.append(function)
             self.bridge.bus.plug(devfn, function)
         facts = MachineFacts(vm.memory_bytes, N_CPUS, self.uuid.bytes, repeatable=vm.time == "instructions")

@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 
 from services.qemu.pci_bus import PciFunction
+from services.runtime.tracer import Tracer
 
 StateT = TypeVar("StateT", bound=msgspec.Struct)
 
@@ -28,6 +29,9 @@ class Device(Protocol):
 
     async def drained(self) -> None:
         """Return when there is nothing left to do."""
+
+    def trace_to(self, tracer: Tracer, lpid: int) -> None:
+        """Note requests as those of VM `lpid`."""
 
 
 class DeviceFunction(PciFunction, ABC, Generic[StateT]):

@@ -10,6 +10,7 @@ import trio
 from protocol import messages as m
 from protocol.codes import HCode
 from protocol.errors import PefboxError
+from services.runtime.cause import CAUSE
 from services.runtime.link import Link
 from services.runtime.log import Log
 from shared.memfd import map_sealed, unmap
@@ -37,7 +38,7 @@ class DmaWindows:
         self._awaited[window.liobn] = (window, arrived)
         try:
             with trio.move_on_after(TABLE_SECONDS):
-                status = await self._link.call(m.TCE_WINDOW_CREATE, window)
+                status = await self._link.call(m.TCE_WINDOW_CREATE, window, CAUSE.get())
                 if status.code != HCode.H_SUCCESS:
                     self._log.warning("kvm made no TCE table", liobn=f"{window.liobn:#x}", code=status.code)
                     return False
@@ -64,7 +65,7 @@ class DmaWindows:
 
     async def _forget(self, liobn: int) -> None:
         try:
-            await self._link.call(m.TCE_WINDOW_REMOVE, m.LiobnBody(liobn))
+            await self._link.call(m.TCE_WINDOW_REMOVE, m.LiobnBody(liobn), CAUSE.get())
         except PefboxError as error:
             self._log.warning("a TCE table stays", liobn=f"{liobn:#x}", reason=str(error))
 

@@ -20,10 +20,14 @@ import msgspec
 import trio
 
 from protocol.errors import PefboxError
+from protocol.trace import RequestStep
 from services.qemu.device_function import DeviceFunction
 from services.qemu.dma import DmaFault, DmaSpace
 from services.qemu.msi import Msi
 from services.qemu.pci_bus import Bar, PciIdentity
+from services.qemu.request_trace import RequestTrace
+from services.runtime.cause import CAUSE
+from services.runtime.tracer import UNTRACED, Tracer
 from shared.edu import (
     BAR_BYTES,
     BUFFER_ADDRESS,
@@ -104,6 +108,9 @@ class Edu:
         self._quiet = trio.Event()
         self._working = False
         self._resetting = False
+        self._cause = 0
+        """Of the last store that gave it something to do."""
+        self._trace = RequestTrace(UNTRACED, 0, name, 0)
         self._stores: dict[int, Callable[[int], None]] = {
             EduRegister.LIVENESS: self._store_liveness,
             EduRegister.FACTORIAL: self._store_factorial,
@@ -142,7 +149,7 @@ class Edu:
         if not self.state.status & EduStatus.COMPUTING:
             self.state.factorial = value
             self.state.status |= EduStatus.COMPUTING
-            self._wake.set()
+            self._work()
 
     def _store_status(self, value: int) -> None:
         self.state.status = self.state.status & EduStatus.COMPUTING | value & EduStatus.IRQ_WHEN_DONE
@@ -154,7 +161,11 @@ class Edu:
     def _store_command(self, value: int) -> None:
         if value & EduDma.RUN and not self.state.command & EduDma.RUN:
             self.state.command = value
-            self._wake.set()
+            self._work()
+
+    def _work(self) -> None:
+        self._cause = CAUSE.get()
+        self._wake.set()
 
     def _raise(self, causes: int) -> None:
         self.state.irq_status |= causes
@@ -178,12 +189,17 @@ class Edu:
         """Whether anything is left to do."""
         return self._working or self._wake.is_set()
 
+    def trace_to(self, tracer: Tracer, lpid: int) -> None:
+        """Note each transfer, as one of VM `lpid`."""
+        self._trace = RequestTrace(tracer, lpid, self.name, 0)
+
     async def run(self) -> None:
         """Serve what registers ask for until cancelled."""
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
             self._working = True
+            CAUSE.set(self._cause)
             try:
                 await self._serve()
             finally:
@@ -240,10 +256,14 @@ class Edu:
     async def _transfer(self) -> None:
         """At most the buffer's 4 KiB, whatever the count says."""
         state = self.state
+        if self._trace.tracer.on:
+            self._trace.moved(RequestStep.BEGUN, 0, state.count)
         try:
             await (self._to_ram() if state.command & EduDma.TO_RAM else self._from_ram())
         except PefboxError as error:
             self._note(f"DMA: {error}")
+        if self._trace.tracer.on:
+            self._trace.moved(RequestStep.ENDED, 0, state.count if state.command & EduDma.TO_RAM else 0)
         if self._resetting:
             return
         state.command &= ~EduDma.RUN

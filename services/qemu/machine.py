@@ -25,6 +25,7 @@ from services.qemu.qmp import (
     ShutdownCause,
     Stopped,
 )
+from services.runtime.cause import CAUSE
 from services.runtime.link import Link
 from services.runtime.log import Log
 from shared.machine_type import N_CPUS
@@ -85,21 +86,26 @@ class Machine:
         """A view of guest RAM outlives no wait, so none is in use while a message is served."""
         return m.Status(HCode.H_SUCCESS)
 
-    def _mmio_load(self, _envelope: Envelope, body: m.MmioLoadBody) -> m.MmioLoadReply:
+    def _mmio_load(self, envelope: Envelope, body: m.MmioLoadBody) -> m.MmioLoadReply:
+        CAUSE.set(envelope.cause)
         code, value = self._board().mmio_load(body.gpa, body.size)
         return m.MmioLoadReply(code, value)
 
-    async def _mmio_store(self, _envelope: Envelope, body: m.MmioStoreBody) -> m.Status:
+    async def _mmio_store(self, envelope: Envelope, body: m.MmioStoreBody) -> m.Status:
+        CAUSE.set(envelope.cause)
         return m.Status(await self._board().mmio_store(body.gpa, body.size, body.value))
 
-    def _doorbell_rung(self, _envelope: Envelope, body: m.MmioStoreBody) -> None:
+    def _doorbell_rung(self, envelope: Envelope, body: m.MmioStoreBody) -> None:
         """A store that kvm has answered already; the register may be gone since."""
+        CAUSE.set(envelope.cause)
         self._board().ring(body.gpa, body.size, body.value)
 
-    async def _rtas(self, _envelope: Envelope, body: m.RtasBody) -> m.RtasReply:
+    async def _rtas(self, envelope: Envelope, body: m.RtasBody) -> m.RtasReply:
+        CAUSE.set(envelope.cause)
         return m.RtasReply(await self._board().rtas_token(body.token, body.args, body.n_rets))
 
-    async def _hcall(self, _envelope: Envelope, body: m.HcallBody) -> m.HcallReply:
+    async def _hcall(self, envelope: Envelope, body: m.HcallBody) -> m.HcallReply:
+        CAUSE.set(envelope.cause)
         return m.HcallReply(await self._board().hcalls.call(body.number, body.args))
 
     def _vm_event(self, _envelope: Envelope, body: m.VmEventBody) -> None:
@@ -121,7 +127,7 @@ class Machine:
     async def want(self, gfns: list[int]) -> None:
         """Have kvm make frames present; raises GuestFault when it refuses."""
         for first in range(0, len(gfns), m.MAX_PAGES):
-            status = await self._link.call(m.PAGES_WANTED, m.PagesBody(gfns[first : first + m.MAX_PAGES]))
+            status = await self._link.call(m.PAGES_WANTED, m.PagesBody(gfns[first : first + m.MAX_PAGES]), CAUSE.get())
             if status.code not in (HCode.H_SUCCESS, HCode.H_BUSY):
                 raise GuestFault(f"gfn {gfns[first]:#x} cannot be made present: code {status.code}")
 
@@ -129,7 +135,9 @@ class Machine:
         """Have kvm take frames that are in the balloon; its first code that is not H_SUCCESS."""
         for first in range(0, len(gfns), m.MAX_PAGES):
             try:
-                status = await self._link.call(m.PAGES_DISCARD, m.PagesBody(gfns[first : first + m.MAX_PAGES]))
+                status = await self._link.call(
+                    m.PAGES_DISCARD, m.PagesBody(gfns[first : first + m.MAX_PAGES]), CAUSE.get()
+                )
             except PeerGone:
                 # Stopped, perhaps: what it did not take now it may take later.
                 return HCode.H_BUSY
@@ -143,19 +151,19 @@ class Machine:
 
     def msi(self, source: int) -> None:
         """An edge of `source`."""
-        self._link.send_event(m.IRQ_SET, m.IrqBody(source, level=True))
+        self._link.send_event(m.IRQ_SET, m.IrqBody(source, level=True), CAUSE.get())
 
     def lsi(self, source: int, level: bool) -> None:
         """The new level of `source`."""
-        self._link.send_event(m.IRQ_SET, m.IrqBody(source, level))
+        self._link.send_event(m.IRQ_SET, m.IrqBody(source, level), CAUSE.get())
 
     def doorbell(self, gpa: int, on: bool) -> None:
         """kvm answers stores to the notify register at `gpa`, or no more."""
-        self._link.send_event(m.DOORBELL_SET, m.DoorbellBody(gpa, NOTIFY_BYTES, on))
+        self._link.send_event(m.DOORBELL_SET, m.DoorbellBody(gpa, NOTIFY_BYTES, on), CAUSE.get())
 
     async def define(self, source: int, *, level_triggered: bool) -> None:
         """`source` exists from now on."""
-        await self._link.call(m.IRQ_SOURCE, m.IrqSourceBody(source, level_triggered))
+        await self._link.call(m.IRQ_SOURCE, m.IrqSourceBody(source, level_triggered), CAUSE.get())
 
     async def create_window(self, window: m.TceWindowBody) -> bool:
         """Have kvm make a TCE table, and the devices use it."""
@@ -168,7 +176,7 @@ class Machine:
 
     def display(self, character: int) -> None:
         """One byte for the first terminal."""
-        self._link.send_event(m.TERMINAL_OUTPUT, m.TerminalBody(bytes([character])))
+        self._link.send_event(m.TERMINAL_OUTPUT, m.TerminalBody(bytes([character])), CAUSE.get())
 
     def power_off(self) -> None:
         """The guest switched itself off."""
@@ -315,7 +323,7 @@ class Machine:
 
     async def _order(self, message: m.Message[m.BodyT, m.Status], body: m.BodyT) -> None:
         with trio.move_on_after(_ORDER_SECONDS):
-            status = await self._link.call(message, body)
+            status = await self._link.call(message, body, CAUSE.get())
             if status.code != HCode.H_SUCCESS:
                 raise GuestFault(f"kvm refused {message.name}: code {status.code}")
             return

@@ -15,6 +15,7 @@ from protocol.wire import Envelope
 from services.qemu.frame_delay import FrameDelay
 from services.qemu.network import Drop, PeerPort, Switch
 from services.qemu.shaping import Shaper
+from services.runtime.cause import CAUSE
 from services.runtime.link import Link
 from services.runtime.process import Runtime
 from shared.link_shape import PLAIN, LinkShape
@@ -78,12 +79,13 @@ class NetworkLinks:
         def offer(frames: list[bytes]) -> Drop | None:
             if link.peer_state != "up":
                 return Drop.PEER_LOST
-            return None if link.offer_event(m.NET_FRAMES, m.NetFramesBody(frames)) else Drop.PEER_FULL
+            return None if link.offer_event(m.NET_FRAMES, m.NetFramesBody(frames), CAUSE.get()) else Drop.PEER_FULL
 
         port = switch.connect(entry.peer, offer)
         port.delay = self._delays.get(entry.peer)
 
-        def take(_envelope: Envelope, body: m.NetFramesBody) -> None:
+        def take(envelope: Envelope, body: m.NetFramesBody) -> None:
+            CAUSE.set(envelope.cause)
             switch.from_peer(body.frames, port)
 
         link.on(m.NET_FRAMES, take)

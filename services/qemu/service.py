@@ -133,7 +133,9 @@ class Qemu:
         disks = {name.removeprefix("disk:"): fd for name, fd in files.items() if name.startswith("disk:")}
         loads = {name: files[name] for name in BOOT_FILES if name in files}
         assert self._networks is not None
-        board = self._machine.board = Board(vm, ram, disks, self._machine, networks=self._networks.switches)
+        board = self._machine.board = Board(
+            vm, ram, disks, self._machine, networks=self._networks.switches, tracer=self._runtime.tracer
+        )
         self._machine.load = lambda: load_machine(board, ram, loads)
         await self._link.call(m.MEMSLOT_SET, m.MemslotBody(0, 0, vm.memory_bytes))
         await board.start()
@@ -168,6 +170,7 @@ class Qemu:
             self._runtime.log,
             self._migration_status,
             lambda host: self._runtime.notice("migrate", vm.name, host),
+            self._runtime.tracer,
         )
         control.set_shape(self._shapes.migration)
         self._migration_monitor = MigrationMonitor(control, PAGE_BYTES)

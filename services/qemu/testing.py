@@ -19,6 +19,7 @@ from services.qemu.device_function import DeviceFunction
 from services.qemu.edu import EduFunction
 from services.qemu.virtio_pci import MODERN_BAR, NOTIFY_MULTIPLIER, OFFSETS, VirtioPciFunction
 from services.qemu.virtqueue import QueueState
+from services.runtime.cause import CAUSE
 from shared.edu import FIRST_WIDE, EduDma, EduRegister
 from shared.guest_ram import GuestRam
 from shared.host_view import HostState
@@ -200,6 +201,8 @@ class TestPort:
     """Defined source -> level triggered."""
     edges: list[int] = field(default_factory=list)
     levels: dict[int, bool] = field(default_factory=dict)
+    causes: list[int] = field(default_factory=list)
+    """On whose behalf each interrupt was raised."""
     displayed: bytearray = field(default_factory=bytearray)
     events: list[str] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)
@@ -242,9 +245,12 @@ class TestPort:
 
     def msi(self, source: int) -> None:
         self.edges.append(source)
+        self.causes.append(CAUSE.get())
 
     def lsi(self, source: int, level: bool) -> None:
         self.levels[source] = level
+        if level:
+            self.causes.append(CAUSE.get())
 
     def cas_refused(self, reason: str) -> None:
         self.events.append(f"cas refused: {reason}")

@@ -21,8 +21,11 @@ import trio
 
 from protocol.errors import PefboxError
 from protocol.startup import NO_OFFER, DmaOffer
+from services.qemu.request_trace import RequestTrace
 from services.qemu.virtio_access import AccessState, DeviceMemory, MemoryAccess
 from services.qemu.virtqueue import Chain, QueueState, Virtqueue
+from services.runtime.cause import CAUSE
+from services.runtime.tracer import Tracer
 from shared.virtio import DeviceId, DeviceStatus, Feature, feature_mask, has_feature
 from shared.virtio_pci import NO_VECTOR
 
@@ -106,9 +109,13 @@ class VirtioDevice(ABC):
         self.on_fault: Callable[[str, str], None] | None = None
         self.poll_ns = POLL_NS
         self._kicks = [trio.Event() for _ in self.queues]
+        self._kick_causes = [0] * len(self.queues)
+        self._done_causes = [0] * len(self.queues)
+        """On whose behalf the queue's next interrupt is: that of the request that ended last."""
         self._served_ns = [_LONG_AGO_NS] * len(self.queues)
         """When a queue last ran empty."""
-        self._finished: list[deque[tuple[Chain, int]]] = [deque() for _ in self.queues]
+        self._finished: list[deque[tuple[Chain, int, int]]] = [deque() for _ in self.queues]
+        """Chains that were served, the bytes written to each, and its cause."""
         self._nursery: trio.Nursery | None = None
         self._working = 0
         self._resetting = False
@@ -186,7 +193,13 @@ class VirtioDevice(ABC):
     def kick(self, index: int) -> None:
         """The driver made buffers available; ignored before DRIVER_OK and for a queue that does not run."""
         if self.serving and not self.held and index < len(self.queues) and self.queues[index].running:
+            self._kick_causes[index] = CAUSE.get()
             self._kicks[index].set()
+
+    def trace_to(self, tracer: Tracer, lpid: int) -> None:
+        """Note the requests of all queues, as those of VM `lpid`."""
+        for queue in self.queues:
+            queue.trace = RequestTrace(tracer, lpid, self.name, queue.index)
 
     def reach(self) -> frozenset[int]:
         """The GFNs that the device could read or write now, should it turn against its driver; none unless it runs."""
@@ -358,6 +371,8 @@ class VirtioDevice(ABC):
             if not self.wants(queue):
                 await self._signal(queue)
                 return
+            # What is found without a kick belongs to the last one.
+            CAUSE.set(self._kick_causes[queue.index])
             chain = await queue.pop()
             if chain is None:
                 await self._signal(queue)
@@ -367,6 +382,7 @@ class VirtioDevice(ABC):
                 if not self._finished[queue.index] and not await queue.resume_notifications():
                     return
                 continue
+            self._done_causes[queue.index] = CAUSE.get()
             written = await self.handle(queue, chain)
             if written is not None:
                 await queue.push(chain.head, written)
@@ -387,10 +403,13 @@ class VirtioDevice(ABC):
     async def _publish_finished(self, queue: Virtqueue) -> None:
         finished = self._finished[queue.index]
         while finished and self.serving:
-            chain, written = finished.popleft()
+            chain, written, cause = finished.popleft()
+            self._done_causes[queue.index] = cause
+            CAUSE.set(cause)
             await queue.push(chain.head, written)
 
     async def _signal(self, queue: Virtqueue) -> None:
+        CAUSE.set(self._done_causes[queue.index])
         self.served(queue)
         if await queue.wants_interrupt() and self.transport is not None and self.serving:
             self.transport.queue_interrupt(queue)
@@ -398,7 +417,7 @@ class VirtioDevice(ABC):
     async def _finish_later(self, queue: Virtqueue, chain: Chain, work: Callable[[], Awaitable[int]]) -> None:
         try:
             written = await work()
-            self._finished[queue.index].append((chain, written))
+            self._finished[queue.index].append((chain, written, CAUSE.get()))
             self._kicks[queue.index].set()
         except PefboxError as error:
             self.fail(f"queue {queue.index}: {error}")

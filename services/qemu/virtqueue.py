@@ -16,7 +16,9 @@ from enum import Enum
 import msgspec
 
 from protocol.errors import GuestFault
+from protocol.trace import RequestStep
 from services.qemu.dma import DmaSpace
+from services.qemu.request_trace import RequestTrace
 from shared.virtio import Feature, has_feature
 from shared.vring import (
     AVAIL_ALIGN,
@@ -124,6 +126,7 @@ class Virtqueue:
         self._dma: DmaSpace | None = None
         self._event_idx = False
         self._indirect = False
+        self.trace: RequestTrace | None = None
 
     def reset(self) -> None:
         """Forget everything the driver set."""
@@ -174,6 +177,8 @@ class Virtqueue:
         chain = await self._read_chain(head)
         state.next_avail = (state.next_avail + 1) & 0xFFFF
         self.in_flight.add(head)
+        if self.trace is not None and self.trace.tracer.on:
+            self.trace.moved(RequestStep.BEGUN, head, chain.readable_bytes + chain.writable_bytes)
         return chain
 
     async def push(self, head: int, written_bytes: int) -> None:
@@ -191,6 +196,8 @@ class Virtqueue:
             await dma.write(state.device + used_entry(slot), USED_ELEM.pack(head, written_bytes))
             state.next_used = (state.next_used + 1) & 0xFFFF
             self.in_flight.discard(head)
+            if self.trace is not None and self.trace.tracer.on:
+                self.trace.moved(RequestStep.ENDED, head, written_bytes)
         await dma.store_u16(state.device + RING_IDX, state.next_used)
 
     def unpop(self, chain: Chain) -> None:

@@ -85,6 +85,11 @@ class ZmqChannel:
         if len(self._held) >= _SEND_BURST:
             self._send_held()
 
+    @property
+    def n_queued(self) -> int:
+        """Messages that the peer has not taken yet."""
+        return len(self._backlog) + len(self._held)
+
     async def receive(self) -> list[bytes]:
         """The next message. Only one task reads a channel."""
         while True:

@@ -24,7 +24,7 @@ from protocol.roles import Role
 from protocol.wire import MAX_OPEN_CALLS, Envelope, MessageKind, decode, encode, is_bundle, unbundle
 from services.runtime.channel import ZmqChannel
 from services.runtime.log import Log
-from services.runtime.recorder import Tap
+from services.runtime.tracer import Tap
 
 LOST_STATES = frozenset({"gone", "failed", "stopped", "unresponsive", "closed"})
 """A peer in one of these answers nothing; in any other it is expected to answer, however late."""
@@ -170,17 +170,17 @@ class Link:
         """Tell the peer something that has no reply; False when it takes no more messages."""
         return self._send(MessageKind.EVENT, message.number, 0, cause, body)
 
-    def offer_event(self, message: Message[BodyT, Any], body: BodyT) -> bool:
+    def offer_event(self, message: Message[BodyT, Any], body: BodyT, cause: int = 0) -> bool:
         """Tell the peer something that may be lost: False when it is down or takes nothing now. Nothing is kept."""
         if self.peer_state != "up":
             return False
-        frames = (encode(MessageKind.EVENT, message.number, 0, 0, body),)
+        frames = (encode(MessageKind.EVENT, message.number, 0, cause, body),)
         try:
             sent = self._channel.offer(frames)
         except PeerError:
             return False
         if sent and self.tap is not None:
-            self.tap(self.id, "out", frames)
+            self.tap(True, frames)
         return sent
 
     def send_call(self, number: int, correlation: int, body: Any, cause: int) -> None:  # noqa: ANN401
@@ -226,6 +226,18 @@ class Link:
     def open_calls(self) -> int:
         """Calls of this side that wait for a reply."""
         return len(self._pending)
+
+    def statistics(self) -> dict[str, int | str]:
+        """For the operator: calls made so far, those that wait for a reply, those of the peer that are being served,
+        messages that it has not taken, and what was refused of it."""
+        return {
+            "peer": self.peer,
+            "calls": self._next_correlation - 1,
+            "open_calls": self.open_calls,
+            "serving": self._open_tasks,
+            "queued": self._channel.n_queued,
+            "refused": self.refused,
+        }
 
     async def _ask(self, number: int, body: Any, cause: int) -> msgspec.Raw:  # noqa: ANN401
         if self.peer_state != "up":
@@ -277,7 +289,7 @@ class Link:
     def _send(self, kind: MessageKind, number: int, correlation: int, cause: int, body: Any) -> bool:  # noqa: ANN401
         frames = (encode(kind, number, correlation, cause, body),)
         if self.tap is not None:
-            self.tap(self.id, "out", frames)
+            self.tap(True, frames)
         try:
             self._channel.send(frames)
         except PeerError as error:
@@ -288,7 +300,7 @@ class Link:
     def _send_from_reader(self, envelope: Envelope, body: Any) -> None:  # noqa: ANN401
         frames = (encode(MessageKind.REPLY, envelope.number, envelope.correlation, envelope.cause, body),)
         if self.tap is not None:
-            self.tap(self.id, "out", frames)
+            self.tap(True, frames)
         try:
             self._channel.send_from_reader(frames)
         except PeerError as error:
@@ -298,7 +310,7 @@ class Link:
         messages = [(frame,) for frame in encoded]
         if self.tap is not None:
             for frames in messages:
-                self.tap(self.id, "out", frames)
+                self.tap(True, frames)
         try:
             self._channel.send_many(messages)
         except PeerError as error:
@@ -338,7 +350,7 @@ class Link:
 
     def _take_message(self, frames: list[bytes]) -> None:
         if self.tap is not None:
-            self.tap(self.id, "in", frames)
+            self.tap(False, frames)
         try:
             if len(frames) != 1:
                 raise UnexpectedMessage(f"{len(frames)} frames where one is declared")

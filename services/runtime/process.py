@@ -26,12 +26,11 @@ from services.runtime.confine import confine, die_with_parent
 from services.runtime.control import ControlEnd, LauncherGone
 from services.runtime.link import Link
 from services.runtime.log import Log, open_log
-from services.runtime.recorder import Recorder
 from services.runtime.sockets import bind_socket, connect_socket
+from services.runtime.tracer import FLUSH_SECONDS, Tracer
 from services.runtime.zap import ZapServer
 
 Query = Callable[[dict[str, Any]], Awaitable[Any]]
-_RECORD_FLUSH_SECONDS = 0.5
 
 
 class Service(Protocol):
@@ -81,7 +80,7 @@ class Runtime:
         self.protections: dict[str, str] = {}
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.links: dict[str, Link] = {}
-        self.recorder: Recorder | None = None
+        self.tracer = Tracer(files["trace"], config)
         self._control = control_end
         self._zap: ZapServer | None = None
         self._nursery: trio.Nursery | None = None
@@ -98,9 +97,8 @@ class Runtime:
         self._nursery = nursery
         self._zap = ZapServer(self.context)
         await nursery.start(self._zap.run)
-        if self.config.record:
-            self.set_recording(True)
-        nursery.start_soon(self._flush_recorder)
+        self.tracer.switch(on=self.config.record)
+        nursery.start_soon(self._flush_trace)
 
     async def open_link(self, entry: LinkEntry, key: LinkKey, register: Callable[[Link], None]) -> Link:
         """Open, register handlers on, and serve one link; raises HostFault when it cannot be bound."""
@@ -118,8 +116,7 @@ class Runtime:
         else:
             socket = connect_socket(self.context, entry, key)
         link = Link(ZmqChannel(socket), kind, self.role, entry.id, entry.peer, self.log)
-        if self.recorder is not None:
-            link.tap = self.recorder.record
+        self.tracer.add_end(link, entry)
         return link
 
     async def serve_link(self, link: Link) -> None:
@@ -129,6 +126,7 @@ class Runtime:
 
     async def close_link(self, link: Link) -> None:
         """Stop serving a link; returns when its socket is closed and everything open on it has ended."""
+        self.tracer.forget_end(link.id, link)
         serving = self._serving.pop(link.id, None)
         if self.links.get(link.id) is link:
             del self.links[link.id]
@@ -137,17 +135,6 @@ class Runtime:
         if serving is not None:
             serving.scope.cancel()
             await serving.ended.wait()
-
-    def set_recording(self, on: bool) -> None:
-        """Record every frame of every link from now on, or stop."""
-        if on and self.recorder is None:
-            self.recorder = Recorder(self.files["record"])
-        elif not on and self.recorder is not None:
-            self.recorder.flush()
-            self.recorder = None
-        tap = self.recorder.record if self.recorder is not None else None
-        for link in self.links.values():
-            link.tap = tap
 
     async def give(self, tag: str, vm: str, fd: int) -> None:
         """Hand a descriptor to the other processes of the VM through the launcher; `fd` stays the caller's."""
@@ -165,11 +152,18 @@ class Runtime:
         finally:
             serving.ended.set()
 
-    async def _flush_recorder(self) -> None:
+    async def _flush_trace(self) -> None:
+        """In a thread, so that no message waits for the disk."""
         while True:
-            await trio.sleep(_RECORD_FLUSH_SECONDS)
-            if self.recorder is not None:
-                self.recorder.flush()
+            await trio.sleep(FLUSH_SECONDS)
+            if self.tracer.has_work:
+                await self.flush_trace()
+
+    async def flush_trace(self) -> None:
+        """What was noted until now is in the file, as far as there is room."""
+        await trio.to_thread.run_sync(self.tracer.flush)
+        if self.tracer.is_full:
+            self.tracer.switch(on=False)
 
 
 ServiceFactory = Callable[[Runtime, Keys], Service]
@@ -248,11 +242,11 @@ class _Shell:
             link_keys = {key.link: key for key in keys.links}
             for vm in config.vms:
                 links = [link for link in config.links if link.vm == vm.name]
+                runtime.tracer.add_vm(vm)
                 await service.add_vm(vm, links, link_keys, runtime.files)
             nursery.start_soon(loop.run, nursery)
             await end.send(control.Ready())
-        if runtime.recorder is not None:
-            runtime.recorder.flush()
+        runtime.tracer.flush()
 
 
 def _reason(error: PefboxError | ExceptionGroup[Exception]) -> str | None:
@@ -274,7 +268,13 @@ class _ControlLoop:
         self._runtime = runtime
         self._service = service
         self._removals: dict[str, trio.Event] = {}
-        self._queries: dict[str, Query] = {"statistics": self._statistics, "record": self._record, **service.queries()}
+        self._record_number = 0
+        self._queries: dict[str, Query] = {
+            "statistics": self._statistics,
+            "record": self._record,
+            "recording": self._recording,
+            **service.queries(),
+        }
 
     async def run(self, nursery: trio.Nursery) -> None:
         try:
@@ -311,6 +311,7 @@ class _ControlLoop:
 
     async def _add_vm(self, vm: VmEntry, links: list[LinkEntry], keys: Keys, files: dict[str, int]) -> None:
         """A VM that cannot begin here fails; the others go on."""
+        self._runtime.tracer.add_vm(vm)
         try:
             await self._service.add_vm(vm, links, {key.link: key for key in keys.links}, files)
         except Exception as error:
@@ -361,9 +362,19 @@ class _ControlLoop:
         await self._end.send(control.Answer(query.id, result))
 
     async def _statistics(self, _arguments: dict[str, Any]) -> dict[str, Any]:
-        links = self._runtime.links.values()
-        return {link.id: {"open_calls": link.open_calls, "refused": link.refused} for link in links}
+        return {link.id: link.statistics() for link in self._runtime.links.values()}
 
     async def _record(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        self._runtime.set_recording(bool(arguments["on"]))
-        return {"recording": self._runtime.recorder is not None}
+        """Begin or end to record; answered as `recording`. Of orders with a `number` only the latest counts."""
+        number = int(arguments.get("number", self._record_number))
+        if number < self._record_number:
+            return await self._recording({})
+        self._record_number = number
+        self._runtime.tracer.switch(on=bool(arguments["on"]))
+        return await self._recording({})
+
+    async def _recording(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """Whether it records; what was noted until now is in the file then."""
+        tracer = self._runtime.tracer
+        await self._runtime.flush_trace()
+        return {"recording": tracer.on, "full": tracer.is_full}

@@ -200,14 +200,14 @@ class RealHost:
             run_dir=str(home),
             state_dir=str(self.directory),
             log_file=str(home / "log"),
-            record_file=str(home / "record"),
+            trace_file=str(home / "trace"),
             record=False,
             debuggable=False,
             secure_memory_bytes=secure_memory_bytes,
             seed=0,
             vms=[],
             links=links,
-            descriptors=["log", "record", "audit"] if process.role is Role.ULTRAVISOR else ["log", "record"],
+            descriptors=["log", "trace", "audit"] if process.role is Role.ULTRAVISOR else ["log", "trace"],
         )
 
     # -- VMs --------------------------------------------------------------------------------------------------

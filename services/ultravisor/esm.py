@@ -172,7 +172,7 @@ class EsmSwitch:
     async def _make_bounce_pages(self, layout: BootLayout, parts: list[Extent], tree: FdtTree) -> list[int]:
         gfns = free_pages(layout, parts, tree.reservations, BOUNCE_PAGES)
         for gfn in gfns:
-            self._svm.apply(gfn, PageEvent.MAKE_IMPLICIT)
+            self._svm.apply(gfn, PageEvent.MAKE_IMPLICIT, self._cause)
             await self._ask_shared(gfn, "a bounce page")
             try:
                 # What the host had there is kept, for a refusal further on gives it back.
@@ -185,7 +185,7 @@ class EsmSwitch:
     async def _make_pseudo_shared(self, rtas: Extent) -> None:
         """Of the RTAS area guest and hypervisor each have a page of their own: the measured one, and zeros."""
         for gfn in rtas.gfns:
-            self._svm.apply(gfn, PageEvent.MAKE_PSEUDO)
+            self._svm.apply(gfn, PageEvent.MAKE_PSEUDO, self._cause)
             await self._ask_shared(gfn, "the RTAS area")
             try:
                 self._svm.zero_shared(gfn)

@@ -89,14 +89,15 @@ class HypervisorCalls:
             return [UCode.U_STATE]
         return [page_calls.unregister_slot(svm, registers[1])]
 
-    def uv_page_in(self, _envelope: Envelope, registers: list[int]) -> list[int]:
+    def uv_page_in(self, envelope: Envelope, registers: list[int]) -> list[int]:
         """UV_PAGE_IN."""
         svm = self._svm(registers, 5)
         if svm is None:
             return [UCode.U_PARAMETER]
         if self._holds_pages(svm):
             return [UCode.U_RETRY]
-        code = page_calls.page_in(svm, *registers[1:5])
+        _, src_ra, gpa, flags, order = registers[:5]
+        code = page_calls.page_in(svm, src_ra, gpa, flags, order, envelope.cause)
         if code is UCode.U_P3:
             self._life.write_audit(svm.name, "page-refused", gpa=registers[2])
         return [code]

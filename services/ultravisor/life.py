@@ -86,7 +86,7 @@ class SvmLife:
             return [UCode.U_RETRY]
         try:
             self.void_snapshots(partition.name)
-            svm = Svm(partition.name, partition.lpid, partition.entry.incarnation, partition.ram, self._account)
+            svm = partition.make_svm(self._account)
         except HostFault as fault:
             self._note_refusal(partition, str(fault))
             return [UCode.U_PARAMETER]

@@ -67,7 +67,7 @@ def unregister_slot(svm: Svm, slot: int) -> UCode:
     return UCode.U_SUCCESS
 
 
-def page_in(svm: Svm, src_ra: int, gpa: int, flags: int, order: int) -> UCode:
+def page_in(svm: Svm, src_ra: int, gpa: int, flags: int, order: int, cause: int = 0) -> UCode:
     """UV_PAGE_IN: the hypervisor offers the frame at `src_ra` for `gpa`."""
     if order != PAGE_SHIFT:
         return UCode.U_P5
@@ -82,20 +82,20 @@ def page_in(svm: Svm, src_ra: int, gpa: int, flags: int, order: int) -> UCode:
     gfn = gfn_of(gpa)
     if gpa % PAGE_BYTES or not svm.in_slots(gfn):
         return UCode.U_P3
-    return _page_in_by_state(svm, gfn)
+    return _page_in_by_state(svm, gfn, cause)
 
 
-def _page_in_by_state(svm: Svm, gfn: int) -> UCode:
+def _page_in_by_state(svm: Svm, gfn: int, cause: int) -> UCode:
     state = svm.states[gfn]
     if state is GfnState.SECURE:
         return _take_in(svm, gfn)
     if state is GfnState.PAGING_IN:
-        return _open_image(svm, gfn)
+        return _open_image(svm, gfn, cause)
     if state is GfnState.PAGED_OUT:
-        svm.apply(gfn, PageEvent.IN_BEGIN)
-        return _open_image(svm, gfn)
+        svm.apply(gfn, PageEvent.IN_BEGIN, cause)
+        return _open_image(svm, gfn, cause)
     try:
-        new = svm.apply(gfn, PageEvent.HV_PAGE_IN)
+        new = svm.apply(gfn, PageEvent.HV_PAGE_IN, cause)
     except BadTransition:
         return UCode.U_RETRY if state in TRANSIENT else UCode.U_P2
     svm.withheld.pop(gfn, None)
@@ -114,18 +114,18 @@ def _take_in(svm: Svm, gfn: int) -> UCode:
     return UCode.U_SUCCESS
 
 
-def _open_image(svm: Svm, gfn: int) -> UCode:
+def _open_image(svm: Svm, gfn: int, cause: int) -> UCode:
     try:
         good = svm.open_in(gfn, gfn << PAGE_SHIFT)
     except HostFault:
         good = False
     if not good:
-        svm.apply(gfn, PageEvent.IN_FAILED)
+        svm.apply(gfn, PageEvent.IN_FAILED, cause)
         svm.refused_images[gfn] = svm.refused_images.get(gfn, 0) + 1
         return UCode.U_P3
     svm.refused_images.pop(gfn, None)
     svm.withheld.pop(gfn, None)
-    svm.apply(gfn, PageEvent.IN_DONE)
+    svm.apply(gfn, PageEvent.IN_DONE, cause)
     svm.map_secure(gfn)
     return UCode.U_SUCCESS
 
@@ -159,9 +159,9 @@ async def page_out(partition: Partition, svm: Svm, requests: list[PageRequest]) 
         may_write = acknowledged and svm.phase is SvmPhase.SECURE and _is_whole(svm.ram)
         for i, gfn in zip(leaving, gfns, strict=True):
             if may_write:
-                codes[i] = _seal(svm, gfn)
+                codes[i] = _seal(svm, gfn, requests[i].cause)
             else:
-                _keep_page(svm, gfn)
+                _keep_page(svm, gfn, requests[i].cause)
     return [UCode.U_RETRY if code is None else code for code in codes]
 
 
@@ -181,7 +181,7 @@ def _begin_page_out(svm: Svm, request: PageRequest) -> UCode | None:
         return UCode.U_SUCCESS
     if state is not GfnState.SECURE:
         return UCode.U_RETRY if state in TRANSIENT else UCode.U_PARAMETER
-    svm.apply(gfn, PageEvent.OUT_BEGIN)
+    svm.apply(gfn, PageEvent.OUT_BEGIN, request.cause)
     svm.map.clear(gfn)
     return None
 
@@ -206,18 +206,18 @@ def _is_whole(ram: NormalRam) -> bool:
     return True
 
 
-def _seal(svm: Svm, gfn: int) -> UCode:
+def _seal(svm: Svm, gfn: int, cause: int) -> UCode:
     try:
         svm.seal_out(gfn)
     except HostFault:
-        _keep_page(svm, gfn)
+        _keep_page(svm, gfn, cause)
         return UCode.U_RETRY
-    svm.apply(gfn, PageEvent.OUT_DONE)
+    svm.apply(gfn, PageEvent.OUT_DONE, cause)
     return UCode.U_SUCCESS
 
 
-def _keep_page(svm: Svm, gfn: int) -> None:
-    svm.apply(gfn, PageEvent.OUT_FAILED)
+def _keep_page(svm: Svm, gfn: int, cause: int) -> None:
+    svm.apply(gfn, PageEvent.OUT_FAILED, cause)
     svm.map_secure(gfn)
 
 
@@ -239,7 +239,7 @@ async def page_inval(partition: Partition, svm: Svm, gpa: int, order: int, cause
     if gpa % PAGE_BYTES or not svm.in_slots(gfn) or svm.states[gfn] not in _INVALIDATABLE:
         return UCode.U_P2
     state = svm.states[gfn]
-    svm.apply(gfn, PageEvent.HV_INVAL)
+    svm.apply(gfn, PageEvent.HV_INVAL, cause)
     if state in (GfnState.SHARED, GfnState.SHARED_INV):
         # Again for a page without frame: the guest may not have acknowledged the first time.
         svm.map.clear(gfn)

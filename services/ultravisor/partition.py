@@ -16,8 +16,10 @@ from protocol.geometry import PAGE_SHIFT
 from protocol.messages import SVM_ENDED, Empty
 from protocol.startup import VmEntry
 from services.runtime.link import Link
+from services.runtime.tracer import UNTRACED, Tracer
 from services.ultravisor.invalidation import ACKNOWLEDGE_SECONDS, Invalidator
 from services.ultravisor.normal_ram import NormalRam
+from services.ultravisor.secure_memory import SecureAccount
 from services.ultravisor.svm import Svm, SvmPhase
 from shared.dirty_map import DirtyMap
 from shared.stream_buffer import StreamBuffer
@@ -52,7 +54,10 @@ class Migration(Protocol):
 class Partition:
     """One VM. `svm` exists from UV_ESM until its end; `private` is the socketpair end that only its guest shares."""
 
-    def __init__(self, entry: VmEntry, ram: NormalRam, guest: Link, private: socket.socket) -> None:
+    def __init__(
+        self, entry: VmEntry, ram: NormalRam, guest: Link, private: socket.socket, tracer: Tracer = UNTRACED
+    ) -> None:
+        self._tracer = tracer
         self.entry = entry
         self.ram = ram
         self.guest = guest
@@ -99,6 +104,10 @@ class Partition:
     def secure(self) -> bool:
         """Whether the VM runs as a secure one now."""
         return self.svm is not None and self.svm.phase is SvmPhase.SECURE
+
+    def make_svm(self, account: SecureAccount) -> Svm:
+        """A secure side, which is not the VM's yet; raises HostFault when there is no memory for it."""
+        return Svm(self.name, self.lpid, self.entry.incarnation, self.ram, account, self._tracer)
 
     async def operation(self, work: Awaitable[list[int]]) -> list[int]:
         """Run a call of this VM; the end of the VM wins over it and answers U_STATE."""

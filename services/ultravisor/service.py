@@ -84,7 +84,7 @@ class Ultravisor:
         hypervisor, life = self._hypervisor, self._life
 
         def register(link: Link) -> None:
-            partition = Partition(vm, ram, link, private)
+            partition = Partition(vm, ram, link, private, self._runtime.tracer)
             if f"stream:{vm.name}" in files:
                 partition.stream = StreamBuffer(files[f"stream:{vm.name}"])
             self._partitions[vm.lpid] = self._by_name[vm.name] = partition

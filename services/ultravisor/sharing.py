@@ -66,7 +66,7 @@ async def share(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfn: int
 
 
 async def _share_pages(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfns: list[int], cause: int) -> UCode:
-    _begin(svm, gfns, PageEvent.SHARE)
+    _begin(svm, gfns, PageEvent.SHARE, cause)
     if gfns and not await partition.invalidator.invalidate(gfns, cause):
         await _revert_share(partition, svm, hypervisor, gfns, cause)
         return UCode.U_RETRY
@@ -75,7 +75,7 @@ async def _share_pages(partition: Partition, svm: Svm, hypervisor: Hypervisor, g
         await _revert_share(partition, svm, hypervisor, gfns, cause)
         return UCode.U_RETRY if code == HCode.H_BUSY else UCode.U_PARAMETER
     for page in gfns:
-        if svm.apply(page, PageEvent.SHARE_DONE) is GfnState.SHARED:
+        if svm.apply(page, PageEvent.SHARE_DONE, cause) is GfnState.SHARED:
             svm.map_shared(page)
     return UCode.U_SUCCESS
 
@@ -104,9 +104,9 @@ async def unshare_all(partition: Partition, svm: Svm, hypervisor: Hypervisor, ca
 async def _unshare_pages(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfns: list[int], cause: int) -> UCode:
     if not gfns:
         return UCode.U_SUCCESS
-    _begin(svm, gfns, PageEvent.UNSHARE)
+    _begin(svm, gfns, PageEvent.UNSHARE, cause)
     if not await partition.invalidator.invalidate(gfns, cause):
-        _keep_shared(svm, gfns)
+        _keep_shared(svm, gfns, cause)
         return UCode.U_RETRY
     for page in gfns:
         partition.mark_dirty(page)
@@ -114,13 +114,13 @@ async def _unshare_pages(partition: Partition, svm: Svm, hypervisor: Hypervisor,
         await _let_others_work(page)
     if await _page_in_all(partition, hypervisor, gfns, H_PAGE_IN_NONSHARED, cause) != HCode.H_SUCCESS:
         raise SvmBroken("hypervisor-refused-unshare")
-    _finish_unshare(svm, gfns)
+    _finish_unshare(svm, gfns, cause)
     return UCode.U_SUCCESS
 
 
-def _keep_shared(svm: Svm, gfns: Iterable[int]) -> None:
+def _keep_shared(svm: Svm, gfns: Iterable[int], cause: int) -> None:
     for page in gfns:
-        if svm.apply(page, PageEvent.UNSHARE_REVERT) is GfnState.SHARED:
+        if svm.apply(page, PageEvent.UNSHARE_REVERT, cause) is GfnState.SHARED:
             svm.map_shared(page)
 
 
@@ -192,29 +192,29 @@ def small_pages_hint(svm: Svm, gfn: int, n_pages: int) -> str | None:
     )
 
 
-def _begin(svm: Svm, gfns: Iterable[int], event: PageEvent) -> None:
+def _begin(svm: Svm, gfns: Iterable[int], event: PageEvent, cause: int) -> None:
     for page in gfns:
-        svm.apply(page, event)
+        svm.apply(page, event, cause)
         svm.map.clear(page)
 
 
 async def _revert_share(partition: Partition, svm: Svm, hypervisor: Hypervisor, gfns: list[int], cause: int) -> None:
     taken = []
     for page in gfns:
-        if svm.apply(page, PageEvent.SHARE_REVERT) is GfnState.SECURE:
+        if svm.apply(page, PageEvent.SHARE_REVERT, cause) is GfnState.SECURE:
             svm.map_secure(page)
         else:
             taken.append(page)
     if await _page_in_all(partition, hypervisor, taken, H_PAGE_IN_NONSHARED, cause) != HCode.H_SUCCESS:
         raise SvmBroken("hypervisor-refused-unshare")
-    _finish_unshare(svm, taken)
+    _finish_unshare(svm, taken, cause)
 
 
-def _finish_unshare(svm: Svm, gfns: Iterable[int]) -> None:
+def _finish_unshare(svm: Svm, gfns: Iterable[int], cause: int) -> None:
     for page in gfns:
         if svm.states[page] is not GfnState.HV_UNSHARED:
             raise SvmBroken("hypervisor-kept-shared-page")
-        svm.apply(page, PageEvent.UNSHARE_DONE)
+        svm.apply(page, PageEvent.UNSHARE_DONE, cause)
         svm.map_secure(page)
 
 

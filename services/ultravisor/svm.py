@@ -12,6 +12,7 @@ import msgspec
 
 from protocol.errors import HostFault
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
+from services.runtime.tracer import UNTRACED, Tracer
 from services.ultravisor.normal_ram import NormalRam
 from services.ultravisor.page_crypto import PageSealer
 from services.ultravisor.page_state import GfnState, PageEvent, PageStates
@@ -50,7 +51,16 @@ class Slot(msgspec.Struct, frozen=True):
 class Svm:
     """Pages of one secure VM. `memory_bytes` is the size of its RAM segment, `lpid` its partition."""
 
-    def __init__(self, name: str, lpid: int, incarnation: int, ram: NormalRam, account: SecureAccount) -> None:
+    def __init__(
+        self,
+        name: str,
+        lpid: int,
+        incarnation: int,
+        ram: NormalRam,
+        account: SecureAccount,
+        tracer: Tracer = UNTRACED,
+    ) -> None:
+        self._tracer = tracer
         self.name = name
         self.lpid = lpid
         self.ram = ram
@@ -189,9 +199,14 @@ class Svm:
         secure = self._charged_bytes // PAGE_BYTES - shared - out
         return {"normal": 0, "secure": secure, "shared": shared, "paged_out": out}
 
-    def apply(self, gfn: int, event: PageEvent) -> GfnState:
-        """As PageStates.apply."""
-        return self.states.apply(gfn, event)
+    def apply(self, gfn: int, event: PageEvent, cause: int = 0) -> GfnState:
+        """As PageStates.apply, because of `cause`."""
+        if not self._tracer.on:
+            return self.states.apply(gfn, event)
+        before = self.states[gfn]
+        after = self.states.apply(gfn, event)
+        self._tracer.page_changed(self.lpid, gfn, before.name, event.name, after.name, cause)
+        return after
 
 
 _IN_SECURE_FRAME = frozenset({GfnState.SECURE, GfnState.PSEUDO_SHARED, GfnState.PSEUDO_SHARED_INV})

@@ -114,9 +114,8 @@ class Import:
 
     def _make_svm(self) -> Svm:
         """The memory that what comes is put into. Raises MigrationRefused."""
-        partition = self._partition
         try:
-            svm = Svm(partition.name, partition.lpid, partition.entry.incarnation, partition.ram, self._account)
+            svm = self._partition.make_svm(self._account)
         except HostFault as fault:
             raise MigrationRefused(Reason.NO_ROOM, str(fault)) from None
         self._svm = svm

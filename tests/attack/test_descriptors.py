@@ -210,7 +210,7 @@ def check_other_descriptors(running: RunningCluster, targets: dict[str, int]) ->
         owner, _, role = target.partition("/")
         paths = running.paths
         allowed = {"/dev/null", str(paths.log_file(target)), str(paths.stderr_file(target))}
-        allowed |= {str(paths.record_file(target)), "anon_inode:[eventpoll]", "anon_inode:[eventfd]"}
+        allowed |= {str(paths.trace_file(target)), "anon_inode:[eventpoll]", "anon_inode:[eventfd]"}
         if role == "ultravisor":
             allowed |= {str(paths.audit_log(owner)), str(paths.ledger(owner))}
         if role == "qemu":

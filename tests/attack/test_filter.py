@@ -5,6 +5,7 @@ What crossed is read from the recorded frames of the kvm process, from normal RA
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -13,14 +14,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deploy.calls_view import RecordedFrame, RecordReader
+from deploy.trace.reader import FrameReader, SeenFrame
 from protocol.codes import HCode, RtasStatus, UCode
 from protocol.declare import Caller
 from protocol.geometry import PAGE_BYTES, gpa_of
-from protocol.hcalls import H_RTAS, HCALLS
+from protocol.hcalls import H_RANDOM, H_RTAS, HCALLS
 from protocol.links import ULTRAVISOR_GUEST, ULTRAVISOR_KVM
 from protocol.rtas import MAX_BUFFER_BYTES, RTAS, status_word
-from protocol.ucalls import UV_RETURN
+from protocol.ucalls import UCALLS, UV_ESM, UV_ESMB_GET_FILE, UV_RETURN
 from protocol.wire import Envelope, MessageKind, decode
 from services.testing.host import PlayedVm, RealHost, real_host
 from services.testing.image import FIRST_FREE_GFN, make_image
@@ -47,8 +48,8 @@ def own_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
 
 def frames(rig: Rig, target: str, kind: str) -> list[tuple[str, Envelope]]:
     """Direction and envelope of every recorded frame of a process on its links of one kind."""
-    reader = RecordReader(rig.cluster.paths.record_file(target))
-    found: list[RecordedFrame] = [entry for entry in reader.read() if entry.link.partition(":")[2].startswith(kind)]
+    reader = FrameReader(rig.cluster.paths.trace_file(target))
+    found: list[SeenFrame] = [entry for entry in reader.read() if entry.link.partition(":")[2].startswith(kind)]
     return [(entry.direction, decode(entry.frame)) for entry in found]
 
 
@@ -172,6 +173,35 @@ async def test_what_is_not_declared_does_not_pass(vm: PlayedVm) -> None:
         assert await rtas(vm, service, args, n_rets) == HCode.H_PARAMETER, what
 
     assert vm.raw() == before
+
+
+WORD = 0x5EC12E75EC12E7
+
+
+async def test_s1_what_does_not_cross_is_in_no_trace_either(host: RealHost, vm: PlayedVm) -> None:
+    """A trace is a file: for all that is promised, kvm and qemu can read it."""
+    processes = (host.ultravisor, host.kvm)
+    for process in processes:
+        assert await process.query("record", on=True) == {"recording": True, "full": False}
+
+    for call in (*HCALLS, *UCALLS):
+        if Caller.SVM in call.callers and not call.open_ended and call not in (H_RTAS, UV_ESM):
+            await vm.guest.call(call, *[0] * call.n_args, *[WORD] * 3)
+    _, random = await vm.guest.call(H_RANDOM)
+    await vm.guest.call(UV_ESMB_GET_FILE, *[WORD] * 9)
+    await vm.guest.call(dataclasses.replace(H_RANDOM, number=WORD), WORD)
+    assert await rtas(vm, RTAS.by_name["nvram-store"].number, [0, gpa_of(BUFFER_GFN), 12], 2) == HCode.H_SUCCESS
+
+    traces = {}
+    for process in processes:
+        await process.query("recording")
+        traces[process.role.value] = (host.directory / process.role.value / "trace").read_bytes()
+    for word in (WORD, random):
+        for order in ("big", "little"):
+            found = [role for role, data in traces.items() if word.to_bytes(8, order) in data]
+            assert found == []
+    assert not [role for role, data in traces.items() if SECRET[:16] in data]
+    assert H_RANDOM.number.to_bytes(2, "big") in traces["ultravisor"]
 
 
 async def test_registers_behind_the_declared_ones_are_never_sent(host: RealHost, vm: PlayedVm) -> None:

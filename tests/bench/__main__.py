@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from protocol.errors import UserError
-from tests.bench import boot, calls, disk, dma, engine, migration, pages, starting
+from tests.bench import boot, calls, disk, dma, engine, migration, pages, starting, trace
 from tests.bench.figure import Budget, Figure, Kind, Measurement
 
 RESULT = Path("build/bench.json")
@@ -25,6 +25,7 @@ FIGURES_DOC = Path("docs/figures.md")
 ROUNDS = 10
 MEASUREMENTS: dict[str, Measurement] = {
     "null_hypercall": calls.measure,
+    "trace_off": trace.measure,
     "page_move": pages.measure,
     "blk_read": disk.measure,
     "dma_seq_read": dma.measure,

@@ -12,9 +12,9 @@ from pathlib import Path
 import trio
 
 from deploy.api import RunningCluster, cluster
-from deploy.calls_view import RecordReader
 from deploy.compare.measure import Round as IoRound
 from deploy.compare.measure import time_requests, wait_ready
+from deploy.trace.reader import FrameReader
 from protocol.hcalls import H_LOGICAL_CI_STORE
 from protocol.messages import DOORBELL_RUNG
 from protocol.wire import MessageKind, decode
@@ -108,7 +108,7 @@ def _breakdown(machine: RunningCluster) -> list[Figure]:
 
 def _times(machine: RunningCluster, target: str, number: int, direction: str) -> Iterator[tuple[int, int]]:
     """(cause, time) of each call or event of this number."""
-    for entry in RecordReader(machine.paths.record_file(target)).read():
+    for entry in FrameReader(machine.paths.trace_file(target)).read():
         envelope = decode(entry.frame)
         is_asked = envelope.kind in (MessageKind.CALL, MessageKind.EVENT)
         if envelope.number == number and entry.direction == direction and is_asked:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from deploy.api import RunningCluster
-from deploy.calls_view import RecordedFrame, RecordReader
+from deploy.trace.reader import FrameReader, SeenFrame
 from protocol import ucalls as u
 from protocol.codes import UCode
 from protocol.declare import Call
@@ -79,9 +79,7 @@ class History:
         self._running, self._wall_offset_ns = running, wall_offset_ns
         self._steps: list[Step] = []
         self._readers = [
-            RecordReader(running.paths.record_file(f"{host}/{role}"))
-            for host in HOSTS
-            for role in ("ultravisor", "kvm")
+            FrameReader(running.paths.trace_file(f"{host}/{role}")) for host in HOSTS for role in ("ultravisor", "kvm")
         ]
 
     def read(self) -> None:
@@ -112,7 +110,7 @@ class History:
         return int(datetime.fromisoformat(line["timestamp"]).timestamp() * 1e9) - self._wall_offset_ns
 
 
-def _step_of(entry: RecordedFrame) -> Step | None:
+def _step_of(entry: SeenFrame) -> Step | None:
     owner, _, kind = entry.link.partition(":")
     if not kind.startswith("ultravisor-kvm."):
         return None

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from deploy.api import RunningCluster, cluster
-from deploy.calls_view import RecordReader
+from deploy.trace.reader import FrameReader
 from protocol.codes import HCode, UCode
 from protocol.declare import Call
 from protocol.geometry import PAGE_SHIFT, gpa_of
@@ -132,7 +132,7 @@ async def stop_recording(running: RunningCluster) -> None:
 
 def frames(running: RunningCluster, target: str) -> Iterator[tuple[int, str, str, Envelope, list[int]]]:
     """(time, link, direction, envelope, registers) of every hypercall and ultracall message of a process."""
-    for entry in RecordReader(running.paths.record_file(target)).read():
+    for entry in FrameReader(running.paths.trace_file(target)).read():
         envelope = decode(entry.frame)
         body = msgspec.msgpack.decode(envelope.body)
         if isinstance(body, list) and all(isinstance(word, int) for word in body):

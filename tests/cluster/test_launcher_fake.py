@@ -83,10 +83,10 @@ async def test_every_process_gets_its_links_files_and_keys_and_nothing_else(fake
     qemu = await seen(fake_cluster, "vm1/qemu")
     guest = await seen(fake_cluster, "vm1/guest")
 
-    assert ultravisor["files"] == ["audit", "ledger", "log", "ram:vm1", "record", "secure:vm1", "stream:vm1"]
-    assert kvm["files"] == ["log", "ram:vm1", "record", "stream:vm1"]
-    assert qemu["files"] == ["log", "ram:vm1", "record", "stream:vm1"]
-    assert guest["files"] == ["log", "ram:vm1", "record", "secure:vm1"]
+    assert ultravisor["files"] == ["audit", "ledger", "log", "ram:vm1", "secure:vm1", "stream:vm1", "trace"]
+    assert kvm["files"] == ["log", "ram:vm1", "stream:vm1", "trace"]
+    assert qemu["files"] == ["log", "ram:vm1", "stream:vm1", "trace"]
+    assert guest["files"] == ["log", "ram:vm1", "secure:vm1", "trace"]
     assert ultravisor["keys"] == [
         "alpha:ultravisor-kvm.1", "identity-key", "machine-key", "migration-certificate", "migration-revoked",
         "migration-roots", "vm1:ultravisor-guest.1",

@@ -18,9 +18,10 @@ import pytest
 import trio
 
 from deploy.api import RunningCluster, Vm, cluster
-from deploy.calls_view import RecordReader, count_calls
 from deploy.linux_shell import LinuxShell
 from deploy.run_program import RunOrder, check_program, cluster_text, program_blob
+from deploy.trace.counts import count_calls
+from deploy.trace.reader import FrameReader
 from protocol.errors import UserError
 from protocol.geometry import PAGE_SHIFT
 from protocol.hcalls import H_PUT_TCE
@@ -59,7 +60,7 @@ class LinuxVm:
 
     @property
     def record(self) -> Path:
-        return self.running.paths.record_file(f"{self.vm.name}/guest")
+        return self.running.paths.trace_file(f"{self.vm.name}/guest")
 
     def mapping_calls(self) -> int:
         """How often it asked for pages to be mapped for its devices."""
@@ -160,7 +161,7 @@ def private_mappings(record: Path) -> int:
     """How many pages a guest mapped that it had not shared, from the calls that it made."""
     shared: set[int] = set()
     n_private = 0
-    for recorded in RecordReader(record).read():
+    for recorded in FrameReader(record).read():
         envelope = decode(recorded.frame)
         if recorded.direction != "out" or envelope.kind is not MessageKind.CALL:
             continue

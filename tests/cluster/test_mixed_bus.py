@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from deploy.api import RunningCluster, Vm, cluster
-from deploy.calls_view import RecordReader
+from deploy.trace.reader import FrameReader
 from protocol.hcalls import H_PUT_TCE
 from protocol.wire import MessageKind, decode
 from services.guest.model.virtqueue import QueueError
@@ -82,7 +82,7 @@ async def ask(vm: Vm, line: str) -> str:
 def stored_tces(running: RunningCluster) -> dict[tuple[int, int], int]:
     """What every H_PUT_TCE that kvm was asked for maps last: (liobn, ioba) to TCE."""
     stored = {}
-    for entry in RecordReader(running.paths.record_file("alpha/kvm")).read():
+    for entry in FrameReader(running.paths.trace_file("alpha/kvm")).read():
         envelope = decode(entry.frame)
         is_call = envelope.number == H_PUT_TCE.number and envelope.kind is MessageKind.CALL
         if is_call and entry.direction == "in":

@@ -151,7 +151,7 @@ async def check_arriving(running: RunningCluster) -> None:
     assert qemu["vms"] == guest["vms"] == [["vm1", 2, True]]
     assert qemu["keys"] == ["vm1:kvm-qemu.2", "vm1:qemu-migration.2"]
     assert guest["keys"] == ["vm1:kvm-guest.2", "vm1:ultravisor-guest.2"]
-    assert qemu["files"] == ["disk:root", "log", "ram:vm1", "record", "stream:vm1"]
+    assert qemu["files"] == ["disk:root", "log", "ram:vm1", "stream:vm1", "trace"]
     assert qemu["config"]["run_dir"].endswith("vm1.qemu.2")
     for role in ("kvm", "ultravisor"):
         assert "vm1 is incoming" in (await seen(running, f"beta/{role}"))["events"]

@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from deploy.api import RunningCluster, Vm, cluster, processes_of
-from deploy.calls_view import RecordedFrame, RecordReader
+from deploy.trace.reader import FrameReader, SeenFrame
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES
 from protocol.links import LINK_KINDS, name_of
@@ -152,7 +152,7 @@ class OpenCalls:
 
     def __init__(self, running: RunningCluster, caller: str, callee: str) -> None:
         self.caller = caller
-        self._reader = RecordReader(running.paths.record_file(caller))
+        self._reader = FrameReader(running.paths.trace_file(caller))
         roles = {caller.partition("/")[2], callee.partition("/")[2]}
         self._kind = next(k.name for k in LINK_KINDS.values() if {k.upper.value, k.lower.value} == roles)
         self._owners = {caller.partition("/")[0], callee.partition("/")[0]}
@@ -166,7 +166,7 @@ class OpenCalls:
                 self._note(entry)
         return {name for name, sent_ns in self._open.values() if sent_ns >= since_ns}
 
-    def _note(self, entry: RecordedFrame) -> None:
+    def _note(self, entry: SeenFrame) -> None:
         link, direction, envelope = entry.link, entry.direction, decode(entry.frame)
         if direction == "out" and envelope.kind is MessageKind.CALL:
             self._open[link, envelope.correlation] = (name_of(envelope.number), entry.t_ns)

@@ -32,7 +32,7 @@ class PlayedKvm:
         self.codes = list(codes)
         self.gone = False
 
-    async def call(self, message: Any, body: m.PagesBody) -> m.Status:  # noqa: ANN401
+    async def call(self, message: Any, body: m.PagesBody, _cause: int) -> m.Status:  # noqa: ANN401
         """As Link.call."""
         assert message is m.PAGES_DISCARD
         if self.gone:

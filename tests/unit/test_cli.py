@@ -1,4 +1,4 @@
-"""The `pefbox` command without a cluster: help, mistakes, exit statuses, and what it prints of records and logs."""
+"""The `pefbox` command without a cluster: help, mistakes, exit statuses, and what it prints of logs."""
 
 from __future__ import annotations
 
@@ -9,23 +9,15 @@ import sys
 from pathlib import Path
 
 import click
-import msgpack  # type: ignore[import-untyped]
 import pytest
 
-from deploy.calls_view import CallDecoder, RecordedFrame, RecordReader
 from deploy.cli import COMMANDS, pefbox
 from deploy.cli_balloon import target_of
 from deploy.cli_support import printable
 from deploy.cli_vm import hex_lines
 from deploy.logs_view import LogReader, as_text, in_order, log_files
 from deploy.tables import balloon_facts, link_line
-from protocol import wire
 from protocol.errors import UserError
-from protocol.hcalls import HCALLS
-from protocol.ucalls import UV_RETURN
-from protocol.wire import MessageKind
-
-H_PUT_TCE = HCALLS.by_name["H_PUT_TCE"]
 
 
 def run(*arguments: str, runtime: Path) -> subprocess.CompletedProcess[str]:
@@ -57,6 +49,12 @@ def test_every_command_can_be_imported_and_explains_itself(name: str) -> None:
         (["clean"], 0, ""),
         (["stauts"], 2, 'Error: no command "stauts", did you mean "status"?\n'),
         (["logs"], 2, "Error: Missing argument 'TARGET'.\n"),
+        (["trace", "show", "/nowhere"], 1, "pefbox: /nowhere: there is no such file or directory\n"),
+        (["trace", "show", "--call", "H_CEDEE"], 1, "or page, interrupt, request, migration\n"),
+        (["trace", "stats", "--result", "H_BUZY"], 1, "or a number that has no name\n"),
+        (["trace", "show", "--since", "soon"], 1, "a number with ms, s, m or h, such as 10s\n"),
+        (["trace", "show", "--cause", "x"], 1, "a number as `trace show` prints it, decimal or 0x...\n"),
+        (["trace", "export", "--format", "mermaid"], 1, "`pefbox trace show` prints the ids\n"),
         (["link", "alpha"], 2, "Error: Missing argument 'HOST'.\n"),
         (["link", "alpha", "beta", "--latency", "x"], 2, "'--latency': 'x' is not a valid float.\n"),
         (["link", "alpha", "beta", "--bandwidth", "x"], 1, "such as 64M/s; 0: no limit\n"),
@@ -87,56 +85,6 @@ def test_doctor_prints_json_and_no_colour_into_a_pipe(tmp_path: Path) -> None:
 
     assert {finding["name"] for finding in json.loads(as_json.stdout)} >= {"Python", "/dev/shm", "Landlock"}
     assert "\x1b" not in as_text.stdout
-
-
-def frame(link: str, direction: str, kind: MessageKind, number: int, correlation: int, body: object) -> RecordedFrame:
-    return RecordedFrame(1000 * correlation, link, direction, wire.encode(kind, number, correlation, 5, body), None)
-
-
-def test_call_of_a_guest_is_shown_with_names_and_how_long_it_took() -> None:
-    decoder = CallDecoder("vm1", 7)
-    call = frame("vm1:kvm-guest.1", "in", MessageKind.CALL, H_PUT_TCE.number, 9, [0, 0x80000000, 0x1000, 0x2003])
-    reply = RecordedFrame(12_000, call.link, "out", wire.encode(MessageKind.REPLY, H_PUT_TCE.number, 9, 5, [0]), None)
-
-    rows = [decoder.describe(entry) for entry in (call, reply)]
-
-    assert rows[0]["text"] == f"{H_PUT_TCE.describe([0x80000000, 0x1000, 0x2003])} of vcpu 0"
-    assert (rows[1]["text"], rows[1]["took_us"]) == ("H_PUT_TCE -> H_SUCCESS", 3.0)
-
-
-def test_host_link_shows_the_calls_of_one_lpid_and_uv_return_ends_them() -> None:
-    decoder = CallDecoder("vm1", 7)
-    link = "alpha:ultravisor-kvm.1"
-    mine = frame(link, "out", MessageKind.CALL, H_PUT_TCE.number, 77, [7, 0, 1, 2, 3])
-    other = frame(link, "out", MessageKind.CALL, H_PUT_TCE.number, 78, [8, 0, 1, 2, 3])
-    back = frame(link, "in", MessageKind.CALL, UV_RETURN.number, 90, [0, 77, 0])
-
-    assert (decoder.concerns(mine), decoder.concerns(other), decoder.concerns(back)) == (True, False, False)
-    assert decoder.describe(mine)["text"].endswith(" of lpid 7 vcpu 0")
-    assert decoder.concerns(back)
-    assert decoder.describe(back)["took_us"] == 13.0
-    assert not decoder.concerns(back)
-
-
-def test_frame_that_is_no_message_is_shown_as_malformed() -> None:
-    row = CallDecoder("vm1", 1).describe(RecordedFrame(1, "vm1:kvm-guest.1", "in", b"\x00", None))
-
-    assert row["kind"] == "malformed"
-
-
-def test_record_that_still_grows_gives_each_entry_once_and_whole(tmp_path: Path) -> None:
-    path = tmp_path / "record"
-    reader = RecordReader(path)
-    entry = msgpack.packb([5, "vm1:kvm-guest.1", "in", b"frame", None])
-    assert list(reader.read()) == []
-
-    path.write_bytes(entry[:7])
-    assert list(reader.read()) == []
-    with path.open("ab") as file:
-        file.write(entry[7:] + entry)
-
-    assert [(found.t_ns, found.frame) for found in reader.read()] == [(5, b"frame")] * 2
-    assert list(reader.read()) == []
 
 
 def test_logs_of_several_processes_come_in_order_of_time(tmp_path: Path) -> None:

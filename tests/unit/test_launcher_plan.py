@@ -86,10 +86,10 @@ def test_only_ultravisor_and_guest_hold_the_private_socketpair_and_only_qemu_the
     names = {process.role: plan.descriptors(process, cluster) for process in plan.cluster_processes(cluster)}
 
     assert names == {
-        Role.ULTRAVISOR: ["log", "record", "audit", "ledger", "ram:v0", "stream:v0", "secure:v0"],
-        Role.KVM: ["log", "record", "ram:v0", "stream:v0"],
-        Role.QEMU: ["log", "record", "ram:v0", "stream:v0", "disk:root"],
-        Role.GUEST: ["log", "record", "ram:v0", "secure:v0"],
+        Role.ULTRAVISOR: ["log", "trace", "audit", "ledger", "ram:v0", "stream:v0", "secure:v0"],
+        Role.KVM: ["log", "trace", "ram:v0", "stream:v0"],
+        Role.QEMU: ["log", "trace", "ram:v0", "stream:v0", "disk:root"],
+        Role.GUEST: ["log", "trace", "ram:v0", "secure:v0"],
     }
 
 

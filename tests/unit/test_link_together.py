@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -150,11 +151,11 @@ async def test_a_cancelled_group_leaves_no_open_call(tmp_path: Path) -> None:
 
 
 async def test_the_tap_sees_each_message_of_a_bundle(tmp_path: Path) -> None:
-    seen: list[tuple[str, int]] = []
+    seen: list[tuple[bool, int]] = []
 
-    def tap(_link: str, direction: str, frames: object) -> None:
-        (frame,) = msgspec.convert(frames, tuple[bytes])
-        seen.append((direction, msgspec.msgpack.decode(frame)[2]))
+    def tap(outward: bool, frames: Sequence[bytes]) -> None:
+        (frame,) = frames
+        seen.append((outward, msgspec.msgpack.decode(frame)[2]))
 
     async with linked(tmp_path, ULTRAVISOR_KVM) as ends, trio.open_nursery() as nursery:
         ends.upper.on(UV_PAGE_IN, lambda _envelope, _registers: [0])
@@ -165,7 +166,7 @@ async def test_the_tap_sees_each_message_of_a_bundle(tmp_path: Path) -> None:
         with trio.fail_after(5):
             await ends.lower.call_many(UV_PAGE_IN, PAGES)
 
-        assert sorted(seen) == [("in", UV_PAGE_IN.number)] * 16 + [("out", UV_PAGE_IN.number)] * 16
+        assert sorted(seen) == [(False, UV_PAGE_IN.number)] * 16 + [(True, UV_PAGE_IN.number)] * 16
         nursery.cancel_scope.cancel()
 
 

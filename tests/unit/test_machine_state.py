@@ -27,7 +27,7 @@ class PlayedLink:
         self._code = code
         self._meanwhile = meanwhile
 
-    async def call(self, message: object, _body: object) -> m.Status:
+    async def call(self, message: object, _body: object, _cause: int) -> m.Status:
         await trio.lowlevel.checkpoint()
         if message is m.VM_START:
             self._meanwhile()

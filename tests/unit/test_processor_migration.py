@@ -12,14 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import pytest
 import structlog
 
-from deploy.calls_view import RecordReader
 from protocol import hcalls as h
 from protocol import messages as m
 from protocol.codes import HCode, UCode
@@ -27,7 +25,7 @@ from protocol.geometry import PAGE_BYTES
 from protocol.links import KVM_GUEST, ULTRAVISOR_GUEST
 from protocol.messages import MAX_PROCESSOR_STATE_BYTES, Access, Body
 from protocol.ucalls import UV_ESM
-from protocol.wire import Envelope, MessageKind, decode, encode
+from protocol.wire import Envelope, MessageKind
 from services.guest import processor as processor_module
 from services.guest.address_space import AddressSpace
 from services.guest.bench_engine import BenchEngine
@@ -48,7 +46,6 @@ from services.guest.processor import _HANDLERS, _SAVES, Processor
 from services.guest.processor_state import VERSION, ProcessorState
 from services.guest.run_state import RunState
 from services.guest.vm_memory import GuestVmMemory
-from services.runtime.recorder import Recorder
 from shared.memfd import SealedMemory
 from shared.partition_map import ENTRY_BYTES, MapKind, PartitionMap
 from tests.unit import power_asm as asm
@@ -1155,24 +1152,6 @@ def test_an_instruction_clock_goes_on_from_where_it_was_moved() -> None:
 
 def test_the_processor_serves_every_order_that_its_links_carry() -> None:
     assert KVM_GUEST.downward | ULTRAVISOR_GUEST.downward == _HANDLERS.keys() | _SAVES
-
-
-@pytest.mark.parametrize("garbled", [False, True])
-def test_s1_the_registers_of_a_secure_vm_are_in_no_record(tmp_path: Path, garbled: bool) -> None:
-    link, path = f"vm1:{ULTRAVISOR_GUEST.name}.1", tmp_path / "record"
-    load: Any = STATE if garbled else m.LoadProcessorBody(0, STATE)
-    with path.open("wb") as file:
-        recorder = Recorder(file.fileno())
-        saved = m.SavedProcessor(HCode.H_SUCCESS, STATE)
-        recorder.record(link, "in", [encode(MessageKind.REPLY, m.SVM_FREEZE.number, 7, 0, saved)])
-        recorder.record(link, "out", [encode(MessageKind.CALL, m.SVM_LOAD.number, 8, 0, load)])
-        recorder.flush()
-
-    assert STATE not in path.read_bytes()
-    reader = RecordReader(path)
-    first, second = reader.read()
-    assert bytes(decode(first.frame).body) == msgspec.msgpack.encode([HCode.H_SUCCESS, b""])
-    assert decode(second.frame).number == m.SVM_LOAD.number
 
 
 def test_an_ultracall_is_finished_before_a_secure_vm_is_frozen() -> None:

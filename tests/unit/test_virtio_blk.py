@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from deploy.trace.events import EventKind
 from protocol.geometry import PAGE_BYTES
 from protocol.startup import NO_OFFER, PLATFORM_OFFER, DiskEntry, DmaOffer, VmEntry
 from services.qemu.board import Board
 from services.qemu.segments import pieces, split, total_bytes
 from services.qemu.testing import TestDriver, TestPort, TestRam, TestRing, board_entry
 from services.qemu.virtio_blk import VirtioBlk
+from services.runtime.cause import CAUSE
 from shared.host_view import HostState
 from shared.tce import TcePermission, TceTable, tce
 from shared.virtio import DeviceStatus, Feature, has_feature
@@ -33,6 +36,7 @@ from shared.virtio_blk import (
     BlkStatus,
 )
 from shared.virtio_pci import CommonCfg
+from tests.unit.trace_rig import LPID, Recording, events_of
 
 MIB = 1 << 20
 RING, HEADER, STATUS, DATA = 0x1000, 0x10000, 0x18000, 0x20000
@@ -523,3 +527,51 @@ async def until(holds: Callable[[], bool]) -> None:
     """Let the device work until `holds`; the test's time limit ends it."""
     while not holds():
         await trio.lowlevel.checkpoint()
+
+
+# -- on whose behalf ----------------------------------------------------------------------------------------
+
+
+async def kick_for(rig: Rig, cause: int) -> None:
+    """A store to the notify register, as the message of `cause` does it."""
+    CAUSE.set(cause)
+    await rig.driver.kick()
+    CAUSE.set(0)
+
+
+async def test_an_interrupt_has_the_cause_of_the_request_that_it_tells_of(make_rig: MakeRig, tmp_path: Path) -> None:
+    recording = Recording(tmp_path, "vm1/qemu")
+    rig = await make_rig(vm_entry(time="wall"), go=False)
+    await rig.ready(1 << Feature.VERSION_1)
+    rig.blk.trace_to(recording.tracer, LPID)
+    released = trio.Event()
+
+    async def flush() -> None:
+        await released.wait()
+
+    rig.blk.disk.flush = flush  # type: ignore[method-assign]
+    rig.ring.put_chain([rig.header(BlkRequest.FLUSH, 0), (STATUS, 1, True)], first=0)
+    await kick_for(rig, 21)
+    await trio.testing.wait_all_tasks_blocked()
+    # Without the event index a queue that ran empty interrupts, whether something was used or not.
+    rig.driver.isr()
+    rig.port.causes.clear()
+    rig.ring.put_chain([rig.header(BlkRequest.IN, 0, 1), (DATA, 512, True), (STATUS + 1, 1, True)], first=8)
+    await kick_for(rig, 22)
+    with trio.fail_after(5):
+        while len(rig.port.causes) < 1:
+            await trio.lowlevel.checkpoint()
+        rig.driver.isr()
+        released.set()
+        while len(rig.port.causes) < 2:
+            await trio.lowlevel.checkpoint()
+
+    assert rig.port.causes == [22, 21]
+    requests = [event for event in events_of(recording.close()) if event.kind is EventKind.REQUEST]
+    assert [(event.name, event.cause) for event in requests] == [
+        ("begun", 21),
+        ("begun", 22),
+        ("ended", 22),
+        ("ended", 21),
+    ]
+    assert requests[0].text == "vm1/disk0 queue 0 request 0 begins, 17 bytes"

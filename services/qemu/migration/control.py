@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import trio
 
+from protocol.causes import migration_cause
 from protocol.codes import HCode
 from protocol.errors import PefboxError, UserError
 from protocol.messages import MIGRATION_KEY, MigrationKeyBody, Status
@@ -28,8 +29,10 @@ from services.qemu.migration.parameters import MigrationParameters
 from services.qemu.migration.source import MigrationInDoubt, SourceMigration
 from services.qemu.migration.status import IN_DOUBT, MigrationStatus, step
 from services.qemu.shaping import Shaper
+from services.runtime.cause import CAUSE
 from services.runtime.link import Link
 from services.runtime.log import Log
+from services.runtime.tracer import UNTRACED, Tracer
 from shared.link_shape import PLAIN, LinkShape
 from shared.stream_buffer import StreamBuffer
 
@@ -53,9 +56,14 @@ class MigrationControl:
         log: Log,
         tell: TellStatus,
         want_move: WantMove,
+        tracer: Tracer = UNTRACED,
     ) -> None:
         self._machine, self._kvm, self._stream = machine, kvm, stream
         self._nursery, self._log, self._tell, self._want_move = nursery, log, tell, want_move
+        self._tracer = tracer
+        self._n_moves = 0
+        self._cause = 0
+        """One for all that a migration does, here and where the VM arrives: it comes with the key."""
         self.parameters = MigrationParameters()
         self.status = MigrationStatus.NONE
         self.reason = ""
@@ -102,10 +110,10 @@ class MigrationControl:
     def _apply_shape(self, channel: BulkChannel, shape: LinkShape) -> None:
         channel.set_shape(shape, Shaper(Random(self._machine.vm.name)), self._nursery)
 
-    def _take_key(self, _envelope: Envelope, body: MigrationKeyBody) -> Status:
+    def _take_key(self, envelope: Envelope, body: MigrationKeyBody) -> Status:
         if self._key is not None:
             return Status(HCode.H_STATE)
-        self._key = body.key
+        self._key, self._cause = body.key, envelope.cause
         self._begin_arrival()
         return Status(HCode.H_SUCCESS)
 
@@ -124,6 +132,7 @@ class MigrationControl:
         self._nursery.start_soon(self._move, self._link, connection)
 
     async def _move(self, link: Link, connection: socket.socket) -> None:
+        CAUSE.set(self._cause)
         key = os.urandom(KEY_BYTES)
         channel = self._open_channel(connection, key, End.SOURCE)
         self._source = SourceMigration(self._machine, self._kvm, self._stream, channel, self.parameters, self._enter)
@@ -147,7 +156,7 @@ class MigrationControl:
 
     async def _send_key(self, link: Link, key: bytes) -> None:
         with trio.move_on_after(CONNECT_SECONDS) as scope:
-            status = await link.call(MIGRATION_KEY, MigrationKeyBody(key))
+            status = await link.call(MIGRATION_KEY, MigrationKeyBody(key), self._cause)
         if scope.cancelled_caught or status.code != HCode.H_SUCCESS:
             raise UserError("the destination's qemu takes no migration")
 
@@ -162,13 +171,22 @@ class MigrationControl:
     def _doubt(self, reason: str) -> None:
         self.reason, self._in_doubt = reason, True
         self._log.error("migration in doubt", reason=reason)
+        self._note("source", IN_DOUBT)
 
     def _enter(self, status: MigrationStatus) -> None:
         if status is MigrationStatus.SETUP:
             self.reason, self._source = "", None
+            self._n_moves += 1
+            vm = self._machine.vm
+            self._cause = migration_cause(vm.lpid, vm.incarnation, self._n_moves)
         self.status = step(self.status, status)
         self._log.info("migration", status=status.value)
+        self._note("source", status.value)
         self._tell(status)
+
+    def _note(self, side: str, status: str) -> None:
+        if self._tracer.on:
+            self._tracer.migration_stepped(self._machine.vm.lpid, side, status, self._cause)
 
     def cancel(self) -> None:
         """The machine stays here, unless the right to run was given already."""
@@ -241,18 +259,24 @@ class MigrationControl:
         self._arrival_reason = ""
 
     async def _arrive(self, destination: DestinationMigration) -> None:
+        CAUSE.set(self._cause)
         try:
             await destination.run()
         except PefboxError as error:
             self._log.warning("the VM does not arrive", reason=str(error))
-            self._arrival, self._arrival_reason = ArrivalStatus.FAILED, str(error)
+            self._fail_arrival(str(error))
         except Exception as error:
             self._log.error("migration", exc_info=error)
-            self._arrival, self._arrival_reason = ArrivalStatus.FAILED, f"internal error: {error}"
+            self._fail_arrival(f"internal error: {error}")
+
+    def _fail_arrival(self, reason: str) -> None:
+        self._arrival, self._arrival_reason = ArrivalStatus.FAILED, reason
+        self._note("destination", ArrivalStatus.FAILED.value)
 
     def _arriving(self, status: ArrivalStatus) -> None:
         self._arrival = status
         self._log.info("arrival", status=status.value)
+        self._note("destination", status.value)
 
     # -- what is told -----------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from protocol.codes import HCode, UCode
 from protocol.declare import Call
 from protocol.errors import PeerGone, PefboxError
 from protocol.refusals import HELD_UP_STATES
+from services.runtime.cause import CAUSE
 from services.runtime.link import Link
 from shared.gfn_bitmap import gfns_of
 
@@ -64,7 +65,7 @@ class KvmPort:
         results: list[int] = []
 
         async def attempt() -> int:
-            reply = await self._link.call_lasting(m.MIGRATION_UCALL, body)
+            reply = await self._link.call_lasting(m.MIGRATION_UCALL, body, CAUSE.get())
             results[:] = reply.results
             return reply.code
 
@@ -78,7 +79,7 @@ class KvmPort:
         """Stop a normal VM's processor where it can be saved; raises StepRefused."""
 
         async def attempt() -> int:
-            return (await self._link.call_lasting(m.VM_FREEZE, m.Empty())).code
+            return (await self._link.call_lasting(m.VM_FREEZE, m.Empty(), CAUSE.get())).code
 
         _expect("VM_FREEZE", await _until_done(attempt, (HCode.H_BUSY,)))
 
@@ -96,7 +97,7 @@ class KvmPort:
 
         async def attempt() -> int:
             nonlocal n_bytes
-            saved = await self._link.call_lasting(m.VM_SAVE, m.StreamPlaceBody(offset, room_bytes))
+            saved = await self._link.call_lasting(m.VM_SAVE, m.StreamPlaceBody(offset, room_bytes), CAUSE.get())
             n_bytes = saved.n_bytes
             return saved.code
 
@@ -107,7 +108,7 @@ class KvmPort:
         """Have kvm take over the state at `offset`; raises StepRefused."""
 
         async def attempt() -> int:
-            return (await self._link.call_lasting(m.VM_LOAD, m.StreamPlaceBody(offset, n_bytes))).code
+            return (await self._link.call_lasting(m.VM_LOAD, m.StreamPlaceBody(offset, n_bytes), CAUSE.get())).code
 
         _expect("VM_LOAD", await _until_done(attempt, (HCode.H_BUSY,)))
 
@@ -123,7 +124,7 @@ class KvmPort:
 
             async def attempt(body: m.DirtyLogBody = body) -> int:
                 nonlocal bitmap
-                reply = await self._link.call_lasting(m.DIRTY_LOG, body)
+                reply = await self._link.call_lasting(m.DIRTY_LOG, body, CAUSE.get())
                 bitmap = reply.bitmap
                 return reply.code
 
@@ -133,7 +134,7 @@ class KvmPort:
 
     async def _once(self, message: m.Message[m.BodyT, m.Status], body: m.BodyT) -> int:
         with trio.move_on_after(_ORDER_SECONDS):
-            return (await self._link.call_lasting(message, body)).code
+            return (await self._link.call_lasting(message, body, CAUSE.get())).code
         raise StepRefused(message.name, f"no answer within {_ORDER_SECONDS:g} s", may_succeed=True)
 
 

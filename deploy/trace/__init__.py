@@ -1,0 +1,1 @@
+"""Traces as people and programs want them: read, filtered, shown, counted, compared, exported."""

@@ -1,0 +1,123 @@
+"""Reads trace files (protocol.trace) as they grow. They may be cut off anywhere, and anybody may have written them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from deploy.run_dirs import TRACE_SUFFIX
+from protocol import trace as t
+from protocol.decoding import DECODE_ERRORS
+from protocol.errors import UserError
+
+_READ_BYTES = 1 << 20
+_entry_decoder: msgspec.msgpack.Decoder[t.AnyEntry] = msgspec.msgpack.Decoder(t.AnyEntry)
+
+
+class TraceDamaged(UserError):
+    """A trace file holds what no process writes. `offset` is where the first bad entry begins."""
+
+    def __init__(self, path: Path, offset: int, why: str) -> None:
+        self.path, self.offset = path, offset
+        super().__init__(f"{path}: damaged at byte {offset}: {why}")
+
+
+class TraceReader:
+    """One file. An entry that is not all there yet comes with the next `read`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+        self._rest = b""
+        self._has_begun = False
+
+    @property
+    def n_cut_bytes(self) -> int:
+        """How much of an entry stands at the end without its remainder; of a file that grows no more: it was cut."""
+        return len(self._rest)
+
+    def read(self) -> Iterator[t.AnyEntry]:
+        """What was added since the last time; nothing while there is no file. Raises TraceDamaged."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset + len(self._rest))
+                while data := file.read(_READ_BYTES):
+                    yield from self._whole_entries(self._rest + data)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}") from None
+
+    def _whole_entries(self, data: bytes) -> Iterator[t.AnyEntry]:
+        at = 0
+        while len(data) - at >= t.LENGTH.size:
+            (n_bytes,) = t.LENGTH.unpack_from(data, at)
+            start = at + t.LENGTH.size
+            if n_bytes > t.MAX_ENTRY_BYTES:
+                raise TraceDamaged(self.path, self._offset + at, f"an entry of {n_bytes} bytes")
+            if len(data) - start < n_bytes:
+                break
+            yield self._entry(data[start : start + n_bytes], self._offset + at)
+            at = start + n_bytes
+        self._offset += at
+        self._rest = data[at:]
+
+    def _entry(self, data: bytes, offset: int) -> t.AnyEntry:
+        try:
+            entry = _entry_decoder.decode(data)
+        except DECODE_ERRORS as error:
+            raise TraceDamaged(self.path, offset, str(error)) from None
+        if isinstance(entry, t.Began):
+            if entry.format != t.FORMAT or entry.version != t.VERSION:
+                raise UserError(
+                    f"{self.path}: {entry.format!r} version {entry.version}; this pefbox reads {t.FORMAT} {t.VERSION}"
+                )
+            self._has_begun = True
+        elif not self._has_begun:
+            raise TraceDamaged(self.path, offset, "no trace begins here")
+        return entry
+
+
+class SeenFrame(msgspec.Struct, frozen=True):
+    """A message as it stands in a file: `link` is the link's id, `direction` "in" or "out"."""
+
+    t_ns: int
+    link: str
+    direction: str
+    frame: bytes
+
+
+class FrameReader:
+    """Only the messages of one file, undecoded."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader = TraceReader(path)
+        self._links: dict[int, str] = {}
+
+    def read(self) -> Iterator[SeenFrame]:
+        """What was added since the last time; raises TraceDamaged."""
+        for entry in self._reader.read():
+            if isinstance(entry, t.LinkOpened):
+                self._links[entry.index] = entry.id
+            elif isinstance(entry, t.MessageSeen):
+                direction = "out" if entry.outward else "in"
+                yield SeenFrame(entry.t_ns, self._links.get(entry.link, "?"), direction, entry.frame)
+
+
+def place_of(path: Path) -> str:
+    """Whose file it is: `vm1/qemu`, or `vm1/qemu.2` of a process that took a VM in."""
+    return path.stem.replace(".", "/", 1)
+
+
+def trace_files(where: Path) -> list[Path]:
+    """The files of a trace: `where` itself, or all in that directory; raises UserError when there are none."""
+    if where.is_file():
+        return [where]
+    files = sorted(path for path in where.glob(f"*{TRACE_SUFFIX}") if path.stat().st_size)
+    if files:
+        return files
+    if not where.exists():
+        raise UserError(f"{where}: there is no such file or directory")
+    raise UserError(f"{where}: no trace is there; record one with `pefbox trace record`, or start with `up --record`")

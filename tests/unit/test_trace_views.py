@@ -1,0 +1,405 @@
+"""What is made of events: lines, filters, statistics, sequence diagrams, Perfetto's format, differences."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy.cli_logs import _row
+from deploy.cli_support import printable
+from deploy.trace import show
+from deploy.trace.diff import compare
+from deploy.trace.events import Event, EventKind
+from deploy.trace.filters import CALL_NAMES, Filter, make_filter
+from deploy.trace.mermaid import MAX_LINES, sequence_diagram
+from deploy.trace.perfetto import trace_events
+from deploy.trace.show import each_message_once, line
+from deploy.trace.stats import percentile, statistics
+from deploy.trace.tables import diff_lines
+from protocol import messages as m
+from protocol.errors import UserError
+from protocol.hcalls import H_CEDE, H_PUT_TCE, H_RANDOM, HCALLS
+from protocol.links import KVM_GUEST, KVM_QEMU, ULTRAVISOR_KVM
+from protocol.trace import InterruptStep
+from protocol.ucalls import UCALLS, UV_RETURN
+from protocol.wire import MessageKind, encode
+from tests.unit.trace_rig import LPID, Recording, events_of
+
+CALL, REPLY, EVENT = MessageKind.CALL, MessageKind.REPLY, MessageKind.EVENT
+COOKIE = 77
+
+
+def a_call_and_its_reply(directory: Path) -> list[Event]:
+    recording = Recording(directory, "alpha/kvm")
+    link = recording.link(peer="vm1/guest")
+    recording.came(link, CALL, H_PUT_TCE.number, 9, [0, 0x80000000, 0x1000, 0x2003])
+    recording.sent(link, REPLY, H_PUT_TCE.number, 9, [0])
+    return [event for event in events_of(recording.close()) if event.is_message]
+
+
+def test_a_call_of_a_guest_is_shown_with_names_and_how_long_it_took(tmp_path: Path) -> None:
+    call, reply = a_call_and_its_reply(tmp_path)
+
+    assert call.text == f"{H_PUT_TCE.describe([0x80000000, 0x1000, 0x2003])} of vcpu 0"
+    assert (reply.text, reply.result, reply.ends) == ("H_PUT_TCE -> H_SUCCESS", "H_SUCCESS", "H_PUT_TCE")
+    assert reply.took_ns == reply.t_ns - call.t_ns
+    assert line(call).split()[1:4] == ["vm1/guest", ">", "alpha/kvm"]
+    assert line(reply).split()[1:4] == ["vm1/guest", "<", "alpha/kvm"]
+    assert line(reply).endswith("cause 0x5")
+
+
+def test_calls_keep_the_rows_that_programs_know(tmp_path: Path) -> None:
+    call, reply = a_call_and_its_reply(tmp_path)
+
+    assert _row(call).keys() == {
+        "t_ns", "link", "direction", "kind", "number", "name", "correlation", "cause", "text",
+    }  # fmt: skip
+    assert (_row(call)["direction"], _row(call)["kind"], _row(reply)["kind"]) == ("in", "call", "reply")
+    assert _row(reply)["took_us"] > 0
+
+
+def reflected(directory: Path) -> list[Event]:
+    """Two VMs' hypercalls on the link between ultravisor and kvm; one is answered."""
+    recording = Recording(directory, "alpha/ultravisor")
+    link = recording.link(ULTRAVISOR_KVM, vm=None)
+    recording.sent(link, CALL, H_PUT_TCE.number, COOKIE, [LPID, 0, 1, 2, 3])
+    recording.sent(link, CALL, H_PUT_TCE.number, COOKIE + 1, [LPID + 1, 0, 1, 2, 3])
+    recording.came(link, CALL, UV_RETURN.number, 0, [0, COOKIE, 0])
+    return [event for event in events_of(recording.close()) if event.is_message]
+
+
+def test_a_host_link_s_messages_belong_to_the_vm_they_name_and_uv_return_ends_them(tmp_path: Path) -> None:
+    mine, other, back = reflected(tmp_path)
+
+    assert (mine.vm, other.vm, back.vm) == ("vm1", None, "vm1")
+    assert mine.text.endswith(f" of lpid {LPID} vcpu 0")
+    assert (back.name, back.ends, back.result) == ("UV_RETURN", "H_PUT_TCE", "H_SUCCESS")
+    assert back.text == "UV_RETURN of H_PUT_TCE -> H_SUCCESS"
+    assert back.took_ns
+
+
+def test_a_message_is_shown_with_the_fields_of_its_declaration(tmp_path: Path) -> None:
+    recording = Recording(tmp_path, "alpha/kvm")
+    link = recording.link(KVM_QEMU, peer="vm1/qemu")
+    recording.sent(link, CALL, m.EXIT_MMIO_LOAD.number, 1, m.MmioLoadBody(0x100, 4))
+    recording.came(link, REPLY, m.EXIT_MMIO_LOAD.number, 1, m.MmioLoadReply(0, 0x2A))
+    recording.came(link, CALL, m.PAGES_WANTED.number, 2, m.PagesBody(list(range(20))))
+    recording.came(link, CALL, m.PAGES_WANTED.number, 3, {"no": "such"})
+
+    texts = [event.text for event in events_of(recording.close()) if event.is_message]
+
+    assert texts == [
+        "EXIT_MMIO_LOAD(gpa=0x100, size=4)",
+        "EXIT_MMIO_LOAD -> H_SUCCESS value=0x2a",
+        "PAGES_WANTED(gfns=[0, 1, 2, 3, 4, 5, 6, 7, and 12 more])",
+        "PAGES_WANTED({no: such})",
+    ]
+
+
+# -- filters -----------------------------------------------------------------------------------------------
+
+
+def test_a_filter_asks_for_what_it_names(tmp_path: Path) -> None:
+    events = reflected(tmp_path)
+
+    def n_passing(**wanted: Any) -> int:  # noqa: ANN401
+        return sum(make_filter(**wanted).passes(event) for event in events)
+
+    assert n_passing() == 3
+    assert n_passing(vm="vm1") == 2
+    assert n_passing(call="H_PUT_TCE") == 3
+    assert n_passing(call="UV_*") == 1
+    assert n_passing(call="page") == 0
+    assert n_passing(cause="0x5") == n_passing(cause="5") == 3
+    assert n_passing(result="H_SUCCESS") == 1
+    assert n_passing(process="alpha") == n_passing(process="alpha/ultravisor") == 3
+    assert n_passing(process="alpha/kvm") == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"call": "H_CEDEE"}, '--call: no call or message is named "H_CEDEE", did you mean "H_CEDE"'),
+        ({"call": "["}, "--call: no call or message"),
+        ({"result": "H_BUZY"}, '--result: "H_BUZY" is no result code, did you mean "H_BUSY"'),
+        ({"cause": "-1"}, '--cause: "-1" is no cause id'),
+        ({"cause": "0x10000000000000000"}, "is no cause id"),
+        ({"since": "-3s"}, '--since: "-3s" is no time before the end'),
+        ({"since": "1.5.2s"}, "is no time before the end"),
+    ],
+)
+def test_a_bad_filter_is_one_line_that_names_it(wanted: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        make_filter(**wanted)
+
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("text", "ns"), [("500ms", 5e8), ("1.5s", 1.5e9), ("2m", 1.2e11), ("1h", 3.6e12), ("3", 3e9)])
+def test_since_is_a_time_before_the_end(text: str, ns: float) -> None:
+    assert make_filter(since=text).since_ns == ns
+
+
+def test_every_declared_call_and_message_can_be_asked_for() -> None:
+    for name in CALL_NAMES:
+        assert make_filter(call=name).call == name
+
+
+def test_a_message_shows_once_unless_a_process_is_asked_for(tmp_path: Path) -> None:
+    files = [part.close() for part in two_ends(tmp_path)]
+    events = events_of(*files)
+    processes = {"vm1/guest", "alpha/kvm"}
+
+    once = list(each_message_once(iter(events), processes, Filter()))
+    alone = list(each_message_once(iter(events_of(files[1])), {"alpha/kvm"}, Filter()))
+    of_one = list(each_message_once(iter(events), processes, Filter(process="vm1")))
+
+    assert [event.kind for event in once if event.is_message] == [EventKind.CALL, EventKind.REPLY]
+    assert [event.kind for event in alone if event.is_message] == [EventKind.CALL, EventKind.REPLY]
+    assert sum(event.is_message for event in of_one) == 4
+
+
+def two_ends(directory: Path, *, tce: int = 3, vm_ns: int = 10, time: str = "wall") -> tuple[Recording, Recording]:
+    """A guest and its kvm: one call with its reply, and what kvm did for it."""
+    directory.mkdir(exist_ok=True)
+    guest, kvm = Recording(directory, "vm1/guest", time=time), Recording(directory, "alpha/kvm", time=time)
+    lower, upper = guest.link(clock=lambda: vm_ns), kvm.link(peer="vm1/guest")
+    guest.sent(lower, CALL, H_PUT_TCE.number, 1, [0, 1, 2, tce])
+    kvm.came(upper, CALL, H_PUT_TCE.number, 1, [0, 1, 2, tce])
+    kvm.tracer.interrupt_moved(LPID, 0x1000, InterruptStep.RAISED, 5)
+    kvm.sent(upper, REPLY, H_PUT_TCE.number, 1, [0])
+    guest.came(lower, REPLY, H_PUT_TCE.number, 1, [0])
+    return guest, kvm
+
+
+# -- statistics -----------------------------------------------------------------------------------------------
+
+
+def test_statistics_count_each_call_once_by_its_caller(tmp_path: Path) -> None:
+    counted = statistics(events_of(*(part.close() for part in two_ends(tmp_path))))
+
+    (call,) = counted.calls
+    assert (call.name, call.caller, call.callee, call.count) == ("H_PUT_TCE", "vm1/guest", "alpha/kvm", 1)
+    assert call.results == {"H_SUCCESS": 1}
+    assert call.p50_us == call.p99_us
+    assert counted.others == {"interrupt raised": 1}
+
+
+def test_a_call_without_an_answer_counts_and_has_no_time(tmp_path: Path) -> None:
+    recording = Recording(tmp_path, "vm1/guest")
+    recording.sent(recording.link(), CALL, H_CEDE.number, 1, [0])
+
+    (call,) = statistics(events_of(recording.close())).calls
+
+    assert (call.count, call.p50_us, call.results) == (1, None, {})
+
+
+def test_percentiles_are_times_that_were_measured() -> None:
+    times = [1000 * n for n in range(1, 101)]
+
+    assert (percentile(times, 50), percentile(times, 99), percentile(times[:1], 99)) == (50.0, 99.0, 1.0)
+    assert percentile([], 50) is None
+
+
+# -- exports -----------------------------------------------------------------------------------------------
+
+
+def test_a_cause_is_drawn_from_the_call_to_its_end(tmp_path: Path) -> None:
+    diagram = sequence_diagram(events_of(*(part.close() for part in two_ends(tmp_path))), 5).splitlines()
+
+    assert diagram[:3] == [
+        "sequenceDiagram",
+        "    participant vm1_guest as vm1/guest",
+        "    participant alpha_kvm as alpha/kvm",
+    ]
+    arrows = [text.strip().partition(":")[0] for text in diagram[3:]]
+    assert arrows == ["vm1_guest->>alpha_kvm", "Note over alpha_kvm", "alpha_kvm-->>vm1_guest"]
+
+
+def test_a_cause_that_is_not_there_or_too_long_is_refused(tmp_path: Path) -> None:
+    recording = Recording(tmp_path, "vm1/guest")
+    link = recording.link()
+    for number in range(MAX_LINES + 1):
+        recording.sent(link, CALL, H_CEDE.number, number, [0])
+    events = events_of(recording.close())
+
+    with pytest.raises(UserError, match="this trace has no cause 0x6"):
+        sequence_diagram(events, 6)
+    with pytest.raises(UserError, match="has 201 messages, a diagram at most 200"):
+        sequence_diagram(events, 5)
+
+
+def test_perfetto_gets_nesting_slices_and_arrows_whose_ends_exist(tmp_path: Path) -> None:
+    guest, kvm = two_ends(tmp_path)
+    rows = trace_events(events_of(guest.close(), kvm.close()))["traceEvents"]
+    slices = [row for row in rows if row["ph"] == "X"]
+    arrows: dict[int, dict[str, Any]] = defaultdict(dict)
+    for row in rows:
+        if row["ph"] in "sf":
+            arrows[row["id"]][row["ph"]] = row
+
+    assert {row["args"]["name"] for row in rows if row["ph"] == "M"} == {"vm1/guest", "alpha/kvm"}
+    assert [row["name"] for row in slices] == ["H_PUT_TCE", "H_PUT_TCE"]
+    assert slices[0]["args"]["result"] == "H_PUT_TCE -> H_SUCCESS"
+    assert len(arrows) == 2
+    for arrow in arrows.values():
+        assert arrow["s"]["pid"] != arrow["f"]["pid"]
+        assert arrow["s"]["ts"] <= arrow["f"]["ts"]
+        for end in arrow.values():
+            assert any(
+                part["pid"] == end["pid"] and part["ts"] <= end["ts"] <= part["ts"] + part["dur"] + 1e-3
+                for part in slices
+            )
+    assert [row["name"] for row in rows if row["ph"] == "i" and row["cat"] == "interrupt"] == [
+        "interrupt 0x1000 raised"
+    ]
+
+
+def test_calls_that_overlap_have_lanes_of_their_own(tmp_path: Path) -> None:
+    recording = Recording(tmp_path, "alpha/kvm")
+    link = recording.link(peer="vm1/guest")
+    for number in (1, 2, 3):
+        recording.came(link, CALL, H_CEDE.number, number, [0])
+    for number in (1, 2):
+        recording.sent(link, REPLY, H_CEDE.number, number, [0])
+    recording.came(link, CALL, H_CEDE.number, 4, [0])
+
+    rows = trace_events(events_of(recording.close()))["traceEvents"]
+
+    assert [row["tid"] for row in rows if row["ph"] == "X"] == [1, 2, 3, 1]
+
+
+# -- differences -----------------------------------------------------------------------------------------------
+
+
+def closed(directory: Path, **how: Any) -> Path:  # noqa: ANN401
+    for part in two_ends(directory, **how):
+        part.close()
+    return directory
+
+
+def test_two_runs_that_did_the_same_are_alike_whenever_they_were(tmp_path: Path) -> None:
+    found = compare(closed(tmp_path / "a"), closed(tmp_path / "b", vm_ns=99), Filter(), to_the_end=True)
+
+    assert found.same
+    assert [(pair.sender, pair.receiver, pair.n_same) for pair in found.pairs] == [("vm1/guest", "alpha/kvm", 1)]
+    assert found.notes == []
+
+
+def test_the_first_message_that_differs_is_named(tmp_path: Path) -> None:
+    found = compare(closed(tmp_path / "a"), closed(tmp_path / "b", tce=4), Filter(), to_the_end=False)
+
+    assert not found.same
+    lines = list(diff_lines(found))
+    assert lines[0] == "the first difference: vm1/guest to alpha/kvm, after 0 messages alike"
+    assert lines[1].startswith("  A: H_PUT_TCE(") and lines[1].endswith("tce=0x3) of vcpu 0 -> H_SUCCESS")
+    assert "tce=0x4" in lines[2]
+
+
+def test_the_vm_s_time_is_compared_where_it_counts_instructions(tmp_path: Path) -> None:
+    one = closed(tmp_path / "a", time="instructions")
+    other = closed(tmp_path / "b", time="instructions", vm_ns=11)
+
+    found = compare(one, other, Filter(), to_the_end=False)
+
+    assert found.first is not None
+    assert found.first.a is not None
+    assert found.first.a.endswith("at 10 ns of the VM's time")
+
+
+def test_ids_cookies_and_what_a_private_call_gives_are_not_compared(tmp_path: Path) -> None:
+    places = []
+    for number in (1, 2):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        recording = Recording(directory, "alpha/kvm")
+        link = recording.link(KVM_GUEST, peer="vm1/guest")
+        recording.came(link, CALL, H_RANDOM.number, number, [0], cause=number)
+        recording.sent(link, REPLY, H_RANDOM.number, number, [0, number], cause=number)
+        places.append(recording.close().parent)
+        ultravisor = Recording(directory, "alpha/ultravisor")
+        host = ultravisor.link(ULTRAVISOR_KVM, vm=None)
+        ultravisor.sent(host, CALL, H_PUT_TCE.number, number, [LPID, 0, 1, 2, 3])
+        ultravisor.came(host, CALL, UV_RETURN.number, 0, [0, number, 0])
+        ultravisor.close()
+
+    assert compare(places[0], places[1], Filter(), to_the_end=True).same
+
+
+def test_a_run_that_goes_on_differs_only_to_the_end_and_seeds_are_noted(tmp_path: Path) -> None:
+    longer, shorter = tmp_path / "a", tmp_path / "b"
+    for directory, n_calls, seed in ((longer, 3, 1), (shorter, 2, 2)):
+        directory.mkdir()
+        recording = Recording(directory, "vm1/guest", seed=seed)
+        link = recording.link()
+        for number in range(n_calls):
+            recording.sent(link, CALL, H_CEDE.number, number, [0])
+        recording.close()
+
+    found = compare(longer, shorter, Filter(), to_the_end=False)
+    strict = compare(shorter, longer, Filter(), to_the_end=True)
+
+    assert found.same
+    assert found.notes == ["vm1/guest ran with seed 1 in A and 2 in B"]
+    assert strict.first is not None
+    assert (strict.first.a, strict.first.b, strict.first.n_same) == (None, "H_CEDE() of vcpu 0", 2)
+
+
+# -- what hostile peers sent ----------------------------------------------------------------------------------
+
+
+WEIRD = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(0, 9) | st.binary(), inner),
+    max_leaves=10,
+)
+NUMBERS = st.sampled_from([*HCALLS.by_number, *UCALLS.by_number, *m.MESSAGES]) | st.integers(0, (1 << 63) - 1)
+DEEP = b"\x91" * 5000 + b"\xc0"
+
+
+def every_view(frames: list[bytes]) -> None:
+    """Make all that is made of a trace; whatever came over a link, it must not raise."""
+    with tempfile.TemporaryDirectory() as directory:
+        recording = Recording(Path(directory), "alpha/kvm")
+        ends = ((KVM_GUEST, "vm1", "vm1/guest"), (ULTRAVISOR_KVM, None, "alpha/ultravisor"))
+        links = [recording.link(kind, vm=vm, peer=peer) for kind, vm, peer in ends]
+        for number, frame in enumerate(frames):
+            recording.saw(links[number % 2], frame, outward=bool(number & 2))
+        path = recording.close()
+        events = events_of(path)
+        for event in events:
+            assert printable(line(event))
+            json.dumps(show.row(event))
+        statistics(events)
+        json.dumps(trace_events(events))
+        sequence_diagram(events, events[-1].cause)
+        compare(path, path, Filter(), to_the_end=True)
+
+
+@given(st.lists(st.tuples(st.sampled_from(MessageKind), NUMBERS, WEIRD), min_size=1, max_size=6))
+def test_s5_no_view_of_a_trace_breaks_over_what_a_peer_sent(messages: list[tuple[MessageKind, int, Any]]) -> None:
+    every_view([encode(kind, number, number & 3, 5, body) for kind, number, body in messages])
+
+
+@given(st.lists(st.binary(max_size=60), min_size=1, max_size=6))
+def test_s5_nor_over_what_is_no_message(frames: list[bytes]) -> None:
+    every_view([frame or b"x" for frame in frames])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [DEEP, b"\x81\x90\xc0", b"\x81\xc0\xc0", b"\xd6\xff\x00\x00\x00\x00", b"\xd4\x05\x00", b"\xca\x7f\xc0\x00\x00"],
+    ids=["deep", "list as key", "nil as key", "timestamp", "extension", "nan"],
+)
+def test_s5_nor_over_bodies_that_no_encoder_makes(body: bytes) -> None:
+    for kind in MessageKind:
+        every_view([encode(kind, H_CEDE.number, 1, 5, msgspec.Raw(body))])
