@@ -29,7 +29,7 @@ _PR_GET_SECCOMP = 21
 _UFFD_USER_MODE_ONLY = 1
 _CAP_IPC_LOCK = 14
 _SMALL_SHM_BYTES = 1 << 30
-LIBRARIES = ("trio", "trio-asyncio", "pyzmq", "msgspec", "msgpack", "cryptography", "structlog", "click", "rich")
+LIBRARIES = ("trio", "trio-asyncio", "pyzmq", "msgspec", "cryptography", "structlog", "click", "rich")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

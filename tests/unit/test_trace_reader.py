@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgpack  # type: ignore[import-untyped]
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -43,6 +44,20 @@ def test_a_file_that_still_grows_gives_each_entry_once_and_whole(tmp_path: Path)
     assert sum(n_found) == 6
     assert reader.n_cut_bytes == 0
     assert list(reader.read()) == []
+
+
+def test_another_decoder_of_messagepack_reads_a_trace_and_the_messages_in_it(tmp_path: Path) -> None:
+    raw = recorded(tmp_path).read_bytes()
+    entries = []
+    while raw:
+        (n_bytes,) = t.LENGTH.unpack_from(raw)
+        entries.append(msgpack.unpackb(raw[t.LENGTH.size : t.LENGTH.size + n_bytes]))
+        raw = raw[t.LENGTH.size + n_bytes :]
+
+    frames = [msgpack.unpackb(field) for entry in entries for field in entry if isinstance(field, bytes)]
+
+    assert entries[0][1] == t.FORMAT
+    assert [frame[2] for frame in frames] == [H_CEDE.number] * 3
 
 
 def test_a_file_that_was_cut_off_gives_all_before_and_says_so(tmp_path: Path) -> None:
