@@ -148,6 +148,9 @@ class MigrationControl:
                 self._log.error("migration", exc_info=error)
                 self._fail(f"internal error: {error}")
             else:
+                # This process is killed as soon as the launcher knows. Nothing can be cancelled any more.
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._tracer.flush)
                 self._enter(MigrationStatus.COMPLETED)
             finally:
                 channel.close()
