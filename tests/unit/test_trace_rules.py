@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from protocol import messages as m
 from protocol.codes import HCode
-from protocol.declare import Call, Caller
+from protocol.declare import Call, Caller, Kind
 from protocol.hcalls import H_PUT_TCE, H_RANDOM, H_SVM_PAGE_IN, HCALLS
-from protocol.links import QEMU_MIGRATION, ULTRAVISOR_GUEST
-from protocol.trace_rules import UNDECLARED, written_form
+from protocol.links import QEMU_MIGRATION, ULTRAVISOR_GUEST, LinkKind
+from protocol.trace_rules import _FIELDS_LEFT, UNDECLARED, written_form
 from protocol.ucalls import UCALLS, UV_ESMB_GET_FILE
 from protocol.wire import MessageKind, decode, encode
 from tests.unit.trace_rig import Recording, events_of
@@ -116,3 +116,30 @@ def test_s1_the_tracer_writes_the_confidential_links_by_these_rules(kind: Any, t
 
     assert STATE not in path.read_bytes()
     assert [event.withheld for event in events_of(path) if event.is_message] == [True, True, True]
+
+
+def opaque_fields(struct: type[m.Body]) -> list[int]:
+    """Which fields of a body are bytes or text: nobody knows what is in them."""
+    info = msgspec.inspect.type_info(struct)
+    assert isinstance(info, msgspec.inspect.StructType)
+    opaque = (msgspec.inspect.BytesType, msgspec.inspect.StrType)
+    return [index for index, field in enumerate(info.fields) if isinstance(field.type, opaque)]
+
+
+@pytest.mark.parametrize("link", [ULTRAVISOR_GUEST, QEMU_MIGRATION], ids=lambda link: link.name)
+def test_s1_of_no_declared_message_bytes_or_text_are_written(link: LinkKind) -> None:
+    """Also of those that are declared later: who adds one has to say what of it is written."""
+    for number in link.upward | link.downward:
+        message = m.MESSAGES.get(number)
+        if message is None:
+            continue
+        asked = MessageKind.EVENT if message.reply is None else MessageKind.CALL
+        for kind, body in ((asked, message.body), (MessageKind.REPLY, message.reply)):
+            opaque = [] if body is None else opaque_fields(body)
+            assert not opaque or _FIELDS_LEFT[kind, number] <= opaque[0], message.name
+
+
+def test_s1_an_ultracall_of_a_secure_vm_with_text_in_its_registers_is_private() -> None:
+    for call in UCALLS:
+        if Caller.SVM in call.callers and any(reg.kind is Kind.TEXT for reg in (*call.args, *call.results)):
+            assert call.private, call.name
