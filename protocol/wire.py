@@ -4,8 +4,8 @@ Frame 1 is a MessagePack array `[version, kind, number, correlation, cause, body
 where the message declares one, at most `MAX_PAYLOAD_BYTES`. No field names the sender: the socket, its CURVE keys
 and its ZAP domain fix peer, role and VM.
 
-`correlation` pairs a reply with its call and is chosen by the caller. `cause` is chosen by the guest's processor
-for each of its calls and is repeated in everything that is done because of it, to the device and back.
+`correlation` pairs a reply with its call and is chosen by the caller. `cause` (protocol.causes) is chosen by the
+guest's processor for each of its calls and repeated in everything that is done because of it, to the device and back.
 
 Where the kind of link allows it, messages that leave together may share one ZeroMQ frame, a bundle: the byte 0xC1, with
 which no MessagePack value begins, then each message behind its length as a little-endian u16. At most MAX_BUNDLED.
