@@ -34,6 +34,11 @@ class Recorders:
         """Whether anything is being recorded."""
         return self._always or bool(self._wanted)
 
+    @property
+    def was_asked(self) -> bool:
+        """Whether anybody ever wanted more, or less, than what is always recorded."""
+        return self._n_orders > 0
+
     def wants(self, target: str) -> bool:
         """Whether a process is to record."""
         return self._always or any(
@@ -106,6 +111,12 @@ def end_recording(run: ClusterRun, holder: object) -> None:
                 child.tell("record", run.recorders.next_order(on=False))
             except PeerGone as gone:
                 run.log.warning("recording not ended", process=child.target, reason=str(gone))
+
+
+def tell_recording(run: ClusterRun, child: Child) -> None:
+    """Its configuration said whether it records; who wants what may have changed between that and now."""
+    if run.recorders.was_asked:
+        child.tell("record", run.recorders.next_order(on=run.recorders.wants(child.target)))
 
 
 def _running(run: ClusterRun) -> list[Child]:

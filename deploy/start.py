@@ -25,6 +25,7 @@ from deploy.gifts import release_held
 from deploy.identity_files import identity_of, open_ledger
 from deploy.link_orders import tell_links
 from deploy.plan import KeyRing, LinkPlan, ProcessPlan
+from deploy.recorders import tell_recording
 from deploy.supervise import serve_child
 from protocol import control
 from protocol.errors import PeerGone, UserError
@@ -235,6 +236,7 @@ async def hand_over_keys(run: ClusterRun, children: list[Child], ring: KeyRing) 
             child.channel.send(control.TakeKeys(keys))
             child.has_keys = True
             release_held(child)
+            tell_recording(run, child)
         tell_links(run)
         async with first_error_nursery() as nursery:
             for child in group:
