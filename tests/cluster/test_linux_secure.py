@@ -64,11 +64,13 @@ async def test_linux_turns_itself_secure_and_its_host_sees_nothing_of_it(tmp_pat
         await expect_secure(vm, shell)
         await check_the_disk(shell, tmp_path / "vm1.img")
         await check_the_hosts_view(running, shell)
+        await check_a_snapshot(vm, shell, tmp_path / "vm1.snap")
         await check_memory_pressure(running, shell)
         await check_a_reboot(vm, shell)
 
     events = [event for event in audit_events(tmp_path, "vm1") if event != "share"]
-    assert events == ["esm", "svm-terminated", "esm", "svm-terminated"]
+    saved = ["snapshot-begun", "snapshot-taken", "svm-terminated", "restore-begun", "restored"]
+    assert events == ["esm", *saved, "svm-terminated", "esm", "svm-terminated"]
 
 
 async def expect_secure(vm: Vm, shell: LinuxShell) -> None:
@@ -141,6 +143,16 @@ async def check_memory_pressure(running: RunningCluster, shell: LinuxShell) -> N
     assert await shell.run("cat /tmp/file") == MARKER
     assert await shell.run("hostname") == MARKER
     assert await shell.run("tr '\\0' '\\n' < /proc/$(cat /tmp/pid)/environ | grep KEPT") == f"KEPT={MARKER}"
+
+
+async def check_a_snapshot(vm: Vm, shell: LinuxShell, file: Path) -> None:
+    """It goes on where it was, and nothing of what was planted is in the file (S1): what follows finds it in the VM."""
+    before = await shell.run("sha256sum /bin/busybox; dd if=/dev/vda bs=64k count=16 2>/dev/null | sha256sum")
+    await vm.snapshot(file)
+    assert found(await trio.Path(file).read_bytes()) == 0
+    await vm.restore(file)
+    await expect_secure(vm, shell)
+    assert await shell.run("sha256sum /bin/busybox; dd if=/dev/vda bs=64k count=16 2>/dev/null | sha256sum") == before
 
 
 async def check_a_reboot(vm: Vm, shell: LinuxShell) -> None:

@@ -114,8 +114,7 @@ class FileLedger:
 
         What a failed write left behind counts, too. Raises HostFault when that cannot be read.
         """
-        if self._torn:
-            self._scan()
+        self.settle()
         return [entry for entry in self._entries.values() if entry.vm == vm]
 
     def _take_back(self, cause: OSError) -> None:

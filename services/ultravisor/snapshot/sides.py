@@ -34,7 +34,9 @@ class SnapshotExporter(Exporter):
         if self.phase is not ExportPhase.TOKEN_GIVEN:
             super().cancel()
             return
-        self._decide(Decision.VOID)
+        self._settle(Decision.SAVED)
+        if self._in_doubt:
+            self._decide(Decision.VOID)
         self.phase = ExportPhase.RETURNED
 
 
