@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from services.guest.debug_engine import EngineDebug
 from services.guest.exits import Exit
 
 
@@ -55,6 +56,10 @@ class Engine(Protocol):
     @property
     def secure(self) -> bool:
         """MSR.S: what the last `start` said, or the state that was loaded."""
+
+    @property
+    def debug(self) -> EngineDebug:
+        """What a debugger uses."""
 
     @property
     def at_safe_point(self) -> bool:

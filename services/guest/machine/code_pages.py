@@ -6,7 +6,8 @@ A shadow stands in for a code page that the engine would run wrongly:
   SPURR), or writes PIDR, of which we have to hear: in the copy each such instruction is a trap, `sc` with a level that
   nothing else uses, and the handler looks up the true instruction in the true page;
 - it changed since the engine translated it. A store of the guest's own drops the translations, but one by a device or
-  the hypervisor does not: the copy has a fresh engine-physical address, so they are never met again.
+  the hypervisor does not: the copy has a fresh engine-physical address, so they are never met again;
+- a debugger wants to stop in it (`debug.py`).
 
 Data accesses always see the true page. A page with a shadow is not writable in the engine's TLB: the first store drops
 the shadow, the next fetch makes another one.
@@ -31,6 +32,8 @@ _MFMSR = 0x7C0000A6
 _MFSPURR = 0x7C144AA6
 _MFPURR = 0x7C154AA6
 _MTPIDR = 0x7C100BA6
+_NO_STOPS: frozenset[int] = frozenset()
+_TRAPS_KEY = -1
 
 
 class ShadowsFull(Exception):
@@ -85,8 +88,9 @@ class CodePages:
         self._flush_tlb = flush_tlb
         self.hide_msr = False
         self._content: dict[int, bytes] = {}
-        self._shadows: dict[int, dict[bool, int]] = {}
-        """True page to its shadows, by whether they are little-endian."""
+        self._shadows: dict[int, dict[tuple[bool, frozenset[int] | int], int]] = {}
+        """True page to its shadows, by whether they are little-endian and where a debugger stops in them, or the place
+        of the only instruction in them."""
         self._by_frame: dict[int, set[int]] = {}
         """The pages of `_content` in normal RAM by their frame of 64 KiB."""
         self._stale: set[int] = set()
@@ -114,22 +118,47 @@ class CodePages:
         """No page is writable in the TLB any more."""
         self._writable.clear()
 
-    def fetch(self, page: int, *, little_endian: bool) -> int:
-        """The engine-physical page to fetch from, for the true `page`. Raises ShadowsFull."""
+    def fetch(self, page: int, *, little_endian: bool, stops: frozenset[int] = _NO_STOPS) -> int:
+        """The engine-physical page to fetch from, for the true `page`; `stops` are offsets of more traps. Raises
+        ShadowsFull."""
         content = self._memory.read(page, CODE_PAGE_BYTES)
         if content != self._content.get(page):
             self._note(page, content)
-        elif (page, little_endian) in self._plain:
+        elif not stops and (page, little_endian) in self._plain:
             return page
-        slot = self._shadows.get(page, {}).get(little_endian)
+        slot = self._shadows.get(page, {}).get((little_endian, stops))
         if slot is not None:
             return slot
         places = trap_places(content, little_endian=little_endian, hide_msr=self.hide_msr)
-        if not places and page not in self._stale:
+        if not places and not stops and page not in self._stale:
             self._plain.add((page, little_endian))
             return page
-        slot = self._shadow(content, places, little_endian)
-        self._shadows.setdefault(page, {})[little_endian] = slot
+        return self._keep(page, (little_endian, stops), self._shadow(content, [*places, *stops], little_endian))
+
+    def fetch_one(self, page: int, offset: int, *, little_endian: bool) -> int:
+        """As `fetch`, of a page that has only its instruction at `offset`, and traps else. Raises ShadowsFull."""
+        content = self._memory.read(page, CODE_PAGE_BYTES)
+        if content != self._content.get(page):
+            self._note(page, content)
+        slot = self._shadows.get(page, {}).get((little_endian, offset))
+        if slot is not None:
+            return slot
+        copy = _trap(little_endian) * (CODE_PAGE_BYTES // 4)
+        word = content[offset : offset + 4]
+        if not trap_places(word, little_endian=little_endian, hide_msr=self.hide_msr):
+            copy = copy[:offset] + word + copy[offset + 4 :]
+        return self._keep(page, (little_endian, offset), self._take_slot(copy))
+
+    def traps(self, *, little_endian: bool) -> int:
+        """The engine-physical address of a page of traps. Raises ShadowsFull."""
+        slots = self._shadows.setdefault(_TRAPS_KEY, {})
+        slot = slots.get((little_endian, _NO_STOPS))
+        if slot is None:
+            slot = slots[little_endian, _NO_STOPS] = self._take_slot(_trap(little_endian) * (CODE_PAGE_BYTES // 4))
+        return slot
+
+    def _keep(self, page: int, key: tuple[bool, frozenset[int] | int], slot: int) -> int:
+        self._shadows.setdefault(page, {})[key] = slot
         if page in self._writable:
             self._flush_tlb()
         return slot
@@ -179,13 +208,19 @@ class CodePages:
         return True
 
     def _shadow(self, content: bytes, places: list[int], little_endian: bool) -> int:
-        if self.n_shadows == N_SLOTS:
-            raise ShadowsFull
-        trap = TRAP_WORD.to_bytes(4, "little" if little_endian else "big")
         copy = bytearray(content)
         for place in places:
-            copy[place : place + 4] = trap
+            copy[place : place + 4] = _trap(little_endian)
+        return self._take_slot(bytes(copy))
+
+    def _take_slot(self, content: bytes) -> int:
+        if self.n_shadows == N_SLOTS:
+            raise ShadowsFull
         start = self.n_shadows * CODE_PAGE_BYTES
-        self._memory.shadow[start : start + CODE_PAGE_BYTES] = bytes(copy)
+        self._memory.shadow[start : start + CODE_PAGE_BYTES] = content
         self.n_shadows += 1
         return SHADOW_BASE + start
+
+
+def _trap(little_endian: bool) -> bytes:
+    return TRAP_WORD.to_bytes(4, "little" if little_endian else "big")

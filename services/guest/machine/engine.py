@@ -22,6 +22,8 @@ from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioSto
 from services.guest.machine.calls import Calls
 from services.guest.machine.code_pages import TRAP_LEVEL, CodePages, ShadowsFull
 from services.guest.machine.crash_report import CrashReport
+from services.guest.machine.debug import DebugFetches, Watched
+from services.guest.machine.debug_unit import EngineSteps, MachineDebug
 from services.guest.machine.devices import DeviceAccesses
 from services.guest.machine.engine_memory import EngineMemory
 from services.guest.machine.hooks import EXCEPTION_CALLBACK, FILL_CALLBACK, TLB_FLUSH, add_hook, address_of
@@ -30,6 +32,7 @@ from services.guest.machine.interrupts import Interrupts, Vector
 from services.guest.machine.layout import probe, stop_between_blocks_only
 from services.guest.machine.mmu import Mmu, ProcessTable, SegmentFault, StorageFault, Use
 from services.guest.machine.partition import Absent, OutsideRam, Partition
+from services.guest.machine.power_registers import PowerRegisters
 from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import EVERY_FACILITY, Dsisr, Lpcr, Msr, Spr, Srr1
 from services.guest.machine.second_level_tlb import SecondLevelTlb
@@ -43,6 +46,9 @@ from services.runtime.log import Log
 MAX_LACKING_LINES = 100
 _HYPERCALL_LEVEL = 1
 _ULTRACALL_LEVEL = 2
+_DEBUG_TRAP = -1
+"""In the place of an exception's number: a trap of a debugger's."""
+_STEP_NS = 1_000_000
 _EE = int(Msr.EE)
 _LPCR = Lpcr.UPRT | Lpcr.HR | Lpcr.GTSE
 
@@ -76,6 +82,16 @@ class MachineEngine:
         )
         self._calls = Calls(self._registers, self._interrupts, self._mmu, self._flush_tlb)
         self._devices = DeviceAccesses(self._registers, self._interrupts, self._translator)
+        self._fetches = DebugFetches(self._registers, self._code)
+        self.debug = MachineDebug(
+            self._registers,
+            self._translator,
+            self._partition,
+            self._mmu,
+            self._fetches,
+            PowerRegisters(self._registers, self._interrupts, self._time),
+            EngineSteps(self._begin_step, self._execute, self._serve, self._flush_tlb, self._accesses_device),
+        )
         self._line = False
         self._awaited: Awaited | None = None
         self._exception: int | None = None
@@ -102,8 +118,12 @@ class MachineEngine:
             if level == 0:
                 self._interrupts.deliver(Vector.SYSTEM_CALL, self._registers.pc)
                 return
-            if level == TRAP_LEVEL and self._serve_trap():
-                return
+            if level == TRAP_LEVEL:
+                if self._translator.debug is not None and self._fetches.stops_at(self._registers.pc - WORD_BYTES):
+                    self._registers.pc -= WORD_BYTES
+                    number = _DEBUG_TRAP
+                elif self._serve_trap():
+                    return
         self._exception = number
         uclib.uc_emu_stop(self._uc._uch)
 
@@ -157,6 +177,7 @@ class MachineEngine:
         self._trail = Trail()
         self._slices.reset()
         self._flush_all()
+        self.debug.restart()
 
     def run(self, slice_ns: int) -> Exit:
         """Execute for at most a slice (services.guest.machine.slices)."""
@@ -283,6 +304,15 @@ class MachineEngine:
 
     # -- execution ------------------------------------------------------------------------------------------------
 
+    def _accesses_device(self) -> bool:
+        return isinstance(self._awaited, MmioLoad | MmioStore)
+
+    def _begin_step(self) -> None:
+        """As `run` begins; a step takes no interrupt."""
+        self._code.look_at_writes()
+        self._time.begin()
+        self._slices.begin(_STEP_NS, 0)
+
     def _take_interrupt(self) -> bool:
         """Deliver what is due; True when something waits, since MSR.EE does not let it."""
         due = Vector.EXTERNAL if self._line else Vector.DECREMENTER if self._time.expired else None
@@ -339,11 +369,15 @@ class MachineEngine:
             return None if access is None else self._await(access)
         elif isinstance(reason, ShadowsFull):
             self._flush_all()
+        elif isinstance(reason, Watched):
+            return self.debug.met_watched(stop)
         else:
             raise reason
         return None
 
     def _serve_exception(self, number: int) -> Exit | None:
+        if number == _DEBUG_TRAP:
+            return self.debug.met_trap()
         if number == EngineException.SYSTEM_CALL:
             level = self._registers.error_code
             if level in (_HYPERCALL_LEVEL, _ULTRACALL_LEVEL) and self._registers.msr & Msr.PR:

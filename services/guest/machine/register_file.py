@@ -16,7 +16,7 @@ from protocol.errors import HostFault
 from services.guest.machine.layout import Layout, engine_address
 from services.guest.machine.registers import Spr
 from services.guest.machine.second_level_tlb import Watched
-from services.guest.machine.state import N_GPRS, N_SPRS, VSRS_BYTES, RegisterState
+from services.guest.machine.state import N_GPRS, N_SPRS, VSR_BYTES, VSRS_BYTES, RegisterState
 
 _PROBE_VALUE = 0x1122_3344_5566_7788
 _TIME_BASE_BYTES = 4096
@@ -33,6 +33,7 @@ class RegisterFile:
         self.gpr = (ctypes.c_uint64 * N_GPRS).from_address(processor + layout.gprs)
         self.spr = (ctypes.c_uint64 * N_SPRS).from_address(processor + layout.sprs)
         self._vsrs = (ctypes.c_char * VSRS_BYTES).from_address(processor + layout.vsrs)
+        self._vsr_bytes = memoryview(self._vsrs).cast("B")
         self._msr = ctypes.c_uint64.from_address(processor + layout.msr)
         self._pc = ctypes.c_uint64.from_address(processor + layout.pc)
         self._error_code = ctypes.c_uint32.from_address(processor + layout.error_code)
@@ -117,6 +118,19 @@ class RegisterFile:
     @fpscr.setter
     def fpscr(self, value: int) -> None:
         self._write(ppc_const.UC_PPC_REG_FPSCR, value)
+
+    def vsr_halves(self) -> tuple[list[int], list[int]]:
+        """The low doublewords of all vector-scalar registers, and the high ones."""
+        words = self._vsr_bytes.cast("Q").tolist()
+        return words[0::2], words[1::2]
+
+    def vsr(self, number: int) -> int:
+        """A vector-scalar register, 128 bits."""
+        return int.from_bytes(self._vsr_bytes[number * VSR_BYTES : (number + 1) * VSR_BYTES], "little")
+
+    def set_vsr(self, number: int, value: int) -> None:
+        """Change a vector-scalar register."""
+        self._vsr_bytes[number * VSR_BYTES : (number + 1) * VSR_BYTES] = value.to_bytes(VSR_BYTES, "little")
 
     def clear(self) -> None:
         """Everything as at power on; the MSR is the caller's."""

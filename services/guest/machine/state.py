@@ -12,7 +12,8 @@ from services.guest.machine.trail import DIGEST_BYTES
 
 N_GPRS = 32
 N_SPRS = 1024
-VSRS_BYTES = 64 * 16
+VSR_BYTES = 16
+VSRS_BYTES = 64 * VSR_BYTES
 VERSION = 2
 MAX_STATE_BYTES = 64 << 10
 

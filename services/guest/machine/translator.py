@@ -14,6 +14,7 @@ import unicorn as uc
 from protocol.messages import Access
 from services.guest.machine.accesses import effective_address
 from services.guest.machine.code_pages import CODE_PAGE_BYTES, CodePages
+from services.guest.machine.debug import DebugFetches
 from services.guest.machine.mmu import REAL_MASK, Mmu, StorageFault, Use
 from services.guest.machine.partition import OutsideRam, Partition
 from services.guest.machine.register_file import RegisterFile
@@ -48,6 +49,8 @@ class Translator:
         self._partition = partition
         self._code = code
         self.stop: Stop | None = None
+        self.debug: DebugFetches | None = None
+        """While a debugger has points or steps."""
         self.n_fills = 0
 
     def fill(self, address: int, kind: int, entry: Any) -> bool:  # noqa: ANN401
@@ -63,11 +66,19 @@ class Translator:
         return True
 
     def _page(self, address: int, use: Use, access: Access) -> tuple[int, int]:
+        debug = self.debug
+        if debug is not None:
+            instead = debug.instead(address, use, little_endian=bool(self._registers.msr & _LE))
+            if instead is not None:
+                return instead, uc.UC_PROT_EXEC
         gpa, more = self._guest_real(address, use)
         place, partition_more = self._partition.place(gpa, access)
         page = place & ~_PAGE_MASK
         if use is Use.FETCH:
-            fetched = self._code.fetch(page, little_endian=bool(self._registers.msr & _LE))
+            little_endian = bool(self._registers.msr & _LE)
+            if debug is not None:
+                return debug.fetch(address, page, little_endian=little_endian), uc.UC_PROT_EXEC
+            fetched = self._code.fetch(page, little_endian=little_endian)
             # Code has constants and tables beside it: were fetches and loads to take the entry from each other, each
             # change between them would be a miss. A shadow is for fetches alone.
             readable = more and partition_more and fetched == page

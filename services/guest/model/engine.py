@@ -11,6 +11,7 @@ from services.guest.address_space import AddressSpace
 from services.guest.exits import Crash, Exit, Idle, Pause
 from services.guest.model import image
 from services.guest.model.cpu import LATER_NS, MAX_BUSY_ROUNDS, Busy, Clock, NoDevice, Panic, Step
+from services.guest.model.debug import ModelDebug
 from services.guest.model.kernel import Kernel
 from services.guest.model.state import KernelState, decode_state, encode_state
 
@@ -38,6 +39,9 @@ class ModelEngine:
         self._clock = clock
         self._old_firmware = old_firmware
         self._kernel = Kernel(memory, clock, KernelState(), old_firmware=old_firmware)
+        self.debug = ModelDebug(self, clock)
+        self._is_left = False
+        """Whether a debugger's step was left by an exit."""
         self._step: Step[None] | None = None
         self._result: list[int] | None = None
         self._awaited = False
@@ -75,6 +79,34 @@ class ModelEngine:
             if now_ns >= end_ns or self._n_exits >= SAFE_POINT_EXITS or now_ns >= self._safe_ns + SAFE_POINT_NS:
                 self._n_exits, self._safe_ns = 0, now_ns
                 return Pause.SLICE_END
+
+    def step(self) -> Exit:
+        """As `services.guest.debug_engine.EngineDebug`: the rest of the kernel's step, or the next one."""
+        self._take_line()
+        was_left, self._is_left = self._is_left, False
+        if self._step is None:
+            if was_left:
+                return Pause.TRAP
+            work = self._kernel.next_step()
+            if isinstance(work, Idle) and work.until_ns is None:
+                # Whoever steps would wait for an interrupt that may never come; the next step looks again.
+                return Pause.TRAP
+            if isinstance(work, Idle | Crash):
+                self._is_left = True
+                return work
+            self._step = work
+        exit_ = self._advance()
+        self._is_left = exit_ is not None
+        return Pause.TRAP if exit_ is None else exit_
+
+    def forget_step(self) -> None:
+        """As `services.guest.debug_engine.EngineDebug`."""
+        self._is_left = False
+
+    @property
+    def state(self) -> KernelState:
+        """Of the kernel."""
+        return self._kernel.state
 
     def _advance(self) -> Exit | None:
         """Let the step go on; None when it ended."""
