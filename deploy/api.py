@@ -233,6 +233,11 @@ class Vm:
         view: dict[str, Any] = await self._cluster.order("page", {"vm": self.name, "gpa": gpa})
         return view
 
+    async def gdb_port(self, view: str = "owner", port: int = 0) -> int:
+        """A port on which GDB finds it (`pefbox gdb`); `view` is "owner" or "host". Raises UserError."""
+        facts = await self._cluster.order("gdb", {"vm": self.name, "view": view, "port": port})
+        return int(facts["port"])
+
     async def console_read(self, since: int = 0, wait_seconds: float = 0.0) -> tuple[bytes, int]:
         """Terminal output from character `since` on, and where it ends; waits at most `wait_seconds` for some."""
         arguments = {"vm": self.name, "since": since, "wait_s": wait_seconds}

@@ -23,6 +23,7 @@ COMMANDS = {
     "page": "deploy.cli_vm:page",
     "console": "deploy.cli_vm:console",
     "qmp": "deploy.cli_vm:qmp",
+    "gdb": "deploy.cli_gdb:gdb",
     "balloon": "deploy.cli_balloon:balloon",
     "migrate": "deploy.cli_migrate:migrate",
     "can-migrate": "deploy.cli_migrate:can_migrate",

@@ -163,6 +163,12 @@ _TABLE = (
     ),
     Operation("page", "pefbox page VM GPA", on_secure="the host's bytes of a page that is not shared are ciphertext"),
     Operation(
+        "gdb",
+        "pefbox gdb VM",
+        (_answers(Role.QEMU),),
+        on_secure="the host's view has ciphertext and no registers; the owner's needs a debuggable VM",
+    ),
+    Operation(
         BALLOON,
         "pefbox balloon VM SIZE",
         (

@@ -20,6 +20,7 @@ from deploy.activity import gather_activity
 from deploy.can_migrate import why_not
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun
+from deploy.gdb_ports import GdbPorts
 from deploy.host_description import describe_host
 from deploy.link_orders import link
 from deploy.migrate import cancel, job_info, migrate, set_parameters
@@ -44,6 +45,7 @@ class OperatorSocket:
 
     def __init__(self, run: ClusterRun) -> None:
         self._run = run
+        self._gdb_ports = GdbPorts(run)
         self._token = secrets.token_hex(16)
         self._orders: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
             "status": self._status,
@@ -52,6 +54,7 @@ class OperatorSocket:
             "vm": self._vm,
             "query": self._query,
             "page": self._page,
+            "gdb": self._gdb,
             "restart": self._restart,
             "migrate": self._migrate,
             "migrate-cancel": self._migrate_cancel,
@@ -134,6 +137,9 @@ class OperatorSocket:
 
     async def _page(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         return await page_view(self._run, str(arguments["vm"]), int(arguments["gpa"]))
+
+    async def _gdb(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return await self._gdb_ports.open(str(arguments["vm"]), str(arguments["view"]), int(arguments["port"]))
 
     async def _restart(self, arguments: dict[str, Any]) -> None:
         await restart(self._run, str(arguments["name"]))

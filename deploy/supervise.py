@@ -313,14 +313,19 @@ def _noticed(run: ClusterRun, child: Child, notice: control.Notice) -> None:
 def _noticed_at_home(run: ClusterRun, vm: VmRecord, child: Child, notice: control.Notice) -> None:
     if notice.what == "vm-failed":
         fail_vm(run, vm, notice.detail or f"reported by {child.target}")
-    elif _says_quit(child, notice):
-        end_vm(run, vm, VmEnd(VmState.OFF, "quit"))
+    elif _says_quit(vm, child, notice):
+        end_vm(run, vm, VmEnd(VmState.OFF, notice.detail))
     else:
         take_news(vm, notice.what, notice.detail)
 
 
-def _says_quit(child: Child, notice: control.Notice) -> bool:
-    return notice.what == "vm-off" and notice.detail == "quit" and child.plan.role is Role.QEMU
+def _says_quit(vm: VmRecord, child: Child, notice: control.Notice) -> bool:
+    """Whether the user of its monitor or its owner's debugger ends the VM."""
+    if notice.what != "vm-off":
+        return False
+    if notice.detail == control.KILLED_BY_DEBUGGER:
+        return child.plan.role is Role.GUEST and vm.spec.debuggable
+    return notice.detail == "quit" and child.plan.role is Role.QEMU
 
 
 def take_news(vm: VmRecord, what: str, detail: str) -> None:
@@ -335,8 +340,8 @@ def _noticed_at_arrival(move: Migration, vm: VmRecord, child: Child, notice: con
     """Where it arrives: an end is acted on, all else counts when the VM lives there."""
     if notice.what == "vm-failed":
         _note_arrival_end(vm, VmEnd(VmState.FAILED, notice.detail or f"reported by {child.target}"))
-    elif _says_quit(child, notice):
-        _note_arrival_end(vm, VmEnd(VmState.OFF, "quit"))
+    elif _says_quit(vm, child, notice):
+        _note_arrival_end(vm, VmEnd(VmState.OFF, notice.detail))
     elif notice.what in ("vm-off", "vm-state") and len(move.notices) < _MAX_HELD_NOTICES:
         move.notices.append((notice.what, notice.detail))
 

@@ -77,7 +77,8 @@ class PeerState(Packet, frozen=True):
 
 
 class Gift(Packet, frozen=True):
-    """A descriptor from another process, or the launcher's own: a qemu's end of the channel of a migration.
+    """A descriptor from another process, or the launcher's own: a qemu's end of the channel of a migration, the
+    connection of a debugger (`GDB_TAG`).
 
     One file comes with the packet.
     """
@@ -159,6 +160,10 @@ class Failed(Packet, frozen=True):
     reason: str
 
 
+GDB_TAG = "gdb"
+"""Of a connected socket on which a guest or a qemu serves GDB."""
+KILLED_BY_DEBUGGER = "killed by its debugger"
+"""With the notice `vm-off` of a guest: its owner ends it."""
 NOTICES = frozenset({"guest-must-die", "vm-failed", "vm-off", "vm-state", "migrate"})
 
 ToProcess = Start | TakeKeys | AddVm | ReplaceLinks | RemoveVm | PeerState | Gift | Ping | Query | Stop

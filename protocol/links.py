@@ -25,6 +25,10 @@ def _numbers(*messages: m.Message) -> frozenset[int]:  # type: ignore[type-arg]
     return frozenset(message.number for message in messages)
 
 
+_DEBUG = _numbers(m.VCPU_REGISTERS, m.VCPU_SET_REGISTER, m.VCPU_TRANSLATE, m.VCPU_DEBUG, m.VCPU_DEBUG_COMMAND)
+"""What a debugger of the host asks of a normal VM's processor: qemu of kvm, kvm of the guest."""
+
+
 @dataclass(frozen=True, slots=True)
 class LinkKind:
     """One kind of link. `upper` is the more privileged role and binds; of equals, one is told to (`LinkEntry.binds`).
@@ -57,10 +61,11 @@ class LinkKind:
 KVM_GUEST = LinkKind(
     upper=Role.KVM,
     lower=Role.GUEST,
-    upward=_GUEST_HCALLS | _numbers(m.MAP_FAULT, m.GUEST_CRASHED),
+    upward=_GUEST_HCALLS | _numbers(m.MAP_FAULT, m.GUEST_CRASHED, m.VCPU_DEBUG_STOP),
     downward=_numbers(
         m.VCPU_START, m.VCPU_STOP, m.VCPU_CONTINUE, m.VCPU_LINE, m.MAP_INVALIDATE, m.VCPU_SAVE, m.VCPU_LOAD
-    ),
+    )
+    | _DEBUG,
     open_numbers=True,
 )
 ULTRAVISOR_GUEST = LinkKind(
@@ -101,7 +106,8 @@ KVM_QEMU = LinkKind(
         m.VM_LOAD,
         m.DIRTY_LOG,
         m.MIGRATION_UCALL,
-    ),
+    )
+    | _DEBUG,
     downward=_numbers(
         m.EXIT_MMIO_LOAD,
         m.EXIT_MMIO_STORE,
@@ -110,6 +116,7 @@ KVM_QEMU = LinkKind(
         m.VM_EVENT,
         m.DOORBELL_RUNG,
         m.MAP_INVALIDATE,
+        m.VCPU_DEBUG_STOP,
     ),
 )
 

@@ -254,6 +254,101 @@ SVM_THAW = _declare(0x1010C, "SVM_THAW", RunBody, Status, leaf=True)
 """The processor may run here, unless kvm has stopped it."""
 
 
+# -- a debugger of the host on a normal VM ----------------------------------------------------------------------
+
+
+MAX_DEBUG_POINTS = 64
+MAX_REGISTERS_BYTES = 4096
+
+
+class DebugRegisters(Body, frozen=True):
+    """A processor's registers (shared.gdb_registers): big-endian `values` in a row, numbers of those that are
+    `missing`, and the byte order that the processor has now."""
+
+    code: int
+    little_endian: bool = False
+    values: Annotated[bytes, Meta(max_length=MAX_REGISTERS_BYTES)] = b""
+    missing: Annotated[list[Annotated[int, Meta(ge=0, lt=1024)]], Meta(max_length=1024)] = []
+
+
+class DebugRegisterBody(Body, frozen=True):
+    """The big-endian `value` of one register, as long as the register is."""
+
+    vcpu: Vcpu
+    number: Annotated[int, Meta(ge=0, lt=1024)]
+    value: Annotated[bytes, Meta(min_length=1, max_length=16)]
+
+
+class DebugAddressBody(Body, frozen=True):
+    """An effective address."""
+
+    vcpu: Vcpu
+    address: Register
+
+
+class DebugAddressReply(Body, frozen=True):
+    """The guest physical address; H_NOT_FOUND where the guest has mapped nothing."""
+
+    code: int
+    gpa: Register = 0
+
+
+class DebugPoint(Body, frozen=True):
+    """A breakpoint or watchpoint: `kind` as in GDB's Z packets."""
+
+    kind: Annotated[int, Meta(ge=0, le=4)]
+    address: Register
+    n_bytes: Annotated[int, Meta(ge=0, le=4096)]
+
+
+class DebugBody(Body, frozen=True):
+    """What stops the processor from its next VCPU_CONTINUE on: these points, and with `step` one instruction."""
+
+    vcpu: Vcpu
+    points: Annotated[list[DebugPoint], Meta(max_length=MAX_DEBUG_POINTS)]
+    step: bool = False
+
+
+class DebugCommandBody(Body, frozen=True):
+    """A command of the processor's own, as GDB's `monitor` has it."""
+
+    vcpu: Vcpu
+    words: Annotated[list[Annotated[str, Meta(max_length=256)]], Meta(max_length=16)]
+
+
+MAX_DEBUG_TEXT_CHARS = 16 << 10
+
+
+class DebugCommandReply(Body, frozen=True):
+    """What it has to say; with H_PARAMETER why there is no such command."""
+
+    code: int
+    text: Annotated[str, Meta(max_length=MAX_DEBUG_TEXT_CHARS)] = ""
+
+
+class DebugStopBody(Body, frozen=True):
+    """The processor stopped, as by VCPU_STOP, at a point or behind a step. `watch` is the kind of the watchpoint that
+    an access to `address` met, 0 for none."""
+
+    vcpu: Vcpu
+    watch: Annotated[int, Meta(ge=0, le=4)] = 0
+    address: Register = 0
+
+
+VCPU_REGISTERS = _declare(0x1010D, "VCPU_REGISTERS", RunBody, DebugRegisters, leaf=True)
+"""Of a normal VM, as KVM_GET_REGS and its kin."""
+VCPU_SET_REGISTER = _declare(0x1010E, "VCPU_SET_REGISTER", DebugRegisterBody, Status, leaf=True)
+VCPU_TRANSLATE = _declare(0x1010F, "VCPU_TRANSLATE", DebugAddressBody, DebugAddressReply, leaf=True)
+"""Of a normal VM, as KVM_TRANSLATE: through the guest's own tables."""
+VCPU_DEBUG = _declare(0x10110, "VCPU_DEBUG", DebugBody, Status, leaf=True)
+"""Of a normal VM, as KVM_SET_GUEST_DEBUG. H_BUSY while the guest's owner debugs it, H_NOT_AVAILABLE where the processor
+has no such points, H_PARAMETER where it does not take these."""
+VCPU_DEBUG_COMMAND = _declare(0x10111, "VCPU_DEBUG_COMMAND", DebugCommandBody, DebugCommandReply, leaf=True)
+"""Of a normal VM: special purpose registers, which KVM_GET_ONE_REG gives one by one."""
+VCPU_DEBUG_STOP = _event(0x10112, "VCPU_DEBUG_STOP", DebugStopBody)
+"""As KVM_EXIT_DEBUG; from a guest to kvm, and on to qemu."""
+
+
 # -- kvm -> qemu: exits to user space -------------------------------------------------------------------------
 
 

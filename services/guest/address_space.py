@@ -138,10 +138,12 @@ class AddressSpace:
 
     def peek(self, gpa: int, n_bytes: int) -> bytes | None:
         """`n_bytes` inside one page without faulting: None when the map does not give it (for debuggers)."""
+        return self.load(gpa, n_bytes) if self.gives(gpa, Access.READ) else None
+
+    def gives(self, gpa: int, access: Access) -> bool:
+        """Whether the map gives the page of `gpa` now."""
         gfn = gpa >> PAGE_SHIFT
-        if self._map is None or not 0 <= gfn < len(self._map) or not self._map[gfn] & _READ:
-            return None
-        return self.load(gpa, n_bytes)
+        return self._map is not None and 0 <= gfn < len(self._map) and bool(self._map[gfn] & PERMISSION[access])
 
     def load_u8(self, gpa: int) -> int:
         """One byte."""

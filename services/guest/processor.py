@@ -38,14 +38,17 @@ from protocol.refusals import HELD_UP_STATES, Refusal, refusal
 from protocol.ucalls import PIDR, UCALLS
 from protocol.wire import Envelope, MessageKind
 from services.guest.clock import GuestClock
+from services.guest.debugger import Debugger
 from services.guest.engine import Engine
 from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
+from services.guest.host_debugger import HOST_HANDLERS, stop_body
 from services.guest.inbox import Inbox
 from services.guest.link_end import LinkEnd
 from services.guest.pacing import Pacer
 from services.guest.processor_state import VERSION, ProcessorState, decode_state, encode_state
 from services.guest.run_state import Hold, Life, RunState
 from services.guest.vm_memory import GuestVmMemory
+from services.runtime.gdb.target import Stop
 from services.runtime.link import LOST_STATES
 from services.runtime.log import Log
 
@@ -122,7 +125,8 @@ class Processor:
         self._life = Life()
         self._saving: _Saving | None = None
         self._held_up = True
-        """Whether something comes before the engine: a hold, a save, or that nothing was started."""
+        """Whether something comes before the engine: a hold, a save, a debugger's step, or that nothing was started."""
+        self.debugger = Debugger(engine, memory, self, self._tell_host)
         # An object of 30 attributes and more is looked up slower by CPython: a null hypercall then takes 0.3 us longer.
 
     # -- for the control thread -------------------------------------------------------------------------------
@@ -198,6 +202,7 @@ class Processor:
             return False
         if self.state is RunState.RUNNING:
             return False
+        self.debugger.standing()
         if not self._quit:
             self._wait(_IDLE_POLL_MS)
         return True
@@ -210,6 +215,8 @@ class Processor:
                 self._engine.resume(result)
             if self._saving is not None:
                 return self._run_to_safe_point()
+            if self._held_up:
+                return self.debugger.step()
             return self._engine.run(SLICE_NS)
         except _Abandon:
             return None
@@ -251,6 +258,8 @@ class Processor:
                 self._idle(leaving)
             case Crash(reason):
                 self._crash(reason)
+            case Pause.TRAP:
+                self.debugger.trapped()
             case Pause():
                 pass
 
@@ -305,6 +314,7 @@ class Processor:
         self._log.error("guest crashed", reason=reason)
         body = m.CrashBody(_VCPU, reason[:512])
         self._hypervisor().send_event(m.GUEST_CRASHED.number, body, self._new_cause())
+        self.debugger.crashed(reason)
 
     def _hypervisor(self) -> LinkEnd:
         """Where `sc 1` and faults go."""
@@ -319,7 +329,8 @@ class Processor:
         interrupt, prints a line) is done once. Only a wait of the guest ends with H_BUSY then.
 
         With `deadline_ns`, on the host's monotonic clock, it also ends then and when the interrupt line rises. A wait
-        of the guest ends with H_SUCCESS as soon as the processor is to be saved; kvm's own answer is passed over.
+        of the guest ends with H_SUCCESS as soon as the processor is to be saved or to do a debugger's step; kvm's own
+        answer is passed over.
         """
         generation = self._generation
         may_send = end.peer_state == "up" or _outlasts(number, end.peer_state)
@@ -339,6 +350,8 @@ class Processor:
                 if deadline_ns is not None and (deadline_ns <= time.monotonic_ns() or self._line):
                     return None
                 if self._saving is not None and self._is_left(self._saving, number):
+                    return _own_reply(number, [HCode.H_SUCCESS])
+                if self.debugger.steps and number in _WAITS:
                     return _own_reply(number, [HCode.H_SUCCESS])
                 self._take_next(self._patience_ms(deadline_ns))
         finally:
@@ -446,6 +459,9 @@ class Processor:
         if envelope.number in _SAVES:
             self._want_save(end, envelope)
             return
+        if envelope.number in HOST_HANDLERS:
+            end.reply(envelope, self._serve_host_debugger(envelope.number, body))
+            return
         code = _HANDLERS[envelope.number](self, body)
         end.reply(envelope, m.Status(code))
 
@@ -480,6 +496,7 @@ class Processor:
     def _come_alive(self, *holds: Hold, secure: bool) -> None:
         """The engine has something new to run, as soon as nothing holds it."""
         self.secure = secure
+        self.debugger.begins(secure=secure)
         self._engine.set_line(self._line)
         self._become(RunState.RUNNING, *holds)
 
@@ -521,7 +538,7 @@ class Processor:
 
     def _follow_holds(self) -> None:
         self.state = state = self._life.state
-        self._held_up = state is not RunState.RUNNING or self._saving is not None
+        self._held_up = state is not RunState.RUNNING or self._saving is not None or self.debugger.steps
         if state is RunState.RUNNING:
             self._clock.go_on()
         else:
@@ -531,6 +548,42 @@ class Processor:
         self._line = body.level
         self._engine.set_line(body.level)
         return HCode.H_SUCCESS
+
+    # -- for a debugger ---------------------------------------------------------------------------------------
+
+    def hold(self, hold: Hold) -> None:
+        """As services.guest.debugger.Processor."""
+        self._life.holds.add(hold)
+        self._follow_holds()
+
+    def let_go(self, hold: Hold) -> None:
+        """As services.guest.debugger.Processor."""
+        self._release(hold)
+
+    def follow(self) -> None:
+        """As services.guest.debugger.Processor."""
+        self._follow_holds()
+
+    def _serve_host_debugger(self, number: int, body: Any) -> Any:  # noqa: ANN401
+        if self._life.unheld is RunState.OFF:
+            # Its registers may be those of a secure VM that has ended.
+            return refusal(number, Refusal.PERMISSION)
+        return HOST_HANDLERS[number](self.debugger, body)
+
+    def _tell_host(self, stop: Stop) -> None:
+        body = stop_body(stop)
+        if body is not None:
+            self._kvm.send_event(m.VCPU_DEBUG_STOP.number, body, 0)
+
+    @property
+    def stands(self) -> bool:
+        """As services.guest.debugger.Processor."""
+        return not self._in_engine
+
+    @property
+    def is_free(self) -> bool:
+        """As services.guest.debugger.Processor."""
+        return not self._replies and not self._in_engine and self._life.unheld is RunState.RUNNING
 
     # -- migration --------------------------------------------------------------------------------------------
 

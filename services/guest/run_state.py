@@ -20,6 +20,8 @@ class Hold(Enum):
 
     HYPERVISOR = "hypervisor"
     ULTRAVISOR = "ultravisor"
+    OWNER = "owner"
+    """A debugger of the guest's owner, which keeps whatever the VM is started for next too."""
 
 
 class Life:
@@ -31,9 +33,9 @@ class Life:
         self.holds: set[Hold] = set()
 
     def become(self, unheld: RunState, *holds: Hold) -> None:
-        """Begin or end to run something; no hold of before is left."""
+        """Begin or end to run something; no hold of before is left but the owner's."""
         self.unheld = unheld
-        self.holds = set(holds)
+        self.holds = {*holds, *self.holds & {Hold.OWNER}}
 
     @property
     def state(self) -> RunState:

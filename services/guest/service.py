@@ -11,6 +11,7 @@ import outcome
 import trio
 
 from protocol.causes import first_cause
+from protocol.control import GDB_TAG, KILLED_BY_DEBUGGER
 from protocol.errors import GuestFault, HostFault, UserError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
 from protocol.links import KVM_GUEST, LINK_KINDS, ULTRAVISOR_GUEST
@@ -21,8 +22,10 @@ from services.guest.clock import GuestClock, make_clock
 from services.guest.engine import Engine
 from services.guest.engines import make_engine
 from services.guest.link_end import LinkEnd
+from services.guest.owner_target import OwnerTarget
 from services.guest.processor import Processor
 from services.guest.vm_memory import GuestVmMemory
+from services.runtime.gdb.server import Debuggers
 from services.runtime.process import Query, Runtime
 from services.runtime.sockets import connect_socket
 from shared.memfd import map_sealed
@@ -30,6 +33,7 @@ from shared.memfd import map_sealed
 _JOIN_SECONDS = 1.0
 _QUERY_SECONDS = 1.0
 _JOB_SECONDS = 60.0
+NOT_DEBUGGABLE = "the VM is not debuggable: its cluster file must say `debuggable = true`"
 T = TypeVar("T")
 
 
@@ -44,6 +48,7 @@ class Guest:
         self._processor: Processor | None = None
         self._engine: Engine | None = None
         self._has_map = trio.Event()
+        self._debuggers: Debuggers | None = None
 
     async def start(self) -> None:
         """Nothing host-wide."""
@@ -68,6 +73,8 @@ class Guest:
         processor.append(Processor(engine, memory, kvm, ultravisor, clock, self._runtime.log, vm.guest.kernel))
         processor[0].count_causes_from(first_cause(vm.lpid, vm.incarnation))
         self._memory, self._processor, self._engine = memory, processor[0], engine
+        if vm.debuggable:
+            self._debuggers = Debuggers(self._owner_target, self._runtime.nursery, self._runtime.log)
         await self._runtime.give("guest-dirty-map", vm.name, memory.dirty.fd)
         await self._runtime.give("secure-dirty-map", vm.name, memory.secure_dirty.fd)
         self._runtime.nursery.start_soon(self._run)
@@ -91,8 +98,20 @@ class Guest:
     async def remove_vm(self, name: str) -> None:
         """A guest process ends with its VM."""
 
+    def _owner_target(self) -> OwnerTarget:
+        assert self._processor is not None
+        return OwnerTarget(self._processor.debugger, self._processor.post, self._kill)
+
+    async def _kill(self) -> None:
+        """The guest's owner ends the VM, which the launcher does."""
+        assert self._vm is not None
+        await self._runtime.notice("vm-off", self._vm.name, KILLED_BY_DEBUGGER)
+
     async def gift(self, tag: str, vm: str, fd: int) -> None:
-        """kvm's map of the VM while it is a normal one, and the marks of what its devices write."""
+        """kvm's map of the VM while it is a normal one, marks of what devices write; a debugger's connection."""
+        if tag == GDB_TAG and self._debuggers is not None:
+            self._debuggers.take(fd)
+            return
         if tag == "device-writes" and self._vm is not None and self._processor is not None:
             self._watch_writes(memoryview(map_sealed(fd, self._vm.memory_bytes >> PAGE_SHIFT, writable=True)))
             return
@@ -129,6 +148,8 @@ class Guest:
 
     async def stop(self) -> None:
         """End the processor's thread."""
+        if self._debuggers is not None:
+            self._debuggers.close()
         if self._processor is not None and self._has_map.is_set():
             self._processor.quit()
             await trio.to_thread.run_sync(self._processor.join, _JOIN_SECONDS)
@@ -142,6 +163,7 @@ class Guest:
             "page.guest": self._page_guest,
             "vm.status": self._vm_status,
             "bench": self._bench,
+            "gdb.order": self._gdb_order,
         }
 
     async def _statistics(self, _arguments: dict[str, Any]) -> dict[str, dict[str, int | str]]:
@@ -162,7 +184,7 @@ class Guest:
     async def _page_guest(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The page as the guest sees it; only of a VM started debuggable (S1)."""
         if self._vm is None or not self._vm.debuggable:
-            raise UserError("the VM is not debuggable: its cluster file must say `debuggable = true`")
+            raise UserError(NOT_DEBUGGABLE)
         gpa = gpa_of(gfn_of(int(arguments["gpa"])))
         data = await self._in_processor(lambda: self._peek(gpa))
         return {"gpa": gpa, "mapped": data is not None, "bytes": data}
@@ -174,6 +196,13 @@ class Guest:
             return self._memory.space.peek(gpa, PAGE_BYTES)
         except GuestFault:
             return None
+
+    async def _gdb_order(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """The byte order that the processor has now, which GDB has to be told where no program's symbols do."""
+        if self._debuggers is None or self._processor is None:
+            raise UserError(NOT_DEBUGGABLE)
+        values = await self._in_processor(self._processor.debugger.values)
+        return {"order": values.order}
 
     async def _vm_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         processor = self._processor

@@ -18,6 +18,7 @@ from protocol.messages import TceWindowBody
 from protocol.startup import VmEntry
 from protocol.vm_state import VmState
 from protocol.wire import Envelope
+from services.kvm.debug import pass_on_orders, pass_on_stops
 from services.kvm.dirty import DirtyPages
 from services.kvm.discard import Discards
 from services.kvm.guest_call import GuestCall
@@ -81,6 +82,7 @@ class Vm:
         self._at_work = 0
         self._at_rest = trio.Event()
         self._guest = guest
+        self._qemu = qemu
         self._table_made = table_made
         self._map_needed = map_needed
         self._log = log.bind(vm=entry.name)
@@ -108,6 +110,7 @@ class Vm:
         """Serve the hypercalls and faults of the VM while it is a normal one."""
         link.on(m.MAP_FAULT, self._map_fault)
         link.on(m.GUEST_CRASHED, self._guest_crashed)
+        pass_on_stops(link, self._qemu)
         for call in HCALLS:
             if Caller.VM not in call.callers:
                 continue
@@ -221,6 +224,7 @@ class Vm:
         link.on_waiting(m.VM_RESET, self._vm_reset)
         link.on_waiting(m.VM_POWEROFF, self._vm_poweroff)
         self.migration.register(link)
+        pass_on_orders(link, self.ask_guest)
 
     async def _pages_wanted(self, envelope: Envelope, body: m.PagesBody) -> m.Status:
         if any(gfn >= self.memory.n_pages for gfn in body.gfns):

@@ -45,7 +45,11 @@ class Machine:
     """
 
     def __init__(self, link: Link, events: MonitorEvents, nursery: trio.Nursery, log: Log) -> None:
-        self.state = RunState.PRELAUNCH
+        self._state = RunState.PRELAUNCH
+        self._news = trio.Event()
+        """Set, and replaced, with each change that `until_stopped` looks at."""
+        self.debug_stop: m.DebugStopBody | None = None
+        """Where the processor stopped for a debugger, until that looks."""
         self.quit_asked = trio.Event()
         self.exit_status: int | None = None
         """What the guest's program said when it ended itself."""
@@ -62,6 +66,25 @@ class Machine:
         self._log = log
         self.orders = trio.Lock()
         """Held by whoever changes the run state."""
+
+    @property
+    def state(self) -> RunState:
+        """What the machine does."""
+        return self._state
+
+    @state.setter
+    def state(self, state: RunState) -> None:
+        self._state = state
+        self._tell_news()
+
+    def _tell_news(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    async def until_stopped(self) -> None:
+        """Returns when the machine neither runs nor starts anew, or its processor stopped for a debugger."""
+        while self.debug_stop is None and self.state in (RunState.RUNNING, RunState.PRELAUNCH):
+            await self._news.wait()
 
     @property
     def run_seconds(self) -> float | None:
@@ -81,10 +104,15 @@ class Machine:
         link.on(m.VM_EVENT, self._vm_event)
         link.on(m.DOORBELL_RUNG, self._doorbell_rung)
         link.on(m.MAP_INVALIDATE, self._map_invalidate)
+        link.on(m.VCPU_DEBUG_STOP, self._stopped_for_debugger)
 
     def _map_invalidate(self, _envelope: Envelope, _body: m.InvalidateBody) -> m.Status:
         """A view of guest RAM outlives no wait, so none is in use while a message is served."""
         return m.Status(HCode.H_SUCCESS)
+
+    def _stopped_for_debugger(self, _envelope: Envelope, body: m.DebugStopBody) -> None:
+        self.debug_stop = body
+        self._tell_news()
 
     def _mmio_load(self, envelope: Envelope, body: m.MmioLoadBody) -> m.MmioLoadReply:
         CAUSE.set(envelope.cause)

@@ -11,6 +11,7 @@ import msgspec
 import trio
 
 from protocol import messages as m
+from protocol.control import GDB_TAG
 from protocol.errors import HostFault, PefboxError, UserError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
 from protocol.links import KVM_QEMU, QEMU_MIGRATION, QEMU_QEMU
@@ -18,6 +19,7 @@ from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.qemu.board import Board
 from services.qemu.description import describe_machine
 from services.qemu.dma_windows import DmaWindows
+from services.qemu.host_target import HostTarget
 from services.qemu.loader import BOOT_FILES, load_machine
 from services.qemu.machine import Machine
 from services.qemu.migration.control import MigrationControl
@@ -30,9 +32,11 @@ from services.qemu.qmp import COMMANDS, Monitored, MonitorEvents, RunState, serv
 from services.qemu.snapshot.control import FILE_GIFT, SnapshotControl, SnapshotPlace
 from services.qemu.virtio_balloon import VirtioBalloon
 from services.qemu.virtio_console import VirtioConsole
+from services.runtime.gdb.server import Debuggers
 from services.runtime.link import Link
 from services.runtime.process import Query, Runtime
 from services.runtime.text_buffers import typed_bytes
+from shared.gdb_registers import MODEL, POWER
 from shared.guest_ram import GuestRam
 from shared.host_view import HostState
 from shared.link_shape import LinkShapes
@@ -63,6 +67,7 @@ class Qemu:
         self._migration_monitor: MigrationMonitor | None = None
         self._migration_link: Link | None = None
         self._snapshots = SnapshotControl(runtime.nursery, runtime.log)
+        self._debuggers: Debuggers | None = None
         self._built = trio.Event()
         self._announced = False
 
@@ -145,7 +150,17 @@ class Qemu:
                 raise HostFault("kvm made no DMA window")
         self._runtime.nursery.start_soon(board.run)
         self._migrations = self._make_migrations(vm, board, memory, files)
+        self._debuggers = Debuggers(self._host_target, self._runtime.nursery, self._runtime.log)
         self._built.set()
+
+    def _host_target(self) -> HostTarget:
+        assert self._machine is not None
+        assert self._link is not None
+        assert self._ram is not None
+        assert self._host_view is not None
+        assert self._vm is not None
+        description = POWER if self._vm.guest.kernel == "machine" else MODEL
+        return HostTarget(self._machine, self._link, self._ram, self._host_view, description)
 
     def _make_migrations(
         self, vm: VmEntry, board: Board, ram: memoryview, files: dict[str, int]
@@ -234,6 +249,9 @@ class Qemu:
         if tag == FILE_GIFT:
             self._snapshots.take_file(fd)
             return
+        if tag == GDB_TAG and self._debuggers is not None:
+            self._debuggers.take(fd)
+            return
         if tag == "host-view" and self._vm is not None and not self._has_view.is_set():
             mapping = map_sealed(fd, self._vm.memory_bytes >> PAGE_SHIFT)
             self._mappings.append(mapping)
@@ -251,7 +269,9 @@ class Qemu:
         """kvm died, stopped, came back: the link tells whoever waits."""
 
     async def stop(self) -> None:
-        """Nothing to end: the disks are written through."""
+        """The disks are written through, and a debugger goes."""
+        if self._debuggers is not None:
+            self._debuggers.close()
 
     # -- questions of the operator ----------------------------------------------------------------------------
 
@@ -268,6 +288,7 @@ class Qemu:
             "balloon.ask": self._balloon_ask,
             "console.read": self._console_read,
             "console.write": self._console_write,
+            "gdb.order": self._gdb_order,
             "migration.start": self._migration_start,
             "migration.status": self._migration_describe,
             "migration.cancel": self._migration_cancel,
@@ -277,6 +298,12 @@ class Qemu:
             "migration.has-started": self._migration_has_started,
             **self._snapshots.queries(),
         }
+
+    async def _gdb_order(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """The byte order of the processor; None of a secure VM's, which the host cannot know."""
+        if self._debuggers is None:
+            raise UserError("the machine has no devices yet")
+        return {"order": await self._host_target().order()}
 
     # -- migration --------------------------------------------------------------------------------------------
 

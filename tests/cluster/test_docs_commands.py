@@ -22,6 +22,7 @@ RUN_ELSEWHERE = {
     "pefbox compare --out report": "tests/cluster/test_dma_designs.py runs a part of it",
     "pefbox compare --designs quirk,iommu-always,nothing --workload read --secure --out report": "as above",
     "pefbox compare --cost hypercall_ns=350 --cost world_switch_ns=2000 --out report": "as above",
+    'pefbox gdb vm1 --run -- -nx -q -batch -ex "set endian big" -ex detach': "tests/cluster/test_gdb.py",
     "pefbox linux boot-disk disk.img": "tests/unit/test_boot_disk.py",
 }
 

@@ -32,6 +32,7 @@ from services.guest.bench_engine import BenchEngine
 from services.guest.clock import GuestClock, InstructionClock, WallClock
 from services.guest.engine import Engine
 from services.guest.exits import Exit, Hypercall, Idle, MmioLoad, Pause, Ultracall
+from services.guest.host_debugger import HOST_HANDLERS
 from services.guest.link_end import LinkEnd
 from services.guest.machine.engine import MachineEngine
 from services.guest.machine.interrupts import Vector
@@ -1151,7 +1152,7 @@ def test_an_instruction_clock_goes_on_from_where_it_was_moved() -> None:
 
 
 def test_the_processor_serves_every_order_that_its_links_carry() -> None:
-    assert KVM_GUEST.downward | ULTRAVISOR_GUEST.downward == _HANDLERS.keys() | _SAVES
+    assert KVM_GUEST.downward | ULTRAVISOR_GUEST.downward == _HANDLERS.keys() | _SAVES | HOST_HANDLERS.keys()
 
 
 def test_an_ultracall_is_finished_before_a_secure_vm_is_frozen() -> None:

@@ -1,0 +1,245 @@
+"""The host's view for GDB: qemu's own machine, with a processor and a kvm that are played."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import structlog
+import trio
+import trio.testing
+
+from protocol import messages as m
+from protocol.codes import HCode
+from protocol.errors import PeerGone
+from protocol.geometry import PAGE_BYTES
+from protocol.wire import Envelope
+from services.qemu.host_target import HostTarget
+from services.qemu.machine import Machine
+from services.qemu.qmp import MonitorEvents, RunState
+from services.runtime.gdb.target import Point, PointKind, Refused, StopKind, Unsupported
+from services.runtime.link import Link
+from shared.gdb_registers import POWER, Values, pack
+from shared.guest_ram import GuestRam
+from shared.host_view import HostState
+
+N_PAGES = 4
+BREAKPOINT = Point(PointKind.SOFTWARE, 0x1000, 4)
+PC = POWER.number["pc"]
+
+
+class PlayedKvm:
+    """Answers qemu's orders for a processor that is normal or secure; `orders` are those that came."""
+
+    def __init__(self) -> None:
+        self.secure = False
+        self.orders: list[str] = []
+        self.debugs: list[m.DebugBody] = []
+        self.debug_code = HCode.H_SUCCESS
+        self.gone = False
+        self.on_continue: Callable[[], None] = lambda: None
+        self.values = [number for number in range(len(POWER.registers))]
+
+    async def call(self, message: m.Message[Any, Any], body: Any, cause: int = 0) -> Any:  # noqa: ANN401
+        await trio.lowlevel.checkpoint()
+        self.orders.append(message.name)
+        if self.gone:
+            raise PeerGone("alpha/kvm", "gone")
+        if message in _DEBUG and self.secure:
+            return message.reply.refused(HCode.H_PERMISSION) if message.reply else None
+        if message is m.VCPU_REGISTERS:
+            data, missing = pack(POWER, Values(True, tuple(self.values)))
+            return m.DebugRegisters(0, True, data, missing)
+        if message is m.VCPU_TRANSLATE:
+            found = body.address < N_PAGES * PAGE_BYTES
+            return m.DebugAddressReply(0, body.address) if found else m.DebugAddressReply(HCode.H_NOT_FOUND)
+        if message is m.VCPU_DEBUG:
+            self.debugs.append(body)
+            return m.Status(self.debug_code)
+        if message is m.VCPU_DEBUG_COMMAND:
+            return m.DebugCommandReply(0, " ".join(body.words))
+        if message is m.VM_CONTINUE:
+            self.on_continue()
+        return m.Status()
+
+
+_DEBUG = (m.VCPU_REGISTERS, m.VCPU_SET_REGISTER, m.VCPU_TRANSLATE, m.VCPU_DEBUG, m.VCPU_DEBUG_COMMAND)
+
+
+class World:
+    """A machine that runs."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.kvm = PlayedKvm()
+        link = cast(Link, self.kvm)
+        self.machine = Machine(link, MonitorEvents(), nursery, structlog.get_logger())
+        self.machine.state = RunState.RUNNING
+        self.ram = bytearray(N_PAGES * PAGE_BYTES)
+        self.view = bytearray([HostState.PRESENT] * N_PAGES)
+        self.wanted: list[int] = []
+        ram = GuestRam(memoryview(self.ram), memoryview(self.view), self._want)
+        self.target = HostTarget(self.machine, link, ram, memoryview(self.view), POWER)
+
+    async def _want(self, gfns: list[int]) -> None:
+        """A page that is paged out brings its ciphertext."""
+        self.wanted += gfns
+        for gfn in gfns:
+            self.ram[gfn * PAGE_BYTES : gfn * PAGE_BYTES + 6] = b"cipher"
+            self.view[gfn] = HostState.PRESENT
+
+    def is_running(self) -> bool:
+        return self.machine.state is RunState.RUNNING
+
+    def processor_stops(self, body: m.DebugStopBody) -> Callable[[], None]:
+        """What kvm tells of it."""
+        return lambda: self.machine._stopped_for_debugger(cast(Envelope, SimpleNamespace()), body)
+
+
+@pytest.fixture
+def world(nursery: trio.Nursery) -> World:
+    return World(nursery)
+
+
+async def test_a_normal_vm_is_debugged_as_qemu_does_it(world: World) -> None:
+    target = world.target
+    assert (await target.halt()).kind is StopKind.INTERRUPT
+    assert not world.is_running()
+    assert (await target.registers()).values[PC] == PC
+    assert await target.order() == "little"
+    await target.write(0x1000, b"text")
+    assert await target.read(0x1000, 4) == b"text"
+    await target.insert(BREAKPOINT)
+    world.kvm.on_continue = world.processor_stops(m.DebugStopBody(0))
+
+    stop = await target.resume(step=False)
+
+    assert stop.kind is StopKind.TRAP
+    assert world.kvm.debugs[-1] == m.DebugBody(0, [m.DebugPoint(0, 0x1000, 4)], False)
+    assert not world.is_running()
+    await target.release()
+    assert world.kvm.debugs[-1] == m.DebugBody(0, [])
+    assert world.is_running()
+
+
+async def test_a_watchpoint_tells_kind_and_address(world: World) -> None:
+    await world.target.halt()
+    world.kvm.on_continue = world.processor_stops(m.DebugStopBody(0, PointKind.ACCESS, 0x2004))
+
+    stop = await world.target.resume(step=False)
+
+    assert (stop.watch, stop.address) == (PointKind.ACCESS, 0x2004)
+
+
+async def test_a_run_ends_with_an_interrupt_or_with_the_machine(world: World) -> None:
+    async def interrupt() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        await world.target.interrupt()
+
+    async def end() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        world.machine.state = RunState.SHUTDOWN
+
+    stops = []
+    await world.target.halt()
+    for ending in (interrupt, end):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ending)
+            stops.append(await world.target.resume(step=False))
+
+    assert stops[0].kind is StopKind.INTERRUPT
+    assert (stops[1].kind, stops[1].text) == (StopKind.CRASHED, "the machine is in state 'shutdown'")
+
+
+async def test_s1_of_a_secure_vm_the_host_has_ciphertext_and_no_registers(world: World) -> None:
+    world.kvm.secure = True
+    world.view[1] = HostState.ABSENT
+    target = world.target
+    await target.halt()
+
+    values = (await target.registers()).values
+    assert {number: value for number, value in enumerate(values) if value is not None} == {PC: 0}
+    assert await target.order() is None
+    assert await target.read(0xC << 60 | PAGE_BYTES, 6) == b"cipher"
+    for refused in (
+        target.set_register(3, 1),
+        target.insert(BREAKPOINT),
+        target.monitor(["spr"]),
+        target.write(PAGE_BYTES, b"x"),
+    ):
+        with pytest.raises(Refused, match="secure"):
+            await refused
+    assert (await target.resume(step=True)).text.startswith("the VM is secure")
+    assert world.kvm.orders.count("VCPU_REGISTERS") == 1
+
+
+async def test_a_shared_page_of_a_secure_vm_is_the_hosts_to_write(world: World) -> None:
+    world.kvm.secure = True
+    world.view[2] = HostState.SHARED
+    await world.target.halt()
+
+    await world.target.write(2 * PAGE_BYTES, b"shared")
+
+    assert world.ram[2 * PAGE_BYTES : 2 * PAGE_BYTES + 6] == b"shared"
+
+
+@pytest.mark.parametrize("address", [N_PAGES * PAGE_BYTES, 1 << 44])
+async def test_memory_that_does_not_exist_is_one_clear_refusal(world: World, address: int) -> None:
+    await world.target.halt()
+    with pytest.raises(Refused, match="mapped nothing"):
+        await world.target.read(address, 4)
+    world.kvm.secure = True
+    world.target._values = None
+    with pytest.raises(Refused, match="outside RAM"):
+        await world.target.read(address, 4)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "text"),
+    [
+        (HCode.H_BUSY, Refused, "owner debugs"),
+        (HCode.H_PARAMETER, Refused, "step it"),
+        (HCode.H_NOT_AVAILABLE, Unsupported, None),
+    ],
+)
+async def test_a_refused_point_is_not_kept(world: World, code: HCode, error: type[Exception], text: str | None) -> None:
+    await world.target.halt()
+    world.kvm.debug_code = code
+
+    with pytest.raises(error, match=text):
+        await world.target.insert(BREAKPOINT)
+
+    assert not world.target._points
+
+
+async def test_a_machine_that_was_paused_stays_so(world: World) -> None:
+    await world.machine.stop()
+    await world.target.halt()
+
+    await world.target.release()
+
+    assert world.machine.state is RunState.PAUSED
+    await world.target.release()
+
+
+async def test_l1_a_debugger_that_goes_while_the_processor_stops_leaves_it_running(world: World) -> None:
+    """The stop comes after its connection, and nobody would hear of it."""
+    await world.target.halt()
+    with trio.move_on_after(0.02):
+        await world.target.resume(step=False)
+    assert world.machine.state is RunState.RUNNING
+    world.processor_stops(m.DebugStopBody(0))()
+
+    await world.target.release()
+
+    assert world.kvm.orders[-3:] == ["VCPU_DEBUG", "VM_STOP", "VM_CONTINUE"]
+    assert world.machine.state is RunState.RUNNING
+
+
+async def test_l1_a_kvm_that_is_gone_is_told(world: World) -> None:
+    await world.target.halt()
+    world.kvm.gone = True
+
+    with pytest.raises(PeerGone, match="gone"):
+        await world.target.registers()
