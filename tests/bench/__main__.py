@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from protocol.errors import UserError
-from tests.bench import boot, calls, disk, dma, engine, migration, pages, starting, trace
-from tests.bench.figure import Budget, Figure, Kind, Measurement
+from tests.bench import boot, calls, debugging, disk, dma, engine, migration, pages, starting, trace
+from tests.bench.figure import Budget, Figure, Measurement
 
 RESULT = Path("build/bench.json")
 FIGURES_DOC = Path("docs/figures.md")
@@ -33,6 +33,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "idle_rss": starting.measure_rss,
     "mips_loop": engine.measure,
     "boot_normal": boot.measure,
+    "gdb_step": debugging.measure,
     "migrate_secure": migration.measure,
 }
 """By the name of their first figure."""
@@ -85,7 +86,7 @@ def budget_text(budget: Budget | None, unit: str) -> str:
     """In words."""
     if budget is None:
         return ""
-    return f"{budget.kind.value} {budget.limit:g}{f' {unit}' if budget.kind is Kind.VALUE_AT_MOST else ''}"
+    return f"{budget.kind.value} {budget.limit:g}{f' {unit}' if budget.kind.is_of_value else ''}"
 
 
 def write_json(figures: list[Figure]) -> None:

@@ -15,6 +15,12 @@ class Kind(Enum):
     RATIO_AT_MOST = "ratio at most"
     RATIO_AT_LEAST = "ratio at least"
     VALUE_AT_MOST = "value at most"
+    VALUE_AT_LEAST = "value at least"
+
+    @property
+    def is_of_value(self) -> bool:
+        """Whether it bounds the value itself, and not its ratio to a floor."""
+        return self in (Kind.VALUE_AT_MOST, Kind.VALUE_AT_LEAST)
 
 
 class Budget(msgspec.Struct, frozen=True):
@@ -69,6 +75,8 @@ class Figure(msgspec.Struct, frozen=True):
             return True
         if self.budget.kind is Kind.VALUE_AT_MOST:
             return self.value <= self.budget.limit
+        if self.budget.kind is Kind.VALUE_AT_LEAST:
+            return self.value >= self.budget.limit
         ratio = self.ratio
         assert ratio is not None
         return ratio <= self.budget.limit if self.budget.kind is Kind.RATIO_AT_MOST else ratio >= self.budget.limit
