@@ -73,6 +73,7 @@ class Aim:
 AIMS = (
     Aim("begun", 0.4),
     Aim("qemu setup", 0.015),
+    Aim("audit migration-offered", 0.0),
     Aim("qemu active", 0.5),
     Aim("qemu device", 0.05),
     Aim("qemu device", 0.15),

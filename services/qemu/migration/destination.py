@@ -13,15 +13,14 @@ from enum import Enum
 import trio
 
 from protocol import ucalls as u
-from protocol.declare import Call
-from protocol.errors import MalformedMessage, PefboxError
+from protocol.errors import PefboxError
 from services.qemu.migration.channel import BulkChannel
-from services.qemu.migration.hello import hello_of, printable, why_not
+from services.qemu.migration.conversation import Conversation
+from services.qemu.migration.hello import hello_of, why_not
 from services.qemu.migration.inflow import Inflow
 from services.qemu.migration.kvm_port import KvmPort, until_answered
 from services.qemu.migration.machine import MovableMachine
-from services.qemu.migration.places import RECORD
-from services.qemu.migration.stream import Frame, FrameKind, Hello
+from services.qemu.migration.stream import FrameKind, Hello
 from shared.stream_buffer import StreamBuffer
 
 
@@ -50,7 +49,8 @@ class DestinationMigration:
         channel: BulkChannel,
         say: Callable[[ArrivalStatus], None],
     ) -> None:
-        self._machine, self._kvm, self._stream, self._channel, self._say = machine, kvm, stream, channel, say
+        self._machine, self._kvm, self._channel, self._say = machine, kvm, channel, say
+        self._talk = Conversation(channel, kvm, stream, "the source", ArrivalFailed)
         self._inflow = Inflow(machine, kvm, stream)
         self._hello: Hello | None = None
         self._loaded = False
@@ -95,7 +95,7 @@ class DestinationMigration:
     # -- setup ------------------------------------------------------------------------------------------------
 
     async def _greet(self) -> Hello:
-        theirs = Hello.decode((await self._expect(FrameKind.HELLO)).payload)
+        theirs = Hello.decode(await self._talk.expect(FrameKind.HELLO))
         ours = hello_of(self._machine.vm, secure=theirs.secure)
         reason = why_not(theirs, ours)
         if reason is None and theirs.secure and not self._machine.vm.secure_allowed:
@@ -103,19 +103,20 @@ class DestinationMigration:
         if reason is not None:
             raise ArrivalFailed(reason)
         self._hello = theirs
-        await self._channel.send(FrameKind.HELLO, ours.encode())
+        await self._talk.send(FrameKind.HELLO, ours.encode())
         return theirs
 
     async def _shake_hands(self) -> None:
-        offer = (await self._expect(FrameKind.HANDSHAKE)).payload
-        await self._channel.send(FrameKind.HANDSHAKE, await self._exchange(u.UV_IMPORT_OFFER, offer))
-        await self._inflow.give(u.UV_IMPORT_CONFIRM, (await self._expect(FrameKind.HANDSHAKE)).payload)
+        talk = self._talk
+        answer = await talk.exchange(u.UV_IMPORT_OFFER, await talk.expect(FrameKind.HANDSHAKE))
+        await talk.send(FrameKind.HANDSHAKE, answer)
+        await talk.give(u.UV_IMPORT_CONFIRM, await talk.expect(FrameKind.HANDSHAKE))
 
     # -- what comes -------------------------------------------------------------------------------------------
 
     async def _receive(self, *, secure: bool) -> None:
         while not self._inflow.is_whole(secure=secure):
-            await self._inflow.take(await self._next(), secure=secure)
+            await self._inflow.take(await self._talk.next(), secure=secure)
 
     # -- loading ----------------------------------------------------------------------------------------------
 
@@ -123,18 +124,18 @@ class DestinationMigration:
         await self._inflow.load()
         if not secure:
             self._loaded = True
-            await self._channel.send(FrameKind.READY, b"")
+            await self._talk.send(FrameKind.READY, b"")
             return
         ready = await self._inflow.load_secure()
         self._loaded = True
-        await self._channel.send(FrameKind.RECORD, ready)
+        await self._talk.send(FrameKind.RECORD, ready)
 
     async def _start(self, *, secure: bool) -> None:
         self._say(ArrivalStatus.READY)
-        right = (await self._expect(FrameKind.STATEMENT if secure else FrameKind.START)).payload
+        right = await self._talk.expect(FrameKind.STATEMENT if secure else FrameKind.START)
         with trio.CancelScope(shield=True):
             # Once the token may have reached the ultravisor only its answer says whether the VM runs here.
-            word = await until_answered(lambda: self._exchange(u.UV_IMPORT_TOKEN, right)) if secure else b""
+            word = await until_answered(lambda: self._talk.exchange(u.UV_IMPORT_TOKEN, right)) if secure else b""
             ran, self._runs = self._runs, True
             await self._tell(FrameKind.STATEMENT if secure else FrameKind.STARTED, word)
             if not ran:
@@ -153,7 +154,7 @@ class DestinationMigration:
 
     async def _tell(self, kind: FrameKind, payload: bytes) -> None:
         try:
-            await self._channel.send(kind, payload)
+            await self._talk.send(kind, payload)
         except PefboxError:
             # The source learns it from an operator.
             return
@@ -167,38 +168,11 @@ class DestinationMigration:
         if self._runs:
             return
         self._say(ArrivalStatus.FAILED)
-        with trio.move_on_after(1):
-            try:
-                if word:
-                    await self._channel.send(FrameKind.STATEMENT, word)
-                await self._channel.send(FrameKind.FAILED, reason[:256].encode())
-            except PefboxError:
-                pass
-        self._channel.close()
+        await self._talk.give_up(reason, word)
 
     async def _abandon(self) -> bytes:
         try:
-            (n_bytes,) = await self._kvm.ucall(u.UV_IMPORT_ABANDON, RECORD)
+            return await self._talk.fetch(u.UV_IMPORT_ABANDON)
         except PefboxError:
             # Not begun, or the ultravisor is gone: what it holds goes with it.
             return b""
-        return self._stream.read(RECORD, n_bytes)
-
-    # -- helpers ----------------------------------------------------------------------------------------------
-
-    async def _exchange(self, step: Call, message: memoryview) -> bytes:
-        """Give the ultravisor a message of the other one; what it says to it."""
-        (n_bytes,) = await self._inflow.give(step, message)
-        return self._stream.read(RECORD, n_bytes)
-
-    async def _next(self) -> Frame:
-        frame = await self._channel.receive()
-        if frame.kind is FrameKind.FAILED:
-            raise ArrivalFailed(f"the source: {printable(frame.payload)}")
-        return frame
-
-    async def _expect(self, kind: FrameKind) -> Frame:
-        frame = await self._next()
-        if frame.kind is not kind:
-            raise MalformedMessage(f"the source sent {frame.kind.name} instead of {kind.name}")
-        return frame

@@ -18,10 +18,11 @@ import trio
 
 from protocol import ucalls as u
 from protocol.declare import Call
-from protocol.errors import MalformedMessage, PefboxError
+from protocol.errors import PefboxError
 from protocol.geometry import PAGE_BYTES
 from services.qemu.migration.channel import BulkChannel
-from services.qemu.migration.hello import hello_of, printable
+from services.qemu.migration.conversation import Conversation
+from services.qemu.migration.hello import hello_of
 from services.qemu.migration.kvm_port import KvmPort, StepRefused, until_answered
 from services.qemu.migration.machine import MovableMachine
 from services.qemu.migration.outflow import Outflow
@@ -30,7 +31,7 @@ from services.qemu.migration.parameters import MigrationParameters
 from services.qemu.migration.places import DIRTY, RECORD
 from services.qemu.migration.precopy import Next, Precopy, Progress
 from services.qemu.migration.status import MigrationStatus
-from services.qemu.migration.stream import Frame, FrameKind
+from services.qemu.migration.stream import FrameKind
 from shared.gfn_bitmap import gfns_of
 from shared.host_view import HostState
 from shared.stream_buffer import StreamBuffer
@@ -75,8 +76,9 @@ class SourceMigration:
     ) -> None:
         self.parameters = parameters
         self.times = Times()
-        self._machine, self._kvm, self._stream, self._channel, self._say = machine, kvm, stream, channel, say
+        self._machine, self._kvm, self._stream, self._say = machine, kvm, stream, say
         self._secure = machine.secure
+        self._talk = Conversation(channel, kvm, stream, "the destination", MigrationFailed)
         self._outflow = Outflow(machine, kvm, stream, channel, self._spent, secure=self._secure)
         self._n_pages = machine.vm.memory_bytes // PAGE_BYTES
         self._precopy = Precopy(self._n_pages, PAGE_BYTES, parameters.downtime_limit, self.times.began)
@@ -136,8 +138,8 @@ class SourceMigration:
         reason = self._machine.can_move
         if reason is not None:
             raise MigrationFailed(reason)
-        await self._channel.send(FrameKind.HELLO, hello_of(self._machine.vm, secure=self._secure).encode())
-        await self._expect(FrameKind.HELLO)
+        await self._talk.send(FrameKind.HELLO, hello_of(self._machine.vm, secure=self._secure).encode())
+        await self._talk.expect(FrameKind.HELLO)
         if self._secure:
             await self._shake_hands()
         # Marks of before say nothing: everything is sent once.
@@ -145,10 +147,10 @@ class SourceMigration:
         self._begin_round(range(self._n_pages))
 
     async def _shake_hands(self) -> None:
-        (n_bytes,) = await self._kvm.ucall(u.UV_EXPORT_OFFER, RECORD)
-        await self._channel.send(FrameKind.HANDSHAKE, self._stream.read(RECORD, n_bytes))
-        answer = (await self._expect(FrameKind.HANDSHAKE)).payload
-        await self._channel.send(FrameKind.HANDSHAKE, await self._exchange(u.UV_EXPORT_ANSWER, answer))
+        talk = self._talk
+        await talk.send(FrameKind.HANDSHAKE, await talk.fetch(u.UV_EXPORT_OFFER))
+        confirm = await talk.exchange(u.UV_EXPORT_ANSWER, await talk.expect(FrameKind.HANDSHAKE))
+        await talk.send(FrameKind.HANDSHAKE, confirm)
 
     # -- rounds -----------------------------------------------------------------------------------------------
 
@@ -164,7 +166,7 @@ class SourceMigration:
         self._owed = []
         if self._secure:
             await self._outflow.send_secure_pages()
-        await self._channel.send(FrameKind.ROUND_END, b"")
+        await self._talk.send(FrameKind.ROUND_END, b"")
 
     async def _spent(self, n_bytes: int, n_zero: int, n_data: int) -> None:
         self._precopy.sent(n_bytes, zero_pages=n_zero, data_pages=n_data)
@@ -177,7 +179,7 @@ class SourceMigration:
         n_secure, written = 0, set(await self._kvm.written(self._n_pages))
         if step is not None:
             n_bytes, n_secure = await self._kvm.ucall(step, RECORD, DIRTY)
-            await self._channel.send(FrameKind.RECORD, self._stream.read(RECORD, n_bytes))
+            await self._talk.send(FrameKind.RECORD, self._stream.read(RECORD, n_bytes))
             written.update(gfns_of(self._stream.read(DIRTY, (self._n_pages + 7) // 8)))
         self._begin_round(written)
         return n_secure + len(self._owed)
@@ -216,7 +218,7 @@ class SourceMigration:
 
     async def _hand_over(self) -> None:
         with trio.move_on_after(READY_SECONDS) as scope:
-            ready = await self._expect(FrameKind.RECORD if self._secure else FrameKind.READY)
+            ready = await self._talk.expect(FrameKind.RECORD if self._secure else FrameKind.READY)
         if scope.cancelled_caught:
             raise MigrationFailed(f"the destination was not ready within {READY_SECONDS:g} s")
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -224,19 +226,18 @@ class SourceMigration:
         with trio.CancelScope(shield=True):
             await self._give(ready)
 
-    async def _give(self, ready: Frame) -> None:
+    async def _give(self, ready: memoryview) -> None:
         kind, payload = FrameKind.START, b""
         if self._secure:
-            self._stream.write(RECORD, ready.payload)
-            kind, payload = FrameKind.STATEMENT, await self._token(ready.payload)
+            kind, payload = FrameKind.STATEMENT, await self._token(ready)
         self._gave = True
-        await self._channel.send(kind, payload)
+        await self._talk.send(kind, payload)
         with trio.move_on_after(WORD_SECONDS) as scope:
-            word = await self._expect(FrameKind.STATEMENT if self._secure else FrameKind.STARTED)
+            word = await self._talk.expect(FrameKind.STATEMENT if self._secure else FrameKind.STARTED)
             self.times.started = time.monotonic_ns()
         if scope.cancelled_caught:
             raise MigrationInDoubt(f"no word of the destination within {WORD_SECONDS:g} s")
-        if self._secure and not await self._take_word(word.payload):
+        if self._secure and not await self._take_word(word):
             self._gave = False
             raise MigrationFailed("the destination gave the VM up")
         self._machine.left()
@@ -246,7 +247,7 @@ class SourceMigration:
         # Whatever becomes of the answer, it may have stored that it gave the token.
         self._gave = True
         try:
-            return await self._exchange(u.UV_EXPORT_READY, ready)
+            return await self._talk.exchange(u.UV_EXPORT_READY, ready)
         except StepRefused as refused:
             if await self.cancel_export():
                 self._gave = False
@@ -254,24 +255,12 @@ class SourceMigration:
             raise
 
     async def _take_word(self, word: memoryview) -> bool:
-        self._stream.write(RECORD, word)
-        (moved,) = await self._kvm.ucall(u.UV_EXPORT_STATEMENT, RECORD, len(word))
+        (moved,) = await self._talk.give(u.UV_EXPORT_STATEMENT, word)
         return bool(moved)
-
-    async def _exchange(self, step: Call, message: memoryview) -> bytes:
-        """Give the ultravisor a message of the other one; what it says to it."""
-        self._stream.write(RECORD, message)
-        (n_bytes,) = await self._kvm.ucall(step, RECORD, len(message))
-        return self._stream.read(RECORD, n_bytes)
 
     async def _take_back(self, reason: str) -> None:
         """The VM goes on here: what was stopped runs again."""
-        with trio.move_on_after(1):
-            try:
-                await self._channel.send(FrameKind.FAILED, reason[:256].encode())
-            except PefboxError:
-                pass
-        self._channel.close()
+        await self._talk.give_up(reason)
         if self._secure:
             await self.cancel_export()
         elif self._held and self._machine.is_running:
@@ -296,11 +285,3 @@ class SourceMigration:
         except PefboxError:
             # kvm is dead, or the VM is in no state to go on: its own end says why.
             return
-
-    async def _expect(self, kind: FrameKind) -> Frame:
-        frame = await self._channel.receive()
-        if frame.kind is FrameKind.FAILED:
-            raise MigrationFailed(f"the destination: {printable(frame.payload)}")
-        if frame.kind is not kind:
-            raise MalformedMessage(f"the destination sent {frame.kind.name} instead of {kind.name}")
-        return frame
