@@ -21,7 +21,7 @@ from services.ultravisor.migration_host import policy_of
 from services.ultravisor.partition import Partition
 from services.ultravisor.secure_memory import SecureAccount
 from services.ultravisor.step_calls import StepCall, StepCalls
-from services.ultravisor.svm_export import Export, RoundEnd, SvmOfHost
+from services.ultravisor.svm_export import Export, NotYet, RoundEnd, SvmOfHost
 from services.ultravisor.svm_import import Import
 from services.ultravisor.thaw import thaw_guest
 
@@ -220,12 +220,17 @@ class MigrationCalls(StepCalls):
     # -- what snapshots share ---------------------------------------------------------------------------------
 
     def svm_of_host(self, partition: Partition) -> SvmOfHost:
-        """The secure VM with what is kept of it; raises MigrationRefused, also while it is moved or saved."""
+        """The secure VM with what is kept of it; raises MigrationRefused, also while it is moved or saved.
+
+        Raises NotYet while its guest has not begun: until then it has no state that could be saved.
+        """
         svm = partition.svm if partition.secure else None
         files, bounce = self.life.files.get(partition.lpid), self.life.bounce.get(partition.lpid)
         if svm is None or files is None or bounce is None:
             raise MigrationRefused(Reason.WRONG_PHASE, "no secure VM")
         self.refuse_second(partition)
+        if partition.secure_since is None:
+            raise NotYet("the guest is being started")
         return SvmOfHost(partition, svm, files, bounce.gfns, policy_of(files))
 
     def refuse_second(self, partition: Partition) -> None:

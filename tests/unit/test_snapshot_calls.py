@@ -17,7 +17,7 @@ from protocol import ucalls as u
 from protocol.codes import HCode, UCode
 from protocol.declare import Call
 from protocol.errors import HostFault
-from protocol.messages import SVM_FREEZE, SVM_LOAD
+from protocol.messages import SVM_FREEZE, SVM_LOAD, SVM_START
 from services.testing.image import PlayedImage
 from services.ultravisor.migration.handshake import Host
 from services.ultravisor.migration.ledger import Entry, LedgerTorn
@@ -198,6 +198,30 @@ async def test_a_guest_that_does_not_stand_still_is_not_saved_yet(machine: Machi
         assert error.value.code is UCode.U_RETRY
         assert await refused(rig, u.UV_SAVE_COMMIT) is UCode.U_STATE
         assert rig.partition.secure
+
+
+async def until_asked(rig: UltravisorRig, name: str) -> None:
+    """Returns once the ultravisor has asked the guest so; what it does in a thread comes before."""
+    with trio.fail_after(5):
+        while True:
+            if name in rig.guest.names():
+                return
+            await trio.sleep(0.001)
+
+
+@pytest.mark.parametrize("call", [u.UV_SAVE_BEGIN, u.UV_EXPORT_OFFER])
+async def test_a_guest_that_is_just_being_started_is_neither_saved_nor_moved_yet(machine: Machine, call: Call) -> None:
+    """It is secure for its ultravisor already, and has no state that could be saved."""
+    machine.image = played_image(machine.key, KERNEL, {POLICY_FILE: b'{"may_migrate": true}'})
+    with machine.booted() as rig:
+        started = rig.guest.held[SVM_START.number] = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.secure, machine.image)
+            await until_asked(rig, "SVM_START")
+            assert rig.partition.secure
+            assert await refused(rig, call) is UCode.U_RETRY
+            started.set()
+        await step(rig, call, 0)
 
 
 async def test_a_snapshot_is_no_migration_and_a_second_one_waits(machine: Machine) -> None:
