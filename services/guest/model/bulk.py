@@ -9,6 +9,8 @@ from shared.virtio_blk import SECTOR_BYTES, BlkRequest
 
 CHUNK_BYTES = 256 * 1024
 DEPTH = 8
+MAX_AHEAD = 64
+"""Chunks that may have arrived and are not consumed: each is a bit of a number that is saved."""
 
 
 class BulkReader:
@@ -71,7 +73,7 @@ class BulkReader:
 
     def _may_issue(self) -> bool:
         state = self._state
-        limit = min(self.n_chunks, state.consumed + state.n_buffers)
+        limit = min(self.n_chunks, state.consumed + min(state.n_buffers, MAX_AHEAD))
         return state.in_flight < DEPTH and state.issued < limit
 
     def _issue(self) -> Step[None]:
