@@ -17,7 +17,7 @@ from deploy.cluster_file import VmSpec
 from deploy.cluster_run import ClusterRun, VmRecord
 from deploy.operations import RESTORE, refuse_impossible
 from deploy.restart import end_incarnation, start_incarnation
-from deploy.snapshot import finish, give_file, order, refuse_unless_healthy, switch_off
+from deploy.snapshot import finish, full_reason, give_file, order, refuse_unless_healthy, switch_off
 from deploy.snapshot_job import SnapshotJob, SnapshotKind, SnapshotPhase
 from deploy.states import printable
 from deploy.status import ask, refresh_vm
@@ -167,7 +167,7 @@ async def load(run: ClusterRun, vm: VmRecord, job: SnapshotJob, fd: int) -> None
             await refresh_vm(run, vm)
             return
         if job.status == SnapshotStatus.FAILED:
-            raise UserError("; ".join([job.reason, *await _refusals(run, vm, job)]))
+            raise UserError(await full_reason(run, vm, job))
         if vm.lost or not qemu.is_running:
             raise UserError(vm.reason or f"{qemu.target} is {qemu.state.value}")
         await trio.sleep(_POLL_SECONDS)
@@ -182,15 +182,6 @@ async def _until_built(qemu: Child) -> None:
                 return
             await trio.sleep(_POLL_SECONDS)
     raise UserError(f"{qemu.target} is {qemu.state.value}: it made no devices within {_BUILT_SECONDS:g} s")
-
-
-async def _refusals(run: ClusterRun, vm: VmRecord, job: SnapshotJob) -> list[str]:
-    """What the ultravisor has against it: qemu does not hear its reason."""
-    if not job.progress.get("secure"):
-        return []
-    answer = await ask(run.child(vm.spec.host, Role.ULTRAVISOR), "migration.status", {"vm": vm.spec.name})
-    refusal = answer.get("refusal") if isinstance(answer, dict) else None
-    return [printable(refusal)] if isinstance(refusal, str) and refusal else []
 
 
 async def _fail(run: ClusterRun, vm: VmRecord, job: SnapshotJob, reason: str) -> None:

@@ -136,7 +136,7 @@ async def _end(run: ClusterRun, vm: VmRecord, job: SnapshotJob, target: Snapshot
         return
     target.take_back()
     cancelled = job.status == SnapshotStatus.CANCELLED and not job.publish_error
-    reason = "cancelled" if cancelled else job.publish_error or job.reason or vm.reason or "its processes ended"
+    reason = "cancelled" if cancelled else job.publish_error or await full_reason(run, vm, job)
     finish(vm, job, SnapshotPhase.CANCELLED if cancelled else SnapshotPhase.FAILED, reason)
     run.report(f"{name} was not saved: {reason}", vm=name)
 
@@ -148,6 +148,16 @@ def refuse_unless_healthy(run: ClusterRun) -> None:
     """Raise UserError while the cluster starts or stops."""
     if run.stopping or not run.healthy:
         raise UserError("the cluster is starting or stopping")
+
+
+async def full_reason(run: ClusterRun, vm: VmRecord, job: SnapshotJob) -> str:
+    """Why it failed, with what the ultravisor has against it: qemu does not hear its reason."""
+    reason = job.reason or vm.reason or "its processes ended"
+    if not job.progress.get("secure"):
+        return reason
+    answer = await ask(run.child(vm.spec.host, Role.ULTRAVISOR), "migration.status", {"vm": vm.spec.name})
+    refusal = answer.get("refusal") if isinstance(answer, dict) else None
+    return f"{reason}; {printable(refusal)}" if isinstance(refusal, str) and refusal else reason
 
 
 async def switch_off(run: ClusterRun, vm: VmRecord, reason: str) -> None:

@@ -231,6 +231,7 @@ class MigrationCalls(StepCalls):
         self.refuse_second(partition)
         if partition.secure_since is None:
             raise NotYet("the guest is being started")
+        partition.migration_refusal = None
         return SvmOfHost(partition, svm, files, bounce.gfns, policy_of(files))
 
     def refuse_second(self, partition: Partition) -> None:

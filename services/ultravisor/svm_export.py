@@ -228,7 +228,7 @@ class Export:
         if saved.code == HCode.H_BUSY:
             raise NotYet("the guest came to no safe point")
         if saved.code != HCode.H_SUCCESS:
-            raise MigrationRefused(Reason.WRONG_PHASE, f"the guest cannot be saved: code {saved.code}")
+            raise MigrationRefused(Reason.GUEST_NOT_SAVED, f"code {saved.code}")
         return saved.state
 
     def _begun(self) -> Exporter:

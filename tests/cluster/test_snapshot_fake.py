@@ -126,8 +126,9 @@ async def test_a_snapshot_that_fails_leaves_no_file_and_the_vm_running(tmp_path:
         vm = await committing(running, tmp_path / "s")
         with pytest.raises(UserError, match="too late"):
             await vm.cancel_snapshot()
-        await says(running, "failed", reason="cannot be stored")
-        assert (await until_phase(vm, "failed"))["reason"] == "cannot be stored"
+        await answers(running, "alpha/ultravisor", migration_status={"refusal": "cannot be stored\x1b"})
+        await says(running, "failed", reason="was refused", secure=True)
+        assert (await until_phase(vm, "failed"))["reason"] == "was refused; cannot be stored?"
         assert (await vm.row()).state == "running"
         assert files_in(tmp_path) == set()
         assert unfinished(running) == []

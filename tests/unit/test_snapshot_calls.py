@@ -200,6 +200,20 @@ async def test_a_guest_that_does_not_stand_still_is_not_saved_yet(machine: Machi
         assert rig.partition.secure
 
 
+async def test_a_guest_that_cannot_be_saved_goes_on_and_the_operator_hears_why(machine: Machine) -> None:
+    with machine.booted() as rig:
+        await machine.secure(rig)
+        rig.guest.codes[SVM_FREEZE.number] = HCode.H_FUNCTION
+        await fetch(rig, u.UV_SAVE_BEGIN)
+        with pytest.raises(Refused, match="UV_EXPORT_STOP: U_PERMISSION"):
+            await step(rig, u.UV_EXPORT_STOP, 0, DIRTY_OFFSET)
+        assert "the guest cannot be saved" in reason(rig, "snapshot-refused")
+        assert "the guest cannot be saved" in str(rig.partition.migration_refusal)
+        await step(rig, u.UV_EXPORT_CANCEL, 0)
+        await fetch(rig, u.UV_SAVE_BEGIN)
+        assert rig.partition.migration_refusal is None
+
+
 async def until_asked(rig: UltravisorRig, name: str) -> None:
     """Returns once the ultravisor has asked the guest so; what it does in a thread comes before."""
     with trio.fail_after(5):

@@ -41,6 +41,7 @@ class Reason(Enum):
     OLDER_SNAPSHOT = "a newer snapshot of the secure VM was taken"
     NOT_RESTORING = "the VM is not being restored from a snapshot"
     DEBUGGED = "a debugger may be attached here, which the secure VM did not allow when it was saved"
+    GUEST_NOT_SAVED = "the guest cannot be saved"
     NOT_STORED = "the decision cannot be stored, so it was not taken"
 
 
