@@ -274,6 +274,20 @@ async def test_a_machine_of_other_settings_does_not_go_on(nursery: trio.Nursery,
     assert (await other.until(*ENDS))["reason"] == "not here as in the snapshot: time: wall"
 
 
+async def test_a_page_that_was_damaged_is_found_before_the_vm_goes_on(
+    nursery: trio.Nursery, stream: StreamBuffer, fd: int
+) -> None:
+    rig = Rig(nursery, stream, secure=False)
+    await rig.begin("save", fd)
+    await rig.until("written")
+    content = os.pread(fd, os.fstat(fd).st_size, 0)
+    os.pwrite(fd, b"\x08", content.index(b"\x07" + bytes(PAGE_BYTES - 1)))
+    other = Rig(nursery, stream, secure=False, restoring=True)
+    await other.begin("restore", fd)
+    assert "damaged" in (await other.until(*ENDS))["reason"]
+    assert other.done == []
+
+
 async def test_what_is_out_of_turn_is_refused(nursery: trio.Nursery, stream: StreamBuffer, fd: int) -> None:
     rig = Rig(nursery, stream, secure=False)
     with pytest.raises(UserError, match="no file was given"):
