@@ -193,12 +193,10 @@ async def test_a_live_tail_shows_decoded_calls_and_leaves_recording_as_it_was(mi
 async def test_recording_ends_with_a_command_that_is_killed_and_takes_in_what_starts_meanwhile(
     minimal_cluster: RunningCluster, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "deploy.cli", "trace", "record", str(tmp_path / "whole")]
-    killed = await trio.lowlevel.open_process([*command[:-1], str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
-    recorder = await trio.lowlevel.open_process(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    killed, recorder = [await begin_recording(tmp_path / name) for name in ("killed", "whole")]
     with trio.fail_after(60):
-        while (await minimal_cluster.status()).recording is False or not await are_recording(minimal_cluster, all):
-            await trio.lowlevel.checkpoint()
+        assert (await minimal_cluster.status()).recording
+        assert await are_recording(minimal_cluster, all)
         await minimal_cluster.restart("vm1")
         await minimal_cluster.vm("vm1").wait_state("running")
         assert await are_recording(minimal_cluster, all)
@@ -215,6 +213,17 @@ async def test_recording_ends_with_a_command_that_is_killed_and_takes_in_what_st
     beginnings = [event.process for event in events if event.kind is EventKind.BEGAN]
     assert beginnings.count("vm1/guest") == 2
     assert beginnings.count("alpha/kvm") == 1
+
+
+async def begin_recording(directory: Path) -> trio.Process:
+    """`pefbox trace record` into `directory`, as soon as it says that it does."""
+    command = [sys.executable, "-m", "deploy.cli", "trace", "record", str(directory)]
+    process = await trio.lowlevel.open_process(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    with trio.fail_after(30):
+        said = await process.stderr.receive_some()
+    assert said == b"recording 4 processes: Ctrl-C ends it\n"
+    return process
 
 
 async def are_recording(running: RunningCluster, which: Callable[[Iterable[bool]], bool]) -> bool:

@@ -122,8 +122,23 @@ def opaque_fields(struct: type[m.Body]) -> list[int]:
     """Which fields of a body are bytes or text: nobody knows what is in them."""
     info = msgspec.inspect.type_info(struct)
     assert isinstance(info, msgspec.inspect.StructType)
-    opaque = (msgspec.inspect.BytesType, msgspec.inspect.StrType)
-    return [index for index, field in enumerate(info.fields) if isinstance(field.type, opaque)]
+    return [index for index, field in enumerate(info.fields) if is_opaque(field.type)]
+
+
+def is_opaque(kind: msgspec.inspect.Type) -> bool:
+    """Whether bytes or text are anywhere in it."""
+    match kind:
+        case msgspec.inspect.BytesType() | msgspec.inspect.StrType() | msgspec.inspect.AnyType():
+            return True
+        case msgspec.inspect.ListType():
+            return is_opaque(kind.item_type)
+        case msgspec.inspect.DictType():
+            return is_opaque(kind.key_type) or is_opaque(kind.value_type)
+        case msgspec.inspect.UnionType():
+            return any(is_opaque(one) for one in kind.types)
+        case msgspec.inspect.StructType():
+            return any(is_opaque(field.type) for field in kind.fields)
+    return False
 
 
 @pytest.mark.parametrize("link", [ULTRAVISOR_GUEST, QEMU_MIGRATION], ids=lambda link: link.name)
