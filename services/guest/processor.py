@@ -161,14 +161,6 @@ class Processor:
         elif self.state is RunState.RUNNING:
             self._clock.go_on()
 
-    def hold_time(self, on: bool) -> None:
-        """A debugger holds a process that the VM depends on: stand still until it goes on."""
-        if on:
-            self._life.holds.add(Hold.DEBUGGER)
-        else:
-            self._life.holds.discard(Hold.DEBUGGER)
-        self._follow_holds()
-
     def open_calls(self, end: LinkEnd) -> int:
         """Calls to a peer that it has not answered; for any thread."""
         return sum(1 for other, _ in list(self._replies) if other is end)

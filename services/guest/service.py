@@ -24,6 +24,7 @@ from services.guest.engines import make_engine
 from services.guest.link_end import LinkEnd
 from services.guest.owner_target import OwnerTarget
 from services.guest.processor import Processor
+from services.guest.run_state import Hold
 from services.guest.vm_memory import GuestVmMemory
 from services.runtime.debugging.threads import PostedThread
 from services.runtime.gdb.server import Debuggers
@@ -159,7 +160,7 @@ class Guest:
         """As control.HoldTime."""
         processor = self._processor
         if processor is not None:
-            processor.post(lambda: processor.hold_time(on))
+            processor.post(lambda: processor.hold(Hold.DEBUGGER) if on else processor.let_go(Hold.DEBUGGER))
 
     async def stop(self) -> None:
         """End the processor's thread."""
