@@ -374,6 +374,7 @@ async def cluster(
     state_dir: Path | None = None,
     record: bool = False,
     debug: bool = False,
+    debuggable: tuple[str, ...] = (),
     service_module: str | None = None,
     restore: Mapping[str, str | Path] | None = None,
 ) -> AsyncIterator[RunningCluster]:
@@ -390,6 +391,7 @@ async def cluster(
         state_dir=own_state or state_dir,
         record=record,
         debug=debug,
+        debuggable=debuggable,
         service_module=service_module,
         owner_fd=owner_fd,
         restore={vm: Path(file) for vm, file in (restore or {}).items()},

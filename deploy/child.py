@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -22,6 +22,10 @@ from deploy.states import ProcessState, printable
 from protocol import control
 from protocol.errors import PeerGone, UserError
 from shared.link_shape import LinkShapes
+
+if TYPE_CHECKING:
+    from deploy.dap_port import DapPort
+    from deploy.debug_session import DebugSession
 
 SERVICE_MODULE = "services.{role}"
 """What `python -m` runs for a role."""
@@ -47,6 +51,12 @@ class Child:
         self.protections: dict[str, str] = {}
         self.peers: set[str] = set()
         self.exit_expected = False
+        self.debugger: DebugSession | None = None
+        self.dap_port: DapPort | None = None
+        self.kept_messages = 0
+        """Messages that breaks have stopped before it served them."""
+        self.time_held = False
+        """Of a guest: whether it was told that its time stands still."""
         self.has_keys = False
         self.link_shapes = LinkShapes()
         """Of a qemu: what it was last told."""
@@ -65,6 +75,33 @@ class Child:
     def is_running(self) -> bool:
         """Whether the process still exists."""
         return not self.exited.is_set()
+
+    @property
+    def holds(self) -> bool:
+        """Whether others wait for it on an operator's order: a debugger holds it, or it keeps a stopped message."""
+        return self.kept_messages > 0 or (self.debugger is not None and self.debugger.held)
+
+    @property
+    def settled_state(self) -> ProcessState:
+        """What it is in when no signal, silence or end says otherwise."""
+        if self.debugger is not None and self.debugger.held:
+            return ProcessState.DEBUGGED
+        return ProcessState.RUNNING if self.ready.is_set() else ProcessState.STARTING
+
+    @property
+    def settled_detail(self) -> str:
+        """What `status` says of it then."""
+        if self.debugger is not None:
+            return "a debugger is attached"
+        return "keeps a message that a break has stopped" if self.kept_messages else ""
+
+    @property
+    def told_state(self) -> str:
+        """What its peers are told of it: they are patient for as long as a debugger is there, held or not."""
+        may_be_late = self.debugger is not None or self.kept_messages > 0
+        if may_be_late and self.state in (ProcessState.RUNNING, ProcessState.WAITING):
+            return ProcessState.DEBUGGED.value
+        return self.state.value
 
     def change(self, state: ProcessState, detail: str = "") -> bool:
         """Note a new state; False when it is none, or when the process is over already."""

@@ -26,6 +26,7 @@ _RESTART_SECONDS = 45.0
 @click.option("--detach", is_flag=True, help="Return when the cluster is healthy; it goes on until `pefbox down`.")
 @click.option("--record", is_flag=True, help="Record every frame of every link (see `calls`).")
 @click.option("--debug", is_flag=True, help="Let debuggers into the host processes. Secrets are then not protected.")
+@click.option("--debuggable", multiple=True, metavar="TARGET", help="Let debuggers into this process only; repeatable.")
 @click.option("--state", "state_dir", type=click.Path(path_type=Path), help="Directory of keys, audit log and logs.")
 @click.option(
     "--restore", metavar="VM=FILE", multiple=True, help="Let VM go on out of a snapshot in the place of booting."
@@ -36,6 +37,7 @@ def up(
     detach: bool,
     record: bool,
     debug: bool,
+    debuggable: tuple[str, ...],
     state_dir: Path | None,
     restore: tuple[str, ...],
 ) -> None:
@@ -43,7 +45,7 @@ def up(
 
     Without --detach the command stays, and stops everything on Ctrl-C.
     """
-    start = DetachedStart(cluster_file, name, state_dir, record, debug, restore=_restores(restore))
+    start = DetachedStart(cluster_file, name, state_dir, record, debug, debuggable, restore=_restores(restore))
     if not detach:
         _up_in_foreground(start)
         return
@@ -85,7 +87,7 @@ def _up_in_foreground(start: DetachedStart) -> None:
         _print_status(msgspec.to_builtins(status_now(run)))
         click.echo("Ctrl-C stops the cluster.", err=True)
 
-    options = LaunchOptions(record=start.record, debug=start.debug)
+    options = LaunchOptions(record=start.record, debug=start.debug, debuggable=frozenset(start.debuggable))
     files = {vm: file.absolute() for vm, file in start.restore.items()}
     request = LaunchRequest(start.cluster_file, start.name, start.state_dir, options, restore=files)
     launch(request, healthy, lambda text: click.echo(text, err=True))

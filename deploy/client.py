@@ -86,6 +86,11 @@ class LauncherClient:
         order = {"target": target, "query": query, "arguments": arguments, "seconds": seconds}
         return self.call("query", order, seconds + _CALL_SECONDS)
 
+    def take_over(self) -> socket.socket:
+        """The connection itself, after an order that turned it into a stream; the caller owns it."""
+        self._socket.settimeout(None)
+        return self._socket
+
     def _read(self, n_bytes: int) -> bytes:
         data = bytearray()
         while len(data) < n_bytes:
@@ -119,6 +124,8 @@ class DetachedStart:
     state_dir: Path | None = None
     record: bool = False
     debug: bool = False
+    debuggable: tuple[str, ...] = ()
+    """Single processes that debuggers may enter."""
     service_module: str | None = None
     owner_fd: int | None = None
     """The read end of a pipe whose other end an owner holds; the cluster ends with it."""
@@ -135,6 +142,7 @@ class DetachedStart:
             command += ["--restore", vm, str(file.absolute())]
         command += ["--record"] if self.record else []
         command += ["--debug"] if self.debug else []
+        command += [f"--debuggable={target}" for target in self.debuggable]
         command += ["--service-module", self.service_module] if self.service_module is not None else []
         command += ["--owner-fd", str(self.owner_fd)] if self.owner_fd is not None else []
         return command

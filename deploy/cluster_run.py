@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import trio
@@ -18,7 +18,7 @@ from deploy.host_links import HostLinks
 from deploy.manifest import Manifest
 from deploy.memory_segments import create_segment, segment_name, unlink_segment
 from deploy.migration_record import Migration, MigrationFacts, Phase
-from deploy.plan import ConfigFrame, cluster_processes
+from deploy.plan import ConfigFrame, ProcessPlan, cluster_processes, is_debuggable
 from deploy.recorders import Recorders
 from deploy.run_dirs import Paths
 from deploy.snapshot_job import SnapshotFacts, SnapshotJob
@@ -28,13 +28,18 @@ from protocol.roles import Role
 from protocol.vm_state import VmState
 from services.runtime.log import Log
 
+if TYPE_CHECKING:
+    from deploy.breaks import Breaks
+
 
 @dataclass(frozen=True, slots=True)
 class LaunchOptions:
-    """How a cluster is started. `service_module` names what `python -m` runs for a role."""
+    """How a cluster is started. `debug` lets debuggers into every host process and qemu, `debuggable` into those named;
+    `service_module` names what `python -m` runs for a role."""
 
     record: bool = False
     debug: bool = False
+    debuggable: frozenset[str] = frozenset()
     service_module: str = SERVICE_MODULE
 
 
@@ -131,7 +136,7 @@ class ClusterRun:
         """A VM's monitor was told to move it to a host."""
         self.log = log
         self.recorders = Recorders(always=options.record)
-        self.frame = ConfigFrame(cluster, paths, options.record, options.debug)
+        self.frame = ConfigFrame(cluster, paths, options.record, options.debug, options.debuggable)
         self.hosts = {host.name: HostRecord(host) for host in cluster.hosts}
         self.links = HostLinks(cluster.links)
         self.vms = {vm.name: VmRecord(vm) for vm in cluster.vms}
@@ -144,6 +149,9 @@ class ClusterRun:
         self.healthy = False
         self.stopping = False
         self.restarting = trio.Lock()
+        self.breaks: Breaks | None = None
+        self.following_waits = False
+        """Whether somebody looks who waits for a held process."""
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -174,6 +182,10 @@ class ClusterRun:
         if host is None:
             raise UserError(f'no host "{name}"; there are: {", ".join(self.hosts)}')
         return host
+
+    def is_debuggable(self, process: ProcessPlan) -> bool:
+        """Whether a debugger may enter the process."""
+        return is_debuggable(process, self.frame)
 
     def child(self, owner: str, role: Role) -> Child | None:
         """The process of that role of a host or VM, alive or dead."""

@@ -7,7 +7,7 @@ import functools
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from deploy.start import start_cluster
 from deploy.stopping import remove_everything, stop_processes
 from deploy.supervise import heartbeat, watch_signals
 from protocol.errors import PefboxError, UserError
+from protocol.roles import Role
 from services.runtime.log import Log, log_to
 
 _PR_SET_DUMPABLE = 4
@@ -53,7 +54,7 @@ def prepare(request: LaunchRequest) -> tuple[ClusterRun, list[Lock]]:
     if request.name is not None:
         cluster = msgspec.structs.replace(cluster, name=check_cluster_name(request.name))
     paths = default_paths(cluster.name, request.state_dir)
-    cluster = resolve_state(cluster, paths.state_dir)
+    cluster = let_debuggers_in(resolve_state(cluster, paths.state_dir), request.options.debuggable)
     make_private_dir(paths.run_dir.parent)
     _make_state_dirs(paths)
     locks = [Lock(paths.state_dir / LOCK_FILE, f"{paths.state_dir} is the state directory of a cluster that runs")]
@@ -145,6 +146,17 @@ async def _end_with_owner(run: ClusterRun, owner_fd: int) -> None:
     if not run.stopping:
         run.log.warning("the program that started this cluster is gone")
     run.stop_requested.set()
+
+
+def let_debuggers_in(cluster: Cluster, targets: Iterable[str]) -> Cluster:
+    """`cluster` with these processes debuggable: of a guest that is a setting of its VM. Raises UserError."""
+    processes = {process.target: process for process in cluster_processes(cluster)}
+    unknown = [target for target in targets if target not in processes]
+    if unknown:
+        raise UserError(f'--debuggable: no process "{unknown[0]}"; there are: {", ".join(processes)}')
+    guests = {processes[target].vm for target in targets if processes[target].role is Role.GUEST}
+    vms = [msgspec.structs.replace(vm, debuggable=True) if vm.name in guests else vm for vm in cluster.vms]
+    return msgspec.structs.replace(cluster, vms=vms)
 
 
 def _make_files(cluster: Cluster, state_dir: Path) -> None:

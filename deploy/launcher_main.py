@@ -27,7 +27,12 @@ class Outcome(msgspec.Struct, frozen=True):
 def main() -> int:
     """Launch; the exit status is 0 when the cluster came up and was stopped in good order."""
     arguments = _arguments()
-    options = LaunchOptions(record=arguments.record, debug=arguments.debug, service_module=arguments.service_module)
+    options = LaunchOptions(
+        record=arguments.record,
+        debug=arguments.debug,
+        debuggable=frozenset(arguments.debuggable),
+        service_module=arguments.service_module,
+    )
     restore = {vm: Path(file) for vm, file in arguments.restore}
     request = LaunchRequest(
         arguments.cluster_file, arguments.name, arguments.state, options, arguments.owner_fd, restore
@@ -62,6 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--restore", nargs=2, metavar=("VM", "FILE"), action="append", default=[])
     parser.add_argument("--record", action="store_true", help="record every frame of every link")
     parser.add_argument("--debug", action="store_true", help="let debuggers into the host processes")
+    parser.add_argument("--debuggable", action="append", default=[], metavar="TARGET", help="let debuggers into it")
     parser.add_argument("--service-module", default=SERVICE_MODULE, help="module to run for a role")
     return parser.parse_args()
 

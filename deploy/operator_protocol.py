@@ -12,6 +12,9 @@ from typing import Any
 import msgspec
 
 MAX_FRAME_BYTES = 16 << 20
+DEBUG = "debug"
+"""The order after whose answer a connection carries a session at the prompt of a process (protocol.debugging)."""
+
 LENGTH = struct.Struct(">I")
 
 

@@ -17,14 +17,17 @@ import msgspec
 import trio
 
 from deploy.activity import gather_activity
+from deploy.breaks import breaks_of
 from deploy.can_migrate import why_not
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun
+from deploy.dap_port import HOST, open_port
+from deploy.debug_session import serve_prompt
 from deploy.gdb_ports import GdbPorts
 from deploy.host_description import describe_host
 from deploy.link_orders import link
 from deploy.migrate import cancel, job_info, migrate, set_parameters
-from deploy.operator_protocol import LENGTH, MAX_FRAME_BYTES, Request, Response, frame
+from deploy.operator_protocol import DEBUG, LENGTH, MAX_FRAME_BYTES, Request, Response, frame
 from deploy.page_view import page_view
 from deploy.recorders import begin_recording, end_recording
 from deploy.recovery import recover
@@ -67,6 +70,12 @@ class OperatorSocket:
             "snapshot-info": self._snapshot_info,
             "restore": self._restore,
             "link": self._link,
+            "debug-port": self._debug_port,
+            "break": self._break,
+            "break-delete": self._break_delete,
+            "breaks": self._breaks,
+            "step": self._step,
+            "continue": self._continue,
             "signal": self._signal,
             "stop": self._stop,
         }
@@ -86,6 +95,9 @@ class OperatorSocket:
             return
         try:
             while (request := await _read_request(stream)) is not None:
+                if request.what == DEBUG and self._is_from_operator(request):
+                    await self._debug(request.arguments, stream)
+                    return
                 await stream.send_all(frame(await self._answer(request, stream)))
         except (trio.BrokenResourceError, msgspec.MsgspecError):
             pass
@@ -98,8 +110,24 @@ class OperatorSocket:
         with os.fdopen(fd, "w", encoding="ascii") as file:
             file.write(self._token)
 
+    def _is_from_operator(self, request: Request) -> bool:
+        return hmac.compare_digest(request.token.encode(), self._token.encode())
+
+    async def _debug(self, arguments: dict[str, Any], stream: trio.SocketStream) -> None:
+        """The connection turns into the stream of a session at the prompt (protocol.debugging)."""
+        try:
+            child = self._child(arguments["target"])
+            await serve_prompt(self._run, child, stream, frame(Response({"target": child.target})))
+        except (PefboxError, KeyError) as error:
+            await stream.send_all(frame(Response(error=str(error))))
+
+    async def _debug_port(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        child = self._child(arguments["target"])
+        made = await open_port(self._run, child, int(arguments.get("port", 0)))
+        return {"target": child.target, "host": HOST, "port": made.port}
+
     async def _answer(self, request: Request, connection: object) -> Response:
-        if not hmac.compare_digest(request.token.encode(), self._token.encode()):
+        if not self._is_from_operator(request):
             return Response(error="the token does not fit: only who can read the run directory may give orders")
         order = self._orders.get(request.what)
         if request.what == "record":
@@ -181,6 +209,32 @@ class OperatorSocket:
 
     async def _link(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         return await link(self._run, [str(name) for name in arguments["between"]], dict(arguments["changes"]))
+
+    async def _break(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        code, nth = arguments.get("code"), int(arguments.get("nth", 0))
+        action = str(arguments.get("action", "stop"))
+        row = await breaks_of(self._run).add(str(arguments["text"]), action, None if code is None else str(code), nth)
+        return msgspec.to_builtins(row)
+
+    async def _break_delete(self, arguments: dict[str, Any]) -> None:
+        breaks, which = breaks_of(self._run), str(arguments["id"])
+        if which != "all" and not which.isdigit():
+            raise UserError(f'"{which}" is no number of a break; `pefbox break` lists them')
+        for number in list(breaks.set_breaks) if which == "all" else [int(which)]:
+            await breaks.delete(number)
+
+    async def _breaks(self, _arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return msgspec.to_builtins(await breaks_of(self._run).shown())
+
+    async def _step(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return msgspec.to_builtins(await breaks_of(self._run).step(self._vm_or_all(arguments)))
+
+    async def _continue(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        return {"passed": await breaks_of(self._run).go_on(self._vm_or_all(arguments))}
+
+    def _vm_or_all(self, arguments: dict[str, Any]) -> str | None:
+        name = arguments.get("vm")
+        return None if name is None else self._run.vm_named(str(name)).spec.name
 
     async def _signal(self, arguments: dict[str, Any]) -> None:
         child = self._child(arguments["target"])

@@ -309,14 +309,6 @@ def own_monitor(user_monitor: str) -> str:
     return str(Path(user_monitor).with_name(_OWN_MONITOR))
 
 
-def is_debuggable(process: ProcessPlan, cluster: Cluster, debug: bool) -> bool:
-    """Whether a debugger may enter: every host process with `up --debug`, a guest only where its VM says so."""
-    vm = cluster.vm(process.vm) if process.vm is not None else None
-    if process.role is Role.GUEST:
-        return vm is not None and vm.debuggable
-    return debug
-
-
 @dataclass(frozen=True, slots=True)
 class ConfigFrame:
     """What the configurations of all processes of a cluster have in common."""
@@ -325,6 +317,15 @@ class ConfigFrame:
     paths: Paths
     record: bool
     debug: bool
+    debuggable: frozenset[str] = frozenset()
+
+
+def is_debuggable(process: ProcessPlan, frame: ConfigFrame) -> bool:
+    """Whether a debugger may enter: every host process with `up --debug`, a guest only where its VM says so."""
+    if process.role is Role.GUEST:
+        vm = frame.cluster.vm(process.vm) if process.vm is not None else None
+        return vm is not None and vm.debuggable
+    return frame.debug or process.target in frame.debuggable
 
 
 def process_config(
@@ -345,7 +346,7 @@ def process_config(
         log_file=str(paths.log_file(process.target)),
         trace_file=str(paths.trace_file(process.place)),
         record=frame.record,
-        debuggable=is_debuggable(process, cluster, frame.debug),
+        debuggable=is_debuggable(process, frame),
         secure_memory_bytes=host.secure_memory_bytes if host is not None and is_ultravisor else 0,
         seed=cluster.seed ^ crc32(process.target.encode()),
         vms=vms,

@@ -53,10 +53,10 @@ def look_for_changes(run: ClusterRun) -> None:
 
 def _changed(run: ClusterRun, child: Child, code: int, status: int) -> None:
     if code == os.CLD_STOPPED:
-        _set_state(run, child, ProcessState.STOPPED, signal.Signals(status).name)
+        set_state(run, child, ProcessState.STOPPED, signal.Signals(status).name)
     elif code == os.CLD_CONTINUED:
         child.pings.clear()
-        _set_state(run, child, ProcessState.RUNNING if child.ready.is_set() else ProcessState.STARTING)
+        set_state(run, child, child.settled_state)
     elif code in (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED):
         _ended(run, child, code, status)
 
@@ -66,6 +66,8 @@ def _ended(run: ClusterRun, child: Child, code: int, status: int) -> None:
     quit_by_user = child.plan.role is Role.QEMU and code == os.CLD_EXITED and status == 0
     child.exit_expected |= quit_by_user
     child.gone(status, code)
+    if run.breaks is not None:
+        run.breaks.ended(child)
     run.manifest.drop_process(child.pid)
     if not run.is_current(child):
         _replaced_ended(run, child)
@@ -73,7 +75,7 @@ def _ended(run: ClusterRun, child: Child, code: int, status: int) -> None:
     if child.state is ProcessState.FAILED:
         place = f"{child.target} on {child.plan.host}" if child.plan.vm in _moving(run) else child.target
         run.report(f"{place} failed: {child.detail}", process=child.target, pid=child.pid)
-    _tell_peers(run, child)
+    tell_peers(run, child)
     if not run.stopping:
         _consequences(run, child, quit_by_user)
 
@@ -180,22 +182,24 @@ async def end_child(child: Child, grace_seconds: float) -> None:
     await child.exited.wait()
 
 
-def _set_state(run: ClusterRun, child: Child, state: ProcessState, detail: str = "") -> None:
+def set_state(run: ClusterRun, child: Child, state: ProcessState, detail: str = "") -> None:
+    """Note a new state of a process and tell its peers."""
     if not child.change(state, detail):
         return
     run.log.warning("state", process=child.target, state=state.value, detail=detail)
     if state is not ProcessState.STARTING and run.is_current(child):
-        _tell_peers(run, child)
+        tell_peers(run, child)
 
 
-def _tell_peers(run: ClusterRun, child: Child) -> None:
+def tell_peers(run: ClusterRun, child: Child) -> None:
+    """Tell every process that has a link to `child` what it is in."""
     for peer in run.peers_of(child):
         _tell(peer, child)
 
 
 def _tell(peer: Child, child: Child) -> None:
     if peer.is_running and peer.has_keys:
-        peer.channel.tell_peer_state(child.target, child.state.value)
+        peer.channel.tell_peer_state(child.target, child.told_state)
 
 
 async def heartbeat(run: ClusterRun) -> None:
@@ -229,12 +233,12 @@ async def _judge(run: ClusterRun) -> None:
     await trio.sleep(_SECOND_LOOK_SECONDS)
     for child in run.living():
         if _is_silent(child):
-            _set_state(run, child, ProcessState.UNRESPONSIVE, f"no answer for {child.silent_seconds():.1f} s")
+            set_state(run, child, ProcessState.UNRESPONSIVE, f"no answer for {child.silent_seconds():.1f} s")
 
 
 def _is_silent(child: Child) -> bool:
     judged = child.state in (ProcessState.RUNNING, ProcessState.WAITING)
-    return judged and child.silent_seconds() >= control.UNRESPONSIVE_SECONDS
+    return judged and child.debugger is None and child.silent_seconds() >= control.UNRESPONSIVE_SECONDS
 
 
 async def serve_child(run: ClusterRun, child: Child) -> None:
@@ -269,6 +273,8 @@ def _take(run: ClusterRun, child: Child, packet: control.FromProcess, descriptor
             _ponged(run, child, sequence)
         case control.Answer():
             child.answered(packet)
+        case control.BreakHit() if run.breaks is not None:
+            run.breaks.hit(child, packet)
         case control.Failed(reason):
             child.detail = reason
         case control.Notice():
@@ -278,15 +284,17 @@ def _take(run: ClusterRun, child: Child, packet: control.FromProcess, descriptor
 def _ready(run: ClusterRun, child: Child) -> None:
     child.ready.set()
     child.change(ProcessState.RUNNING)
+    if run.breaks is not None:
+        run.breaks.started(child)
     for peer in run.peers_of(child):
-        if peer.state not in (ProcessState.RUNNING, ProcessState.STARTING):
-            child.channel.tell_peer_state(peer.target, peer.state.value)
+        if peer.told_state not in (ProcessState.RUNNING.value, ProcessState.STARTING.value):
+            child.channel.tell_peer_state(peer.target, peer.told_state)
 
 
 def _ponged(run: ClusterRun, child: Child, sequence: int) -> None:
     child.ponged(sequence)
     if child.state is ProcessState.UNRESPONSIVE:
-        _set_state(run, child, ProcessState.RUNNING)
+        set_state(run, child, child.settled_state)
 
 
 def _noticed(run: ClusterRun, child: Child, notice: control.Notice) -> None:

@@ -16,6 +16,7 @@ STATE_STYLES = {
     "paused": "yellow",
     "stopped": "yellow",
     "debugged": "magenta",
+    "waiting": "magenta",
     "unresponsive": "bold red",
     "failed": "bold red",
     "gone": "dim",

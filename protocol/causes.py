@@ -21,6 +21,11 @@ def first_cause(lpid: int, incarnation: int) -> int:
     return lpid << _LPID_SHIFT | (incarnation & _INCARNATION_MASK) << _INCARNATION_SHIFT
 
 
+def lpid_of(cause: int) -> int | None:
+    """Whose partition a cause began in; None for what nobody asked for."""
+    return cause >> _LPID_SHIFT or None
+
+
 def migration_cause(lpid: int, incarnation: int, number: int) -> int:
     """That of the VM's `number`-th migration from where it runs in this incarnation."""
     return first_cause(lpid, incarnation) | _MIGRATION | number

@@ -7,6 +7,7 @@ launcher as `Give`, which it checks against `GIFTS` and passes on as `Gift`.
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any, TypeVar
 
 import msgspec
@@ -102,6 +103,29 @@ class Query(Packet, frozen=True):
     arguments: dict[str, Any]
 
 
+class DebugMode(Enum):
+    """What comes into a process by `Debug`."""
+
+    PROMPT = "prompt"
+    """The stream of a session at the prompt (protocol.debugging)."""
+    DAP = "dap"
+    """The stream on which debugpy's clients are told of; debugpy listens from then on."""
+    DAP_CLIENT = "dap-client"
+    """A connection of a client that speaks the Debug Adapter Protocol."""
+
+
+class Debug(Packet, frozen=True):
+    """A debugger enters; its stream comes with the packet. Only to a process that was started debuggable."""
+
+    mode: DebugMode
+
+
+class HoldTime(Packet, frozen=True):
+    """To a guest: its processor stands still, or may run again, since a debugger holds a process that it depends on."""
+
+    on: bool
+
+
 class Stop(Packet, frozen=True):
     """End in good order."""
 
@@ -154,6 +178,15 @@ class Notice(Packet, frozen=True):
     detail: str = ""
 
 
+class BreakHit(Packet, frozen=True):
+    """A break stopped a message before it was served: it is kept as `message` until the operator lets it pass."""
+
+    id: int
+    message: int
+    vm: str | None
+    text: str
+
+
 class Failed(Packet, frozen=True):
     """The process cannot start or go on: one line for the operator."""
 
@@ -166,8 +199,9 @@ KILLED_BY_DEBUGGER = "killed by its debugger"
 """With the notice `vm-off` of a guest: its owner ends it."""
 NOTICES = frozenset({"guest-must-die", "vm-failed", "vm-off", "vm-state", "migrate"})
 
-ToProcess = Start | TakeKeys | AddVm | ReplaceLinks | RemoveVm | PeerState | Gift | Ping | Query | Stop
-FromProcess = Hello | Confined | Ready | Give | Pong | Answer | Notice | Failed
+_Debugging = Debug | HoldTime
+ToProcess = Start | TakeKeys | AddVm | ReplaceLinks | RemoveVm | PeerState | Gift | Ping | Query | _Debugging | Stop
+FromProcess = Hello | Confined | Ready | Give | Pong | Answer | Notice | BreakHit | Failed
 
 GIFTS: dict[str, tuple[Role, tuple[Role, ...]]] = {
     "host-view": (Role.KVM, (Role.QEMU,)),

@@ -42,7 +42,12 @@ def refusal(number: int, why: Refusal) -> Body | list[int]:
     hcall_code, ucall_code = why.value
     if number in UCALLS.by_number:
         return [int(ucall_code)]
+    return reply_of_code(number, hcall_code)
+
+
+def reply_of_code(number: int, code: int) -> Body | list[int]:
+    """The reply to call `number` that says only `code`."""
     message = MESSAGES.get(number)
     if message is None or message.reply is None:
-        return [int(hcall_code)]
-    return message.reply.refused(int(hcall_code))
+        return [int(code)]
+    return message.reply.refused(int(code))

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import msgspec
 
-from deploy.trace import text
+from protocol import message_text
 from protocol import trace as t
 from protocol.declare import Call
 from protocol.decoding import DECODE_ERRORS
@@ -120,7 +120,7 @@ class EventDecoder:
                 step = entry.step.name.lower()
                 return self._of_vm(entry, EventKind.INTERRUPT, step, f"interrupt {entry.source:#x} {step}")
             case t.RequestMoved():
-                return self._of_vm(entry, EventKind.REQUEST, entry.step.name.lower(), text.of_request(entry))
+                return self._of_vm(entry, EventKind.REQUEST, entry.step.name.lower(), message_text.of_request(entry))
             case t.MigrationStepped():
                 return self._of_vm(entry, EventKind.MIGRATION, entry.status, f"{entry.side}: {entry.status}")
         return None
@@ -169,7 +169,7 @@ class EventDecoder:
         }
         try:
             envelope = decode(seen.frame)
-            body = text.tamed(msgspec.msgpack.decode(envelope.body))
+            body = message_text.tamed(msgspec.msgpack.decode(envelope.body))
         except (MalformedMessage, TypeError, *DECODE_ERRORS) as error:
             reason = "withheld" if seen.withheld else str(error)
             return Event(kind=EventKind.MALFORMED, name="malformed", text=f"malformed: {reason}", **facts)
@@ -185,7 +185,7 @@ class EventDecoder:
         if envelope.kind is MessageKind.CALL:
             self._remember(seen, envelope, facts)
         event_kind = EventKind.CALL if envelope.kind is MessageKind.CALL else EventKind.EVENT
-        return Event(kind=event_kind, text=text.of_call(kind, envelope.number, body), **facts)
+        return Event(kind=event_kind, text=message_text.of_call(kind, envelope.number, body), **facts)
 
     def _vm_named_by(self, body: object) -> str | None:
         lpid = body[0] if isinstance(body, list) and body else None
@@ -212,7 +212,7 @@ class EventDecoder:
         is_return = envelope.kind is MessageKind.CALL
         call = began.call if is_return and began is not None else None
         name = facts["ends"] = began.name if began is not None else facts["name"]
-        facts["result"], what = text.of_result(call, envelope.number, body, is_return=is_return)
+        facts["result"], what = message_text.of_result(call, envelope.number, body, is_return=is_return)
         of = f"{facts['name']} of {name}" if is_return else name
         kind = EventKind.CALL if is_return else EventKind.REPLY
         return Event(kind=kind, text=f"{of} -> {what}", **facts)
@@ -222,7 +222,7 @@ def _answered(envelope: Envelope, body: object) -> int | None:
     """The correlation id that a message answers: its own for a reply, the cookie for UV_RETURN."""
     if envelope.kind is MessageKind.REPLY:
         return envelope.correlation
-    if envelope.kind is MessageKind.CALL and envelope.number == UV_RETURN.number and text.are_registers(body):
+    if envelope.kind is MessageKind.CALL and envelope.number == UV_RETURN.number and message_text.are_registers(body):
         registers = cast("list[int]", body)
         return registers[1] if len(registers) > 1 else None
     return None

@@ -13,9 +13,11 @@ import zmq
 
 from protocol.errors import MalformedMessage, UnexpectedMessage
 from protocol.links import LinkKind
+from protocol.refusals import reply_of_code
 from protocol.roles import Role
 from protocol.wire import Envelope, MessageKind, decode, encode
 from services.runtime.tracer import Tap
+from services.runtime.watch import Watcher
 
 # As plain integers: an operation on the library's enums costs as much as a call into it.
 _NOBLOCK = int(zmq.NOBLOCK)
@@ -37,9 +39,13 @@ class LinkEnd:
         self._get: Callable[[int], Any] = socket.getsockopt
         self.id = link_id
         self.peer = peer
+        self.kind = kind
         self.peer_state = "up"
         self.tap: Tap | None = None
         """Set and taken away by another thread: looked at once for each message."""
+        self.watch: Watcher | None = None
+        self.serve_later: Callable[[Envelope], None] = lambda envelope: None
+        """Has the processor serve a message; from any thread."""
         self._inbound = kind.inbound(Role.GUEST)
         self.n_calls = 0
         """Made so far; the last one's correlation id."""
@@ -57,6 +63,14 @@ class LinkEnd:
         """Answer a call of the peer."""
         if envelope.kind is MessageKind.CALL:
             self._send(MessageKind.REPLY, envelope.number, envelope.correlation, envelope.cause, body)
+
+    def serve_now(self, envelope: Envelope) -> None:
+        """Have a message served that a watcher has kept."""
+        self.serve_later(envelope)
+
+    def refuse_now(self, envelope: Envelope, code: int) -> None:
+        """Answer a call that a watcher has kept with `code` alone; in the processor's thread."""
+        self.reply(envelope, reply_of_code(envelope.number, code))
 
     def may_have_message(self) -> bool:
         """Whether `receive` may give something; when not, the descriptor tells of the next message."""

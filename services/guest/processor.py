@@ -17,6 +17,7 @@ What keeps a processor from running is a set of holds: kvm's, and the ultravisor
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -107,6 +108,8 @@ class Processor:
         self._log = log
         self._kernel = kernel
         self._ends = (kvm, ultravisor)
+        for end in self._ends:
+            end.serve_later = functools.partial(self._serve_later, end)
         self._inbox = Inbox(self._ends)
         self._thread = threading.Thread(target=self._main, name="vcpu0", daemon=True)
         self._quit = False
@@ -148,9 +151,15 @@ class Processor:
         state = state if state in LOST_STATES else "up"
         if state != end.peer_state:
             end.peer_state = state
-            open_calls = self.open_calls(end)
             event = "peer lost" if state != "up" else "peer is up again"
-            self._log.warning(event, peer=end.peer, state=state, open_calls=open_calls)
+            self._log.warning(event, peer=end.peer, state=state, open_calls=self.open_calls(end))
+
+    def debugger_holds(self, held: bool) -> None:
+        """A debugger has stopped the processor's thread, or lets it run; from any thread."""
+        if held:
+            self._clock.hold()
+        elif self.state is RunState.RUNNING:
+            self._clock.go_on()
 
     def open_calls(self, end: LinkEnd) -> int:
         """Calls to a peer that it has not answered; for any thread."""
@@ -432,6 +441,19 @@ class Processor:
         return True
 
     def _take(self, end: LinkEnd, envelope: Envelope) -> None:
+        if end.watch is None or end.watch(end, envelope):
+            self._dispatch(end, envelope)
+
+    def _serve_later(self, end: LinkEnd, envelope: Envelope) -> None:
+        def serve() -> None:
+            try:
+                self._dispatch(end, envelope)
+            except PeerError as error:
+                self._refuse(f"{end.peer}: {error}")
+
+        self.post(serve)
+
+    def _dispatch(self, end: LinkEnd, envelope: Envelope) -> None:
         if envelope.kind is MessageKind.REPLY:
             key = (end, envelope.correlation)
             if key in self._replies:

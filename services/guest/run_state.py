@@ -22,6 +22,11 @@ class Hold(Enum):
     ULTRAVISOR = "ultravisor"
     OWNER = "owner"
     """A debugger of the guest's owner, which keeps whatever the VM is started for next too."""
+    DEBUGGER = "debugger"
+    """Of a process that the VM depends on: the launcher orders it and ends it, whatever runs meanwhile."""
+
+
+_KEPT = frozenset({Hold.OWNER, Hold.DEBUGGER})
 
 
 class Life:
@@ -33,9 +38,9 @@ class Life:
         self.holds: set[Hold] = set()
 
     def become(self, unheld: RunState, *holds: Hold) -> None:
-        """Begin or end to run something; no hold of before is left but the owner's."""
+        """Begin or end to run something; of the holds of before only those of debuggers are left."""
         self.unheld = unheld
-        self.holds = {*holds, *self.holds & {Hold.OWNER}}
+        self.holds = {*holds, *self.holds & _KEPT}
 
     @property
     def state(self) -> RunState:

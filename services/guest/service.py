@@ -24,7 +24,9 @@ from services.guest.engines import make_engine
 from services.guest.link_end import LinkEnd
 from services.guest.owner_target import OwnerTarget
 from services.guest.processor import Processor
+from services.guest.run_state import Hold
 from services.guest.vm_memory import GuestVmMemory
+from services.runtime.debugging.threads import PostedThread
 from services.runtime.gdb.server import Debuggers
 from services.runtime.process import Query, Runtime
 from services.runtime.sockets import connect_socket
@@ -75,9 +77,17 @@ class Guest:
         self._memory, self._processor, self._engine = memory, processor[0], engine
         if vm.debuggable:
             self._debuggers = Debuggers(self._owner_target, self._runtime.nursery, self._runtime.log)
+        self._let_debuggers_in(processor[0])
         await self._runtime.give("guest-dirty-map", vm.name, memory.dirty.fd)
         await self._runtime.give("secure-dirty-map", vm.name, memory.secure_dirty.fd)
         self._runtime.nursery.start_soon(self._run)
+
+    def _let_debuggers_in(self, processor: Processor) -> None:
+        """To the processor: the service loop of a guest does little."""
+        self._runtime.more_ends += self._ends
+        if self._runtime.debugger is not None:
+            self._runtime.debugger.thread = PostedThread(processor.post)
+            self._runtime.debugger.on_held = processor.debugger_holds
 
     def _connect(self, entry: LinkEntry, keys: dict[str, LinkKey], clock: GuestClock) -> LinkEnd:
         socket_ = connect_socket(self._runtime.context, entry, keys[entry.id])
@@ -145,6 +155,12 @@ class Guest:
             self._processor.peer_is(end, state)
 
         return note
+
+    def hold_time(self, on: bool) -> None:
+        """As control.HoldTime."""
+        processor = self._processor
+        if processor is not None:
+            processor.post(lambda: processor.hold(Hold.DEBUGGER) if on else processor.let_go(Hold.DEBUGGER))
 
     async def stop(self) -> None:
         """End the processor's thread."""

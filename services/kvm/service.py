@@ -167,6 +167,9 @@ class Kvm:
                 # An end that somebody asked for: the VM has left, or is being removed.
                 vm.enter(VmState.OFF)
 
+    def hold_time(self, on: bool) -> None:
+        """Only guests keep time."""
+
     async def stop(self) -> None:
         """End every VM."""
         for name in list(self._by_name):

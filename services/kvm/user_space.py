@@ -23,12 +23,12 @@ from protocol.messages import (
     VmEventBody,
     VmEventKind,
 )
-from protocol.refusals import Refusal
+from protocol.refusals import HELD_UP_STATES, Refusal
 from protocol.rtas import status_word
 from services.kvm.guest_call import GuestCall, Result, Waiting
 from services.runtime.link import Link
 from services.runtime.log import Log
-from services.runtime.patience import Patience
+from services.runtime.patience import DEBUGGER_STATES, Patience
 
 _CI_SIZES = frozenset({1, 2, 4, 8})
 MAX_DOORBELLS = 256
@@ -51,7 +51,7 @@ class UserSpace:
         self._log = log
         self._tells_secure = tells_secure
         self._store_seconds = DEVICE_SECONDS if waits_for_devices else EXIT_SECONDS
-        self._patience = Patience()
+        self._patience = Patience(HELD_UP_STATES | DEBUGGER_STATES)
         self._doorbells: set[tuple[int, int]] = set()
 
     def set_doorbell(self, doorbell: DoorbellBody) -> None:
@@ -121,7 +121,7 @@ class UserSpace:
         return None
 
     def qemu_is(self, state: str) -> None:
-        """What became of qemu: nobody loses patience with one that a debugger holds."""
+        """What became of qemu: nobody loses patience with one that is held up, by a debugger or otherwise."""
         self._patience.peer_is(state)
 
     def crashed(self, reason: str) -> None:

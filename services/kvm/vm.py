@@ -340,7 +340,7 @@ class Vm:
     async def stop_guest(self, cause: int) -> None:
         """Have the processor stand still, whatever the run state is; the log says when it did not."""
         try:
-            with trio.fail_after(_GUEST_SECONDS):
+            with self._guest.patience.fail_after(_GUEST_SECONDS):
                 await self._guest.call(m.VCPU_STOP, m.RunBody(0), cause)
         except (trio.TooSlowError, PefboxError):
             self._log.warning("guest does not stop")
@@ -356,7 +356,7 @@ class Vm:
     ) -> m.ReplyT:
         """What the guest answers to `order`; raises CallTimeout after `seconds`, PeerGone."""
         try:
-            with trio.fail_after(seconds):
+            with self._guest.patience.fail_after(seconds):
                 return await self._guest.call(order, body, cause)
         except trio.TooSlowError:
             raise CallTimeout(self._guest.peer, order.name, seconds) from None

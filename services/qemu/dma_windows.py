@@ -37,7 +37,7 @@ class DmaWindows:
         arrived = trio.Event()
         self._awaited[window.liobn] = (window, arrived)
         try:
-            with trio.move_on_after(TABLE_SECONDS):
+            with self._link.patience.bound(TABLE_SECONDS):
                 status = await self._link.call(m.TCE_WINDOW_CREATE, window, CAUSE.get())
                 if status.code != HCode.H_SUCCESS:
                     self._log.warning("kvm made no TCE table", liobn=f"{window.liobn:#x}", code=status.code)

@@ -350,7 +350,7 @@ class Machine:
                 self._log.error("power-off failed", reason=str(error))
 
     async def _order(self, message: m.Message[m.BodyT, m.Status], body: m.BodyT) -> None:
-        with trio.move_on_after(_ORDER_SECONDS):
+        with self._link.patience.bound(_ORDER_SECONDS):
             status = await self._link.call(message, body, CAUSE.get())
             if status.code != HCode.H_SUCCESS:
                 raise GuestFault(f"kvm refused {message.name}: code {status.code}")

@@ -268,6 +268,9 @@ class Qemu:
     def peer_state(self, peer: str, state: str) -> None:
         """kvm died, stopped, came back: the link tells whoever waits."""
 
+    def hold_time(self, on: bool) -> None:
+        """Only guests keep time."""
+
     async def stop(self) -> None:
         """The disks are written through, and a debugger goes."""
         if self._debuggers is not None:
@@ -282,6 +285,8 @@ class Qemu:
             "machine.describe": self._describe,
             "page.bytes": self._page_bytes,
             "dma.reach": self._dma_reach,
+            "run.stop": self._run_stop,
+            "run.cont": self._run_cont,
             "network.status": self._network_status,
             "link.shape": self._link_shape,
             "balloon.status": self._balloon_status,
@@ -367,6 +372,22 @@ class Qemu:
         board = None if self._machine is None else self._machine.board
         reach = {} if board is None else board.reach()
         return {name: {state.name: n for state, n in states.items()} for name, states in reach.items()}
+
+    async def _run_stop(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """As the monitor's `stop`; whether the machine was running."""
+        machine = self._made_machine()
+        was_running = machine.state is RunState.RUNNING
+        await machine.stop()
+        return {"stopped": was_running}
+
+    async def _run_cont(self, _arguments: dict[str, Any]) -> None:
+        """As the monitor's `cont`."""
+        await self._made_machine().cont()
+
+    def _made_machine(self) -> Machine:
+        if self._machine is None:
+            raise HostFault("the machine has not started")
+        return self._machine
 
     async def _network_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         """Network cards, and the other VMs of each network, with what was sent, received and dropped."""

@@ -90,6 +90,12 @@ class ZmqChannel:
         """Messages that the peer has not taken yet."""
         return len(self._backlog) + len(self._held)
 
+    def hurry(self) -> None:
+        """What was sent by `send_from_reader` goes out now: also by another task, for the reader may sleep."""
+        if self._held:
+            self._send_held()
+            self._poke()
+
     async def receive(self) -> list[bytes]:
         """The next message. Only one task reads a channel."""
         while True:

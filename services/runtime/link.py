@@ -17,14 +17,19 @@ import trio
 
 from protocol.declare import Call
 from protocol.errors import GuestFault, MalformedMessage, PeerError, PeerGone, UnexpectedMessage
-from protocol.links import LinkKind, name_of
+from protocol.hcalls import HCALLS
+from protocol.links import ULTRAVISOR_KVM, LinkKind, name_of
 from protocol.messages import BodyT, Message, ReplyT, decode_registers, decode_result
-from protocol.refusals import HELD_UP_STATES, Refusal, refusal, why_not_served
+from protocol.refusals import HELD_UP_STATES, Refusal, refusal, reply_of_code, why_not_served
+from protocol.registers import to_register
 from protocol.roles import Role
+from protocol.ucalls import UV_RETURN
 from protocol.wire import MAX_OPEN_CALLS, Envelope, MessageKind, decode, encode, is_bundle, unbundle
 from services.runtime.channel import ZmqChannel
 from services.runtime.log import Log
+from services.runtime.patience import Patience
 from services.runtime.tracer import Tap
+from services.runtime.watch import Watcher
 
 LOST_STATES = frozenset({"gone", "failed", "stopped", "unresponsive", "closed"})
 """A peer in one of these answers nothing; in any other it is expected to answer, however late."""
@@ -79,7 +84,10 @@ class Link:
         self.kind = kind
         self.peer_state = "up"
         self.refused = 0
+        self.patience = Patience()
+        """Bounds of what this side waits for at the peer."""
         self.tap: Tap | None = None
+        self.watch: Watcher | None = None
         self._channel = channel
         channel.bundles = kind.bundles
         self._inbound = kind.inbound(me)
@@ -210,6 +218,7 @@ class Link:
 
         Those of `call_lasting` end only with its death.
         """
+        self.patience.peer_is(state)
         if state not in LOST_STATES:
             state = "up"
         if state == self.peer_state:
@@ -355,12 +364,32 @@ class Link:
             if len(frames) != 1:
                 raise UnexpectedMessage(f"{len(frames)} frames where one is declared")
             envelope = decode(frames[0])
-            if envelope.kind is MessageKind.REPLY:
-                self._take_reply(envelope)
-            else:
-                self._take_call(envelope)
+            if self.watch is None or self.watch(self, envelope):
+                self._dispatch(envelope)
         except PeerError as error:
             self._refuse(str(error))
+
+    def serve_now(self, envelope: Envelope) -> None:
+        """Serve a message that a watcher has kept."""
+        try:
+            self._dispatch(envelope)
+            self._channel.hurry()
+        except PeerError as error:
+            self._refuse(str(error))
+
+    def refuse_now(self, envelope: Envelope, code: int) -> None:
+        """Answer a call that a watcher has kept with `code` alone."""
+        if self.kind is ULTRAVISOR_KVM and envelope.number in HCALLS.by_number:
+            # A reflected hypercall has this answer and no other.
+            self.send_call(UV_RETURN.number, 0, [to_register(code), envelope.correlation], envelope.cause)
+            return
+        self._answer(envelope, reply_of_code(envelope.number, code))
+
+    def _dispatch(self, envelope: Envelope) -> None:
+        if envelope.kind is MessageKind.REPLY:
+            self._take_reply(envelope)
+        else:
+            self._take_call(envelope)
 
     def _take_reply(self, envelope: Envelope) -> None:
         waiter = self._pending.pop(envelope.correlation, None)

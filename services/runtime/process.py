@@ -11,7 +11,7 @@ import os
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 import zmq
@@ -28,7 +28,12 @@ from services.runtime.link import Link
 from services.runtime.log import Log, open_log
 from services.runtime.sockets import bind_socket, connect_socket
 from services.runtime.tracer import FLUSH_SECONDS, Tracer
+from services.runtime.watch import Watch, WatchedEnd
 from services.runtime.zap import ZapServer
+
+if TYPE_CHECKING:
+    from services.runtime.breakpoints import Breakpoints
+    from services.runtime.debugging.debugger import Debugger
 
 Query = Callable[[dict[str, Any]], Awaitable[Any]]
 
@@ -56,6 +61,9 @@ class Service(Protocol):
     def peer_state(self, peer: str, state: str) -> None:
         """What became of a linked process."""
 
+    def hold_time(self, on: bool) -> None:
+        """Of a guest: time stands still, or goes on (control.HoldTime)."""
+
     def queries(self) -> dict[str, Query]:
         """Questions of the operator by name."""
 
@@ -81,9 +89,18 @@ class Runtime:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.links: dict[str, Link] = {}
         self.tracer = Tracer(files["trace"], config)
+        self.more_ends: list[WatchedEnd] = []
+        """Link ends that are served outside this class."""
+        self.watch = Watch(lambda: [*self.links.values(), *self.more_ends])
+        self.vm_names = {vm.lpid: vm.name for vm in config.vms}
+        """The VMs of this process by lpid."""
+        self.breakpoints: Breakpoints | None = None
+        self.debugger: Debugger | None = None
+        """Only in a process that was started debuggable."""
         self._control = control_end
         self._zap: ZapServer | None = None
         self._nursery: trio.Nursery | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
         self._serving: dict[str, _Serving] = {}
 
     @property
@@ -95,6 +112,7 @@ class Runtime:
     async def open(self, nursery: trio.Nursery) -> None:
         """Begin to authenticate and record; before any link."""
         self._nursery = nursery
+        self._token = trio.lowlevel.current_trio_token()
         self._zap = ZapServer(self.context)
         await nursery.start(self._zap.run)
         self.tracer.switch(on=self.config.record)
@@ -117,6 +135,7 @@ class Runtime:
             socket = connect_socket(self.context, entry, key)
         link = Link(ZmqChannel(socket), kind, self.role, entry.id, entry.peer, self.log)
         self.tracer.add_end(link, entry)
+        link.watch = self.watch.watcher
         return link
 
     async def serve_link(self, link: Link) -> None:
@@ -143,6 +162,15 @@ class Runtime:
     async def notice(self, what: str, vm: str | None, detail: str = "") -> None:
         """Tell the launcher something that it acts on or shows."""
         await self._control.send(control.Notice(what, vm, detail))
+
+    def report_break(self, hit: control.BreakHit) -> None:
+        """Tell the launcher that a break has stopped a message; from any thread."""
+        assert self._token is not None
+
+        def send() -> None:
+            self.nursery.start_soon(self._control.send, hit)
+
+        self._token.run_sync_soon(send)
 
     async def _run_link(self, link: Link, task_status: trio.TaskStatus[None]) -> None:
         serving = self._serving[link.id] = _Serving(trio.CancelScope(), trio.Event())
@@ -222,6 +250,12 @@ class _Shell:
         files = dict(zip(config.descriptors, descriptors, strict=True))
         log = open_log(files["log"], config.target)
         self._prepare(config)
+        if config.debuggable:
+            # They take as long to import as all else here, and hardly a process needs them.
+            from services.runtime.breakpoints import Breakpoints
+            from services.runtime.debugging.debugger import Debugger, prepare
+
+            prepare()
         protections = confine(dumpable=config.debuggable, landlock_dirs=self._landlock_dirs(config))
         await end.send(control.Confined(protections))
         keys, _ = await end.receive()
@@ -230,6 +264,9 @@ class _Shell:
         log.info("started", pid=os.getpid(), protections=protections)
         runtime = Runtime(end, config, files, log)
         runtime.protections = protections
+        if config.debuggable:
+            runtime.debugger = Debugger(config.target, runtime.watch, log)
+            runtime.breakpoints = Breakpoints(config.target, runtime.watch, runtime.vm_names, log, runtime.report_break)
         await self._serve(end, runtime, keys.keys)
 
     async def _serve(self, end: ControlEnd, runtime: Runtime, keys: Keys) -> None:
@@ -275,6 +312,13 @@ class _ControlLoop:
             "recording": self._recording,
             **service.queries(),
         }
+        if runtime.breakpoints is not None:
+            self._queries |= {
+                "break.set": runtime.breakpoints.set,
+                "break.delete": runtime.breakpoints.delete,
+                "break.release": runtime.breakpoints.release,
+                "break.counts": runtime.breakpoints.counts,
+            }
 
     async def run(self, nursery: trio.Nursery) -> None:
         try:
@@ -304,6 +348,10 @@ class _ControlLoop:
                 await self._add_vm(vm, links, keys, files)
             case control.ReplaceLinks(links, keys):
                 await self._service.replace_links(links, {key.link: key for key in keys.links})
+            case control.Debug(mode):
+                self._debug(mode, descriptors[0])
+            case control.HoldTime(on):
+                self._service.hold_time(on)
             case control.RemoveVm(order, vm):
                 nursery.start_soon(self._remove_vm, order, vm)
             case _:
@@ -312,11 +360,19 @@ class _ControlLoop:
     async def _add_vm(self, vm: VmEntry, links: list[LinkEntry], keys: Keys, files: dict[str, int]) -> None:
         """A VM that cannot begin here fails; the others go on."""
         self._runtime.tracer.add_vm(vm)
+        self._runtime.vm_names[vm.lpid] = vm.name
         try:
             await self._service.add_vm(vm, links, {key.link: key for key in keys.links}, files)
         except Exception as error:
             self._runtime.log.error("VM not added", vm=vm.name, exc_info=error)
             await self._runtime.notice("vm-failed", vm.name, f"{self._runtime.config.target}: {error}")
+
+    def _debug(self, mode: control.DebugMode, fd: int) -> None:
+        if self._runtime.debugger is None:
+            os.close(fd)
+            self._runtime.log.error("debugger refused", reason="not started debuggable")
+            return
+        self._runtime.debugger.enter(mode, fd)
 
     async def _take_gift(self, tag: str, vm: str, giver: str, fd: int) -> None:
         """Its giver may be hostile: what cannot be used is refused, and the process goes on."""

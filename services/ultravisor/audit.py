@@ -27,6 +27,9 @@ MAX_TEXT_CHARS = 1024
 FIRST_PREDECESSOR = "0" * 64
 """What the first line records of the line before it."""
 
+OPERATOR_EVENTS = frozenset({"debugger-attached", "debugger-detached", "debugger-port", "break-set", "break-hit"})
+"""What the launcher has noted: somebody looks into, or interferes with, this ultravisor or a guest."""
+
 Fact = str | int | float | bool | None | list["Fact"] | dict[str, "Fact"]
 Facts = Mapping[str, Fact]
 

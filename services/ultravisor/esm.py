@@ -234,7 +234,7 @@ class EsmSwitch:
         body = StartBody(0, kbase, {3: fdt_gpa, 4: kbase, 5: 0})
         try:
             self._partition.hand_over_memory(self._svm)
-            with trio.fail_after(_START_SECONDS):
+            with self._partition.guest.patience.fail_after(_START_SECONDS):
                 reply = await self._partition.guest.call(SVM_START, body, self._cause)
         except (OSError, PefboxError, trio.TooSlowError) as error:
             raise SvmBroken(f"guest-did-not-start: {error}") from None

@@ -102,7 +102,7 @@ class Hypervisor:
         self._open[cookie] = _Open(lpid, call, on_result, own=True)
         try:
             for _ in range(TRIES):
-                with trio.move_on_after(TRY_SECONDS):
+                with self._link.patience.bound(TRY_SECONDS):
                     self._try_send(cookie, lpid, vcpu, call, args, cause)
                     while not answered:
                         sleeping[0] = True

@@ -138,7 +138,7 @@ class Partition:
         if self._guest_gone.is_set():
             return True
         try:
-            with trio.fail_after(ACKNOWLEDGE_SECONDS):
+            with self.guest.patience.fail_after(ACKNOWLEDGE_SECONDS):
                 await self.guest.call(SVM_ENDED, Empty())
         except (trio.TooSlowError, PefboxError):
             return self._guest_gone.is_set()

@@ -14,7 +14,7 @@ from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.runtime.link import Link
 from services.runtime.page_query import gfn_asked, gfns_asked
 from services.runtime.process import Query, Runtime
-from services.ultravisor.audit import AuditLog
+from services.ultravisor.audit import OPERATOR_EVENTS, AuditLog
 from services.ultravisor.dirty import collect_dirty
 from services.ultravisor.guest_calls import GuestCalls
 from services.ultravisor.hypervisor import Hypervisor
@@ -153,6 +153,9 @@ class Ultravisor:
         else:
             await self._life.fail(partition, "guest-gone")
 
+    def hold_time(self, on: bool) -> None:
+        """Only guests keep time."""
+
     async def stop(self) -> None:
         """End every secure VM."""
         for name in list(self._by_name):
@@ -167,6 +170,8 @@ class Ultravisor:
             "page.secure": self._page_secure,
             "page.dirty": self._page_dirty,
             "account": self._account_status,
+            "audit.note": self._audit_note,
+            "statistics": self._statistics,
             "capabilities": self._capabilities,
             **self._migration_queries(),
         }
@@ -211,6 +216,19 @@ class Ultravisor:
 
     async def _account_status(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         return {"total_bytes": self._account.total_bytes, "used_bytes": self._account.used_bytes}
+
+    async def _audit_note(self, arguments: dict[str, Any]) -> None:
+        """Have the audit log say what the operator does to this process, or to a guest of the host."""
+        if arguments["event"] not in OPERATOR_EVENTS:
+            raise UserError(f"no event {arguments['event']!r} of the operator's is noted")
+        self._audit.write(str(arguments["vm"]), arguments["event"], dict(arguments["facts"]))
+
+    async def _statistics(self, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """Of each link; hypercalls on their way through kvm are open there too."""
+        links: dict[str, Any] = {link.id: link.statistics() for link in self._runtime.links.values()}
+        if self._kvm is not None and self._hypervisor is not None and self._kvm.id in links:
+            links[self._kvm.id]["open_calls"] += self._hypervisor.open_calls
+        return links
 
     async def _capabilities(self, _arguments: dict[str, Any]) -> dict[str, Any]:
         """What secure memory there is, and up to which size of a VM it is memfd_secret (None: any size)."""

@@ -220,7 +220,7 @@ class Export:
         if self._of.partition.n_thaws:
             raise NotYet("the guest is being thawed")
         try:
-            with trio.fail_after(FREEZE_SECONDS):
+            with guest.patience.fail_after(FREEZE_SECONDS):
                 saved = await guest.call(SVM_FREEZE, RunBody(_VCPU), cause)
         except (trio.TooSlowError, PefboxError) as error:
             await thaw_guest(self._of.partition, cause)

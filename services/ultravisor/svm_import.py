@@ -179,7 +179,7 @@ class Import:
         partition = self._partition
         try:
             partition.hand_over_memory(svm)
-            with trio.fail_after(LOAD_SECONDS):
+            with partition.guest.patience.fail_after(LOAD_SECONDS):
                 status = await partition.guest.call(SVM_LOAD, LoadProcessorBody(_VCPU, processor), cause)
         except (OSError, PefboxError, trio.TooSlowError) as error:
             raise MigrationRefused(Reason.NOT_STARTED, str(error)) from None

@@ -27,7 +27,7 @@ async def thaw_guest(partition: Partition, cause: int) -> bool:
 async def _thaw(partition: Partition, cause: int) -> bool:
     while True:
         try:
-            with trio.fail_after(ANSWER_SECONDS):
+            with partition.guest.patience.fail_after(ANSWER_SECONDS):
                 status = await partition.guest.call(SVM_THAW, RunBody(_VCPU), cause)
             return status.code == HCode.H_SUCCESS
         except trio.TooSlowError:

@@ -126,9 +126,13 @@ class Rig:
 
     def audit(self, event: str | None = None) -> list[AuditLine]:
         """Audit lines of the VM, all or of one event."""
-        with audit_path(self.state_dir, HOST).open("rb") as log:
-            lines = [line for line in read_lines(log) if line.vm == "vm1"]
+        lines = [line for line in self.all_audit() if line.vm == "vm1"]
         return [line for line in lines if event in (None, line.event)]
+
+    def all_audit(self) -> list[AuditLine]:
+        """Every audit line of the host."""
+        with audit_path(self.state_dir, HOST).open("rb") as log:
+            return list(read_lines(log))
 
     def expect_no_internal_error(self) -> None:
         """No process met an exception that it did not foresee."""
@@ -181,13 +185,14 @@ async def svm_rig(
     secure: bool = True,
     command_line: str = "svm=on",
     record: bool = False,
+    debug: bool = False,
 ) -> AsyncIterator[Rig]:
     """The cluster up, its VM at the first prompt."""
     path = directory / "cluster.toml"
     values = {"secure_memory": secure_memory, "secure": str(secure).lower(), "command_line": command_line}
     path.write_text(TEMPLATE.format(**values))
     state_dir = directory / "own-state"
-    async with cluster(path, state_dir=state_dir, record=record) as running:
+    async with cluster(path, state_dir=state_dir, record=record, debug=debug) as running:
         rig = Rig(running, state_dir)
         await rig.booted()
         yield rig

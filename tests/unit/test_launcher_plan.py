@@ -104,9 +104,12 @@ def test_debugger_enters_a_guest_only_where_its_vm_says_so() -> None:
     cluster = make_cluster(1, 1)
     guest, kvm = ProcessPlan(Role.GUEST, "h0", "v0"), ProcessPlan(Role.KVM, "h0")
 
-    assert not plan.is_debuggable(guest, cluster, debug=True)
-    assert plan.is_debuggable(kvm, cluster, debug=True)
-    assert not plan.is_debuggable(kvm, cluster, debug=False)
+    closed, opened = ConfigFrame(cluster, PATHS, False, False), ConfigFrame(cluster, PATHS, False, True)
+    named = ConfigFrame(cluster, PATHS, False, False, frozenset({kvm.target}))
+    assert not plan.is_debuggable(guest, opened)
+    assert plan.is_debuggable(kvm, opened)
+    assert not plan.is_debuggable(kvm, closed)
+    assert plan.is_debuggable(kvm, named)
 
 
 def test_descriptor_goes_only_where_the_protocol_says() -> None:

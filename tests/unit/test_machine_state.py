@@ -16,6 +16,7 @@ from protocol.wire import Envelope
 from services.qemu.machine import Machine
 from services.qemu.qmp import MonitorEvents, RunState
 from services.runtime.link import Link
+from services.runtime.patience import Patience
 
 EVENT = m.VmEventBody(m.VmEventKind.CRASHED, "fetch at 0, which is no memory")
 
@@ -24,6 +25,7 @@ class PlayedLink:
     """Does something while VM_START is open, then answers `code`."""
 
     def __init__(self, code: int, meanwhile: Callable[[], object]) -> None:
+        self.patience = Patience()
         self._code = code
         self._meanwhile = meanwhile
 

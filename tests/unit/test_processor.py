@@ -31,6 +31,7 @@ class PlayedEnd:
 
     peer = "alpha/kvm"
     peer_state = "up"
+    watch = None
 
     def __init__(self, answers: list[list[int]]) -> None:
         self.fd = os.eventfd(0)

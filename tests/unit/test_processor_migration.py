@@ -90,6 +90,7 @@ class PlayedEnd:
 
     peer = "alpha/peer"
     peer_state = "up"
+    watch = None
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK)

@@ -28,6 +28,7 @@ from protocol.registers import to_register
 from protocol.startup import GuestEntry, VmEntry
 from protocol.wire import Envelope, MessageKind
 from services.runtime.link import Link
+from services.runtime.patience import Patience
 from services.runtime.process import Runtime
 from services.testing.image import PlayedImage, make_image
 from services.ultravisor.audit import AuditLine, AuditLog
@@ -64,6 +65,7 @@ class PlayedLink:
     """The ultravisor's end of a link, where a test puts in what the peer sends."""
 
     def __init__(self) -> None:
+        self.patience = Patience()
         self._handlers: dict[int, Callable[[Envelope, Any], Awaitable[Any]]] = {}
 
     def on(self, call: Any, handler: Callable[[Envelope, Any], Any]) -> None:  # noqa: ANN401

@@ -133,7 +133,7 @@ class KvmPort:
         return found
 
     async def _once(self, message: m.Message[m.BodyT, m.Status], body: m.BodyT) -> int:
-        with trio.move_on_after(_ORDER_SECONDS):
+        with self._link.patience.bound(_ORDER_SECONDS):
             return (await self._link.call_lasting(message, body, CAUSE.get())).code
         raise StepRefused(message.name, f"no answer within {_ORDER_SECONDS:g} s", may_succeed=True)
 

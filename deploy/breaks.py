@@ -1,0 +1,292 @@
+"""The breaks on messages of a cluster: set in every process that receives what they mean, listed, and let go on.
+
+A message that a break stops stays where it was received. Its VM is stopped as QMP `stop` does, and runs again when
+nothing of it is kept any more. Peers of the process that keeps it lose no patience meanwhile.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from deploy.child import Child, QueryRefused
+from deploy.cluster_run import ClusterRun
+from deploy.debug_session import note
+from deploy.states import printable
+from deploy.supervise import tell_peers
+from deploy.waiting import follow_waits
+from protocol.breaks import Action, Break, BreakOrder, read_break
+from protocol.control import BreakHit
+from protocol.errors import PeerGone, UserError
+from protocol.roles import Role
+
+_RUN_SECONDS = 10.0
+_MAX_KEPT = 256
+"""In a process: no more than it keeps itself (services.runtime.breakpoints)."""
+
+
+class KeptRow(msgspec.Struct, kw_only=True):
+    """A message that a break has stopped."""
+
+    number: int
+    id: int
+    process: str
+    vm: str | None
+    text: str
+
+
+class BreakRow(msgspec.Struct, kw_only=True):
+    """A break. `counts` says for each process where it is set how often it fitted, None when that was not heard."""
+
+    id: int
+    text: str
+    action: str
+    code: str | None
+    nth: int
+    counts: dict[str, int | None]
+
+
+class BreakList(msgspec.Struct, kw_only=True):
+    """What `pefbox break` shows."""
+
+    breaks: list[BreakRow]
+    kept: list[KeptRow]
+
+
+@dataclass(slots=True)
+class _Kept:
+    child: Child
+    message: int
+    row: KeptRow
+    stops: frozenset[str]
+    """The VMs that stand still for it."""
+
+
+@dataclass(slots=True)
+class Breaks:
+    """Of one run of a cluster."""
+
+    run: ClusterRun
+    set_breaks: dict[int, Break] = field(default_factory=dict)
+    kept: list[_Kept] = field(default_factory=list)
+    stopped: set[str] = field(default_factory=set)
+    """The VMs that a break has stopped, or is stopping; not those that their users have paused."""
+    _ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    # -- orders of the operator -------------------------------------------------------------------------------
+
+    async def add(self, text: str, action: str, code: str | None, nth: int) -> BreakRow:
+        """Set a break; raises UserError, and then it is set nowhere."""
+        self._refuse_without_debug()
+        number = next(self._ids)
+        order = BreakOrder(id=number, text=text, action=action, code=code, nth=nth)
+        read = read_break(order)
+        places = self._places(read)
+        if not places:
+            raise UserError(self._nobody(read))
+        for child in places:
+            await note(self.run, child, "break-set", text=text, action=action)
+        self.set_breaks[number] = read
+        refusals = await self._set_in(places, read)
+        if refusals:
+            del self.set_breaks[number]
+            await self._delete_in(places, number)
+            raise UserError(refusals[0])
+        return await self._row(read)
+
+    async def delete(self, number: int) -> None:
+        """Remove a break; what it kept goes on.
+
+        Raises UserError for one that is not set, and while a process where it is set cannot be told.
+        """
+        if number not in self.set_breaks:
+            raise UserError(f"no break {number}; there are: {', '.join(map(str, self.set_breaks)) or 'none'}")
+        refusals = await self._delete_in(self._debuggable(), number)
+        if refusals:
+            raise UserError(f"break {number} is still set: {refusals[0]}")
+        del self.set_breaks[number]
+        self._forget([kept for kept in self.kept if kept.row.id == number])
+        await self._go_on_where_possible()
+
+    async def shown(self) -> BreakList:
+        """Every break with its counts, and what is kept."""
+        rows = [await self._row(read) for read in self.set_breaks.values()]
+        return BreakList(breaks=rows, kept=[kept.row for kept in self.kept])
+
+    async def step(self, vm: str | None) -> KeptRow:
+        """Let the oldest kept message pass, of `vm` or of all; its row. Raises UserError when there is none."""
+        self._refuse_without_debug()
+        kept = next((kept for kept in self.kept if vm in (None, kept.row.vm)), None)
+        if kept is None:
+            raise UserError(f"no message{f' of {vm}' if vm else ''} is stopped")
+        await self._pass(kept)
+        return kept.row
+
+    async def go_on(self, vm: str | None) -> int:
+        """Let every kept message pass and run the VMs again that breaks have stopped; how many messages it was."""
+        self._refuse_without_debug()
+        passing = [kept for kept in self.kept if vm in (None, kept.row.vm)]
+        for kept in passing:
+            await self._pass(kept)
+        await self._go_on_where_possible()
+        return len(passing)
+
+    # -- news of the processes --------------------------------------------------------------------------------
+
+    def hit(self, child: Child, hit: BreakHit) -> None:
+        """A process keeps a message."""
+        of = self.set_breaks.get(hit.id)
+        if of is None or not of.action.keeps or child.kept_messages >= _MAX_KEPT:
+            self.run.log.error("break hit refused", process=child.target, id=hit.id)
+            return
+        vm = hit.vm if hit.vm in self.run.vms else None
+        number = next(self._numbers)
+        row = KeptRow(number=number, id=hit.id, process=child.target, vm=vm, text=printable(hit.text))
+        stops = self._to_stop(child, of, vm)
+        self.kept.append(_Kept(child, hit.message, row, stops))
+        child.kept_messages += 1
+        child.detail = child.settled_detail
+        tell_peers(self.run, child)
+        follow_waits(self.run)
+        self.run.report(f"break {hit.id} at {child.target}: {row.text}", process=child.target, vm=vm)
+        self.run.nursery.start_soon(self._after_hit, child, of, stops)
+
+    def started(self, child: Child) -> None:
+        """A new process has every break too; and a VM that is started anew runs."""
+        if child.plan.role is Role.QEMU:
+            self.stopped.discard(child.plan.vm or "")
+        if self.set_breaks and self.run.is_debuggable(child.plan):
+            self.run.nursery.start_soon(self._set_all_in, child)
+
+    def ended(self, child: Child) -> None:
+        """What a process kept is gone with it."""
+        self._forget([kept for kept in self.kept if kept.child is child])
+
+    # -- details ----------------------------------------------------------------------------------------------
+
+    def _refuse_without_debug(self) -> None:
+        if not self.run.options.debug:
+            raise UserError("breaks on messages are for a cluster started with `pefbox up --debug`")
+
+    def _debuggable(self) -> list[Child]:
+        return [child for child in self.run.living() if self.run.is_debuggable(child.plan)]
+
+    def _places(self, read: Break) -> list[Child]:
+        """Where it is looked at."""
+        roles = read.receivers()
+        return [child for child in self._debuggable() if child.plan.role in roles]
+
+    def _nobody(self, read: Break) -> str:
+        roles = read.receivers()
+        closed = [child.target for child in self.run.living() if child.plan.role in roles]
+        return (
+            f"only {', '.join(closed) or 'nobody'} receives it: a guest is looked into where its VM says "
+            "`debuggable = true`"
+        )
+
+    async def _set_in(self, places: Iterable[Child], read: Break) -> list[str]:
+        """Why it is not set, of those where it is not."""
+        arguments = msgspec.to_builtins(read.order)
+        answers = [await _ask(child, "break.set", arguments) for child in places]
+        return [answer for answer in answers if isinstance(answer, str)]
+
+    async def _delete_in(self, places: Iterable[Child], number: int) -> list[str]:
+        """The same of those where it may be left."""
+        answers = [await _ask(child, "break.delete", {"id": number}) for child in places]
+        return [answer for answer in answers if isinstance(answer, str)]
+
+    async def _set_all_in(self, child: Child) -> None:
+        for read in list(self.set_breaks.values()):
+            if child.plan.role in read.receivers():
+                await self._set_in([child], read)
+
+    async def _row(self, read: Break) -> BreakRow:
+        counts: dict[str, int | None] = {}
+        for child in self._places(read):
+            answer = await _ask(child, "break.counts", {})
+            count = answer.get(str(read.order.id)) if isinstance(answer, dict) else None
+            counts[child.target] = count if isinstance(count, int) else None
+        order = read.order
+        return BreakRow(
+            id=order.id, text=order.text, action=order.action, code=order.code, nth=order.nth, counts=counts
+        )
+
+    async def _after_hit(self, child: Child, of: Break, stops: frozenset[str]) -> None:
+        try:
+            await note(self.run, child, "break-hit", text=of.order.text)
+        except UserError as error:
+            self.run.log.warning("not in the audit log", process=child.target, reason=str(error))
+        for name in sorted(stops):
+            await self._stop(name)
+
+    def _to_stop(self, child: Child, of: Break, vm: str | None) -> frozenset[str]:
+        """Of a message that names no VM those of the host."""
+        if of.action is Action.STOP_CLUSTER:
+            return frozenset(self.run.vms)
+        if vm is not None:
+            return frozenset({vm})
+        return frozenset(name for name, record in self.run.vms.items() if record.spec.host == child.plan.host)
+
+    async def _stop(self, name: str) -> None:
+        was_ours = name in self.stopped
+        self.stopped.add(name)
+        answer = await _ask(self.run.child(name, Role.QEMU), "run.stop", {}, _RUN_SECONDS)
+        if isinstance(answer, str):
+            # The order may be what a break keeps: it is obeyed later, so the VM counts as stopped.
+            self.run.log.warning("not stopped yet", vm=name, reason=answer)
+        if not was_ours and isinstance(answer, dict) and answer.get("stopped") is False:
+            # Its user has paused it, or it does not run: that is not ours to undo.
+            self.stopped.discard(name)
+        elif name not in self.stopped:
+            # It was let go on meanwhile.
+            await self._run_again(name)
+
+    async def _pass(self, kept: _Kept) -> None:
+        answer = await _ask(kept.child, "break.release", {"message": kept.message})
+        if isinstance(answer, str):
+            raise UserError(f"message {kept.row.number} does not pass: {answer}")
+        self._forget([kept])
+
+    def _forget(self, gone: list[_Kept]) -> None:
+        for kept in gone:
+            if kept not in self.kept:
+                continue
+            self.kept.remove(kept)
+            kept.child.kept_messages -= 1
+            if not kept.child.kept_messages and kept.child.is_running:
+                kept.child.detail = kept.child.settled_detail
+                tell_peers(self.run, kept.child)
+
+    async def _go_on_where_possible(self) -> None:
+        """Run the VMs again that stand still for nothing that is kept."""
+        held = {name for kept in self.kept for name in kept.stops}
+        for name in sorted(self.stopped - held):
+            self.stopped.discard(name)
+            await self._run_again(name)
+
+    async def _run_again(self, name: str) -> None:
+        answer = await _ask(self.run.child(name, Role.QEMU), "run.cont", {}, _RUN_SECONDS)
+        if isinstance(answer, str):
+            self.run.log.warning("does not go on", vm=name, reason=answer)
+
+
+async def _ask(child: Child | None, what: str, arguments: dict[str, Any], seconds: float = 1.0) -> Any:  # noqa: ANN401
+    """The answer of a process, or the line that says why there is none."""
+    if child is None:
+        return "the process is missing"
+    try:
+        return await child.query(what, arguments, seconds)
+    except (PeerGone, QueryRefused) as error:
+        return str(error)
+
+
+def breaks_of(run: ClusterRun) -> Breaks:
+    """The breaks of `run`, made when they are first asked for."""
+    if run.breaks is None:
+        run.breaks = Breaks(run)
+    return run.breaks

@@ -1,0 +1,221 @@
+"""The loopback port of a process in which debugpy listens: the launcher accepts, one editor at a time.
+
+What an editor sends is taken apart into whole messages of the Debug Adapter Protocol, so that for one that vanishes a
+disconnect can be sent in its place: debugpy alone would leave its threads stopped.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import msgspec
+import trio
+
+from deploy.child import Child
+from deploy.cluster_run import ClusterRun
+from deploy.debug_session import DebugSession, debuggable_child, note, open_stream, read_messages
+from deploy.loopback_peer import is_own
+from protocol import control
+from protocol import debugging as said
+from protocol.errors import MalformedMessage, PeerGone, UserError
+
+HOST = "127.0.0.1"
+MAX_MESSAGE_BYTES = 16 << 20
+MAX_HEADER_BYTES = 4096
+_LISTEN_SECONDS = 10.0
+_LEAVE_SECONDS = 5.0
+_READ_BYTES = 64 * 1024
+_END_OF_HEADER = b"\r\n\r\n"
+
+
+class DapPort:
+    """Where editors reach debugpy in one process."""
+
+    def __init__(self, run: ClusterRun, child: Child, listener: socket.socket, stream: trio.SocketStream) -> None:
+        self.port: int = listener.getsockname()[1]
+        self._run = run
+        self._child = child
+        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+        self._stream = stream
+        self._session: DebugSession | None = None
+        self._left = trio.Event()
+        self._heard = trio.Event()
+        self._refusal: str | None = None
+
+    @property
+    def place(self) -> str:
+        """`host:port`."""
+        return f"{HOST}:{self.port}"
+
+    async def serve(self) -> None:
+        """Until the process is gone."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.serve_listeners, self._serve_editor, [self._listener])
+            await read_messages(self._stream, self._take)
+            nursery.cancel_scope.cancel()
+        if not self._heard.is_set():
+            self._refusal = "the process ended before debugpy listened"
+            self._heard.set()
+        self._end_session()
+
+    async def listening(self) -> None:
+        """Returns when debugpy waits for editors; raises UserError when it will not."""
+        with trio.move_on_after(_LISTEN_SECONDS):
+            await self._heard.wait()
+        if self._refusal is not None:
+            raise UserError(f"{self._child.target}: {self._refusal}")
+        if not self._heard.is_set():
+            raise UserError(f"{self._child.target}: debugpy did not start within {_LISTEN_SECONDS:g} s")
+
+    async def _take(self, message: said.FromProcess) -> None:
+        if isinstance(message, said.Refused):
+            self._refusal = message.reason
+        if isinstance(message, (said.Refused, said.Listening)):
+            self._heard.set()
+        elif isinstance(message, said.Detached):
+            self._end_session()
+        elif self._session is not None:
+            self._session.take(message)
+
+    def _end_session(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.end()
+            self._left.set()
+
+    async def _serve_editor(self, editor: trio.SocketStream) -> None:
+        async with editor:
+            if self._child.debugger is not None or not _is_ours(editor):
+                self._run.log.warning("editor refused", process=self._child.target)
+                return
+            self._session = DebugSession(self._run, self._child)
+            self._left = trio.Event()
+            self._session.begin()
+            try:
+                async with open_stream(self._child, control.DebugMode.DAP_CLIENT) as debugpy:
+                    await self._relay(editor, debugpy)
+            except PeerGone:
+                pass
+            finally:
+                self._end_session()
+
+    async def _relay(self, editor: trio.SocketStream, debugpy: trio.SocketStream) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_copy, debugpy, editor)
+            await _copy_messages(editor, debugpy)
+            if self._session is not None:
+                # It vanished: debugpy hears the disconnect that it owes, and lets every thread go.
+                with trio.move_on_after(_LEAVE_SECONDS):
+                    await _send(debugpy, dap_frame({"seq": 1 << 30, "type": "request", "command": "disconnect"}))
+                    await self._left.wait()
+            nursery.cancel_scope.cancel()
+
+
+async def open_port(run: ClusterRun, child: Child, port: int) -> DapPort:
+    """The port of `child`, made now if there is none yet; `port` 0 is any. Raises UserError."""
+    existing = child.dap_port
+    if existing is not None and child.is_running:
+        if port not in (0, existing.port):
+            raise UserError(f"{child.target} listens on {existing.place} already, and debugpy does so once a process")
+        await existing.listening()
+        return existing
+    debuggable_child(run, child)
+    listener = _bind(port)
+    try:
+        await note(run, child, "debugger-port", port=str(listener.getsockname()[1]))
+        debuggable_child(run, child)
+        stream = open_stream(child, control.DebugMode.DAP)
+    except BaseException:
+        listener.close()
+        raise
+    made = child.dap_port = DapPort(run, child, listener, stream)
+    run.nursery.start_soon(made.serve)
+    try:
+        await made.listening()
+    except UserError:
+        child.dap_port = None
+        await stream.aclose()
+        raise
+    return made
+
+
+def _bind(port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.bind((HOST, port))
+        listener.listen(1)
+    except OSError as error:
+        listener.close()
+        raise UserError(f"port {port} of {HOST}: {error.strerror}; without --port a free one is taken") from None
+    listener.setblocking(False)
+    return listener
+
+
+def _is_ours(editor: trio.SocketStream) -> bool:
+    """Whether the other end is a socket of this user's or of root's: any user of the machine can connect."""
+    try:
+        return is_own(editor.socket.getsockname(), editor.socket.getpeername())
+    except OSError:
+        return False
+
+
+class DapFrames:
+    """Takes a stream of the Debug Adapter Protocol apart."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Whole messages, header and all; raises MalformedMessage."""
+        self._data += data
+        messages: list[bytes] = []
+        while (end := self._data.find(_END_OF_HEADER)) >= 0:
+            total = end + len(_END_OF_HEADER) + _content_length(bytes(self._data[:end]))
+            if len(self._data) < total:
+                return messages
+            messages.append(bytes(self._data[:total]))
+            del self._data[:total]
+        if len(self._data) > MAX_HEADER_BYTES:
+            raise MalformedMessage("no end of a header")
+        return messages
+
+
+def _content_length(header: bytes) -> int:
+    for line in header.split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        text = value.strip()
+        if name.strip().lower() == b"content-length" and text.isdigit() and int(text) <= MAX_MESSAGE_BYTES:
+            return int(text)
+    raise MalformedMessage("a header without a length that is possible")
+
+
+def dap_frame(message: dict[str, object]) -> bytes:
+    """A message with its header."""
+    body = msgspec.json.encode(message)
+    return b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+async def _copy_messages(editor: trio.SocketStream, debugpy: trio.SocketStream) -> None:
+    frames = DapFrames()
+    try:
+        while data := await editor.receive_some(_READ_BYTES):
+            for message in frames.feed(data):
+                await debugpy.send_all(message)
+    except (trio.BrokenResourceError, MalformedMessage):
+        return
+
+
+async def _copy(debugpy: trio.SocketStream, editor: trio.SocketStream) -> None:
+    try:
+        while data := await debugpy.receive_some(_READ_BYTES):
+            await _send(editor, data)
+    except trio.BrokenResourceError:
+        pass
+    await editor.aclose()
+
+
+async def _send(stream: trio.SocketStream, data: bytes) -> None:
+    try:
+        await stream.send_all(data)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        return
