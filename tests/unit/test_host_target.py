@@ -21,6 +21,7 @@ from services.qemu.machine import Machine
 from services.qemu.qmp import MonitorEvents, RunState
 from services.runtime.gdb.target import Point, PointKind, Refused, StopKind, Unsupported
 from services.runtime.link import Link
+from services.runtime.patience import Patience
 from shared.gdb_registers import POWER, Values, pack
 from shared.guest_ram import GuestRam
 from shared.host_view import HostState
@@ -41,6 +42,7 @@ class PlayedKvm:
         self.gone = False
         self.on_continue: Callable[[], None] = lambda: None
         self.values = [number for number in range(len(POWER.registers))]
+        self.patience = Patience()
 
     async def call(self, message: m.Message[Any, Any], body: Any, cause: int = 0) -> Any:  # noqa: ANN401
         await trio.lowlevel.checkpoint()
