@@ -166,7 +166,9 @@ class Child:
         self.channel.send(control.Query(next(self._query_ids), what, arguments))
 
     async def remove_vm(self, vm: str, seconds: float) -> None:
-        """Have the process forget `vm`; raises as `query`."""
+        """Have the process forget `vm`; raises as `query`. One that stands still hears it when it goes on."""
+        if self.is_running and not self.state.answers:
+            self.channel.send(control.RemoveVm(next(self._query_ids), vm))
         await self._ask(lambda order_id: control.RemoveVm(order_id, vm), seconds)
 
     async def _ask(self, packet: Callable[[int], control.ToProcess], seconds: float) -> Any:  # noqa: ANN401
