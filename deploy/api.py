@@ -33,6 +33,7 @@ from deploy.host_description import HostDescription
 from deploy.host_links import LinkRow
 from deploy.migration_record import Phase
 from deploy.operator_protocol import LENGTH, Request, Response, frame
+from deploy.progress import is_over
 from deploy.run_dirs import LAUNCHER_SOCKET, Paths, runtime_root
 from deploy.snapshot_job import SnapshotPhase
 from deploy.status import ClusterStatus, ProcessRow, VmRow
@@ -42,8 +43,6 @@ from protocol.errors import UserError
 _POLL_SECONDS = 0.02
 _DOWN_SECONDS = 20.0
 _PROMPT_QUIET_SECONDS = 0.2
-_OVER_PHASES = frozenset({Phase.DONE, Phase.FAILED, Phase.CANCELLED, Phase.IN_DOUBT})
-_OVER_SNAPSHOT = frozenset(phase for phase in SnapshotPhase if phase.ended)
 
 
 class Process:
@@ -161,7 +160,7 @@ class Vm:
         """
         await self.begin_migration(host, bandwidth=bandwidth, downtime_limit=downtime_limit)
         problem = f"{self.name} is not on {host}"
-        facts = await _until(self.job_info, lambda facts: facts["phase"] in _OVER_PHASES, problem, seconds)
+        facts = await _until(self.job_info, is_over, problem, seconds)
         if facts["phase"] != Phase.DONE:
             raise UserError(f"{self.name} does not run on {host}: {facts['reason'] or facts['phase']}")
         return facts
@@ -214,7 +213,7 @@ class Vm:
         return await self._snapshot_end(f"{self.name} does not go on out of {file}", seconds)
 
     async def _snapshot_end(self, problem: str, seconds: float) -> dict[str, Any]:
-        facts = await _until(self.snapshot_info, lambda facts: facts["phase"] in _OVER_SNAPSHOT, problem, seconds)
+        facts = await _until(self.snapshot_info, is_over, problem, seconds)
         if facts["phase"] != SnapshotPhase.DONE:
             raise UserError(f"{problem}: {facts['reason'] or facts['phase']}")
         return facts

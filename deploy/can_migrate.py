@@ -49,8 +49,8 @@ async def why_not(run: ClusterRun, name: str, host: str) -> list[str]:
     """Every reason why VM `name` cannot move to `host` now; none when it can. Raises UserError for unknown names."""
     vm = run.vm_named(name)
     run.host_named(host)
-    if run.stopping or not run.healthy:
-        return ["the cluster is starting or stopping"]
+    if run.unready is not None:
+        return [run.unready]
     if host == vm.spec.host:
         return [f"{name} is on {host} already"]
     await refresh_vm(run, vm)

@@ -31,6 +31,7 @@ SERVICE_MODULE = "services.{role}"
 """What `python -m` runs for a role."""
 
 QUERY_SECONDS = 0.5
+_ORDER_SECONDS = 2.0
 
 
 class QueryRefused(UserError):
@@ -157,6 +158,15 @@ class Child:
     async def query(self, what: str, arguments: dict[str, Any], seconds: float = QUERY_SECONDS) -> Any:  # noqa: ANN401
         """Ask the process; raises QueryRefused for its refusal, PeerGone when it does not answer in `seconds`."""
         return await self._ask(lambda query_id: control.Query(query_id, what, arguments), seconds)
+
+    async def order(self, what: str, arguments: dict[str, Any]) -> None:
+        """As `query`, for what somebody asked for; raises UserError when it is refused, or not answered."""
+        try:
+            await self.query(what, arguments, _ORDER_SECONDS)
+        except QueryRefused as refused:
+            raise UserError(printable(str(refused))) from None
+        except PeerGone as gone:
+            raise UserError(f"{gone.peer} is {gone.state}") from None
 
     def tell(self, what: str, arguments: dict[str, Any]) -> None:
         """As `query`, and nobody waits for the answer: one that starts or stands still hears it when it goes on.

@@ -11,12 +11,11 @@ import click
 
 from deploy.cli_support import cluster_option, json_option, printable
 from deploy.client import LauncherClient, connect
-from deploy.progress import Facts, Followed, follow
+from deploy.progress import Facts, Followed, follow, is_over
 from protocol.errors import UserError
 
 _ACCEPT_SECONDS = 45.0
 _RECOVER_SECONDS = 90.0
-_OVER = ("done", "failed", "cancelled", "in-doubt")
 
 
 @click.command("migrate")
@@ -53,15 +52,11 @@ def migrate(
             return
         facts = _begin(client, vm, host, parameters)
         run_dir = client.run_dir
-    _show_result(_follow(run_dir, facts, _is_under_way if detach else _is_over, quiet=as_json), as_json)
+    _show_result(_follow(run_dir, facts, _is_under_way if detach else is_over, quiet=as_json), as_json)
 
 
 def _is_under_way(facts: Facts) -> bool:
     return bool(facts["phase"] != "starting")
-
-
-def _is_over(facts: Facts) -> bool:
-    return facts["phase"] in _OVER
 
 
 def _check_usage(host: str | None, parameters: dict[str, int], *, cancel: bool, detach: bool) -> None:
@@ -134,7 +129,7 @@ def _show_result(facts: Facts, as_json: bool) -> None:
 
     if as_json:
         click.echo(json.dumps(facts, indent=2))
-    if not _is_over(facts):
+    if not is_over(facts):
         if not as_json:
             click.echo(headline(facts))
         return

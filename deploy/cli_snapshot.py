@@ -12,11 +12,10 @@ import click
 
 from deploy.cli_support import cluster_option, json_option
 from deploy.client import LauncherClient, connect
-from deploy.progress import Facts, Followed, follow
+from deploy.progress import Facts, Followed, follow, is_over
 from protocol.errors import UserError
 
 _ACCEPT_SECONDS = 15.0
-_OVER = ("done", "failed", "cancelled", "in-doubt")
 
 
 @click.command("snapshot")
@@ -84,7 +83,7 @@ def _follow(run_dir: Path, facts: Facts, cancel: Callable[[], None], *, quiet: b
             now: Facts = client.call("snapshot-info", {"vm": facts["vm"]})
             return now
 
-    followed = Followed(ask, lambda facts: facts["phase"] in _OVER, progress_lines, cancel)
+    followed = Followed(ask, is_over, progress_lines, cancel)
     return follow(followed, facts, quiet=quiet)
 
 

@@ -169,6 +169,16 @@ class ClusterRun:
         self.log.warning(text, **facts)
         self.on_event(printable(text))
 
+    @property
+    def unready(self) -> str | None:
+        """None, or why nothing can be begun with the cluster now."""
+        return "the cluster is starting or stopping" if self.stopping or not self.healthy else None
+
+    def refuse_unready(self) -> None:
+        """Raise UserError while the cluster is `unready`."""
+        if self.unready is not None:
+            raise UserError(self.unready)
+
     def vm_named(self, name: str) -> VmRecord:
         """The VM; raises UserError for an unknown one."""
         vm = self.vms.get(name)

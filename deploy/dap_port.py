@@ -14,12 +14,11 @@ import trio
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun
 from deploy.debug_session import DebugSession, debuggable_child, note, open_stream, read_messages
-from deploy.loopback_peer import is_own
+from deploy.loopback import LOOPBACK, is_own, listen
 from protocol import control
 from protocol import debugging as said
 from protocol.errors import MalformedMessage, PeerGone, UserError
 
-HOST = "127.0.0.1"
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_HEADER_BYTES = 4096
 _LISTEN_SECONDS = 10.0
@@ -45,7 +44,7 @@ class DapPort:
     @property
     def place(self) -> str:
         """`host:port`."""
-        return f"{HOST}:{self.port}"
+        return f"{LOOPBACK}:{self.port}"
 
     async def serve(self) -> None:
         """Until the process is gone."""
@@ -140,15 +139,10 @@ async def open_port(run: ClusterRun, child: Child, port: int) -> DapPort:
 
 
 def _bind(port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
-        listener.bind((HOST, port))
-        listener.listen(1)
+        return listen(port, 1)
     except OSError as error:
-        listener.close()
-        raise UserError(f"port {port} of {HOST}: {error.strerror}; without --port a free one is taken") from None
-    listener.setblocking(False)
-    return listener
+        raise UserError(f"port {port} of {LOOPBACK}: {error.strerror}; without --port a free one is taken") from None
 
 
 def _is_ours(editor: trio.SocketStream) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -17,12 +16,11 @@ import trio
 
 from deploy.child import Child, QueryRefused
 from deploy.cluster_run import ClusterRun, VmRecord
-from deploy.loopback_peer import is_own
+from deploy.loopback import LOOPBACK, is_own, listen
 from protocol import control
 from protocol.errors import PeerGone, UserError
 from protocol.roles import Role
 
-LOOPBACK = "127.0.0.1"
 _MAX_PORT = (1 << 16) - 1
 _BACKLOG = 4
 _ORDER_SECONDS = 1.0
@@ -52,7 +50,6 @@ class GdbPorts:
     def __init__(self, run: ClusterRun) -> None:
         self._run = run
         self._ports: dict[_Place, int] = {}
-        self._opening = trio.Lock()
 
     async def open(self, vm_name: str, view_name: str, port: int) -> dict[str, Any]:
         """A port for GDB, `port` 0 for any: its number, and the processor's byte order where that is known.
@@ -64,8 +61,7 @@ class GdbPorts:
         _refuse_undebuggable(vm, view)
         order = await self._order(self._server(vm_name, view))
         place = _Place(vm_name, view)
-        async with self._opening:
-            opened = self._ports.get(place) or await self._listen(place, port)
+        opened = self._ports.get(place) or self._listen(place, port)
         if port in (0, opened):
             return {"vm": vm_name, "view": view.value, "host": LOOPBACK, "port": opened, "order": order}
         raise UserError(f"the {view}'s view of {vm_name} has port {opened} already")
@@ -88,21 +84,17 @@ class GdbPorts:
         order = answer.get("order")
         return order if order in ("big", "little") else None
 
-    async def _listen(self, place: _Place, port: int) -> int:
+    def _listen(self, place: _Place, port: int) -> int:
         if not 0 <= port <= _MAX_PORT:
             raise UserError(f"port {port}: allowed are 1 to {_MAX_PORT}, and 0 for any that is free")
-        listening = trio.socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            await listening.bind((LOOPBACK, port))
-            listening.listen(_BACKLOG)
+            listening = listen(port, _BACKLOG)
         except OSError as error:
-            listening.close()
             if error.errno == errno.EADDRINUSE:
                 raise UserError(f"port {port} is in use: name another one, or none for any that is free") from None
             raise UserError(f"port {port}: {os.strerror(error.errno or 0)}") from None
         opened = self._ports[place] = int(listening.getsockname()[1])
-        self._run.nursery.start_soon(self._serve, place, trio.SocketListener(listening))
+        self._run.nursery.start_soon(self._serve, place, trio.SocketListener(trio.socket.from_stdlib_socket(listening)))
         return opened
 
     async def _serve(self, place: _Place, listener: trio.SocketListener) -> None:
@@ -124,7 +116,7 @@ class GdbPorts:
                 self._run.log.warning("debugger refused: another user's", vm=place.vm, view=place.view.value)
                 return
             server = self._server(place.vm, place.view)
-            server.channel.send(control.Gift(control.GDB_TAG, place.vm, "launcher"), [stream.socket.fileno()])
+            server.channel.send(control.Gift(control.GDB_TAG, place.vm, Role.LAUNCHER.value), [stream.socket.fileno()])
         except (PeerGone, UserError, OSError) as error:
             self._run.log.warning("debugger refused", vm=place.vm, view=place.view.value, reason=str(error))
 

@@ -253,10 +253,7 @@ def job_info(run: ClusterRun, name: str) -> MigrationFacts:
 async def _order(run: ClusterRun, vm: VmRecord, what: str, arguments: dict[str, Any]) -> None:
     qemu = run.child(vm.spec.name, Role.QEMU)
     assert qemu is not None
-    try:
-        await qemu.query(what, arguments, _ORDER_SECONDS)
-    except PeerGone as gone:
-        raise UserError(f"{gone.peer} is {gone.state}") from None
+    await qemu.order(what, arguments)
 
 
 async def tell(run: ClusterRun, child: Child | None, what: str, arguments: dict[str, Any]) -> None:

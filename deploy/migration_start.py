@@ -35,7 +35,6 @@ from protocol.errors import HostFault, UserError
 from protocol.roles import Role
 from services.qemu.migration.status import MigrationStatus
 
-LAUNCHER = "launcher"
 SOURCE_GIFT, DESTINATION_GIFT = "migration-source", "migration-destination"
 _CHANNEL_BYTES = 4 << 20
 _START_SECONDS = 5.0
@@ -135,8 +134,8 @@ def _give_channel(vm: VmRecord, source: Child, incoming: Child) -> None:
         for end in (ours, theirs):
             _enlarge(end)
         name = vm.spec.name
-        incoming.channel.send(control.Gift(DESTINATION_GIFT, name, LAUNCHER), [theirs.fileno()])
-        source.channel.send(control.Gift(SOURCE_GIFT, name, LAUNCHER), [ours.fileno()])
+        incoming.channel.send(control.Gift(DESTINATION_GIFT, name, Role.LAUNCHER.value), [theirs.fileno()])
+        source.channel.send(control.Gift(SOURCE_GIFT, name, Role.LAUNCHER.value), [ours.fileno()])
 
 
 def _enlarge(end: socket.socket) -> None:

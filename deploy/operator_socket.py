@@ -21,11 +21,12 @@ from deploy.breaks import breaks_of
 from deploy.can_migrate import why_not
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun
-from deploy.dap_port import HOST, open_port
+from deploy.dap_port import open_port
 from deploy.debug_session import serve_prompt
 from deploy.gdb_ports import GdbPorts
 from deploy.host_description import describe_host
 from deploy.link_orders import link
+from deploy.loopback import LOOPBACK
 from deploy.migrate import cancel, job_info, migrate, set_parameters
 from deploy.operator_protocol import DEBUG, LENGTH, MAX_FRAME_BYTES, Request, Response, frame
 from deploy.page_view import page_view
@@ -124,7 +125,7 @@ class OperatorSocket:
     async def _debug_port(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         child = self._child(arguments["target"])
         made = await open_port(self._run, child, int(arguments.get("port", 0)))
-        return {"target": child.target, "host": HOST, "port": made.port}
+        return {"target": child.target, "host": LOOPBACK, "port": made.port}
 
     async def _answer(self, request: Request, connection: object) -> Response:
         if not self._is_from_operator(request):

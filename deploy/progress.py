@@ -16,6 +16,14 @@ _POLL_SECONDS = 0.1
 Facts = dict[str, Any]
 
 
+_OVER = frozenset({"done", "failed", "cancelled", "in-doubt"})
+
+
+def is_over(facts: Facts) -> bool:
+    """Whether a migration, a snapshot or a restore is: nothing follows by itself."""
+    return facts["phase"] in _OVER
+
+
 @dataclass(frozen=True, slots=True)
 class Followed:
     """What is followed: how far it is, whether that is over, how it is shown, and how it is cancelled."""

@@ -31,8 +31,7 @@ from protocol.roles import Role
 async def restart(run: ClusterRun, name: str) -> None:
     """Restart the VM or host `name`; raises UserError when that is not possible now."""
     async with run.restarting:
-        if run.stopping or not run.healthy:
-            raise UserError("the cluster is starting or stopping")
+        run.refuse_unready()
         if name in run.vms:
             await _restart_vm(run, run.vms[name])
         elif name in run.hosts:

@@ -17,7 +17,7 @@ from deploy.cluster_file import VmSpec
 from deploy.cluster_run import ClusterRun, VmRecord
 from deploy.operations import RESTORE, refuse_impossible
 from deploy.restart import end_incarnation, start_incarnation
-from deploy.snapshot import finish, full_reason, give_file, order, refuse_unless_healthy, switch_off
+from deploy.snapshot import finish, full_reason, give_file, switch_off
 from deploy.snapshot_job import SnapshotJob, SnapshotKind, SnapshotPhase
 from deploy.states import printable
 from deploy.status import ask, refresh_vm
@@ -34,7 +34,7 @@ _BUILT_SECONDS = 15.0
 async def restore(run: ClusterRun, name: str, path: Path, *, ignore_disks: bool) -> SnapshotJob:
     """Begin to restore VM `name` from `path`; returns when that is accepted. Raises UserError, with nothing started."""
     async with run.restarting:
-        refuse_unless_healthy(run)
+        run.refuse_unready()
         vm = run.vm_named(name)
         await refresh_vm(run, vm)
         refuse_impossible(vm_facts(run, vm), RESTORE)
@@ -158,7 +158,7 @@ async def load(run: ClusterRun, vm: VmRecord, job: SnapshotJob, fd: int) -> None
     assert qemu is not None
     await _until_built(qemu)
     give_file(qemu, vm.spec.name, fd)
-    await order(qemu, "snapshot.restore", {})
+    await qemu.order("snapshot.restore", {})
     job.phase = SnapshotPhase.LOADING
     while not run.stopping:
         job.note(await ask(qemu, "snapshot.status", {}))

@@ -7,11 +7,10 @@ always one of the two. Of a secure VM its ultravisor decides, and restores no fi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import trio
 
-from deploy.child import Child, QueryRefused
+from deploy.child import Child
 from deploy.cluster_run import ClusterRun, VmRecord
 from deploy.keepers import end_all
 from deploy.migration_record import VmEnd
@@ -29,16 +28,14 @@ from protocol.vm_state import VmState
 from services.qemu.snapshot.control import FILE_GIFT
 from services.qemu.snapshot.saver import SnapshotStatus
 
-LAUNCHER = "launcher"
 _POLL_SECONDS = 0.05
-_ORDER_SECONDS = 2.0
 _OVER = frozenset({SnapshotStatus.SAVED, SnapshotStatus.FAILED, SnapshotStatus.CANCELLED, SnapshotStatus.IN_DOUBT})
 
 
 async def snapshot(run: ClusterRun, name: str, path: Path, *, force: bool) -> SnapshotJob:
     """Begin to save VM `name` into `path`; returns when that is accepted. Raises UserError, with nothing started."""
     async with run.restarting:
-        refuse_unless_healthy(run)
+        run.refuse_unready()
         vm = run.vm_named(name)
         await refresh_vm(run, vm)
         refuse_impossible(vm_facts(run, vm), SNAPSHOT)
@@ -48,7 +45,7 @@ async def snapshot(run: ClusterRun, name: str, path: Path, *, force: bool) -> Sn
         target = SnapshotTarget(path, run.manifest, replace=force)
         try:
             give_file(qemu, name, target.fd)
-            await order(qemu, "snapshot.save", {})
+            await qemu.order("snapshot.save", {})
         except BaseException:
             target.close()
             raise
@@ -67,7 +64,7 @@ async def cancel_snapshot(run: ClusterRun, name: str) -> None:
         raise UserError(f"too late: {name} is in {vm.snapshot.path} already")
     qemu = run.child(name, Role.QEMU)
     assert qemu is not None
-    await order(qemu, "snapshot.cancel", {})
+    await qemu.order("snapshot.cancel", {})
 
 
 def snapshot_info(run: ClusterRun, name: str) -> SnapshotFacts:
@@ -144,12 +141,6 @@ async def _end(run: ClusterRun, vm: VmRecord, job: SnapshotJob, target: Snapshot
 # -- what a restore does too ----------------------------------------------------------------------------------
 
 
-def refuse_unless_healthy(run: ClusterRun) -> None:
-    """Raise UserError while the cluster starts or stops."""
-    if run.stopping or not run.healthy:
-        raise UserError("the cluster is starting or stopping")
-
-
 async def full_reason(run: ClusterRun, vm: VmRecord, job: SnapshotJob) -> str:
     """Why it failed, with what the ultravisor has against it: qemu does not hear its reason."""
     reason = job.reason or vm.reason or "its processes ended"
@@ -175,16 +166,6 @@ def finish(vm: VmRecord, job: SnapshotJob, phase: SnapshotPhase, reason: str = "
 def give_file(qemu: Child, vm: str, fd: int) -> None:
     """The file of the snapshot; raises UserError."""
     try:
-        qemu.channel.send(control.Gift(FILE_GIFT, vm, LAUNCHER), [fd])
-    except PeerGone as gone:
-        raise UserError(f"{gone.peer} is {gone.state}") from None
-
-
-async def order(qemu: Child, what: str, arguments: dict[str, Any]) -> None:
-    """Raises UserError when it is refused, or not answered."""
-    try:
-        await qemu.query(what, arguments, _ORDER_SECONDS)
-    except QueryRefused as refused:
-        raise UserError(printable(str(refused))) from None
+        qemu.channel.send(control.Gift(FILE_GIFT, vm, Role.LAUNCHER.value), [fd])
     except PeerGone as gone:
         raise UserError(f"{gone.peer} is {gone.state}") from None

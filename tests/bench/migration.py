@@ -11,17 +11,15 @@ from typing import Any
 import trio
 
 from deploy.api import RunningCluster
-from protocol.errors import PefboxError
 from protocol.geometry import PAGE_BYTES
 from tests.bench.figure import Budget, Figure, Kind, Round
 from tests.bench.floors.program import FloorProgram
-from tests.bench.machine import CLUSTERS, job, running
+from tests.bench.machine import CLUSTERS, job, running, writing
 
 FILLED_GFN, N_FILLED = 0x780, 2048
 """Behind kernel, initial RAM disk and swiotlb pool: 128 MiB that the kernel does not use."""
 SECURE_LIMIT, NORMAL_LIMIT, DOWNTIME_LIMIT_MS = 0.25, 0.40, 300.0
 DIRTY_BYTES_PER_SECOND = 20_000_000
-_WRITES_PER_SECOND = 10
 _FLOOR_MIB = N_FILLED * PAGE_BYTES >> 20
 _MIB = 1 << 20
 _MS = 1000.0
@@ -71,23 +69,7 @@ async def _rate(machine: RunningCluster, vm: str, host: str) -> float:
 
 async def _downtime_ms(machine: RunningCluster, host: str) -> float:
     """Of the secure VM, whose guest writes all the while."""
-    n_pages = DIRTY_BYTES_PER_SECOND // _WRITES_PER_SECOND // PAGE_BYTES
-
-    async def write() -> None:
-        guest = machine.process("svm/guest")
-        first = FILLED_GFN
-        while True:
-            with trio.move_on_after(1):
-                try:
-                    await job(guest, "fill", gfn=first, n=n_pages)
-                except PefboxError:
-                    # It is on its way.
-                    await trio.sleep(1 / _WRITES_PER_SECOND)
-            first = FILLED_GFN + (first - FILLED_GFN + n_pages) % (N_FILLED - n_pages)
-            await trio.sleep(1 / _WRITES_PER_SECOND)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(write)
+    gfns = range(FILLED_GFN, FILLED_GFN + N_FILLED)
+    async with writing(machine, "svm", gfns, DIRTY_BYTES_PER_SECOND):
         progress = await _move(machine, "svm", host)
-        nursery.cancel_scope.cancel()
     return float(progress["downtime_ms"])

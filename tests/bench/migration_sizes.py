@@ -23,15 +23,15 @@ from rich.console import Console
 
 from deploy.api import RunningCluster
 from deploy.migration_record import Phase
-from protocol.errors import PefboxError, UserError
+from deploy.progress import is_over
+from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES
-from tests.bench.machine import CLUSTERS, STATE, job, running
+from tests.bench.machine import CLUSTERS, STATE, job, running, writing
 
 SIZES_MIB = (64, 128, 256, 512, 1024, 2048)
 RATES_MB = (0, 10, 20, 40, 80, 160)
 RATES_SIZE_MIB = 256
 FILLED = 3 / 8
-WRITES_PER_SECOND = 10
 GIVE_UP_SECONDS = 15.0
 ROUNDS = 3
 VMS = {"vm": "normal", "svm": "secure"}
@@ -39,7 +39,6 @@ TABLE = Path("docs/migration-figures.md")
 PLOT = Path("docs/migration-figures.svg")
 RESULT = Path("build/migration-sizes.json")
 _OTHER_HOST = {"alpha": "beta", "beta": "alpha"}
-_OVER = (Phase.DONE, Phase.CANCELLED, Phase.FAILED)
 _FILL_PAGES = 4096
 _MIB = 1 << 20
 _MB = 1_000_000
@@ -88,7 +87,7 @@ async def measure(sizes_mib: tuple[int, ...], n_rounds: int) -> list[Move]:
         for vm in VMS:
             gfns = await _fill(machine, vm, RATES_SIZE_MIB)
             for rate_mb in RATES_MB[1:]:
-                async with _writing(machine, vm, gfns, rate_mb):
+                async with writing(machine, vm, gfns, rate_mb * _MB):
                     moves.append(await _moves(machine, vm, RATES_SIZE_MIB, rate_mb, n_rounds))
     return moves
 
@@ -116,30 +115,6 @@ async def _fill(machine: RunningCluster, vm: str, size_mib: int) -> range:
     return range(first, first + n_pages)
 
 
-@asynccontextmanager
-async def _writing(machine: RunningCluster, vm: str, gfns: range, rate_mb: int) -> AsyncIterator[None]:
-    """The guest writes one page after the other of `gfns`, so many megabytes a second, wherever it is."""
-    n_pages = rate_mb * _MB // WRITES_PER_SECOND // PAGE_BYTES
-
-    async def write() -> None:
-        at = 0
-        started = trio.current_time()
-        for number in range(1 << 30):
-            try:
-                with trio.move_on_after(1):
-                    await job(machine.process(f"{vm}/guest"), "fill", gfn=gfns[at], n=n_pages)
-            except PefboxError:
-                # It is on its way.
-                await trio.sleep(1 / WRITES_PER_SECOND)
-            at = (at + n_pages) % (len(gfns) - n_pages)
-            await trio.sleep_until(started + number / WRITES_PER_SECOND)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(write)
-        yield
-        nursery.cancel_scope.cancel()
-
-
 async def _moves(machine: RunningCluster, vm: str, size_mib: int, rate_mb: int, n_rounds: int) -> Move:
     """There and back, `n_rounds` times in all."""
     runs = []
@@ -158,13 +133,13 @@ async def _move(machine: RunningCluster, name: str, host: str) -> dict[str, Any]
     give_up_at = trio.current_time() + GIVE_UP_SECONDS
     while True:
         facts = await vm.job_info()
-        if facts["phase"] in _OVER:
+        if is_over(facts):
             break
         if trio.current_time() > give_up_at:
             give_up_at = math.inf
             await vm.cancel_migration()
         await trio.sleep(_POLL_SECONDS)
-    if facts["phase"] == Phase.FAILED:
+    if facts["phase"] not in (Phase.DONE, Phase.CANCELLED):
         raise UserError(f"{name} did not move to {host}: {facts['reason']}")
     return facts
 

@@ -1,7 +1,7 @@
-"""Whose process is at the other end of a TCP connection over the loopback interface.
+"""Ports of the loopback interface, and whose process is at the other end of a connection to one.
 
-A port of the loopback interface is open to every user of the machine, unlike a socket in a private directory; the
-kernel's table says who made a connection. Source: Linux `Documentation/networking/proc_net_tcp.rst`.
+Such a port is open to every user of the machine, unlike a socket in a private directory; the kernel's table says who
+made a connection. Source: Linux `Documentation/networking/proc_net_tcp.rst`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,24 @@ import os
 import socket
 from pathlib import Path
 
+LOOPBACK = "127.0.0.1"
 TABLE = Path("/proc/net/tcp")
 Address = tuple[str, int]
+
+
+def listen(port: int, backlog: int) -> socket.socket:
+    """A socket that listens, without waiting, on `port`, or with 0 on any that is free. Raises OSError."""
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        # A connection of before that is only waited out is no reason to refuse a port.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((LOOPBACK, port))
+        listening.listen(backlog)
+    except OSError:
+        listening.close()
+        raise
+    listening.setblocking(False)
+    return listening
 
 
 def is_own(ours: Address, theirs: Address, table: str | None = None) -> bool:

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from deploy.loopback_peer import is_own
+from deploy.loopback import is_own
 
 TABLE = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
    0: 0100007F:{theirs:04X} 0100007F:{ours:04X} 01 00000000:00000000 00:00000000 00000000  {uid}        0 1 1 0 20 4
