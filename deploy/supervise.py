@@ -109,7 +109,8 @@ def _consequences(run: ClusterRun, child: Child, quit_by_user: bool) -> None:
         for vm in vms:
             fail_vm(run, vm, reason)
     else:
-        run.nursery.start_soon(_fail_secure_vms, run, vms, reason)
+        for vm in vms:
+            run.nursery.start_soon(_fail_if_secure, run, vm, vm.secure, reason)
 
 
 def _vm_process_ended(run: ClusterRun, vm: VmRecord, child: Child, quit_by_user: VmEnd | None) -> None:
@@ -127,11 +128,11 @@ def _note_arrival_end(vm: VmRecord, end: VmEnd) -> None:
         vm.migration.arrival_end = vm.migration.arrival_end or end
 
 
-async def _fail_secure_vms(run: ClusterRun, vms: list[VmRecord], reason: str) -> None:
-    """Without their ultravisor secure VMs fail; normal ones go on."""
-    for vm in vms:
-        if vm.secure or await _kvm_calls_secure(run, vm):
-            fail_vm(run, vm, reason)
+async def _fail_if_secure(run: ClusterRun, vm: VmRecord, was_secure: bool, reason: str) -> None:
+    """Without its ultravisor a secure VM fails; a normal one goes on. What was known when it died counts: kvm's word,
+    which `status` takes from then on, may be another by now."""
+    if was_secure or await _kvm_calls_secure(run, vm):
+        fail_vm(run, vm, reason)
 
 
 async def _kvm_calls_secure(run: ClusterRun, vm: VmRecord) -> bool:
