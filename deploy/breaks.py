@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import trio
 
 from deploy.child import Child, QueryRefused
 from deploy.cluster_run import ClusterRun
@@ -74,7 +75,9 @@ class Breaks:
     set_breaks: dict[int, Break] = field(default_factory=dict)
     kept: list[_Kept] = field(default_factory=list)
     stopped: set[str] = field(default_factory=set)
-    """The VMs that a break has stopped, or is stopping; not those that their users have paused."""
+    """The VMs that a break has stopped; not those that their users have paused."""
+    _run_orders: dict[str, trio.Lock] = field(default_factory=dict)
+    """A VM is ordered to stop or to go on once what the order before came to is known."""
     _ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -111,7 +114,7 @@ class Breaks:
             raise UserError(f"break {number} is still set: {refusals[0]}")
         del self.set_breaks[number]
         self._forget([kept for kept in self.kept if kept.row.id == number])
-        await self._go_on_where_possible()
+        await self._go_on_where_possible(self.run.vms)
 
     async def shown(self) -> BreakList:
         """Every break with its counts, and what is kept."""
@@ -133,7 +136,7 @@ class Breaks:
         passing = [kept for kept in self.kept if vm in (None, kept.row.vm)]
         for kept in passing:
             await self._pass(kept)
-        await self._go_on_where_possible()
+        await self._go_on_where_possible(self.run.vms)
         return len(passing)
 
     # -- news of the processes --------------------------------------------------------------------------------
@@ -233,18 +236,17 @@ class Breaks:
         return frozenset(name for name, record in self.run.vms.items() if record.spec.host == child.plan.host)
 
     async def _stop(self, name: str) -> None:
-        was_ours = name in self.stopped
-        self.stopped.add(name)
-        answer = await _ask(self.run.child(name, Role.QEMU), "run.stop", {}, _RUN_SECONDS)
-        if isinstance(answer, str):
-            # The order may be what a break keeps: it is obeyed later, so the VM counts as stopped.
-            self.run.log.warning("not stopped yet", vm=name, reason=answer)
-        if not was_ours and isinstance(answer, dict) and answer.get("stopped") is False:
-            # Its user has paused it, or it does not run: that is not ours to undo.
-            self.stopped.discard(name)
-        elif name not in self.stopped:
-            # It was let go on meanwhile.
-            await self._run_again(name)
+        async with self._order_of(name):
+            if not self._is_held(name):
+                return
+            answer = await _ask(self.run.child(name, Role.QEMU), "run.stop", {}, _RUN_SECONDS)
+            if isinstance(answer, str):
+                # The order may be what a break keeps: it is obeyed later, so the VM counts as stopped.
+                self.run.log.warning("not stopped yet", vm=name, reason=answer)
+            if isinstance(answer, str) or answer.get("stopped") is not False:
+                # Otherwise its user has paused it, or it does not run: that is not ours to undo.
+                self.stopped.add(name)
+        await self._go_on_where_possible([name])
 
     async def _pass(self, kept: _Kept) -> None:
         answer = await _ask(kept.child, "break.release", {"message": kept.message})
@@ -262,12 +264,21 @@ class Breaks:
                 kept.child.detail = kept.child.settled_detail
                 tell_peers(self.run, kept.child)
 
-    async def _go_on_where_possible(self) -> None:
-        """Run the VMs again that stand still for nothing that is kept."""
-        held = {name for kept in self.kept for name in kept.stops}
-        for name in sorted(self.stopped - held):
-            self.stopped.discard(name)
-            await self._run_again(name)
+    async def _go_on_where_possible(self, names: Iterable[str]) -> None:
+        """Run those VMs again that breaks have stopped and that stand still for nothing that is kept."""
+        for name in sorted(names):
+            if self._is_held(name):
+                continue
+            async with self._order_of(name):
+                if name in self.stopped and not self._is_held(name):
+                    self.stopped.discard(name)
+                    await self._run_again(name)
+
+    def _is_held(self, name: str) -> bool:
+        return any(name in kept.stops for kept in self.kept)
+
+    def _order_of(self, name: str) -> trio.Lock:
+        return self._run_orders.setdefault(name, trio.Lock())
 
     async def _run_again(self, name: str) -> None:
         answer = await _ask(self.run.child(name, Role.QEMU), "run.cont", {}, _RUN_SECONDS)

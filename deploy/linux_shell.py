@@ -9,11 +9,13 @@ import trio
 
 from deploy.api import Vm
 from protocol.errors import UserError
+from protocol.vm_state import VmState
 
 PROMPT = "# \x1b[6n"
 """busybox asks the terminal where its cursor is."""
 BOOT_SECONDS = 180.0
 COMMAND_SECONDS = 120.0
+_ENDED = (VmState.OFF.value, VmState.FAILED.value)
 _READ_SECONDS = 0.3
 _PAUSE_SECONDS = 0.02
 
@@ -55,7 +57,7 @@ class LinuxShell:
                 text = shown.decode(errors="replace").replace("\r\n", "\n")
                 if reached(text):
                     return text
-                if not data and (row := await self._vm.row()).state not in ("starting", "running"):
+                if not data and (row := await self._vm.row()).state in _ENDED:
                     raise UserError(f"{self._vm.name} is {row.state} before {what}: {text[-300:]!r}")
                 # It comes a character at a time.
                 await trio.sleep(_PAUSE_SECONDS)

@@ -215,6 +215,10 @@ async def _refresh_from_ultravisor(run: ClusterRun, vm: VmRecord) -> None:
         status = msgspec.convert(answer, UltravisorVmStatus)
     except msgspec.ValidationError:
         return
+    move = vm.migration
+    if move is not None and move.is_open and move.secure and not status.secure:
+        # It has left its home, and whether it runs where it goes is known when the migration ends.
+        return
     vm.last_ultravisor = status.pages or {}
     vm.last_esm = status.last_esm
     vm.secure = status.secure

@@ -26,7 +26,7 @@ _STOP_SECONDS = 1.0
 _SECOND_LOOK_SECONDS = 0.05
 _HELD_UP_SECONDS = 0.5
 _MAX_HELD_NOTICES = 64
-_VM_STATES = frozenset(state.value for state in VmState)
+_VM_STATES = frozenset(state.value for state in VmState) - {VmState.LEFT.value}
 _CHANGES = os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG
 
 
@@ -374,7 +374,8 @@ def _kill_guest(run: ClusterRun, child: Child, vm: VmRecord, detail: str) -> Non
 def take_vm_state(vm: VmRecord, state: str, reason: str = "") -> None:
     """Note a state as kvm names it; `secure` and `normal` say which kind of VM it is now.
 
-    A VM that kvm calls failed, because its guest gave up, keeps its processes: a reset brings it back.
+    A VM that kvm calls failed, because its guest gave up, keeps its processes: a reset brings it back. That it has left
+    is no state: it runs elsewhere, or did not arrive, and what becomes of it is told when the migration ends.
     """
     if state in ("secure", "normal"):
         vm.secure = state == "secure"

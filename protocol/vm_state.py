@@ -12,4 +12,6 @@ class VmState(Enum):
     RUNNING = "running"
     PAUSED = "paused"
     OFF = "off"
+    LEFT = "left"
+    """Its time on this host is over, which only its kvm says: whether it runs elsewhere is the launcher's to know."""
     FAILED = "failed"

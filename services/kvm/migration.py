@@ -255,4 +255,4 @@ class Migration:
         """The VM runs elsewhere, or is in a snapshot, and its ultravisor has let go of it here."""
         self._left = True
         self._vm.hcalls.drop_open()
-        self._vm.enter(VmState.OFF)
+        self._vm.enter(VmState.LEFT)

@@ -175,6 +175,22 @@ async def check_networks(running: RunningCluster) -> None:
     assert "vm1.qemu.2/n0.2.2.1" in link_dirs(running)
 
 
+async def test_a_vm_is_never_shown_off_or_normal_between_its_two_hosts(tmp_path: Path) -> None:
+    """Its source has let go of it; that it runs on the other host is not heard yet."""
+    async with two_hosts(tmp_path) as running:
+        for role in ("kvm", "ultravisor"):
+            await running.process(f"alpha/{role}").query("set-vm", {"vm": "vm1", "values": {"secure": True}})
+        assert (await running.vm("vm1").row()).secure
+        vm = await under_way(running)
+        await running.process("alpha/ultravisor").query("set-vm", {"vm": "vm1", "values": {"secure": False}})
+        left = {"state": "left", "secure": False}
+        await running.process("alpha/kvm").query("set-vm", {"vm": "vm1", "values": left})
+
+        row = await vm.row()
+
+        assert (row.state, row.secure) == ("running", True)
+
+
 async def test_gifts_go_to_the_process_of_the_giver_s_host(tmp_path: Path) -> None:
     async with two_hosts(tmp_path) as running:
         await under_way(running)

@@ -32,6 +32,9 @@ class PlayedChild:
         self.is_running = True
         self.held = False
         self.runs = True
+        self.obeys = trio.Event()
+        """An order to stop is answered from then on."""
+        self.obeys.set()
         self.asked: list[str] = []
 
     async def query(self, what: str, arguments: dict[str, Any], _seconds: float) -> Any:  # noqa: ANN401
@@ -41,6 +44,7 @@ class PlayedChild:
         if self.held:
             raise PeerGone(self.target, "debugged")
         if what == "run.stop":
+            await self.obeys.wait()
             was, self.runs = self.runs, False
             return {"stopped": was}
         if what == "run.cont":
@@ -130,6 +134,35 @@ async def test_a_vm_that_its_user_has_paused_stays_so() -> None:
         await rig.hit("alpha/kvm", "vm1")
         await rig.breaks.go_on(None)
         assert rig.paused() == {"vm1"}
+
+
+async def test_a_vm_that_its_user_has_paused_stays_so_when_all_goes_on_before_the_stop_is_answered() -> None:
+    async with rigged() as rig:
+        qemu = rig.children["vm1/qemu"]
+        qemu.runs, qemu.obeys = False, trio.Event()
+        await rig.breaks.add("any", "stop", None, 0)
+        await rig.hit("alpha/kvm", "vm1")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.breaks.go_on, None)
+            await trio.testing.wait_all_tasks_blocked()
+            assert rig.breaks.kept == []
+            qemu.obeys.set()
+        assert "run.stop" in qemu.asked
+        assert rig.paused() == {"vm1"}
+
+
+async def test_a_vm_whose_messages_went_on_before_its_stop_is_answered_runs() -> None:
+    async with rigged() as rig:
+        qemu = rig.children["vm1/qemu"]
+        qemu.obeys = trio.Event()
+        await rig.breaks.add("any", "stop", None, 0)
+        await rig.hit("alpha/kvm", "vm1")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.breaks.go_on, None)
+            await trio.testing.wait_all_tasks_blocked()
+            qemu.obeys.set()
+        assert qemu.asked[-2:] == ["run.stop", "run.cont"]
+        assert rig.paused() == set()
 
 
 async def test_a_held_process_keeps_its_message_and_its_break_and_says_so() -> None:

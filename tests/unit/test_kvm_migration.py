@@ -1110,7 +1110,7 @@ async def test_a_secure_vm_that_has_left_does_not_run_here_again(source: Host) -
 
     await ucall(source, u.UV_EXPORT_STATEMENT.number, 0, 100)
 
-    assert source.vm.state is VmState.OFF
+    assert source.vm.state is VmState.LEFT
     assert await source.code(m.VM_CONTINUE) == HCode.H_STATE
     assert await source.code(m.VM_SAVE, m.StreamPlaceBody(0, ROOM)) == HCode.H_STATE
     await source.order(m.VM_RESET, m.Empty())

@@ -70,3 +70,39 @@ async def test_a_command_that_never_ends_is_named(autojump_clock: object) -> Non
 
     with pytest.raises(UserError, match="vm1: the end of 'sleep' did not come within 120 s"):
         await shell.run("sleep")
+
+
+class MovingVm(PlayedVm):
+    """One that stands still while it moves, in the middle of a command."""
+
+    def __init__(self, states: list[str]) -> None:
+        super().__init__({"hostname": "guest\r\n"})
+        self._states = states
+        self._typed = b""
+
+    async def console_write(self, data: bytes) -> None:
+        """It is answered later."""
+        self._typed = data
+
+    async def row(self) -> SimpleNamespace:
+        """Its row of `status`; the command goes on after the last state."""
+        state = self._states.pop(0)
+        if not self._states:
+            await super().console_write(self._typed)
+        return SimpleNamespace(state=state)
+
+
+async def test_a_command_goes_on_where_its_vm_has_moved(autojump_clock: object) -> None:
+    shell = LinuxShell(cast("Vm", MovingVm(["running", "paused", "paused", "running"])))
+    await shell.until_prompt()
+
+    assert await shell.run("hostname") == "guest"
+
+
+@pytest.mark.parametrize("state", ["off", "failed"])
+async def test_a_vm_that_ended_is_named(autojump_clock: object, state: str) -> None:
+    shell = LinuxShell(cast("Vm", MovingVm(["running", state, "running"])))
+    await shell.until_prompt()
+
+    with pytest.raises(UserError, match=f"vm1 is {state} before the end of 'hostname'"):
+        await shell.run("hostname")
