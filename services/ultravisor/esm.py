@@ -14,7 +14,8 @@ Source: open-power/ultravisor `svm/svm-esm.c`; Linux `Documentation/powerpc/ultr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -142,7 +143,7 @@ class EsmSwitch:
 
         await for_each_page(gfns, take_page)
         if refused:
-            raise ImageRefused(f"hypervisor: did not give {len(refused)} pages, gfn {refused[0]:#x} first")
+            raise ImageRefused(f"hypervisor: did not give the page of gfn {refused[0]:#x}")
 
     # -- 3: measure -------------------------------------------------------------------------------------------
 
@@ -247,21 +248,26 @@ class EsmSwitch:
         return self._svm.memory.buffer[extent.gpa : extent.end]
 
     async def _ask_page_in(self, gfn: int, flags: int) -> int:
-        try:
+        with _no_answer_refuses():
             return await ask_page_in(self._hypervisor, self._partition.lpid, gfn, flags, self._cause)
-        except CallTimeout as timeout:
-            raise ImageRefused(f"hypervisor: {timeout}") from None
 
     async def _ask(self, call: Call, args: list[int]) -> list[int]:
-        try:
+        with _no_answer_refuses():
             return await self._hypervisor.ask(self._partition.lpid, call, args, self._cause)
-        except CallTimeout as timeout:
-            raise ImageRefused(f"hypervisor: {timeout}") from None
 
     def _expect(self, code: int, what: str) -> None:
         if code != HCode.H_SUCCESS:
             names = {int(known): known.name for known in HCode}
             raise ImageRefused(f"hypervisor: {what} returned {names.get(code, code)}")
+
+
+@contextmanager
+def _no_answer_refuses() -> Iterator[None]:
+    """A hypervisor that does not answer gets no secure VM."""
+    try:
+        yield
+    except CallTimeout as timeout:
+        raise ImageRefused(f"hypervisor: {timeout}") from None
 
 
 _P = ParamSpec("_P")

@@ -15,6 +15,7 @@ from protocol.geometry import PAGE_BYTES, gpa_of
 from protocol.messages import SVM_START
 from protocol.ucalls import UV_ESM, UV_UNSHARE_ALL_PAGES
 from services.testing.image import FDT_GFN, INITRD_GFN, KERNEL_GFN, RTAS_GFN, PlayedImage
+from services.ultravisor import page_requests
 from services.ultravisor.esm import BOUNCE_PAGES
 from shared.esm_digest import RTAS_TEXT
 from shared.fdt_reader import read_fdt
@@ -251,8 +252,8 @@ async def test_a_vm_larger_than_the_free_secure_memory_is_refused(
         (h.H_SVM_INIT_START.number, HCode.H_AUTHORITY, "hypervisor: H_SVM_INIT_START returned H_AUTHORITY"),
         (h.H_SVM_INIT_START.number, 12345, "hypervisor: H_SVM_INIT_START returned 12345"),
         (h.H_SVM_INIT_START.number, HCode.H_SUCCESS, "hypervisor: registered no memory slot"),
-        (h.H_SVM_PAGE_IN.number, HCode.H_PARAMETER, "hypervisor: did not give 1 pages, gfn 0x9 first"),
-        (h.H_SVM_PAGE_IN.number, HCode.H_SUCCESS, "hypervisor: did not give 1 pages, gfn 0x9 first"),
+        (h.H_SVM_PAGE_IN.number, HCode.H_PARAMETER, "hypervisor: did not give the page of gfn 0x9"),
+        (h.H_SVM_PAGE_IN.number, HCode.H_SUCCESS, "hypervisor: did not give the page of gfn 0x9"),
         (h.H_SVM_INIT_DONE.number, HCode.H_STATE, "hypervisor: H_SVM_INIT_DONE returned H_STATE"),
     ],
 )
@@ -263,6 +264,25 @@ async def test_a_hypervisor_that_refuses_or_lies_ends_the_switch_only(
     rig.kvm.lies[number] = answering(code)
 
     await expect_refusal(rig, image, reason)
+
+
+async def test_after_the_first_refused_page_no_other_is_asked_for(
+    rig: UltravisorRig, key: RSAPrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_requests, "MAX_OPEN_PAGE_INS", 1)
+    image = played_image(key, bytes(range(256)) * (3 * PAGE_BYTES // 256), {})
+    rig.load(image)
+    obey = rig.kvm.obey(h.H_SVM_PAGE_IN.number)
+
+    async def refuse_kernel(args: Registers) -> Registers | None:
+        return [HCode.H_PARAMETER] if args[0] == image.kbase else await obey(args)
+
+    rig.kvm.lies[h.H_SVM_PAGE_IN.number] = refuse_kernel
+    await expect_refusal(rig, image, f"hypervisor: did not give the page of gfn {KERNEL_GFN:#x}")
+
+    asked = [args[2] for number, _, args in rig.kvm.frames if number == h.H_SVM_PAGE_IN.number]
+    assert asked[-1] == image.kbase
+    assert not {gpa_of(KERNEL_GFN + 1), gpa_of(KERNEL_GFN + 2)} & set(asked)
 
 
 async def test_a_hypervisor_that_never_answers_is_given_up_with_its_name(
