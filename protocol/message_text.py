@@ -73,11 +73,15 @@ def _of_reply(number: int, body: Any) -> tuple[str, str]:  # noqa: ANN401
 
 
 def of_request(request: t.RequestMoved) -> str:
-    """A device request."""
-    what = f"{request.device} queue {request.queue} request {request.head}"
+    """A step of a device request."""
     if request.step is t.RequestStep.BEGUN:
-        return f"{what} begins, {request.n_bytes} bytes"
-    return f"{what} ends, {request.n_bytes} bytes written"
+        return f"{name_of_request(request)} begins, {request.n_bytes} bytes"
+    return f"{name_of_request(request)} ends, {request.n_bytes} bytes written"
+
+
+def name_of_request(request: t.RequestMoved) -> str:
+    """A device request, the same at its begin and its end."""
+    return f"{request.device} queue {request.queue} request {request.head}"
 
 
 def are_registers(body: object) -> bool:
@@ -125,7 +129,7 @@ def _named(struct: type[m.Body], body: list[Any]) -> list[tuple[str, str]]:
 def _shown(name: str, value: Any) -> str:  # noqa: ANN401
     if name == "number" and isinstance(value, int):
         return _name(value)
-    if name == "token" and value in RTAS.by_number:
+    if name == "token" and isinstance(value, int) and value in RTAS.by_number:
         return RTAS.by_number[value].name
     return _plain(value)
 

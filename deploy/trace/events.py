@@ -18,6 +18,7 @@ from protocol.decoding import DECODE_ERRORS
 from protocol.errors import MalformedMessage
 from protocol.hcalls import HCALLS
 from protocol.links import ULTRAVISOR_KVM, name_of
+from protocol.roles import Role
 from protocol.trace_rules import UNDECLARED
 from protocol.ucalls import UCALLS, UV_RETURN
 from protocol.wire import Envelope, MessageKind, decode
@@ -41,6 +42,7 @@ class EventKind(StrEnum):
     LOST = "lost"
 
 
+_DOWNWARD = [role.value for role in (Role.GUEST, Role.ULTRAVISOR, Role.KVM, Role.QEMU)]
 MESSAGE_KINDS = frozenset({EventKind.CALL, EventKind.REPLY, EventKind.EVENT, EventKind.MALFORMED})
 
 
@@ -49,7 +51,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
     Of a message: `peer`, whether it went there (`outward`), `link`, `number`, `correlation`, `values` (registers or
     fields of its body). A reply, and UV_RETURN, which answers a call, names in `ends` the call that it ends, and has a
-    `result`, and `took_ns` where the call was seen. `time_ns` is the VM's own time. `text` is what people read.
+    `result`, and `took_ns` where the call was seen. `time_ns` is the VM's own time. Of a device request: `request`, its
+    name. `text` is what people read.
     """
 
     t_ns: int
@@ -69,12 +72,19 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     result: str | None = None
     took_ns: int | None = None
     time_ns: int | None = None
+    request: str | None = None
     withheld: bool = False
 
     @property
     def is_message(self) -> bool:
         """Whether it crossed a link."""
         return self.kind in MESSAGE_KINDS
+
+
+def process_rank(process: str) -> tuple[int, str]:
+    """To sort processes as a call goes down: guests, ultravisors, kvms, qemus."""
+    role = process.partition("/")[2].partition(".")[0]
+    return (_DOWNWARD.index(role) if role in _DOWNWARD else len(_DOWNWARD), process)
 
 
 class _Open(msgspec.Struct, frozen=True):
@@ -120,7 +130,9 @@ class EventDecoder:
                 step = entry.step.name.lower()
                 return self._of_vm(entry, EventKind.INTERRUPT, step, f"interrupt {entry.source:#x} {step}")
             case t.RequestMoved():
-                return self._of_vm(entry, EventKind.REQUEST, entry.step.name.lower(), message_text.of_request(entry))
+                what = message_text.of_request(entry)
+                event = self._of_vm(entry, EventKind.REQUEST, entry.step.name.lower(), what)
+                return msgspec.structs.replace(event, request=message_text.name_of_request(entry))
             case t.MigrationStepped():
                 return self._of_vm(entry, EventKind.MIGRATION, entry.status, f"{entry.side}: {entry.status}")
         return None

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from deploy.trace.events import Event, EventKind
+from deploy.trace.events import Event, EventKind, process_rank
 from protocol.errors import UserError
-from protocol.roles import Role
 
 MAX_LINES = 200
 """A diagram with more is none."""
-_ORDER = [role.value for role in (Role.GUEST, Role.ULTRAVISOR, Role.KVM, Role.QEMU)]
 _ESCAPES = str.maketrans({";": "#59;", "#": "#35;", "<": "#lt;"})
 _NS_PER_US = 1000
 
@@ -25,7 +23,7 @@ def sequence_diagram(events: Iterable[Event], cause: int) -> str:
         raise UserError(
             f"cause {cause:#x} has {len(lines)} messages, a diagram at most {MAX_LINES}; narrow it by --since"
         )
-    names = sorted({name for event in of_cause for name in _ends(event)}, key=_rank)
+    names = sorted({name for event in of_cause for name in _ends(event)}, key=process_rank)
     participants = [f"    participant {_id(name)} as {name}" for name in names]
     return "\n".join(["sequenceDiagram", *participants, *lines]) + "\n"
 
@@ -48,11 +46,6 @@ def _lines(events: list[Event]) -> list[str]:
 
 def _ends(event: Event) -> tuple[str, ...]:
     return (event.process, event.peer) if event.peer is not None else (event.process,)
-
-
-def _rank(name: str) -> tuple[int, str]:
-    role = name.partition("/")[2].partition(".")[0]
-    return (_ORDER.index(role) if role in _ORDER else len(_ORDER), name)
 
 
 def _id(name: str) -> str:

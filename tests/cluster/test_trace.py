@@ -137,7 +137,7 @@ def check_commands(trace: Path, tmp_path: Path, cause: int) -> None:
     pefbox("trace", "export", str(trace), "-o", str(output), "--cause", str(cause))
     rows = json.loads(output.read_text())["traceEvents"]
     assert {row["ph"] for row in rows} == {"M", "X", "s", "f", "i"}
-    assert {row["args"]["name"] for row in rows if row["ph"] == "M"} == PROCESSES
+    assert {row["args"]["name"] for row in rows if row["name"] == "process_name"} == PROCESSES
     of_one = pefbox("trace", "show", str(trace), "--cause", hex(cause), "--process", "vm1/qemu").splitlines()
     assert of_one and all(line.endswith(f"cause {cause:#x}") for line in of_one)
 

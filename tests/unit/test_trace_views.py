@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deploy.cli_logs import _row
@@ -28,7 +28,7 @@ from protocol import messages as m
 from protocol.errors import UserError
 from protocol.hcalls import H_CEDE, H_PUT_TCE, H_RANDOM, HCALLS
 from protocol.links import KVM_GUEST, KVM_QEMU, ULTRAVISOR_KVM
-from protocol.trace import InterruptStep
+from protocol.trace import InterruptStep, RequestMoved, RequestStep
 from protocol.ucalls import UCALLS, UV_RETURN
 from protocol.wire import MessageKind, encode
 from tests.unit.trace_rig import LPID, Recording, events_of
@@ -247,7 +247,10 @@ def test_perfetto_gets_nesting_slices_and_arrows_whose_ends_exist(tmp_path: Path
         if row["ph"] in "sf":
             arrows[row["id"]][row["ph"]] = row
 
-    assert {row["args"]["name"] for row in rows if row["ph"] == "M"} == {"vm1/guest", "alpha/kvm"}
+    assert [row["args"]["name"] for row in rows if row["name"] == "process_name"] == ["vm1/guest", "alpha/kvm"]
+    lanes = {(row["pid"], row["tid"]) for row in rows if row["name"] == "thread_name"}
+    assert lanes == {(row["pid"], row["tid"]) for row in slices}
+    assert len({tid for _, tid in lanes}) == len(lanes)
     assert [row["name"] for row in slices] == ["H_PUT_TCE", "H_PUT_TCE"]
     assert slices[0]["args"]["result"] == "H_PUT_TCE -> H_SUCCESS"
     assert len(arrows) == 2
@@ -275,7 +278,23 @@ def test_calls_that_overlap_have_lanes_of_their_own(tmp_path: Path) -> None:
 
     rows = trace_events(events_of(recording.close()))["traceEvents"]
 
-    assert [row["tid"] for row in rows if row["ph"] == "X"] == [1, 2, 3, 1]
+    lanes = {row["tid"]: row["args"]["name"] for row in rows if row["name"] == "thread_name"}
+    assert [lanes[row["tid"]] for row in rows if row["ph"] == "X"] == ["lane 1", "lane 2", "lane 3", "lane 1"]
+
+
+def test_a_device_request_is_a_slice_from_its_begin_to_its_end(tmp_path: Path) -> None:
+    recording = Recording(tmp_path, "vm1/qemu")
+    for t_ns, step, head in ((1000, RequestStep.BEGUN, 5), (2000, RequestStep.BEGUN, 6), (3000, RequestStep.ENDED, 5)):
+        recording.tracer.request_moved(RequestMoved(t_ns, LPID, "vm1/root", 0, head, step, 512, 7))
+    recording.tracer.request_moved(RequestMoved(4000, LPID, "vm1/root", 0, 9, RequestStep.ENDED, 1, 7))
+
+    rows = trace_events(events_of(recording.close()))["traceEvents"]
+
+    slices = [(row["name"], row["ts"]) for row in rows if row["ph"] == "X"]
+    assert slices == [("vm1/root queue 0 request 5", 1.0), ("vm1/root queue 0 request 6", 2.0)]
+    assert next(row["dur"] for row in rows if row["ph"] == "X") == 2.0
+    moments = [row["name"] for row in rows if row["ph"] == "i" and row["cat"] == "request"]
+    assert moments == ["vm1/root queue 0 request 9 ends, 1 bytes written"]
 
 
 # -- differences -----------------------------------------------------------------------------------------------
@@ -386,6 +405,7 @@ def every_view(frames: list[bytes]) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(MessageKind), NUMBERS, WEIRD), min_size=1, max_size=6))
+@example([(MessageKind.CALL, m.EXIT_RTAS.number, [None, []])])
 def test_s5_no_view_of_a_trace_breaks_over_what_a_peer_sent(messages: list[tuple[MessageKind, int, Any]]) -> None:
     every_view([encode(kind, number, number & 3, 5, body) for kind, number, body in messages])
 
