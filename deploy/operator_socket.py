@@ -37,6 +37,7 @@ from deploy.restore import restore
 from deploy.snapshot import cancel_snapshot, snapshot, snapshot_info
 from deploy.status import gather_status
 from deploy.vm_description import describe_vm
+from protocol.decoding import DECODE_ERRORS
 from protocol.errors import PefboxError, UserError
 from protocol.roles import Role
 
@@ -100,7 +101,8 @@ class OperatorSocket:
                     await self._debug(request.arguments, stream)
                     return
                 await stream.send_all(frame(await self._answer(request, stream)))
-        except (trio.BrokenResourceError, msgspec.MsgspecError):
+        except (trio.BrokenResourceError, *DECODE_ERRORS):
+            # Whoever sends what is no request, which a confined process can do too, is not answered.
             pass
         finally:
             end_recording(self._run, stream)
@@ -140,8 +142,11 @@ class OperatorSocket:
             return Response(await order(request.arguments))
         except PefboxError as error:
             return Response(error=str(error))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             return Response(error=f"{request.what}: bad arguments: {error}")
+        except Exception as error:
+            self._run.log.error("an order broke", order=request.what, exc_info=error)
+            return Response(error=f"{request.what}: internal error: {error}; launcher.log has more")
 
     async def _status(self, _arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         return await gather_status(self._run)

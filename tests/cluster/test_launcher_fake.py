@@ -378,6 +378,35 @@ async def test_text_that_does_not_fit_the_input_buffer_is_typed_in_parts(fake_cl
     assert [event for event in events if event.startswith("typed")] == ["typed 'hash'", "typed ' all'", "typed '\\r'"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\xc1",
+        b"\x82\xa5token\xa1\xff\xa4what\xa4stop",
+        b"\x83\xa5token\xa1x\xa4what\xa1y\xa9arguments\x81\xa1z" + b"\x91" * 5000 + b"\xc0",
+        b"",
+    ],
+    ids=["no message", "no text", "deep", "empty"],
+)
+async def test_s5_what_is_no_request_ends_its_connection_and_nothing_else(
+    fake_cluster: RunningCluster, body: bytes
+) -> None:
+    async with await trio.open_unix_socket(str(fake_cluster.paths.launcher_socket)) as stream:
+        await stream.send_all(LENGTH.pack(len(body)) + body)
+        with trio.fail_after(5):
+            assert await stream.receive_some(1) == b""
+    assert (await fake_cluster.status()).healthy
+
+
+async def test_an_order_whose_arguments_cannot_be_used_is_answered(fake_cluster: RunningCluster) -> None:
+    for arguments in ({"target": "alpha/kvm", "query": "seen", "seconds": "x"}, {}):
+        with pytest.raises(UserError, match="query: bad arguments: "):
+            await fake_cluster.order("query", arguments)
+    with pytest.raises(UserError, match="break: bad arguments: "):
+        await fake_cluster.order("break", {"text": "any", "nth": float("inf")})
+    assert (await fake_cluster.status()).healthy
+
+
 async def test_an_order_without_the_token_of_the_run_directory_is_refused(fake_cluster: RunningCluster) -> None:
     stream = await trio.open_unix_socket(str(fake_cluster.paths.launcher_socket))
     async with stream:
