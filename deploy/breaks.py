@@ -17,17 +17,16 @@ import trio
 from deploy.child import Child, QueryRefused
 from deploy.cluster_run import ClusterRun
 from deploy.debug_session import note
+from deploy.sides import vm_hosts
 from deploy.states import printable
 from deploy.supervise import tell_peers
 from deploy.waiting import follow_waits
-from protocol.breaks import Action, Break, BreakOrder, read_break
+from protocol.breaks import MAX_KEPT, Action, Break, BreakOrder, read_break
 from protocol.control import BreakHit
 from protocol.errors import PeerGone, UserError
 from protocol.roles import Role
 
 _RUN_SECONDS = 10.0
-_MAX_KEPT = 256
-"""In a process: no more than it keeps itself (services.runtime.breakpoints)."""
 
 
 class KeptRow(msgspec.Struct, kw_only=True):
@@ -66,6 +65,10 @@ class _Kept:
     stops: frozenset[str]
     """The VMs that stand still for it."""
 
+    def is_of(self, vm: str | None) -> bool:
+        """Whether it is one of `vm`'s, or names no VM and stops this one; None means any VM."""
+        return vm in (None, self.row.vm) or (self.row.vm is None and vm in self.stops)
+
 
 @dataclass(slots=True)
 class Breaks:
@@ -97,8 +100,7 @@ class Breaks:
         self.set_breaks[number] = read
         refusals = await self._set_in(places, read)
         if refusals:
-            del self.set_breaks[number]
-            await self._delete_in(places, number)
+            await self._undo(places, number)
             raise UserError(refusals[0])
         return await self._row(read)
 
@@ -107,14 +109,22 @@ class Breaks:
 
         Raises UserError for one that is not set, and while a process where it is set cannot be told.
         """
-        if number not in self.set_breaks:
+        read = self.set_breaks.get(number)
+        if read is None:
             raise UserError(f"no break {number}; there are: {', '.join(map(str, self.set_breaks)) or 'none'}")
-        refusals = await self._delete_in(self._debuggable(), number)
+        refusals = []
+        for child in self._places(read):
+            answer = await _ask(child, "break.delete", {"id": number})
+            if isinstance(answer, str):
+                refusals.append(answer)
+            else:
+                self._forget([kept for kept in self.kept if kept.row.id == number and kept.child is child])
+        if not refusals:
+            self.set_breaks.pop(number, None)
+            self._forget([kept for kept in self.kept if kept.row.id == number])
+        await self._go_on_where_possible(self.run.vms)
         if refusals:
             raise UserError(f"break {number} is still set: {refusals[0]}")
-        del self.set_breaks[number]
-        self._forget([kept for kept in self.kept if kept.row.id == number])
-        await self._go_on_where_possible(self.run.vms)
 
     async def shown(self) -> BreakList:
         """Every break with its counts, and what is kept."""
@@ -124,7 +134,7 @@ class Breaks:
     async def step(self, vm: str | None) -> KeptRow:
         """Let the oldest kept message pass, of `vm` or of all; its row. Raises UserError when there is none."""
         self._refuse_without_debug()
-        kept = next((kept for kept in self.kept if vm in (None, kept.row.vm)), None)
+        kept = next((kept for kept in self.kept if kept.is_of(vm)), None)
         if kept is None:
             raise UserError(f"no message{f' of {vm}' if vm else ''} is stopped")
         await self._pass(kept)
@@ -133,7 +143,7 @@ class Breaks:
     async def go_on(self, vm: str | None) -> int:
         """Let every kept message pass and run the VMs again that breaks have stopped; how many messages it was."""
         self._refuse_without_debug()
-        passing = [kept for kept in self.kept if vm in (None, kept.row.vm)]
+        passing = [kept for kept in self.kept if kept.is_of(vm)]
         for kept in passing:
             await self._pass(kept)
         await self._go_on_where_possible(self.run.vms)
@@ -144,8 +154,10 @@ class Breaks:
     def hit(self, child: Child, hit: BreakHit) -> None:
         """A process keeps a message."""
         of = self.set_breaks.get(hit.id)
-        if of is None or not of.action.keeps or child.kept_messages >= _MAX_KEPT:
+        if of is None or not self._may_hit(child, of, hit.vm):
             self.run.log.error("break hit refused", process=child.target, id=hit.id)
+            # Of a break that was deleted meanwhile, or could not be set everywhere: nobody else would let it pass.
+            _tell(child, "break.release", {"message": hit.message})
             return
         vm = hit.vm if hit.vm in self.run.vms else None
         number = next(self._numbers)
@@ -157,18 +169,22 @@ class Breaks:
         tell_peers(self.run, child)
         follow_waits(self.run)
         self.run.report(f"break {hit.id} at {child.target}: {row.text}", process=child.target, vm=vm)
-        self.run.nursery.start_soon(self._after_hit, child, of, stops)
+        self.run.nursery.start_soon(self._note_hit, child, of)
+        self.run.nursery.start_soon(self._stop_all, stops)
 
     def started(self, child: Child) -> None:
-        """A new process has every break too; and a VM that is started anew runs."""
-        if child.plan.role is Role.QEMU:
+        """A new process has every break too; and a VM that is started anew runs, one that arrives is as it was."""
+        if child.plan.role is Role.QEMU and child not in self.run.incoming.values():
             self.stopped.discard(child.plan.vm or "")
         if self.set_breaks and self.run.is_debuggable(child.plan):
             self.run.nursery.start_soon(self._set_all_in, child)
 
     def ended(self, child: Child) -> None:
         """What a process kept is gone with it."""
-        self._forget([kept for kept in self.kept if kept.child is child])
+        gone = [kept for kept in self.kept if kept.child is child]
+        self._forget(gone)
+        if gone:
+            self.run.nursery.start_soon(self._go_on_where_possible, list(self.run.vms))
 
     # -- details ----------------------------------------------------------------------------------------------
 
@@ -192,21 +208,42 @@ class Breaks:
             "`debuggable = true`"
         )
 
+    def _may_hit(self, child: Child, of: Break, vm: str | None) -> bool:
+        """Whether `child` can have met it: what a process says of others must not stop them (S5)."""
+        if not of.action.keeps or child.kept_messages >= MAX_KEPT:
+            return False
+        if child.plan.role not in of.receivers() or not self.run.is_debuggable(child.plan):
+            return False
+        if child.plan.vm is not None:
+            return vm in (None, child.plan.vm)
+        record = self.run.vms.get(vm or "")
+        return record is None or child.plan.host in vm_hosts(record)
+
     async def _set_in(self, places: Iterable[Child], read: Break) -> list[str]:
         """Why it is not set, of those where it is not."""
         arguments = msgspec.to_builtins(read.order)
         answers = [await _ask(child, "break.set", arguments) for child in places]
         return [answer for answer in answers if isinstance(answer, str)]
 
-    async def _delete_in(self, places: Iterable[Child], number: int) -> list[str]:
-        """The same of those where it may be left."""
-        answers = [await _ask(child, "break.delete", {"id": number}) for child in places]
-        return [answer for answer in answers if isinstance(answer, str)]
+    async def _undo(self, places: Iterable[Child], number: int) -> None:
+        """Nothing is left of a break that could not be set everywhere; who stands still hears it when it goes on."""
+        del self.set_breaks[number]
+        for child in places:
+            _tell(child, "break.delete", {"id": number})
+        self._forget([kept for kept in self.kept if kept.row.id == number])
+        await self._go_on_where_possible(self.run.vms)
 
     async def _set_all_in(self, child: Child) -> None:
         for read in list(self.set_breaks.values()):
-            if child.plan.role in read.receivers():
-                await self._set_in([child], read)
+            if child.plan.role not in read.receivers():
+                continue
+            try:
+                await note(self.run, child, "break-set", text=read.order.text, action=read.order.action)
+                refusals = await self._set_in([child], read)
+            except UserError as error:
+                refusals = [str(error)]
+            if refusals:
+                self.run.report(f"break {read.order.id} is not set in {child.target}: {refusals[0]}")
 
     async def _row(self, read: Break) -> BreakRow:
         counts: dict[str, int | None] = {}
@@ -219,12 +256,14 @@ class Breaks:
             id=order.id, text=order.text, action=order.action, code=order.code, nth=order.nth, counts=counts
         )
 
-    async def _after_hit(self, child: Child, of: Break, stops: frozenset[str]) -> None:
+    async def _note_hit(self, child: Child, of: Break) -> None:
         try:
             await note(self.run, child, "break-hit", text=of.order.text)
         except UserError as error:
             self.run.log.warning("not in the audit log", process=child.target, reason=str(error))
-        for name in sorted(stops):
+
+    async def _stop_all(self, names: Iterable[str]) -> None:
+        for name in sorted(names):
             await self._stop(name)
 
     def _to_stop(self, child: Child, of: Break, vm: str | None) -> frozenset[str]:
@@ -243,7 +282,7 @@ class Breaks:
             if isinstance(answer, str):
                 # The order may be what a break keeps: it is obeyed later, so the VM counts as stopped.
                 self.run.log.warning("not stopped yet", vm=name, reason=answer)
-            if isinstance(answer, str) or answer.get("stopped") is not False:
+            if not isinstance(answer, dict) or answer.get("stopped") is not False:
                 # Otherwise its user has paused it, or it does not run: that is not ours to undo.
                 self.stopped.add(name)
         await self._go_on_where_possible([name])
@@ -293,7 +332,15 @@ async def _ask(child: Child | None, what: str, arguments: dict[str, Any], second
     try:
         return await child.query(what, arguments, seconds)
     except (PeerGone, QueryRefused) as error:
-        return str(error)
+        return printable(str(error))
+
+
+def _tell(child: Child, what: str, arguments: dict[str, Any]) -> None:
+    """An order that nobody waits for; what kept a message is gone with a process that takes none."""
+    try:
+        child.tell(what, arguments)
+    except PeerGone:
+        return
 
 
 def breaks_of(run: ClusterRun) -> Breaks:

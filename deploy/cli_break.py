@@ -9,6 +9,7 @@ import click
 
 from deploy.cli_support import cluster_option, json_option, printable
 from deploy.client import connect
+from protocol.break_expression import MAX_NTH
 from protocol.errors import UserError
 
 _SECONDS = 30.0
@@ -23,7 +24,7 @@ _SECONDS = 30.0
     help="What happens to each such message; default: stop, it and its VM.",
 )
 @click.option("--fail", "code", metavar="CODE", help="Answer each such call with CODE (U_RETRY), and do not serve it.")
-@click.option("--nth", type=click.IntRange(1), help="Only the Nth one in a process; the others are counted.")
+@click.option("--nth", type=click.IntRange(1, MAX_NTH), help="Only the Nth one in a process; the others are counted.")
 @click.option("--delete", metavar="ID|all", help="Remove a break, or all; what it has stopped goes on.")
 @cluster_option
 @json_option

@@ -18,11 +18,14 @@ from dataclasses import dataclass
 
 from protocol.codes import HCode, UCode
 from protocol.errors import UserError
+from protocol.registers import to_register, to_signed
 
 Value = int | str
 
 MAX_CHARS = 1000
 MAX_DEPTH = 20
+MAX_NTH = 1_000_000_000
+"""Of `--nth`."""
 _TOKEN = re.compile(
     r"""\s*(?:(0[xX][0-9a-fA-F]+|-?\d+)|"([^"]*)"|'([^']*)'|([A-Za-z_]\w*)|(==|!=|<=|>=|<|>|\(|\)))""", re.ASCII
 )
@@ -66,9 +69,11 @@ class Compare:
     def holds(self, fields: Mapping[str, Value]) -> bool:
         """Whether `fields` fit."""
         left, right = _value(self.left, fields), _value(self.right, fields)
-        if left is None or right is None or isinstance(left, str) is not isinstance(right, str):
+        if left is None or right is None:
             return False
-        return _COMPARE[self.sign](left, right)
+        if isinstance(left, int) and isinstance(right, int):
+            return _COMPARE[self.sign](*_alike(left, right))
+        return isinstance(left, str) and isinstance(right, str) and _COMPARE[self.sign](left, right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +151,13 @@ def names_in(condition: Condition) -> set[str]:
 
 def _value(operand: Operand, fields: Mapping[str, Value]) -> Value | None:
     return operand.value if isinstance(operand, Literal) else fields.get(operand.name)
+
+
+def _alike(left: int, right: int) -> tuple[int, int]:
+    """A register with a code in it is compared with the code: both as signed numbers where one is negative."""
+    if left >= 0 and right >= 0:
+        return left, right
+    return to_signed(to_register(left)), to_signed(to_register(right))
 
 
 def _shown(word: str) -> str:

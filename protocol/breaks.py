@@ -16,8 +16,9 @@ from enum import Enum
 
 import msgspec
 
-from protocol.break_expression import Condition, Value, names_in, parse, tokens
+from protocol.break_expression import MAX_NTH, Condition, Value, names_in, parse, tokens
 from protocol.codes import HCode, UCode
+from protocol.declare import Call
 from protocol.errors import UserError
 from protocol.hcalls import HCALLS
 from protocol.links import LINK_KINDS, LinkKind
@@ -27,6 +28,8 @@ from protocol.roles import Role
 from protocol.ucalls import UCALLS
 from protocol.wire import Envelope, MessageKind
 
+MAX_KEPT = 256
+"""Messages that a process keeps at a time; what more comes is served."""
 COMMON: dict[str, type[Value]] = {"sender": str, "receiver": str, "vm": str, "link": str, "cause": int}
 """What every message has."""
 
@@ -116,8 +119,10 @@ def read_break(order: BreakOrder) -> Break:
     replies = _sees_replies(space, known, names_in(condition) if condition else set())
     action = _action(order)
     code = _code(order, action, space, replies)
-    if order.nth < 0:
-        raise UserError(f"the {order.nth}th time is none: 1 or more")
+    if action is Action.FAIL and name is not None and not any(_is_call(of) for of in known):
+        raise UserError(f"{name} has no answer and cannot fail; `--do drop` loses it")
+    if not 0 <= order.nth <= MAX_NTH:
+        raise UserError(f"the {order.nth}th time is none: 1 to {MAX_NTH}")
     return Break(order, numbers, replies, condition, action, code)
 
 
@@ -195,6 +200,10 @@ def _code(order: BreakOrder, action: Action, space: Space, replies: bool | None)
         names = [code.name for code in codes]
         raise UserError(f"no code {order.code} of a {space.value}{_or_did_you_mean(order.code or '', names)}")
     return int(codes[order.code])
+
+
+def _is_call(of: Declared) -> bool:
+    return isinstance(of, Call) or of.reply is not None
 
 
 def _receivers_on(kind: LinkKind, of: Break) -> set[Role]:

@@ -15,16 +15,13 @@ from typing import Any
 import msgspec
 
 from protocol.break_expression import Value
-from protocol.breaks import Action, Break, BreakOrder, read_break
+from protocol.breaks import MAX_KEPT, Action, Break, BreakOrder, read_break
 from protocol.control import BreakHit
 from protocol.errors import PeerError, PeerGone, UserError
 from protocol.message_fields import fields_of, lpid_of
 from protocol.wire import Envelope, MessageKind
 from services.runtime.log import Log
 from services.runtime.watch import Watch, WatchedEnd, describe
-
-MAX_KEPT = 256
-"""Messages that are kept at a time; what more comes is served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +90,15 @@ class Breakpoints:
     # -- messages ---------------------------------------------------------------------------------------------
 
     def _look(self, end: WatchedEnd, envelope: Envelope) -> bool:
+        try:
+            return self._is_served(end, envelope)
+        except Exception as error:
+            # Whoever sends what nobody thought of must not end the service that looks at it (S5).
+            self._log.error("a break could not look at a message", link=end.id, exc_info=error)
+            return True
+
+    def _is_served(self, end: WatchedEnd, envelope: Envelope) -> bool:
+        """Of several breaks that fit, all count and the first that does something about the message decides."""
         fitting = [it for it in list(self._breaks.values()) if it.may_mean(envelope)]
         if not fitting:
             return True
@@ -102,7 +108,14 @@ class Breakpoints:
         fields |= {"sender": end.peer, "receiver": self._target, "link": end.id, "cause": envelope.cause}
         if vm is not None:
             fields["vm"] = vm
-        return all([self._act(it, end, envelope, vm) for it in fitting if it.means(fields)])
+        met = [it for it in fitting if it.means(fields) and self._counts(it)]
+        return all(self._act(it, end, envelope, vm) for it in met)
+
+    def _counts(self, of: Break) -> bool:
+        """Whether it is the time at which the break does what it does."""
+        number = of.order.id
+        self._hits[number] += 1
+        return of.order.nth in (0, self._hits[number])
 
     def _vm_of(self, end: WatchedEnd, envelope: Envelope, fields: dict[str, Value]) -> str | None:
         owner = end.id.partition(":")[0]
@@ -114,16 +127,12 @@ class Breakpoints:
         return None if lpid is None else self._vm_names.get(lpid)
 
     def _act(self, of: Break, end: WatchedEnd, envelope: Envelope, vm: str | None) -> bool:
-        """Whether the message is served."""
-        number = of.order.id
-        self._hits[number] += 1
-        if of.order.nth not in (0, self._hits[number]):
-            return True
+        """Whether the message is served, as far as this break goes."""
         match of.action:
             case Action.COUNT:
                 return True
             case Action.LOG:
-                self._log.warning("break", id=number, vm=vm, message=describe(end, envelope))
+                self._log.warning("break", id=of.order.id, vm=vm, message=describe(end, envelope))
                 return True
             case Action.DROP:
                 return False
@@ -145,7 +154,11 @@ class Breakpoints:
         if len(self._kept) >= MAX_KEPT:
             self._log.warning("break", id=of.order.id, reason=f"{MAX_KEPT} messages are kept already")
             return True
+        text = describe(end, envelope)
         message = next(self._numbers)
         self._kept[message] = _Kept(of.order.id, end, envelope)
-        self._report(BreakHit(of.order.id, message, vm, describe(end, envelope)))
+        if of.order.id not in self._breaks and self._kept.pop(message, None) is not None:
+            # Deleted in the other thread, which may have looked through what is kept already.
+            return True
+        self._report(BreakHit(of.order.id, message, vm, text))
         return False

@@ -13,7 +13,11 @@ import msgspec
 from protocol.decoding import DECODE_ERRORS
 from protocol.links import LinkKind, name_of
 from protocol.message_text import of_call, of_result, tamed
-from protocol.wire import Envelope, MessageKind
+from protocol.trace_rules import CONFIDENTIAL_LINKS, UNDECLARED, written_form
+from protocol.wire import Envelope, MessageKind, decode, encode
+
+MAX_TEXT_CHARS = 1000
+"""What is said of a message at most."""
 
 
 class WatchedEnd(Protocol):
@@ -69,11 +73,22 @@ class Watch:
 
 
 def describe(end: WatchedEnd, envelope: Envelope) -> str:
-    """A message that came on `end`, as a person reads it."""
-    return f"{_text(end, envelope)} from {end.peer} on {end.id}  cause {envelope.cause}"
+    """A message that came on `end`, as a person reads it; of a secure guest what a trace may hold of it, too (S1)."""
+    text = f"{_text(end, envelope)} from {end.peer} on {end.id}  cause {envelope.cause}"
+    return text if len(text) <= MAX_TEXT_CHARS else f"{text[: MAX_TEXT_CHARS - 3]}..."
 
 
 def _text(end: WatchedEnd, envelope: Envelope) -> str:
+    if end.kind.name not in CONFIDENTIAL_LINKS:
+        return _of_message(end.kind, envelope)
+    frame = encode(envelope.kind, envelope.number, envelope.correlation, envelope.cause, envelope.body)
+    written, is_part = written_form(frame)
+    return f"{_of_message(end.kind, decode(written))}{' (in part)' if is_part else ''}"
+
+
+def _of_message(kind: LinkKind, envelope: Envelope) -> str:
+    if envelope.number == UNDECLARED:
+        return "a message that nobody declared"
     try:
         body = tamed(msgspec.msgpack.decode(envelope.body))
     except DECODE_ERRORS as error:
@@ -81,4 +96,4 @@ def _text(end: WatchedEnd, envelope: Envelope) -> str:
     if envelope.kind is MessageKind.REPLY:
         _, result = of_result(None, envelope.number, body, is_return=False)
         return f"{name_of(envelope.number)} -> {result}"
-    return of_call(end.kind.name, envelope.number, body)
+    return of_call(kind.name, envelope.number, body)

@@ -8,18 +8,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
+from protocol.breaks import MAX_KEPT
 from protocol.codes import HCode, UCode
 from protocol.control import BreakHit
 from protocol.errors import UserError
 from protocol.hcalls import H_CPPR
-from protocol.links import ULTRAVISOR_KVM, LinkKind
-from protocol.ucalls import UV_PAGE_OUT, UV_RETURN
-from services.runtime.breakpoints import MAX_KEPT, Breakpoints
+from protocol.links import ULTRAVISOR_GUEST, ULTRAVISOR_KVM, LinkKind
+from protocol.messages import GUEST_CRASHED
+from protocol.ucalls import UV_ESMB_GET_FILE, UV_PAGE_OUT, UV_RETURN
+from protocol.wire import Envelope, MessageKind
+from services.runtime import breakpoints
+from services.runtime.breakpoints import Breakpoints
 from services.runtime.link import DEFERRED
-from services.runtime.watch import Watch
+from services.runtime.watch import MAX_TEXT_CHARS, Watch, describe
 from tests.unit.link_rig import LOG, Ends, linked
 
 ARGS = [1, 0x10000, 0x1230000, 0, 16]
@@ -173,3 +178,89 @@ async def test_s5_no_order_that_cannot_be_read_is_set(tmp_path: Path) -> None:
             with pytest.raises(UserError):
                 await rig.breaks.set(arguments)
         assert rig.ends.upper.watch is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "answers", "served"),
+    [
+        (("stop", None), ("stop", None), [UCode.U_SUCCESS], 1),
+        (("stop", None), ("fail", "U_RETRY"), [UCode.U_SUCCESS], 1),
+        (("fail", "U_RETRY"), ("stop", None), [UCode.U_RETRY], 0),
+        (("fail", "U_RETRY"), ("fail", "U_BUSY"), [UCode.U_RETRY], 0),
+        (("count", None), ("fail", "U_RETRY"), [UCode.U_RETRY], 0),
+        (("log", None), ("stop", None), [UCode.U_SUCCESS], 1),
+    ],
+)
+async def test_of_several_breaks_that_fit_the_first_that_does_something_decides_and_all_count(
+    tmp_path: Path,
+    first: tuple[str, str | None],
+    second: tuple[str, str | None],
+    answers: list[int],
+    served: int,
+) -> None:
+    """A message is never both kept and answered, nor kept twice: it would be served twice."""
+    results: list[list[int]] = []
+    async with broken(tmp_path) as rig, trio.open_nursery() as nursery:
+        await rig.set("ucall UV_PAGE_OUT", first[0], first[1])
+        await rig.set("ucall UV_PAGE_OUT", second[0], second[1], id=2)
+
+        async def ask() -> None:
+            results.append(await rig.page_out())
+
+        nursery.start_soon(ask)
+        await until(lambda: bool(rig.hits or results))
+        assert len(rig.hits) <= 1
+        for number in (1, 2):
+            await rig.breaks.release({"message": number})
+        await until(lambda: bool(results))
+        assert await rig.breaks.counts({}) == {"1": 1, "2": 1}
+    assert results == [answers]
+    assert len(rig.served) == served
+
+
+async def test_s5_a_watcher_that_breaks_lets_the_message_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_end: object, _envelope: object) -> str:
+        raise TypeError("nobody thought of this")
+
+    monkeypatch.setattr(breakpoints, "describe", fails)
+    async with broken(tmp_path) as rig:
+        await rig.set("ucall UV_PAGE_OUT", "log")
+        assert await rig.page_out() == [UCode.U_SUCCESS]
+        await rig.set("ucall UV_PAGE_OUT", "stop")
+        assert await rig.page_out() == [UCode.U_SUCCESS]
+        assert rig.hits == []
+
+
+async def test_a_message_that_is_kept_while_its_break_is_deleted_is_served_once(tmp_path: Path) -> None:
+    """In a guest both happen at once, in two threads."""
+    async with broken(tmp_path) as rig:
+        await rig.set("ucall UV_PAGE_OUT")
+        of = rig.breaks._breaks[1]
+        await rig.breaks.delete({"id": 1})
+        message = envelope_of(UV_PAGE_OUT.number, ARGS)
+
+        assert rig.breaks._act(of, rig.ends.upper, message, "vm1") is True
+        assert rig.hits == []
+        assert await rig.breaks.release({"message": 1}) == {"passed": False}
+
+
+def envelope_of(number: int, body: list[Any]) -> Envelope:
+    return Envelope(1, MessageKind.CALL, number, 1, 0, msgspec.Raw(msgspec.msgpack.encode(body)))
+
+
+async def test_s1_of_a_secure_guests_messages_only_what_a_trace_may_hold_is_shown(tmp_path: Path) -> None:
+    async with linked(tmp_path, ULTRAVISOR_GUEST) as ends:
+        private = envelope_of(UV_ESMB_GET_FILE.number, [0, 0x5EC2E7, 0x5EC2E7, 0x5EC2E7])
+        undeclared = envelope_of(0x7777, [0x5EC2E7])
+        crash = Envelope(
+            1, MessageKind.EVENT, GUEST_CRASHED.number, 1, 0, msgspec.Raw(msgspec.msgpack.encode([0, "my 5ec2e7"]))
+        )
+        for message in (private, undeclared, crash):
+            assert "5ec2e7" not in describe(ends.upper, message)
+        assert "UV_ESMB_GET_FILE" in describe(ends.upper, private)
+
+
+async def test_s5_the_text_of_a_message_is_bounded(tmp_path: Path) -> None:
+    async with linked(tmp_path, ULTRAVISOR_KVM) as ends:
+        wide: list[Any] = [[["x" * 1000] * 100] * 100] * 5
+        assert len(describe(ends.upper, envelope_of(UV_PAGE_OUT.number, wide))) <= MAX_TEXT_CHARS

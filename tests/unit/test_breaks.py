@@ -7,7 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.break_expression import MAX_CHARS, MAX_DEPTH, Both, Compare, Either, Literal, Name, Not, parse, tokens
+from protocol.break_expression import (
+    MAX_CHARS,
+    MAX_DEPTH,
+    MAX_NTH,
+    Both,
+    Compare,
+    Either,
+    Literal,
+    Name,
+    Not,
+    parse,
+    tokens,
+)
 from protocol.breaks import Action, Break, BreakOrder, read_break
 from protocol.codes import HCode, UCode
 from protocol.errors import UserError
@@ -15,8 +27,9 @@ from protocol.hcalls import H_PUT_TCE
 from protocol.links import KVM_QEMU, ULTRAVISOR_GUEST, ULTRAVISOR_KVM
 from protocol.message_fields import fields_of, lpid_of
 from protocol.messages import EXIT_MMIO_STORE
+from protocol.registers import to_register
 from protocol.roles import Role
-from protocol.ucalls import UV_ESM, UV_PAGE_OUT, UV_SHARE_PAGE
+from protocol.ucalls import UV_ESM, UV_PAGE_OUT, UV_RETURN, UV_SHARE_PAGE
 from protocol.wire import Envelope, MessageKind
 
 
@@ -143,6 +156,12 @@ def test_what_cannot_be_asked_is_refused_with_one_line(text: str, problem: str) 
         ("fail", "H_BUSY", "any", "only calls can fail with a code"),
         ("fail", "U_BUSY", "ucall if result == 0", "only calls can fail with a code"),
         ("log", "U_BUSY", "ucall", "a code is given to the action `fail` alone"),
+        (
+            "fail",
+            "H_BUSY",
+            "message DOORBELL_RUNG",
+            "DOORBELL_RUNG has no answer and cannot fail; `--do drop` loses it",
+        ),
     ],
 )
 def test_an_action_that_cannot_be_is_refused(action: str, code: str | None, text: str, problem: str) -> None:
@@ -154,8 +173,17 @@ def test_an_action_that_cannot_be_is_refused(action: str, code: str | None, text
 def test_an_action_with_its_code() -> None:
     found = read("hcall H_PUT_TCE", "fail", "H_PERMISSION")
     assert (found.action, found.code) == (Action.FAIL, HCode.H_PERMISSION)
-    with pytest.raises(UserError):
-        read("any", nth=-1)
+    for nth in (-1, MAX_NTH + 1):
+        with pytest.raises(UserError, match="time is none"):
+            read("any", nth=nth)
+
+
+def test_a_code_in_a_register_is_compared_as_the_code_that_it_is() -> None:
+    returned = call(UV_RETURN.number, to_register(HCode.H_PARAMETER), 77)
+    fields = fields_of(ULTRAVISOR_KVM, returned)
+
+    for text, fits in (("r0 == H_PARAMETER", True), ("r0 != H_PARAMETER", False), ("r0 == 4", False)):
+        assert read(f"ucall UV_RETURN if {text}").means(fields) is fits, text
 
 
 NAMES = st.sampled_from(["gpa", "flags", "order"])

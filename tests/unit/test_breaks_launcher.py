@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from deploy.breaks import Breaks
+from deploy.child import QueryRefused
 from deploy.cluster_run import ClusterRun
 from deploy.plan import ProcessPlan
 from protocol.control import BreakHit
@@ -31,18 +32,28 @@ class PlayedChild:
         self.detail = self.settled_detail = ""
         self.is_running = True
         self.held = False
+        self.refuses = ""
+        self.obeys_set: trio.Event | None = None
         self.runs = True
         self.obeys = trio.Event()
         """An order to stop is answered from then on."""
         self.obeys.set()
         self.asked: list[str] = []
+        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.answers: dict[str, Any] = {}
 
     async def query(self, what: str, arguments: dict[str, Any], _seconds: float) -> Any:  # noqa: ANN401
         """As Child.query."""
         await trio.lowlevel.checkpoint()
         self.asked.append(what)
+        if what == "break.set" and self.obeys_set is not None:
+            await self.obeys_set.wait()
         if self.held:
             raise PeerGone(self.target, "debugged")
+        if self.refuses:
+            raise QueryRefused(self.refuses)
+        if what in self.answers:
+            return self.answers[what]
         if what == "run.stop":
             await self.obeys.wait()
             was, self.runs = self.runs, False
@@ -50,6 +61,10 @@ class PlayedChild:
         if what == "run.cont":
             self.runs = True
         return {"1": 2} if what == "break.counts" else {}
+
+    def tell(self, what: str, arguments: dict[str, Any]) -> None:
+        """As Child.tell."""
+        self.told.append((what, arguments))
 
 
 class Rig:
@@ -60,14 +75,15 @@ class Rig:
             child.target: child
             for child in (
                 *(PlayedChild(role, host) for host in ("alpha", "beta") for role in (Role.ULTRAVISOR, Role.KVM)),
-                *(PlayedChild(Role.QEMU, host, vm) for vm, host in HOSTS.items()),
+                *(PlayedChild(role, host, vm) for vm, host in HOSTS.items() for role in (Role.QEMU, Role.GUEST)),
             )
         }
         run = SimpleNamespace(
             options=SimpleNamespace(debug=True),
-            vms={vm: SimpleNamespace(spec=SimpleNamespace(host=host)) for vm, host in HOSTS.items()},
+            vms={vm: SimpleNamespace(spec=SimpleNamespace(host=host), migration=None) for vm, host in HOSTS.items()},
+            incoming={},
             living=lambda: list(self.children.values()),
-            is_debuggable=lambda plan: True,
+            is_debuggable=lambda plan: plan.role is not Role.GUEST,
             child=lambda owner, role: self.children.get(f"{owner}/{role.value}"),
             peers_of=lambda child: [],
             following_waits=True,
@@ -75,6 +91,7 @@ class Rig:
             report=lambda text, **facts: None,
             nursery=nursery,
         )
+        self.run = run
         self.breaks = Breaks(cast(ClusterRun, run))
 
     async def hit(self, process: str, vm: str | None, number: int = 1, message: int = 1) -> None:
@@ -199,3 +216,127 @@ async def test_s5_a_process_cannot_make_hits_of_nothing() -> None:
         for message in range(300):
             await rig.hit("alpha/kvm", "vm1", number=2, message=message)
         assert len(rig.breaks.kept) == 256
+
+
+async def test_s5_a_process_cannot_stop_what_it_has_nothing_to_do_with() -> None:
+    async with rigged() as rig:
+        await rig.breaks.add("ucall UV_PAGE_OUT", "stop", None, 0)
+        await rig.breaks.add("any", "stop", None, 0)
+        for process, vm, number in (
+            ("vm3/qemu", "vm3", 1),  # receives no ultracall
+            ("vm3/qemu", "vm1", 2),  # belongs to another VM
+            ("beta/ultravisor", "vm1", 1),  # of another host
+            ("vm1/guest", "vm1", 2),  # is not debuggable
+        ):
+            await rig.hit(process, vm, number)
+            assert rig.breaks.kept == [], process
+            assert rig.children[process].told.pop() == ("break.release", {"message": 1})
+        assert rig.paused() == set()
+        assert all(child.kept_messages == 0 for child in rig.children.values())
+
+
+@pytest.mark.parametrize("answer", [None, [], 7, "stopped", {"stopped": None}, {"stopped": "no"}])
+async def test_s5_a_qemu_that_answers_anything_to_the_order_to_stop_is_ordered_to_go_on(answer: object) -> None:
+    async with rigged() as rig:
+        rig.children["vm1/qemu"].answers["run.stop"] = answer
+        await rig.breaks.add("any", "stop", None, 0)
+        await rig.hit("alpha/kvm", "vm1")
+        await rig.breaks.go_on(None)
+        assert rig.children["vm1/qemu"].asked[-1] == "run.cont"
+
+
+async def test_s5_an_answer_cannot_write_on_the_operators_terminal() -> None:
+    async with rigged() as rig:
+        await rig.breaks.add("any", "stop", None, 0)
+        await rig.hit("alpha/kvm", "vm1")
+        rig.children["alpha/kvm"].refuses = "no\x1b[2J"
+        with pytest.raises(UserError) as refused:
+            await rig.breaks.step(None)
+        assert str(refused.value) == "message 1 does not pass: no?[2J"
+
+
+async def test_of_a_break_that_could_not_be_set_everywhere_nothing_is_left() -> None:
+    """Not where it was set and has been met already, nor where it stands in the queue of one that stands still."""
+    async with rigged() as rig:
+        beta = rig.children["beta/ultravisor"]
+        beta.obeys_set = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            async def add() -> None:
+                with pytest.raises(UserError, match="beta/ultravisor is debugged"):
+                    await rig.breaks.add("ucall UV_PAGE_OUT", "stop", None, 0)
+
+            nursery.start_soon(add)
+            await trio.testing.wait_all_tasks_blocked()
+            await rig.hit("alpha/ultravisor", "vm1")
+            assert rig.paused() == {"vm1"}
+            beta.held = True
+            beta.obeys_set.set()
+        assert rig.breaks.kept == []
+        assert rig.paused() == set()
+        for host in ("alpha", "beta"):
+            assert rig.children[f"{host}/ultravisor"].told == [("break.delete", {"id": 1})]
+
+
+async def test_a_break_is_deleted_although_a_process_that_never_had_it_is_held() -> None:
+    async with rigged() as rig:
+        await rig.breaks.add("ucall UV_PAGE_OUT", "stop", None, 0)
+        await rig.hit("alpha/ultravisor", "vm1")
+        rig.children["vm2/qemu"].held = True
+        await rig.breaks.delete(1)
+        assert rig.breaks.set_breaks == {}
+        assert rig.paused() == set()
+
+
+async def test_what_was_let_go_by_a_break_that_is_half_deleted_is_not_listed() -> None:
+    async with rigged() as rig:
+        await rig.breaks.add("ucall UV_PAGE_OUT", "stop", None, 0)
+        await rig.hit("alpha/ultravisor", "vm1")
+        await rig.hit("beta/ultravisor", "vm3")
+        rig.children["beta/ultravisor"].held = True
+        with pytest.raises(UserError, match="break 1 is still set: beta/ultravisor is debugged"):
+            await rig.breaks.delete(1)
+        assert [kept.row.process for kept in rig.breaks.kept] == ["beta/ultravisor"]
+        assert rig.paused() == {"vm3"}
+
+
+async def test_a_break_that_two_delete_at_once_is_gone() -> None:
+    async with rigged() as rig:
+        await rig.breaks.add("ucall UV_PAGE_OUT", "stop", None, 0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.breaks.delete, 1)
+            nursery.start_soon(rig.breaks.delete, 1)
+        assert rig.breaks.set_breaks == {}
+
+
+async def test_a_vm_whose_keeper_died_with_the_message_runs_again() -> None:
+    async with rigged() as rig:
+        await rig.breaks.add("any", "stop", None, 0)
+        await rig.hit("alpha/kvm", "vm1")
+        rig.breaks.ended(cast(Any, rig.children["alpha/kvm"]))
+        await trio.testing.wait_all_tasks_blocked()
+        assert rig.paused() == set()
+
+
+async def test_a_vm_that_arrives_stopped_by_a_break_goes_on_with_continue() -> None:
+    async with rigged() as rig:
+        await rig.breaks.add("any", "stop", None, 0)
+        await rig.hit("alpha/kvm", "vm1")
+        await rig.breaks.step(None)
+        arriving = PlayedChild(Role.QEMU, "beta", "vm1")
+        arriving.runs = False
+        rig.run.incoming["vm1/qemu"] = arriving
+        rig.breaks.started(cast(Any, arriving))
+        rig.run.incoming.clear()
+        rig.children["vm1/qemu"] = arriving
+        await rig.breaks.go_on("vm1")
+        assert arriving.runs
+
+
+async def test_a_message_of_no_vm_passes_with_continue_of_a_vm_that_it_stops() -> None:
+    async with rigged() as rig:
+        await rig.breaks.add("any", "stop", None, 0)
+        await rig.hit("alpha/kvm", "vm9")
+        assert await rig.breaks.go_on("vm3") == 0
+        assert await rig.breaks.go_on("vm2") == 1
+        assert rig.paused() == set()
