@@ -1,7 +1,8 @@
 """What commands and the launcher say to each other on `launcher.sock`: a length, then a MessagePack Struct.
 
 A connection carries any number of requests, one at a time. Each shows the token that lies beside the socket: the
-services run as the same user, and Landlock keeps them from reading files there, but not from connecting.
+services run as the same user, and Landlock keeps them from reading files there, but not from connecting. The launcher
+hangs up on them.
 """
 
 from __future__ import annotations

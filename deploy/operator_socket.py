@@ -92,7 +92,7 @@ class OperatorSocket:
         await trio.serve_listeners(self._serve_one, [trio.SocketListener(listening)])
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:
-        if not _is_allowed(stream):
+        if not self._may_ask(stream):
             await stream.aclose()
             return
         try:
@@ -107,6 +107,12 @@ class OperatorSocket:
         finally:
             end_recording(self._run, stream)
             await stream.aclose()
+
+    def _may_ask(self, stream: trio.SocketStream) -> bool:
+        """Whether it is this user or root, and no process of the cluster: those have no orders to give."""
+        credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid, uid, _ = struct.unpack("3i", credentials)
+        return uid in (0, os.getuid()) and pid not in {child.pid for child in self._run.living()}
 
     def _write_token(self) -> None:
         fd = os.open(self._run.paths.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -261,12 +267,6 @@ class OperatorSocket:
         if child is None:
             raise UserError(f"no process {target!r}; there are: {', '.join(self._run.children)}")
         return child
-
-
-def _is_allowed(stream: trio.SocketStream) -> bool:
-    credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return uid in (0, os.getuid())
 
 
 async def _read_request(stream: trio.SocketStream) -> Request | None:

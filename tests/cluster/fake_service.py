@@ -175,6 +175,11 @@ class FakeService:
                 result = os.write(self.files[f"secure:{arguments['vm']}"], arguments["data"])
             case "read-private":
                 result = os.read(self.files[f"secure:{arguments['vm']}"], 100)
+            case "ask-launcher":
+                with socket.socket(socket.AF_UNIX) as asking:
+                    asking.connect(arguments["path"])
+                    asking.settimeout(3)
+                    result = asking.recv(1)
             case "set-account":
                 result = self.account.update(arguments)
             case "set-answer":

@@ -398,6 +398,12 @@ async def test_s5_what_is_no_request_ends_its_connection_and_nothing_else(
     assert (await fake_cluster.status()).healthy
 
 
+async def test_s5_a_process_of_the_cluster_is_not_even_listened_to(fake_cluster: RunningCluster) -> None:
+    """Landlock does not keep it from connecting: it must not be able to hold on to the launcher's descriptors."""
+    path = str(fake_cluster.paths.launcher_socket)
+    assert await fake_cluster.process("alpha/kvm").query("ask-launcher", {"path": path}, 2.0) == b""
+
+
 async def test_an_order_whose_arguments_cannot_be_used_is_answered(fake_cluster: RunningCluster) -> None:
     for arguments in ({"target": "alpha/kvm", "query": "seen", "seconds": "x"}, {}):
         with pytest.raises(UserError, match="query: bad arguments: "):
