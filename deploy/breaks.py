@@ -128,7 +128,7 @@ class Breaks:
 
     async def shown(self) -> BreakList:
         """Every break with its counts, and what is kept."""
-        rows = [await self._row(read) for read in self.set_breaks.values()]
+        rows = [await self._row(read) for read in list(self.set_breaks.values())]
         return BreakList(breaks=rows, kept=[kept.row for kept in self.kept])
 
     async def step(self, vm: str | None) -> KeptRow:
@@ -227,7 +227,7 @@ class Breaks:
 
     async def _undo(self, places: Iterable[Child], number: int) -> None:
         """Nothing is left of a break that could not be set everywhere; who stands still hears it when it goes on."""
-        del self.set_breaks[number]
+        self.set_breaks.pop(number, None)
         for child in places:
             _tell(child, "break.delete", {"id": number})
         self._forget([kept for kept in self.kept if kept.row.id == number])
