@@ -45,7 +45,7 @@ class HostTarget:
         self._view = host_view
         self._points: frozenset[Point] = frozenset()
         self._stop: Stop | None = None
-        self._is_attached = self._was_paused = False
+        self._is_attached = False
         self._values: Values | None = None
         """As long as it stands still; every value is missing in a secure VM."""
         self._secure = False
@@ -55,8 +55,8 @@ class HostTarget:
     async def halt(self) -> Stop:
         """As Target."""
         if self._stop is None:
-            self._is_attached, self._was_paused = True, self._machine.state is RunState.PAUSED
-            await self._order(self._machine.stop)
+            self._is_attached = True
+            await self._order(self._machine.hold)
             self._stop = self._stop_of_state() or Stop(StopKind.INTERRUPT)
         return self._stop
 
@@ -76,11 +76,11 @@ class HostTarget:
             await self._debug(self._points, step=step)
         self._values = self._stop = None
         self._machine.debug_stop = None
-        await self._order(self._machine.cont)
+        await self._order(self._machine.go)
         await self._machine.until_stopped()
         stop = self._stop_of_debug() or self._stop_of_state() or Stop(StopKind.INTERRUPT)
         # The processor stands, and so shall the machine around it.
-        await self._order(self._machine.stop)
+        await self._order(self._machine.hold)
         self._stop = stop
         return stop
 
@@ -98,20 +98,17 @@ class HostTarget:
 
     async def interrupt(self) -> None:
         """As Target."""
-        await self._order(self._machine.stop)
+        await self._order(self._machine.hold)
 
     async def release(self) -> None:
-        """As Target; a machine that was paused before stays so."""
+        """As Target; a machine that its user has paused stays so."""
         if not self._is_attached:
             return
         self._is_attached, self._points, self._values, self._stop = False, frozenset(), None, None
-        # From its answer on the processor stops for nobody. It may have done so a moment ago, which `stop` makes the
-        # machine's state too.
+        # From its answer on the processor stops for nobody.
         if not self._secure:
             await self._call(m.VCPU_DEBUG, m.DebugBody(_VCPU, []))
-        await self._machine.stop()
-        if not self._was_paused:
-            await self._machine.cont()
+        await self._machine.let_go()
 
     async def kill(self) -> None:
         """As Target."""

@@ -20,6 +20,7 @@ from deploy.run_program import RunOrder, check_program, cluster_text, program_bl
 from protocol.errors import UserError
 from services.runtime.gdb.packets import encode
 from tests.cluster.conftest import MINIMAL
+from tests.cluster.moving import travelling
 from tests.cluster.two_hosts import VM_OF, running_hosts
 from tests.cluster.two_hosts import cluster_text as cluster_text_of
 from tests.cluster.vm_files import console_until
@@ -359,6 +360,21 @@ async def test_a_vm_moves_out_of_its_debuggers_hands_and_the_same_port_finds_it(
             assert bytes.fromhex((await client.ask(b"m0,4")).decode())
         assert (await vm.row()).secure
         assert await vm.host() == "beta"
+
+
+@pytest.mark.parametrize("secure", [True, False])
+async def test_a_vm_that_the_hosts_debugger_held_goes_on_where_it_arrives(tmp_path: Path, secure: bool) -> None:
+    async with travelling(tmp_path, secure=secure) as traveller:
+        async with RawClient.attached(await traveller.vm.gdb_port("host")) as client:
+            await traveller.vm.migrate("beta")
+
+            with pytest.raises(EOFError):
+                await client.ask(b"g")
+        assert (await traveller.ask("pages")).startswith("ok ")
+        async with RawClient.attached(await traveller.vm.gdb_port("host")):
+            await traveller.vm.snapshot(tmp_path / "vm1.snapshot")
+        await traveller.vm.restore(tmp_path / "vm1.snapshot")
+        assert (await traveller.ask("pages")).startswith("ok ")
 
 
 # -- Linux ------------------------------------------------------------------------------------------------------------

@@ -16,19 +16,23 @@ from protocol.codes import HCode
 from protocol.errors import PeerGone
 from protocol.geometry import PAGE_BYTES
 from protocol.wire import Envelope
+from services.qemu.board import Board
 from services.qemu.host_target import HostTarget
 from services.qemu.machine import Machine
+from services.qemu.moving_machine import MovingMachine
 from services.qemu.qmp import MonitorEvents, RunState
-from services.runtime.gdb.target import Point, PointKind, Refused, StopKind, Unsupported
+from services.runtime.gdb.target import Point, PointKind, Refused, Stop, StopKind, Unsupported
 from services.runtime.link import Link
 from services.runtime.patience import Patience
 from shared.gdb_registers import POWER, Values, pack
 from shared.guest_ram import GuestRam
 from shared.host_view import HostState
+from tests.unit.ultravisor_rig import vm_entry
 
 N_PAGES = 4
 BREAKPOINT = Point(PointKind.SOFTWARE, 0x1000, 4)
 PC = POWER.number["pc"]
+SECONDS = 5.0
 
 
 class PlayedKvm:
@@ -223,6 +227,99 @@ async def test_a_machine_that_was_paused_stays_so(world: World) -> None:
 
     assert world.machine.state is RunState.PAUSED
     await world.target.release()
+
+
+async def test_a_machine_that_its_user_pauses_while_the_debugger_has_it_run_stays_so(world: World) -> None:
+    async def pause() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        await world.machine.stop()
+
+    await world.target.halt()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pause)
+        assert (await world.target.resume(step=False)).kind is StopKind.INTERRUPT
+
+    await world.target.release()
+
+    assert world.machine.state is RunState.PAUSED
+    assert not world.machine.is_running
+
+
+async def test_a_paused_machine_runs_for_the_debugger_and_is_paused_again_behind_it(world: World) -> None:
+    await world.machine.stop()
+    await world.target.halt()
+    with trio.move_on_after(0.02):
+        await world.target.resume(step=False)
+    assert world.is_running()
+
+    await world.target.release()
+
+    assert world.machine.state is RunState.PAUSED
+
+
+async def test_a_user_who_lets_a_held_machine_go_on_has_it_go_on_behind_the_debugger(world: World) -> None:
+    await world.machine.stop()
+    await world.target.halt()
+
+    await world.machine.cont()
+    assert world.machine.state is RunState.PAUSED
+
+    await world.target.release()
+    assert world.is_running()
+
+
+async def test_what_only_a_debugger_holds_is_running_wherever_it_goes(world: World) -> None:
+    board = cast(Board, SimpleNamespace(functions=[]))
+    view = memoryview(world.view)
+    moving = MovingMachine(vm_entry(), world.machine, board, memoryview(world.ram), -1, view)
+    assert (moving.is_running, moving.runs_here) == (True, True)
+    await world.target.halt()
+    assert (moving.is_running, moving.runs_here) == (True, False)
+
+    moving.switching()
+    assert (moving.is_running, moving.runs_here) == (True, False)
+    moving.stays()
+    assert world.machine.state is RunState.PAUSED
+
+    await world.machine.stop()
+    moving.switching()
+    assert (moving.is_running, moving.runs_here) == (False, False)
+
+
+async def test_a_migration_that_does_not_come_about_is_no_stop(world: World) -> None:
+    stops: list[Stop] = []
+
+    async def resume() -> None:
+        stops.append(await world.target.resume(step=False))
+
+    await world.target.halt()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(resume)
+        for state in (RunState.FINISH_MIGRATE, RunState.RUNNING):
+            await trio.testing.wait_all_tasks_blocked()
+            world.machine.state = state
+        await trio.testing.wait_all_tasks_blocked()
+        assert not stops
+        await world.target.interrupt()
+
+    assert [stop.kind for stop in stops] == [StopKind.INTERRUPT]
+
+
+async def test_who_interrupts_a_machine_of_which_nobody_knows_where_it_runs_is_answered(world: World) -> None:
+    await world.target.halt()
+
+    async def interrupt() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        world.machine.state = RunState.FINISH_MIGRATE
+        await trio.testing.wait_all_tasks_blocked()
+        await world.target.interrupt()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(interrupt)
+        with trio.fail_after(SECONDS):
+            stop = await world.target.resume(step=False)
+
+    assert stop.text == "the machine is in state 'finish-migrate'"
 
 
 async def test_l1_a_debugger_that_goes_while_the_processor_stops_leaves_it_running(world: World) -> None:
