@@ -46,6 +46,9 @@ def _translate(debugger: Debugger, body: m.DebugAddressBody) -> m.DebugAddressRe
 
 def _debug(debugger: Debugger, body: m.DebugBody) -> m.Status:
     points = frozenset(Point(PointKind(point.kind), point.address, point.n_bytes) for point in body.points)
+    if not points and not body.step:
+        debugger.give_up(User.HOST)
+        return m.Status()
     try:
         debugger.take(User.HOST, debugger.tell_host)
     except Refused:
@@ -55,10 +58,7 @@ def _debug(debugger: Debugger, body: m.DebugBody) -> m.Status:
     except (Refused, Unsupported) as error:
         debugger.give_up(User.HOST)
         return m.Status(HCode.H_PARAMETER if isinstance(error, Refused) else HCode.H_NOT_AVAILABLE)
-    if points or body.step:
-        debugger.arm(step=body.step)
-    else:
-        debugger.give_up(User.HOST)
+    debugger.arm(step=body.step)
     return m.Status()
 
 

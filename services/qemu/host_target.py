@@ -14,8 +14,9 @@ import trio
 
 from protocol import messages as m
 from protocol.codes import HCode
-from protocol.errors import GuestFault
+from protocol.errors import GuestFault, PeerGone, PefboxError
 from protocol.geometry import PAGE_SHIFT
+from protocol.refusals import HELD_UP_STATES
 from services.qemu.machine import Machine
 from services.qemu.qmp import RunState
 from services.runtime.gdb.target import NO_MEMORY, Point, PointKind, Refused, Stop, StopKind, Unsupported
@@ -29,6 +30,7 @@ _REAL_MASK = (1 << 60) - 1
 _TRANSLATED_BYTES = 4096
 """The smallest page of the guest's own translation."""
 _CALL_SECONDS = 5.0
+_AGAIN_SECONDS = 0.1
 _SECURE = "the VM is secure: its registers and its code are for its owner's debugger alone"
 
 
@@ -101,14 +103,26 @@ class HostTarget:
         await self._order(self._machine.hold)
 
     async def release(self) -> None:
-        """As Target; a machine that its user has paused stays so."""
+        """As Target; a machine that its user has paused stays so. Lasts until kvm has taken it, or is dead."""
         if not self._is_attached:
             return
-        self._is_attached, self._points, self._values, self._stop = False, frozenset(), None, None
-        # From its answer on the processor stops for nobody.
-        if not self._secure:
-            await self._call(m.VCPU_DEBUG, m.DebugBody(_VCPU, []))
-        await self._machine.let_go()
+        self._points, self._values, self._stop = frozenset(), None, None
+        while True:
+            if await self._is_let_go():
+                break
+            await trio.sleep(_AGAIN_SECONDS)
+        self._is_attached = False
+
+    async def _is_let_go(self) -> bool:
+        """Whether processor and machine have taken it; nobody else would tell them again."""
+        # From its answer on the processor stops for nobody. Without one the machine is let go all the same.
+        forgotten = self._secure or await _is_taken(self._forget_points)
+        return await _is_taken(self._machine.let_go) and forgotten
+
+    async def _forget_points(self) -> None:
+        code = (await self._call(m.VCPU_DEBUG, m.DebugBody(_VCPU, []))).code
+        if code == HCode.H_BUSY:
+            raise Refused("the processor is held up")
 
     async def kill(self) -> None:
         """As Target."""
@@ -162,7 +176,7 @@ class HostTarget:
         """As Target: of a secure page what any reader on the host finds, its encrypted image."""
         gpa, n_bytes = await self._place(address, n_bytes)
         try:
-            with trio.fail_after(_CALL_SECONDS):
+            with self._link.patience.fail_after(_CALL_SECONDS):
                 return await self._ram.read(gpa, n_bytes)
         except GuestFault as fault:
             raise Refused(str(fault), NO_MEMORY) from None
@@ -237,6 +251,17 @@ class HostTarget:
         return reply.text
 
     async def _call(self, message: m.Message[m.BodyT, m.ReplyT], body: m.BodyT) -> m.ReplyT:
-        with trio.move_on_after(_CALL_SECONDS):
+        with self._link.patience.bound(_CALL_SECONDS):
             return await self._link.call(message, body)
         raise Refused(f"kvm does not answer {message.name}")
+
+
+async def _is_taken(order: Callable[[], Awaitable[None]]) -> bool:
+    """False when kvm or the processor is only held up, and has to be told again."""
+    try:
+        await order()
+    except PeerGone as gone:
+        return gone.state not in HELD_UP_STATES
+    except PefboxError:
+        return False
+    return True

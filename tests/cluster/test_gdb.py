@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import trio
+from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 
 from deploy.api import RunningCluster, Vm, cluster, processes_of
 from deploy.run_program import RunOrder, check_program, cluster_text, program_blob
@@ -31,6 +33,7 @@ from tests.needs import need_cross_compilers, need_linux, need_program
 VM = "program"
 TEXT = "plain text of the guest"
 READY = "ready to be debugged"
+LEFT = '"debugger left"'
 
 
 def program(endian: str) -> Path:
@@ -288,6 +291,46 @@ async def test_an_owner_interrupts_and_kills_and_both_views_exclude_each_other(t
 
         assert "killed" in await gdb(owner, "kill", program=elf)
         assert (await vm.wait_state("off")).reason == "killed by its debugger"
+
+
+@pytest.mark.cross
+@pytest.mark.parametrize("role", ["kvm", "guest"])
+async def test_l1_a_vm_goes_on_whose_debugger_died_while_kvm_or_its_processor_stood_still(
+    tmp_path: Path, role: str
+) -> None:
+    elf = program("be")
+    async with debuggee(tmp_path, looped("be", secure=False)) as (running, vm):
+        await console_until(vm, READY)
+        held_up = vm.guest if role == "guest" else running.process(f"{await vm.host()}/kvm")
+        async with RawClient.attached(await vm.gdb_port("host")) as client:
+            assert await client.ask(f"Z2,{address_of('rounds', elf):x},8".encode()) == b"OK"
+            assert (await client.ask(b"c")).startswith(b"T05")
+            await held_up.stop()
+            await held_up.wait_state("stopped")
+        await trio.sleep(1)
+        assert LEFT not in vm.qemu.log()
+        await held_up.resume()
+
+        with trio.fail_after(30):
+            await _host_view_is_left(vm)
+        assert {(await process.query("vm.status"))["state"] for process in (vm.qemu, vm.guest)} == {"running"}
+        assert await goes_on(vm, elf)
+
+
+async def _host_view_is_left(vm: Vm) -> None:
+    while True:
+        if LEFT in vm.qemu.log():
+            return
+        await trio.sleep(0.1)
+
+
+def address_of(symbol: str, elf: Path) -> int:
+    with elf.open("rb") as file:
+        table = ELFFile(file).get_section_by_name(".symtab")
+        assert isinstance(table, SymbolTableSection)
+        found = table.get_symbol_by_name(symbol)
+        assert found
+        return int(found[0]["st_value"])
 
 
 # -- the model kernel -------------------------------------------------------------------------------------------------

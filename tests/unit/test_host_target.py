@@ -43,7 +43,10 @@ class PlayedKvm:
         self.orders: list[str] = []
         self.debugs: list[m.DebugBody] = []
         self.debug_code = HCode.H_SUCCESS
-        self.gone = False
+        self.gone: str | None = None
+        """What kvm is, where it answers nothing."""
+        self.codes: dict[m.Message[Any, Any], list[int]] = {}
+        """What an order is answered the next times."""
         self.on_continue: Callable[[], None] = lambda: None
         self.values = [number for number in range(len(POWER.registers))]
         self.patience = Patience()
@@ -51,8 +54,10 @@ class PlayedKvm:
     async def call(self, message: m.Message[Any, Any], body: Any, cause: int = 0) -> Any:  # noqa: ANN401
         await trio.lowlevel.checkpoint()
         self.orders.append(message.name)
-        if self.gone:
-            raise PeerGone("alpha/kvm", "gone")
+        if self.gone is not None:
+            raise PeerGone("alpha/kvm", self.gone)
+        if self.codes.get(message):
+            return m.Status(self.codes[message].pop())
         if message in _DEBUG and self.secure:
             return message.reply.refused(HCode.H_PERMISSION) if message.reply else None
         if message is m.VCPU_REGISTERS:
@@ -338,7 +343,66 @@ async def test_l1_a_debugger_that_goes_while_the_processor_stops_leaves_it_runni
 
 async def test_l1_a_kvm_that_is_gone_is_told(world: World) -> None:
     await world.target.halt()
-    world.kvm.gone = True
+    world.kvm.gone = "gone"
 
     with pytest.raises(PeerGone, match="gone"):
         await world.target.registers()
+    await world.target.release()
+
+
+@pytest.mark.parametrize("state", ["stopped", "unresponsive"])
+@pytest.mark.parametrize("stands", [True, False])
+async def test_l1_a_kvm_that_is_held_up_is_told_again_until_the_machine_runs(
+    world: World, stands: bool, state: str
+) -> None:
+    await world.target.halt()
+    await world.target.insert(BREAKPOINT)
+    if not stands:
+        with trio.move_on_after(0.02):
+            await world.target.resume(step=False)
+    world.kvm.gone = state
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.target.release)
+        await trio.sleep(0.3)
+        world.kvm.gone = None
+
+    assert world.kvm.debugs[-1] == m.DebugBody(0, [])
+    assert world.kvm.orders[-2:] == ["VCPU_DEBUG" if stands else "VM_STOP", "VM_CONTINUE"]
+    assert world.is_running()
+
+
+@pytest.mark.parametrize("refused", [m.VCPU_DEBUG, m.VM_CONTINUE])
+async def test_l1_a_processor_that_is_held_up_is_told_again(world: World, refused: m.Message[Any, Any]) -> None:
+    await world.target.halt()
+    world.kvm.codes[refused] = [HCode.H_BUSY] * 2
+
+    await world.target.release()
+
+    assert not world.kvm.codes[refused]
+    assert world.is_running()
+
+
+async def test_l1_a_machine_is_let_go_once_a_migration_that_ends_here_is_over(world: World) -> None:
+    await world.target.halt()
+    async with trio.open_nursery() as nursery, world.machine.orders:
+        nursery.start_soon(world.target.release)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not world.is_running()
+
+    assert world.is_running()
+
+
+async def test_l1_a_debugger_of_the_process_that_answers_makes_nobody_late(
+    world: World, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def answer_late(gfns: list[int]) -> None:
+        await trio.sleep(1000)
+        await world._want(gfns)
+
+    await world.target.halt()
+    world.view[1] = HostState.ABSENT
+    world.target._ram = GuestRam(memoryview(world.ram), memoryview(world.view), answer_late)
+    world.kvm.patience.peer_is("debugged")
+
+    assert await world.target.read(PAGE_BYTES, 6) == b"cipher"

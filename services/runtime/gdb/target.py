@@ -108,7 +108,7 @@ class Target(Protocol):
         """Have a `resume` that is under way end."""
 
     async def release(self) -> None:
-        """Forget every point and let it run: nobody debugs it any more."""
+        """Forget every point and let it run: nobody debugs it any more. Lasts as long as that takes."""
 
     async def kill(self) -> None:
         """End the VM."""
