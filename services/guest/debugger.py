@@ -177,8 +177,11 @@ class Debugger:
         """A command of the engine's own; raises Refused."""
         return self._engine.monitor(words)
 
-    def set_points(self, points: frozenset[Point]) -> None:
-        """Stop at these; raises Refused, Unsupported."""
+    def set_points(self, user: User, points: frozenset[Point]) -> None:
+        """Stop at these for `user`; raises Refused, also for one who does not debug: nobody would let the processor go
+        on from there. Raises Unsupported."""
+        if self._user is not user:
+            raise Refused("whoever sets breakpoints and watchpoints has to debug the processor")
         if len(points) > MAX_DEBUG_POINTS:
             raise Refused(f"more than {MAX_DEBUG_POINTS} breakpoints and watchpoints")
         self._engine.set_points(points)

@@ -54,7 +54,7 @@ def _debug(debugger: Debugger, body: m.DebugBody) -> m.Status:
     except Refused:
         return m.Status(HCode.H_BUSY)
     try:
-        debugger.set_points(points)
+        debugger.set_points(User.HOST, points)
     except (Refused, Unsupported) as error:
         debugger.give_up(User.HOST)
         return m.Status(HCode.H_PARAMETER if isinstance(error, Refused) else HCode.H_NOT_AVAILABLE)

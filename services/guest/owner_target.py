@@ -88,7 +88,7 @@ class OwnerTarget:
 
     async def _set_points(self, points: frozenset[Point]) -> None:
         if points != self._points:
-            await self._in_processor(partial(self._debugger.set_points, points))
+            await self._in_processor(partial(self._debugger.set_points, _OWNER, points))
             self._points = points
 
     async def resume(self, *, step: bool) -> Stop:

@@ -71,6 +71,20 @@ def test_a_debugger_that_goes_leaves_nothing_stopped_and_no_point(rig: Rig) -> N
     eventually(lambda: owner.register("r4") != before)
 
 
+def test_l1_points_are_set_by_nobody_but_who_debugs(rig: Rig) -> None:
+    """The processor would stop there for nobody, again and again."""
+    rig.start()
+    owner = Owner(rig)
+    owner.attach()
+    owner.release()
+
+    with pytest.raises(Refused, match="has to debug"):
+        owner.points(Point(PointKind.HARDWARE, ENTRY + 4, 0))
+
+    before = owner.register("r4")
+    eventually(lambda: owner.register("r4") != before)
+
+
 def test_what_kvm_has_stopped_stays_so_when_the_debugger_goes(rig: Rig) -> None:
     rig.start()
     rig.kvm.ask(m.VCPU_STOP)
