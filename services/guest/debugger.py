@@ -54,6 +54,10 @@ class Processor(Protocol):
     def is_free(self) -> bool:
         """Whether no call is open, so that another one can be made."""
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether its state is on its way to another place, or may be."""
+
 
 class Debugger:
     """The debugging side of one processor."""
@@ -132,6 +136,7 @@ class Debugger:
 
     def set_register(self, number: int, value: int) -> None:
         """Change one; raises Refused."""
+        self._need_unfrozen()
         self._engine.set_register(number, value)
 
     def translate(self, address: int) -> int:
@@ -146,12 +151,17 @@ class Debugger:
 
     def write(self, address: int, data: bytes) -> None:
         """Change memory at an effective address; raises Refused."""
+        self._need_unfrozen()
         while data:
             gpa, n_bytes = self._place(address, len(data))
             self._fetch_page(gpa, Access.WRITE)
             self._space.store(gpa, data[:n_bytes])
             address, data = address + n_bytes, data[n_bytes:]
         self._engine.memory_changed()
+
+    def _need_unfrozen(self) -> None:
+        if self._processor.is_frozen:
+            raise Refused("the VM is about to move or to be saved, as it was a moment ago: nothing can be changed now")
 
     def _place(self, address: int, n_bytes: int) -> tuple[int, int]:
         n_bytes = min(n_bytes, _TRANSLATED_BYTES - address % _TRANSLATED_BYTES)
@@ -174,7 +184,8 @@ class Debugger:
             raise Refused(str(fault), NO_MEMORY) from None
 
     def monitor(self, words: list[str]) -> str:
-        """A command of the engine's own; raises Refused."""
+        """A command of the engine's own, some of which change registers; raises Refused."""
+        self._need_unfrozen()
         return self._engine.monitor(words)
 
     def set_points(self, user: User, points: frozenset[Point]) -> None:
