@@ -503,5 +503,9 @@ async def test_the_command_prints_a_port_and_says_what_is_wrong_in_one_line(
         assert reason in refused.stderr
     assert (await pefbox("vm1", "--view", "host", "extra")).returncode == 2
 
-    ran = await pefbox("vm1", "--view", "host", "--run", "--", "-nx", "-q", "-batch", "-ex", "set endian big")
+    commands = ("-ex", "p/x $kbase", "-ex", "detach")
+    ran = await pefbox("vm1", "--view", "host", "--run", "--", "-nx", "-q", "-batch", *commands)
     assert ran.returncode == 0, ran.stderr
+    assert "$1 = 0x" in ran.stdout
+    assert "detached" in ran.stdout
+    assert "not being run" not in ran.stderr
