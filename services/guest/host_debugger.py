@@ -17,7 +17,7 @@ _VCPU = 0
 
 def stop_body(stop: Stop) -> m.DebugStopBody | None:
     """What kvm is told of a stop; None of a crash, of which it hears anyway."""
-    return None if stop.text else m.DebugStopBody(_VCPU, stop.watch or 0, stop.address)
+    return None if stop.text else m.DebugStopBody(_VCPU, m.WatchMet(stop.watch or 0), stop.address)
 
 
 def _registers(debugger: Debugger, _body: m.RunBody) -> m.DebugRegisters:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 import structlog
 import trio
@@ -13,7 +14,7 @@ import trio.testing
 
 from protocol import messages as m
 from protocol.codes import HCode
-from protocol.errors import PeerGone
+from protocol.errors import MalformedMessage, PeerGone
 from protocol.geometry import PAGE_BYTES
 from protocol.wire import Envelope
 from services.qemu.board import Board
@@ -136,11 +137,21 @@ async def test_a_normal_vm_is_debugged_as_qemu_does_it(world: World) -> None:
 
 async def test_a_watchpoint_tells_kind_and_address(world: World) -> None:
     await world.target.halt()
-    world.kvm.on_continue = world.processor_stops(m.DebugStopBody(0, PointKind.ACCESS, 0x2004))
+    world.kvm.on_continue = world.processor_stops(m.DebugStopBody(0, m.WatchMet.ACCESS, 0x2004))
 
     stop = await world.target.resume(step=False)
 
     assert (stop.watch, stop.address) == (PointKind.ACCESS, 0x2004)
+
+
+@pytest.mark.parametrize("watch", [1, 5, -1])
+def test_s5_a_watchpoint_of_a_kind_that_there_is_not_is_no_stop(watch: int) -> None:
+    with pytest.raises(MalformedMessage):
+        m.VCPU_DEBUG_STOP.decode_body(msgspec.msgpack.encode([0, watch, 0]))
+
+    for known in m.WatchMet:
+        body = m.DebugStopBody(0, known, 0x2004)
+        assert m.VCPU_DEBUG_STOP.decode_body(msgspec.msgpack.encode(body)) == body
 
 
 async def test_a_run_ends_with_an_interrupt_or_with_the_machine(world: World) -> None:
