@@ -55,8 +55,9 @@ class HostTarget:
     # -- run state --------------------------------------------------------------------------------------------
 
     async def halt(self) -> Stop:
-        """As Target."""
+        """As Target; a machine that has not started yet is waited for."""
         if self._stop is None:
+            await self._machine.until_started()
             self._is_attached = True
             await self._order(self._machine.hold)
             self._stop = self._stop_of_state() or Stop(StopKind.INTERRUPT)

@@ -95,6 +95,11 @@ class Machine:
         while self.debug_stop is None and not self.held and self.state in _RUNS:
             await self._news.wait()
 
+    async def until_started(self) -> None:
+        """Returns when the machine is loaded and its processor started, or that has failed."""
+        while self.state is RunState.PRELAUNCH:
+            await self._news.wait()
+
     @property
     def is_running(self) -> bool:
         """Whether it runs, or would if no debugger had it stand still."""
@@ -264,13 +269,17 @@ class Machine:
 
     async def power_on(self) -> None:
         """Load the machine and start its processor; raises PefboxError."""
+        async with self.orders:
+            await self._power_on()
+
+    async def _power_on(self) -> None:
         assert self.load is not None
-        pc, gprs = await self.load()
-        self._started_s, self._ended_s = time.monotonic(), None
-        self._paused = self.held = False
-        # Before kvm answers: a short program may have ended by then, and what it came to must stay.
-        self.state = RunState.RUNNING
         try:
+            pc, gprs = await self.load()
+            self._started_s, self._ended_s = time.monotonic(), None
+            self._paused = self.held = False
+            # Before kvm answers: a short program may have ended by then, and what it came to must stay.
+            self.state = RunState.RUNNING
             await self._order(m.VM_START, m.StartBody(0, pc, gprs))
         except PefboxError:
             self.state = RunState.INTERNAL_ERROR
@@ -373,7 +382,7 @@ class Machine:
             try:
                 await self._order(m.VM_RESET, m.Empty())
                 await self._board().reset()
-                await self.power_on()
+                await self._power_on()
             except PefboxError as error:
                 self.state = RunState.INTERNAL_ERROR
                 self._log.error("reset failed", reason=str(error))

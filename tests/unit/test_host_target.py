@@ -235,6 +235,25 @@ async def test_a_refused_point_is_not_kept(world: World, code: HCode, error: typ
     assert not world.target._points
 
 
+async def test_a_debugger_that_comes_before_the_machine_has_started_waits_for_it(
+    world: World, nursery: trio.Nursery
+) -> None:
+    async def load() -> tuple[int, dict[int, int]]:
+        return 0x100, {}
+
+    async def start() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        await world.machine.power_on()
+
+    world.machine.state, world.machine.load = RunState.PRELAUNCH, load
+    nursery.start_soon(start)
+
+    stop = await world.target.halt()
+
+    assert stop == Stop(StopKind.INTERRUPT)
+    assert world.kvm.orders == ["VM_START", "VM_STOP"]
+
+
 async def test_a_machine_that_was_paused_stays_so(world: World) -> None:
     await world.machine.stop()
     await world.target.halt()
