@@ -20,11 +20,8 @@ from services.guest.engine import Engine
 from services.guest.exits import Exit
 from services.guest.run_state import Hold
 from services.guest.vm_memory import GuestVmMemory
-from services.runtime.gdb.target import NO_MEMORY, Point, Refused, Stop, StopKind
+from services.runtime.gdb.target import NO_MEMORY, SMALLEST_PAGE_BYTES, Point, Refused, Stop, StopKind
 from shared.gdb_registers import Description, Values
-
-_TRANSLATED_BYTES = 4096
-"""The smallest page of the guest's own translation."""
 
 
 class User(Enum):
@@ -164,7 +161,7 @@ class Debugger:
             raise Refused("the VM is about to move or to be saved, as it was a moment ago: nothing can be changed now")
 
     def _place(self, address: int, n_bytes: int) -> tuple[int, int]:
-        n_bytes = min(n_bytes, _TRANSLATED_BYTES - address % _TRANSLATED_BYTES)
+        n_bytes = min(n_bytes, SMALLEST_PAGE_BYTES - address % SMALLEST_PAGE_BYTES)
         gpa = self._engine.translate(address)
         if not 0 <= gpa <= self._space.size_bytes - n_bytes:
             raise Refused(f"{address:#x} is no memory of {self._space.size_bytes:#x} bytes", NO_MEMORY)

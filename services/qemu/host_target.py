@@ -19,7 +19,16 @@ from protocol.geometry import PAGE_SHIFT
 from protocol.refusals import HELD_UP_STATES
 from services.qemu.machine import Machine
 from services.qemu.qmp import RunState
-from services.runtime.gdb.target import NO_MEMORY, Point, PointKind, Refused, Stop, StopKind, Unsupported
+from services.runtime.gdb.target import (
+    NO_MEMORY,
+    SMALLEST_PAGE_BYTES,
+    Point,
+    PointKind,
+    Refused,
+    Stop,
+    StopKind,
+    Unsupported,
+)
 from services.runtime.link import Link
 from shared.gdb_registers import Description, Order, Values, unpack
 from shared.guest_ram import GuestRam
@@ -27,8 +36,6 @@ from shared.host_view import HostState
 
 _VCPU = 0
 _REAL_MASK = (1 << 60) - 1
-_TRANSLATED_BYTES = 4096
-"""The smallest page of the guest's own translation."""
 _CALL_SECONDS = 5.0
 _AGAIN_SECONDS = 0.1
 _SECURE = "the VM is secure: its registers and its code are for its owner's debugger alone"
@@ -199,7 +206,7 @@ class HostTarget:
     async def _place(self, address: int, n_bytes: int) -> tuple[int, int]:
         """Where `address` is, and how many bytes from there lie in one page of guest and host."""
         gpa = await self._translate(address)
-        n_bytes = min(n_bytes, _TRANSLATED_BYTES - gpa % _TRANSLATED_BYTES)
+        n_bytes = min(n_bytes, SMALLEST_PAGE_BYTES - gpa % SMALLEST_PAGE_BYTES)
         try:
             self._ram.check(gpa, n_bytes)
         except GuestFault as fault:

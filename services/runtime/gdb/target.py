@@ -23,6 +23,10 @@ NO_MEMORY = 14
 """EFAULT, as stubs answer an address that gives nothing."""
 
 
+SMALLEST_PAGE_BYTES = 4096
+"""No page of any guest's translation is smaller: this much is there whole or not at all."""
+
+
 class Unsupported(Exception):
     """Nothing of this kind exists here, so that GDB finds another way."""
 
