@@ -329,8 +329,8 @@ class Machine:
     async def go(self) -> None:
         """A debugger has it run, whether its user has paused it or not. Raises PefboxError."""
         async with self.orders:
-            self.held = False
             await self._cont()
+            self.held = False
 
     async def let_go(self) -> None:
         """No debugger has it any more: it runs, unless its user has paused it. Raises PefboxError.
@@ -339,9 +339,9 @@ class Machine:
         """
         async with self.orders:
             await self._stop()
-            self.held = False
             if not self._paused:
                 await self._cont()
+            self.held = False
 
     async def reset(self) -> None:
         """As MachineControl."""

@@ -407,7 +407,10 @@ async def test_l1_a_processor_that_is_held_up_is_told_again(world: World, refuse
     await world.target.halt()
     world.kvm.codes[refused] = [HCode.H_BUSY] * 2
 
-    await world.target.release()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.target.release)
+        await trio.testing.wait_all_tasks_blocked()
+        assert world.machine.is_running, "nobody has paused it"
 
     assert not world.kvm.codes[refused]
     assert world.is_running()
