@@ -15,6 +15,17 @@ from deploy.client import connect
 from protocol.errors import UserError
 
 GDB = "gdb-multiarch"
+_REMOTE_SECONDS = 30
+"""GDB's own patience of 2 s is shorter than what a processor or kvm that is held up is given to answer."""
+_PROGRAM_OPTIONS = frozenset({"args", "e", "exec", "s", "symbols", "se"})
+_VALUE_OPTIONS = frozenset(
+    {
+        *("x", "command", "ex", "eval-command", "ix", "init-command", "iex", "init-eval-command"),
+        *("eix", "early-init-command", "eiex", "early-init-eval-command", "c", "core", "p", "pid", "d", "directory"),
+        *("cd", "D", "data-directory", "i", "interpreter", "ui", "t", "tty", "b", "baud", "l"),
+    }
+)
+"""Options of GDB with a value, which may be the next word. Source: `gdb --help`."""
 
 
 @click.command("gdb")
@@ -63,6 +74,22 @@ def _found_gdb() -> str:
 
 
 def _command(facts: dict[str, Any], arguments: tuple[str, ...]) -> list[str]:
-    """What is run: a program's own byte order counts, and where there is none the processor's."""
-    order = ["-ex", f"set endian {facts['order']}"] if facts["order"] and not arguments else []
-    return [GDB, *order, *arguments, "-ex", f"target remote {facts['host']}:{facts['port']}"]
+    """What is run: a program's own byte order counts, and where there is none the processor's. It is connected before
+    the first command of `arguments`."""
+    settings = [f"set remotetimeout {_REMOTE_SECONDS}"]
+    if facts["order"] and not _has_program(arguments):
+        settings.append(f"set endian {facts['order']}")
+    options = [word for setting in settings for word in ("-iex", setting)]
+    return [GDB, *options, "-ex", f"target remote {facts['host']}:{facts['port']}", *arguments]
+
+
+def _has_program(arguments: tuple[str, ...]) -> bool:
+    """Whether GDB is given a file with symbols, by its own rules: what is no option and no option's value is one."""
+    words = iter(arguments)
+    for word in words:
+        name, is_whole, _ = word.lstrip("-").partition("=")
+        if not word.startswith("-") or name in _PROGRAM_OPTIONS:
+            return True
+        if name in _VALUE_OPTIONS and not is_whole:
+            next(words, None)
+    return False

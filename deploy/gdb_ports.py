@@ -21,7 +21,6 @@ from protocol import control
 from protocol.errors import PeerGone, UserError
 from protocol.roles import Role
 
-_MAX_PORT = (1 << 16) - 1
 _BACKLOG = 4
 _ORDER_SECONDS = 1.0
 
@@ -85,8 +84,6 @@ class GdbPorts:
         return order if order in ("big", "little") else None
 
     def _listen(self, place: _Place, port: int) -> int:
-        if not 0 <= port <= _MAX_PORT:
-            raise UserError(f"port {port}: allowed are 1 to {_MAX_PORT}, and 0 for any that is free")
         try:
             listening = listen(port, _BACKLOG)
         except OSError as error:

@@ -10,13 +10,22 @@ import os
 import socket
 from pathlib import Path
 
+from protocol.errors import UserError
+
 LOOPBACK = "127.0.0.1"
 TABLE = Path("/proc/net/tcp")
 Address = tuple[str, int]
+_MAX_PORT = (1 << 16) - 1
+_ESTABLISHED = "01"
 
 
 def listen(port: int, backlog: int) -> socket.socket:
-    """A socket that listens, without waiting, on `port`, or with 0 on any that is free. Raises OSError."""
+    """A socket that listens, without waiting, on `port`, or with 0 on any that is free.
+
+    Raises OSError, and UserError for a number that no port has.
+    """
+    if not 0 <= port <= _MAX_PORT:
+        raise UserError(f"port {port}: allowed are 1 to {_MAX_PORT}, and 0 for any that is free")
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         # A connection of before that is only waited out is no reason to refuse a port.
@@ -33,7 +42,7 @@ def listen(port: int, backlog: int) -> socket.socket:
 def is_own(ours: Address, theirs: Address, table: str | None = None) -> bool:
     """Whether the connection from `theirs` to `ours` was made by this user or root; `table` stands in for the kernel's.
 
-    A connection that the kernel does not list, since it has ended, is nobody's.
+    A connection whose other end is closed is nobody's: the kernel lists such an end, if at all, as root's.
     """
     wanted = [_hex(theirs), _hex(ours)]
     try:
@@ -41,7 +50,12 @@ def is_own(ours: Address, theirs: Address, table: str | None = None) -> bool:
     except OSError:
         return False
     rows = (line.split() for line in lines)
-    return any(row[1:3] == wanted and int(row[7]) in (0, os.getuid()) for row in rows)
+    return any(row[1:3] == wanted and _is_held_by_us(row) for row in rows)
+
+
+def _is_held_by_us(row: list[str]) -> bool:
+    state, uid, inode = row[3], int(row[7]), int(row[9])
+    return state == _ESTABLISHED and inode != 0 and uid in (0, os.getuid())
 
 
 def _hex(address: Address) -> str:

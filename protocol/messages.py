@@ -326,12 +326,21 @@ class DebugCommandReply(Body, frozen=True):
     text: Annotated[str, Meta(max_length=MAX_DEBUG_TEXT_CHARS)] = ""
 
 
+class WatchMet(IntEnum):
+    """The watchpoint that an access met, by the number that GDB's Z packets have for it."""
+
+    NONE = 0
+    WRITE = 2
+    READ = 3
+    ACCESS = 4
+
+
 class DebugStopBody(Body, frozen=True):
-    """The processor stopped, as by VCPU_STOP, at a point or behind a step. `watch` is the kind of the watchpoint that
-    an access to `address` met, 0 for none."""
+    """The processor stopped, as by VCPU_STOP, at a point or behind a step; `address` is that of the access that met
+    `watch`."""
 
     vcpu: Vcpu
-    watch: Annotated[int, Meta(ge=0, le=4)] = 0
+    watch: WatchMet = WatchMet.NONE
     address: Register = 0
 
 

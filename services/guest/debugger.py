@@ -20,11 +20,8 @@ from services.guest.engine import Engine
 from services.guest.exits import Exit
 from services.guest.run_state import Hold
 from services.guest.vm_memory import GuestVmMemory
-from services.runtime.gdb.target import NO_MEMORY, Point, Refused, Stop, StopKind
+from services.runtime.gdb.target import NO_MEMORY, SMALLEST_PAGE_BYTES, Point, Refused, Stop, StopKind
 from shared.gdb_registers import Description, Values
-
-_TRANSLATED_BYTES = 4096
-"""The smallest page of the guest's own translation."""
 
 
 class User(Enum):
@@ -53,6 +50,10 @@ class Processor(Protocol):
     @property
     def is_free(self) -> bool:
         """Whether no call is open, so that another one can be made."""
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether its state is on its way to another place, or may be."""
 
 
 class Debugger:
@@ -132,6 +133,7 @@ class Debugger:
 
     def set_register(self, number: int, value: int) -> None:
         """Change one; raises Refused."""
+        self._need_unfrozen()
         self._engine.set_register(number, value)
 
     def translate(self, address: int) -> int:
@@ -146,6 +148,7 @@ class Debugger:
 
     def write(self, address: int, data: bytes) -> None:
         """Change memory at an effective address; raises Refused."""
+        self._need_unfrozen()
         while data:
             gpa, n_bytes = self._place(address, len(data))
             self._fetch_page(gpa, Access.WRITE)
@@ -153,8 +156,12 @@ class Debugger:
             address, data = address + n_bytes, data[n_bytes:]
         self._engine.memory_changed()
 
+    def _need_unfrozen(self) -> None:
+        if self._processor.is_frozen:
+            raise Refused("the VM is about to move or to be saved, as it was a moment ago: nothing can be changed now")
+
     def _place(self, address: int, n_bytes: int) -> tuple[int, int]:
-        n_bytes = min(n_bytes, _TRANSLATED_BYTES - address % _TRANSLATED_BYTES)
+        n_bytes = min(n_bytes, SMALLEST_PAGE_BYTES - address % SMALLEST_PAGE_BYTES)
         gpa = self._engine.translate(address)
         if not 0 <= gpa <= self._space.size_bytes - n_bytes:
             raise Refused(f"{address:#x} is no memory of {self._space.size_bytes:#x} bytes", NO_MEMORY)
@@ -174,11 +181,15 @@ class Debugger:
             raise Refused(str(fault), NO_MEMORY) from None
 
     def monitor(self, words: list[str]) -> str:
-        """A command of the engine's own; raises Refused."""
+        """A command of the engine's own, some of which change registers; raises Refused."""
+        self._need_unfrozen()
         return self._engine.monitor(words)
 
-    def set_points(self, points: frozenset[Point]) -> None:
-        """Stop at these; raises Refused, Unsupported."""
+    def set_points(self, user: User, points: frozenset[Point]) -> None:
+        """Stop at these for `user`; raises Refused, also for one who does not debug: nobody would let the processor go
+        on from there. Raises Unsupported."""
+        if self._user is not user:
+            raise Refused("whoever sets breakpoints and watchpoints has to debug the processor")
         if len(points) > MAX_DEBUG_POINTS:
             raise Refused(f"more than {MAX_DEBUG_POINTS} breakpoints and watchpoints")
         self._engine.set_points(points)

@@ -17,7 +17,7 @@ _VCPU = 0
 
 def stop_body(stop: Stop) -> m.DebugStopBody | None:
     """What kvm is told of a stop; None of a crash, of which it hears anyway."""
-    return None if stop.text else m.DebugStopBody(_VCPU, stop.watch or 0, stop.address)
+    return None if stop.text else m.DebugStopBody(_VCPU, m.WatchMet(stop.watch or 0), stop.address)
 
 
 def _registers(debugger: Debugger, _body: m.RunBody) -> m.DebugRegisters:
@@ -46,19 +46,19 @@ def _translate(debugger: Debugger, body: m.DebugAddressBody) -> m.DebugAddressRe
 
 def _debug(debugger: Debugger, body: m.DebugBody) -> m.Status:
     points = frozenset(Point(PointKind(point.kind), point.address, point.n_bytes) for point in body.points)
+    if not points and not body.step:
+        debugger.give_up(User.HOST)
+        return m.Status()
     try:
         debugger.take(User.HOST, debugger.tell_host)
     except Refused:
         return m.Status(HCode.H_BUSY)
     try:
-        debugger.set_points(points)
+        debugger.set_points(User.HOST, points)
     except (Refused, Unsupported) as error:
         debugger.give_up(User.HOST)
         return m.Status(HCode.H_PARAMETER if isinstance(error, Refused) else HCode.H_NOT_AVAILABLE)
-    if points or body.step:
-        debugger.arm(step=body.step)
-    else:
-        debugger.give_up(User.HOST)
+    debugger.arm(step=body.step)
     return m.Status()
 
 

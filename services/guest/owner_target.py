@@ -9,17 +9,16 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
-import outcome
 import trio
 
 from services.guest.debugger import Debugger, User
-from services.runtime.gdb.target import Point, PointKind, Refused, Stop
+from services.guest.in_processor import Post, in_processor
+from services.runtime.gdb.target import Point, PointKind, Stop
 from shared.gdb_registers import Description, Values
 
 _ANSWER_SECONDS = 5.0
 _OWNER = User.OWNER
 T = TypeVar("T")
-Post = Callable[[Callable[[], None]], None]
 
 
 class OwnerTarget:
@@ -88,7 +87,7 @@ class OwnerTarget:
 
     async def _set_points(self, points: frozenset[Point]) -> None:
         if points != self._points:
-            await self._in_processor(partial(self._debugger.set_points, points))
+            await self._in_processor(partial(self._debugger.set_points, _OWNER, points))
             self._points = points
 
     async def resume(self, *, step: bool) -> Stop:
@@ -123,23 +122,7 @@ class OwnerTarget:
         return await self._in_processor(partial(self._debugger.monitor, words))
 
     async def _in_processor(self, work: Callable[[], T]) -> T:
-        done = trio.Event()
-        results: list[outcome.Outcome[T]] = []
-
-        def run() -> None:
-            results.append(outcome.capture(work))
-            self._token.run_sync_soon(done.set)
-
-        self._post(run)
-        with trio.move_on_after(_ANSWER_SECONDS):
-            await done.wait()
-        if not results:
-            raise Refused("the processor does not answer")
-        result = results[0]
-        if isinstance(result, outcome.Error) and not isinstance(result.error, Exception):
-            # It left what it did, since it was started anew or ended.
-            raise Refused("the processor has begun anew")
-        return result.unwrap()
+        return await in_processor(self._post, work, _ANSWER_SECONDS)
 
 
 def _one_kind(point: Point) -> Point:

@@ -607,6 +607,11 @@ class Processor:
         """As services.guest.debugger.Processor."""
         return not self._replies and not self._in_engine and self._life.unheld is RunState.RUNNING
 
+    @property
+    def is_frozen(self) -> bool:
+        """As services.guest.debugger.Processor."""
+        return self.state is RunState.FROZEN
+
     # -- migration --------------------------------------------------------------------------------------------
 
     def _want_save(self, end: LinkEnd, envelope: Envelope) -> None:

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import outcome
 import trio
 
 from protocol.causes import first_cause
@@ -21,6 +20,7 @@ from services.guest.bench_engine import BenchEngine
 from services.guest.clock import GuestClock, make_clock
 from services.guest.engine import Engine
 from services.guest.engines import make_engine
+from services.guest.in_processor import in_processor
 from services.guest.link_end import LinkEnd
 from services.guest.owner_target import OwnerTarget
 from services.guest.processor import Processor
@@ -254,20 +254,6 @@ class Guest:
         return outcome[0]
 
     async def _in_processor(self, work: Callable[[], T]) -> T:
-        """Run `work` in the processor's thread; raises HostFault when it does not come to it."""
-        done = trio.Event()
-        results: list[outcome.Outcome[T]] = []
-        token = trio.lowlevel.current_trio_token()
-
-        def run() -> None:
-            results.append(outcome.capture(work))
-            token.run_sync_soon(done.set)
-
         if self._processor is None:
             raise HostFault("the processor has not started")
-        self._processor.post(run)
-        with trio.move_on_after(_QUERY_SECONDS):
-            await done.wait()
-        if not results:
-            raise HostFault("the processor does not answer")
-        return results[0].unwrap()
+        return await in_processor(self._processor.post, work, _QUERY_SECONDS)

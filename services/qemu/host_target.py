@@ -14,11 +14,21 @@ import trio
 
 from protocol import messages as m
 from protocol.codes import HCode
-from protocol.errors import GuestFault
+from protocol.errors import GuestFault, PeerGone, PefboxError
 from protocol.geometry import PAGE_SHIFT
+from protocol.refusals import HELD_UP_STATES
 from services.qemu.machine import Machine
 from services.qemu.qmp import RunState
-from services.runtime.gdb.target import NO_MEMORY, Point, PointKind, Refused, Stop, StopKind, Unsupported
+from services.runtime.gdb.target import (
+    NO_MEMORY,
+    SMALLEST_PAGE_BYTES,
+    Point,
+    PointKind,
+    Refused,
+    Stop,
+    StopKind,
+    Unsupported,
+)
 from services.runtime.link import Link
 from shared.gdb_registers import Description, Order, Values, unpack
 from shared.guest_ram import GuestRam
@@ -26,9 +36,8 @@ from shared.host_view import HostState
 
 _VCPU = 0
 _REAL_MASK = (1 << 60) - 1
-_TRANSLATED_BYTES = 4096
-"""The smallest page of the guest's own translation."""
 _CALL_SECONDS = 5.0
+_AGAIN_SECONDS = 0.1
 _SECURE = "the VM is secure: its registers and its code are for its owner's debugger alone"
 
 
@@ -45,7 +54,7 @@ class HostTarget:
         self._view = host_view
         self._points: frozenset[Point] = frozenset()
         self._stop: Stop | None = None
-        self._is_attached = self._was_paused = False
+        self._is_attached = False
         self._values: Values | None = None
         """As long as it stands still; every value is missing in a secure VM."""
         self._secure = False
@@ -53,10 +62,11 @@ class HostTarget:
     # -- run state --------------------------------------------------------------------------------------------
 
     async def halt(self) -> Stop:
-        """As Target."""
+        """As Target; a machine that has not started yet is waited for."""
         if self._stop is None:
-            self._is_attached, self._was_paused = True, self._machine.state is RunState.PAUSED
-            await self._order(self._machine.stop)
+            await self._machine.until_started()
+            self._is_attached = True
+            await self._order(self._machine.hold)
             self._stop = self._stop_of_state() or Stop(StopKind.INTERRUPT)
         return self._stop
 
@@ -76,11 +86,11 @@ class HostTarget:
             await self._debug(self._points, step=step)
         self._values = self._stop = None
         self._machine.debug_stop = None
-        await self._order(self._machine.cont)
+        await self._order(self._machine.go)
         await self._machine.until_stopped()
         stop = self._stop_of_debug() or self._stop_of_state() or Stop(StopKind.INTERRUPT)
         # The processor stands, and so shall the machine around it.
-        await self._order(self._machine.stop)
+        await self._order(self._machine.hold)
         self._stop = stop
         return stop
 
@@ -98,20 +108,29 @@ class HostTarget:
 
     async def interrupt(self) -> None:
         """As Target."""
-        await self._order(self._machine.stop)
+        await self._order(self._machine.hold)
 
     async def release(self) -> None:
-        """As Target; a machine that was paused before stays so."""
+        """As Target; a machine that its user has paused stays so. Lasts until kvm has taken it, or is dead."""
         if not self._is_attached:
             return
-        self._is_attached, self._points, self._values, self._stop = False, frozenset(), None, None
-        # From its answer on the processor stops for nobody. It may have done so a moment ago, which `stop` makes the
-        # machine's state too.
-        if not self._secure:
-            await self._call(m.VCPU_DEBUG, m.DebugBody(_VCPU, []))
-        await self._machine.stop()
-        if not self._was_paused:
-            await self._machine.cont()
+        self._points, self._values, self._stop = frozenset(), None, None
+        while True:
+            if await self._is_let_go():
+                break
+            await trio.sleep(_AGAIN_SECONDS)
+        self._is_attached = False
+
+    async def _is_let_go(self) -> bool:
+        """Whether processor and machine have taken it; nobody else would tell them again."""
+        # From its answer on the processor stops for nobody. Without one the machine is let go all the same.
+        forgotten = self._secure or await _is_taken(self._forget_points)
+        return await _is_taken(self._machine.let_go) and forgotten
+
+    async def _forget_points(self) -> None:
+        code = (await self._call(m.VCPU_DEBUG, m.DebugBody(_VCPU, []))).code
+        if code == HCode.H_BUSY:
+            raise Refused("the processor is held up")
 
     async def kill(self) -> None:
         """As Target."""
@@ -165,7 +184,7 @@ class HostTarget:
         """As Target: of a secure page what any reader on the host finds, its encrypted image."""
         gpa, n_bytes = await self._place(address, n_bytes)
         try:
-            with trio.fail_after(_CALL_SECONDS):
+            with self._link.patience.fail_after(_CALL_SECONDS):
                 return await self._ram.read(gpa, n_bytes)
         except GuestFault as fault:
             raise Refused(str(fault), NO_MEMORY) from None
@@ -187,7 +206,7 @@ class HostTarget:
     async def _place(self, address: int, n_bytes: int) -> tuple[int, int]:
         """Where `address` is, and how many bytes from there lie in one page of guest and host."""
         gpa = await self._translate(address)
-        n_bytes = min(n_bytes, _TRANSLATED_BYTES - gpa % _TRANSLATED_BYTES)
+        n_bytes = min(n_bytes, SMALLEST_PAGE_BYTES - gpa % SMALLEST_PAGE_BYTES)
         try:
             self._ram.check(gpa, n_bytes)
         except GuestFault as fault:
@@ -240,6 +259,17 @@ class HostTarget:
         return reply.text
 
     async def _call(self, message: m.Message[m.BodyT, m.ReplyT], body: m.BodyT) -> m.ReplyT:
-        with trio.move_on_after(_CALL_SECONDS):
+        with self._link.patience.bound(_CALL_SECONDS):
             return await self._link.call(message, body)
         raise Refused(f"kvm does not answer {message.name}")
+
+
+async def _is_taken(order: Callable[[], Awaitable[None]]) -> bool:
+    """False when kvm or the processor is only held up, and has to be told again."""
+    try:
+        await order()
+    except PeerGone as gone:
+        return gone.state not in HELD_UP_STATES
+    except PefboxError:
+        return False
+    return True

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from services.qemu.virtio_balloon import VirtioBalloon
 
 _ORDER_SECONDS = 5.0
+_RUNS = frozenset({RunState.RUNNING, RunState.PRELAUNCH, RunState.FINISH_MIGRATE})
+"""States in which a debugger that waits for a stop goes on waiting."""
 
 
 class Machine:
@@ -50,6 +52,10 @@ class Machine:
         """Set, and replaced, with each change that `until_stopped` looks at."""
         self.debug_stop: m.DebugStopBody | None = None
         """Where the processor stopped for a debugger, until that looks."""
+        self.held = False
+        """Whether a debugger has it stand still."""
+        self._paused = False
+        """Whether its user has paused it, also while a debugger lets it run all the same."""
         self.quit_asked = trio.Event()
         self.exit_status: int | None = None
         """What the guest's program said when it ended itself."""
@@ -82,9 +88,23 @@ class Machine:
         self._news = trio.Event()
 
     async def until_stopped(self) -> None:
-        """Returns when the machine neither runs nor starts anew, or its processor stopped for a debugger."""
-        while self.debug_stop is None and self.state in (RunState.RUNNING, RunState.PRELAUNCH):
+        """Returns when the machine neither runs nor starts anew, or its processor stopped for a debugger.
+
+        One that is about to move may stay all the same, and then it runs on.
+        """
+        while self.debug_stop is None and not self.held and self.state in _RUNS:
             await self._news.wait()
+
+    async def until_started(self) -> None:
+        """Returns when the machine is loaded and its processor started, or that has failed."""
+        while self.state is RunState.PRELAUNCH:
+            await self._news.wait()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it runs, or would if no debugger had it stand still."""
+        is_only_held = self.state is RunState.PAUSED and self.held and not self._paused
+        return self.state is RunState.RUNNING or is_only_held
 
     @property
     def run_seconds(self) -> float | None:
@@ -249,12 +269,17 @@ class Machine:
 
     async def power_on(self) -> None:
         """Load the machine and start its processor; raises PefboxError."""
+        async with self.orders:
+            await self._power_on()
+
+    async def _power_on(self) -> None:
         assert self.load is not None
-        pc, gprs = await self.load()
-        self._started_s, self._ended_s = time.monotonic(), None
-        # Before kvm answers: a short program may have ended by then, and what it came to must stay.
-        self.state = RunState.RUNNING
         try:
+            pc, gprs = await self.load()
+            self._started_s, self._ended_s = time.monotonic(), None
+            self._paused = self.held = False
+            # Before kvm answers: a short program may have ended by then, and what it came to must stay.
+            self.state = RunState.RUNNING
             await self._order(m.VM_START, m.StartBody(0, pc, gprs))
         except PefboxError:
             self.state = RunState.INTERNAL_ERROR
@@ -263,25 +288,60 @@ class Machine:
     def arrived(self, state: RunState) -> None:
         """The machine has come from another host, and is in `state` here."""
         self._started_s, self._ended_s = time.monotonic(), None
-        self.state = state
+        self._paused, self.state = state is RunState.PAUSED, state
 
     async def stop(self) -> None:
         """As MachineControl."""
         async with self.orders:
-            if self.state is not RunState.RUNNING:
-                return
-            await self._order(m.VM_STOP, m.Empty())
-            self.state = RunState.PAUSED
-            self._events.emit(Stopped())
+            await self._stop()
+            self._paused = self.state is RunState.PAUSED
 
     async def cont(self) -> None:
-        """As MachineControl."""
+        """As MachineControl; while a debugger holds the machine, it goes on when that lets it."""
         async with self.orders:
-            if self.state is not RunState.PAUSED:
-                return
-            await self._order(m.VM_CONTINUE, m.Empty())
-            self.state = RunState.RUNNING
-            self._events.emit(Resumed())
+            if not self.held:
+                await self._cont()
+            self._paused = False
+
+    async def _stop(self) -> None:
+        if self.state is not RunState.RUNNING:
+            return
+        await self._order(m.VM_STOP, m.Empty())
+        self.state = RunState.PAUSED
+        self._events.emit(Stopped())
+
+    async def _cont(self) -> None:
+        if self.state is not RunState.PAUSED:
+            return
+        await self._order(m.VM_CONTINUE, m.Empty())
+        self.state = RunState.RUNNING
+        self._events.emit(Resumed())
+
+    # For the host's debugger, whose holding the machine is no pause of its user's.
+
+    async def hold(self) -> None:
+        """A debugger has it stand still. Raises PefboxError."""
+        async with self.orders:
+            await self._stop()
+            self.held = True
+            self._tell_news()
+
+    async def go(self) -> None:
+        """A debugger has it run, whether its user has paused it or not. Raises PefboxError."""
+        async with self.orders:
+            await self._cont()
+            self.held = False
+
+    async def let_go(self) -> None:
+        """No debugger has it any more: it runs, unless its user has paused it. Raises PefboxError.
+
+        Its processor may have stopped for the debugger a moment ago, which kvm does not know: so it is stopped first.
+        """
+        async with self.orders:
+            await self._stop()
+            if not self._paused:
+                await self._cont()
+            self.held = False
 
     async def reset(self) -> None:
         """As MachineControl."""
@@ -322,7 +382,7 @@ class Machine:
             try:
                 await self._order(m.VM_RESET, m.Empty())
                 await self._board().reset()
-                await self.power_on()
+                await self._power_on()
             except PefboxError as error:
                 self.state = RunState.INTERNAL_ERROR
                 self._log.error("reset failed", reason=str(error))

@@ -46,7 +46,9 @@ class MovingMachine:
         self._ram_fd = ram_fd
         self._machine, self._board = machine, board
         self._before: RunState | None = None
-        """The run state before `switching`; of a machine that arrives, the one that it will have."""
+        """The run state before `switching`."""
+        self._runs: bool | None = None
+        """As `is_running`, since `switching` or since a state was loaded."""
 
     def write_page(self, gfn: int, content: bytes | memoryview) -> None:
         """As MovableMachine. A write to the file: half the time of first stores to the mapping, and never a signal."""
@@ -63,6 +65,11 @@ class MovingMachine:
 
     @property
     def is_running(self) -> bool:
+        """As MovableMachine."""
+        return self._machine.is_running if self._runs is None else self._runs
+
+    @property
+    def runs_here(self) -> bool:
         """As MovableMachine."""
         return (self._before or self._machine.state) is RunState.RUNNING
 
@@ -126,16 +133,17 @@ class MovingMachine:
             self._board.load(decoded.board)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise MalformedMessage(f"the state of the devices: {error}") from None
-        self._before = RunState.RUNNING if decoded.running else RunState.PAUSED
+        self._runs = decoded.running
 
     def switching(self) -> None:
         """As MovableMachine."""
+        self._runs = self._machine.is_running
         self._before, self._machine.state = self._machine.state, RunState.FINISH_MIGRATE
 
     def stays(self) -> None:
         """As MovableMachine."""
         if self._before is not None:
-            self._machine.state, self._before = self._before, None
+            self._machine.state, self._before, self._runs = self._before, None, None
 
     def left(self) -> None:
         """As MovableMachine."""
@@ -143,7 +151,7 @@ class MovingMachine:
 
     def arrived(self, *, running: bool) -> None:
         """As MovableMachine."""
-        self._before = None
+        self._runs = None
         self._machine.arrived(RunState.RUNNING if running else RunState.PAUSED)
         for device in self._virtio():
             device.release()

@@ -374,9 +374,9 @@ class Qemu:
         return {name: {state.name: n for state, n in states.items()} for name, states in reach.items()}
 
     async def _run_stop(self, _arguments: dict[str, Any]) -> dict[str, Any]:
-        """As the monitor's `stop`; whether the machine was running."""
+        """As the monitor's `stop`; whether the machine was running, or would have but for a debugger."""
         machine = self._made_machine()
-        was_running = machine.state is RunState.RUNNING
+        was_running = machine.is_running
         await machine.stop()
         return {"stopped": was_running}
 

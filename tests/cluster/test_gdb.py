@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import trio
+from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 
 from deploy.api import RunningCluster, Vm, cluster, processes_of
 from deploy.run_program import RunOrder, check_program, cluster_text, program_blob
 from protocol.errors import UserError
 from services.runtime.gdb.packets import encode
 from tests.cluster.conftest import MINIMAL
+from tests.cluster.moving import travelling
 from tests.cluster.two_hosts import VM_OF, running_hosts
 from tests.cluster.two_hosts import cluster_text as cluster_text_of
 from tests.cluster.vm_files import console_until
@@ -30,6 +33,7 @@ from tests.needs import need_cross_compilers, need_linux, need_program
 VM = "program"
 TEXT = "plain text of the guest"
 READY = "ready to be debugged"
+LEFT = '"debugger left"'
 
 
 def program(endian: str) -> Path:
@@ -289,6 +293,46 @@ async def test_an_owner_interrupts_and_kills_and_both_views_exclude_each_other(t
         assert (await vm.wait_state("off")).reason == "killed by its debugger"
 
 
+@pytest.mark.cross
+@pytest.mark.parametrize("role", ["kvm", "guest"])
+async def test_l1_a_vm_goes_on_whose_debugger_died_while_kvm_or_its_processor_stood_still(
+    tmp_path: Path, role: str
+) -> None:
+    elf = program("be")
+    async with debuggee(tmp_path, looped("be", secure=False)) as (running, vm):
+        await console_until(vm, READY)
+        held_up = vm.guest if role == "guest" else running.process(f"{await vm.host()}/kvm")
+        async with RawClient.attached(await vm.gdb_port("host")) as client:
+            assert await client.ask(f"Z2,{address_of('rounds', elf):x},8".encode()) == b"OK"
+            assert (await client.ask(b"c")).startswith(b"T05")
+            await held_up.stop()
+            await held_up.wait_state("stopped")
+        await trio.sleep(1)
+        assert LEFT not in vm.qemu.log()
+        await held_up.resume()
+
+        with trio.fail_after(30):
+            await _host_view_is_left(vm)
+        assert {(await process.query("vm.status"))["state"] for process in (vm.qemu, vm.guest)} == {"running"}
+        assert await goes_on(vm, elf)
+
+
+async def _host_view_is_left(vm: Vm) -> None:
+    while True:
+        if LEFT in vm.qemu.log():
+            return
+        await trio.sleep(0.1)
+
+
+def address_of(symbol: str, elf: Path) -> int:
+    with elf.open("rb") as file:
+        table = ELFFile(file).get_section_by_name(".symtab")
+        assert isinstance(table, SymbolTableSection)
+        found = table.get_symbol_by_name(symbol)
+        assert found
+        return int(found[0]["st_value"])
+
+
 # -- the model kernel -------------------------------------------------------------------------------------------------
 
 MODEL_COMMANDS = (
@@ -359,6 +403,21 @@ async def test_a_vm_moves_out_of_its_debuggers_hands_and_the_same_port_finds_it(
             assert bytes.fromhex((await client.ask(b"m0,4")).decode())
         assert (await vm.row()).secure
         assert await vm.host() == "beta"
+
+
+@pytest.mark.parametrize("secure", [True, False])
+async def test_a_vm_that_the_hosts_debugger_held_goes_on_where_it_arrives(tmp_path: Path, secure: bool) -> None:
+    async with travelling(tmp_path, secure=secure) as traveller:
+        async with RawClient.attached(await traveller.vm.gdb_port("host")) as client:
+            await traveller.vm.migrate("beta")
+
+            with pytest.raises(EOFError):
+                await client.ask(b"g")
+        assert (await traveller.ask("pages")).startswith("ok ")
+        async with RawClient.attached(await traveller.vm.gdb_port("host")):
+            await traveller.vm.snapshot(tmp_path / "vm1.snapshot")
+        await traveller.vm.restore(tmp_path / "vm1.snapshot")
+        assert (await traveller.ask("pages")).startswith("ok ")
 
 
 # -- Linux ------------------------------------------------------------------------------------------------------------
@@ -444,5 +503,9 @@ async def test_the_command_prints_a_port_and_says_what_is_wrong_in_one_line(
         assert reason in refused.stderr
     assert (await pefbox("vm1", "--view", "host", "extra")).returncode == 2
 
-    ran = await pefbox("vm1", "--view", "host", "--run", "--", "-nx", "-q", "-batch", "-ex", "set endian big")
+    commands = ("-ex", "p/x $kbase", "-ex", "detach")
+    ran = await pefbox("vm1", "--view", "host", "--run", "--", "-nx", "-q", "-batch", *commands)
     assert ran.returncode == 0, ran.stderr
+    assert "$1 = 0x" in ran.stdout
+    assert "detached" in ran.stdout
+    assert "not being run" not in ran.stderr

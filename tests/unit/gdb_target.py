@@ -26,6 +26,8 @@ class PlayedTarget:
         self.orders: list[object] = []
         self.points: set[Point] = set()
         self.released = 0
+        self.may_be_released = trio.Event()
+        self.may_be_released.set()
         self.resumed = trio.Event()
         self.refuses_registers = self.refuses_to_halt = False
         self._stop: Stop | None = None
@@ -82,6 +84,7 @@ class PlayedTarget:
         self.stop_with(Stop(StopKind.INTERRUPT))
 
     async def release(self) -> None:
+        await self.may_be_released.wait()
         self.released += 1
 
     async def kill(self) -> None:

@@ -67,7 +67,7 @@ class Owner:
         return value
 
     def points(self, *points: Point) -> None:
-        self.do(lambda: self.debugger.set_points(frozenset(points)))
+        self.do(lambda: self.debugger.set_points(User.OWNER, frozenset(points)))
 
     def release(self) -> None:
         self.do(lambda: self.debugger.release(User.OWNER))

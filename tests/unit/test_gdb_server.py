@@ -199,10 +199,65 @@ async def test_a_target_that_refuses_is_left_at_once(world: World) -> None:
         await world.connect().hear()
 
 
-async def test_kill_ends_the_connection(world: World) -> None:
+async def test_whoever_detaches_finds_the_target_released_and_is_served_no_more(world: World) -> None:
     client = world.connect()
-    await client.stream.send_all(encode(b"k"))
+    await client.ask(b"QStartNoAckMode")
 
+    await client.stream.send_all(encode(b"D") + encode(b"Z0,1000,4"))
+
+    assert await client.hear() == b"OK"
+    assert world.targets[0].released == 1
     with pytest.raises(EOFError):
         await client.hear()
+    assert not world.targets[0].points
+
+
+async def test_l1_a_release_lasts_as_long_as_it_takes_and_keeps_the_next_debugger_out(
+    world: World, autojump_clock: trio.testing.MockClock
+) -> None:
+    client = world.connect()
+    await client.ask(b"qC")
+    target = world.targets[0]
+    target.may_be_released = trio.Event()
+    await client.stream.send_all(encode(b"D"))
+    assert await client.hear() == b"OK"
+
+    await trio.sleep(1000)
+    with pytest.raises(EOFError):
+        await world.connect().hear()
+    target.may_be_released.set()
+    await world.released()
+
+    assert await world.connect().ask(b"qC") == b"QC1"
+
+
+@pytest.mark.parametrize("packet", [b"k", b"vKill;1"])
+async def test_kill_ends_the_connection_and_the_target_does_not_run_on(
+    world: World, packet: bytes, autojump_clock: trio.testing.MockClock
+) -> None:
+    client = world.connect()
+    await client.stream.send_all(encode(packet))
+
+    if packet != b"k":
+        assert await client.hear() == b"OK"
+    with pytest.raises(EOFError):
+        await client.hear()
+    await trio.sleep(1)
     assert world.targets[0].orders == ["halt", "kill"]
+    assert not world.targets[0].released
+    world.debuggers.close()
+    await trio.sleep(60)
+    assert not world.targets[0].released
+
+
+async def test_l1_what_was_killed_and_does_not_end_is_let_go(
+    world: World, autojump_clock: trio.testing.MockClock
+) -> None:
+    client = world.connect()
+    await client.stream.send_all(encode(b"k"))
+    with pytest.raises(EOFError):
+        await client.hear()
+
+    await trio.sleep(60)
+
+    await world.released()

@@ -82,6 +82,8 @@ def test_owner_and_host_do_not_debug_at_once(rig: Rig) -> None:
     owner = Owner(rig)
     owner.attach()
     assert debug(rig, m.DebugPoint(0, ENTRY, 4)) == HCode.H_BUSY
+    assert debug(rig) == HCode.H_SUCCESS, "who has no points may say so"
+    owner.step()
     owner.release()
 
     assert debug(rig, m.DebugPoint(0, ENTRY + (1 << 20), 4)) == HCode.H_SUCCESS

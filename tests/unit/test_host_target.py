@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 import structlog
 import trio
@@ -13,22 +14,26 @@ import trio.testing
 
 from protocol import messages as m
 from protocol.codes import HCode
-from protocol.errors import PeerGone
+from protocol.errors import MalformedMessage, PeerGone
 from protocol.geometry import PAGE_BYTES
 from protocol.wire import Envelope
+from services.qemu.board import Board
 from services.qemu.host_target import HostTarget
 from services.qemu.machine import Machine
+from services.qemu.moving_machine import MovingMachine
 from services.qemu.qmp import MonitorEvents, RunState
-from services.runtime.gdb.target import Point, PointKind, Refused, StopKind, Unsupported
+from services.runtime.gdb.target import Point, PointKind, Refused, Stop, StopKind, Unsupported
 from services.runtime.link import Link
 from services.runtime.patience import Patience
 from shared.gdb_registers import POWER, Values, pack
 from shared.guest_ram import GuestRam
 from shared.host_view import HostState
+from tests.unit.ultravisor_rig import vm_entry
 
 N_PAGES = 4
 BREAKPOINT = Point(PointKind.SOFTWARE, 0x1000, 4)
 PC = POWER.number["pc"]
+SECONDS = 5.0
 
 
 class PlayedKvm:
@@ -39,7 +44,10 @@ class PlayedKvm:
         self.orders: list[str] = []
         self.debugs: list[m.DebugBody] = []
         self.debug_code = HCode.H_SUCCESS
-        self.gone = False
+        self.gone: str | None = None
+        """What kvm is, where it answers nothing."""
+        self.codes: dict[m.Message[Any, Any], list[int]] = {}
+        """What an order is answered the next times."""
         self.on_continue: Callable[[], None] = lambda: None
         self.values = [number for number in range(len(POWER.registers))]
         self.patience = Patience()
@@ -47,8 +55,10 @@ class PlayedKvm:
     async def call(self, message: m.Message[Any, Any], body: Any, cause: int = 0) -> Any:  # noqa: ANN401
         await trio.lowlevel.checkpoint()
         self.orders.append(message.name)
-        if self.gone:
-            raise PeerGone("alpha/kvm", "gone")
+        if self.gone is not None:
+            raise PeerGone("alpha/kvm", self.gone)
+        if self.codes.get(message):
+            return m.Status(self.codes[message].pop())
         if message in _DEBUG and self.secure:
             return message.reply.refused(HCode.H_PERMISSION) if message.reply else None
         if message is m.VCPU_REGISTERS:
@@ -127,11 +137,21 @@ async def test_a_normal_vm_is_debugged_as_qemu_does_it(world: World) -> None:
 
 async def test_a_watchpoint_tells_kind_and_address(world: World) -> None:
     await world.target.halt()
-    world.kvm.on_continue = world.processor_stops(m.DebugStopBody(0, PointKind.ACCESS, 0x2004))
+    world.kvm.on_continue = world.processor_stops(m.DebugStopBody(0, m.WatchMet.ACCESS, 0x2004))
 
     stop = await world.target.resume(step=False)
 
     assert (stop.watch, stop.address) == (PointKind.ACCESS, 0x2004)
+
+
+@pytest.mark.parametrize("watch", [1, 5, -1])
+def test_s5_a_watchpoint_of_a_kind_that_there_is_not_is_no_stop(watch: int) -> None:
+    with pytest.raises(MalformedMessage):
+        m.VCPU_DEBUG_STOP.decode_body(msgspec.msgpack.encode([0, watch, 0]))
+
+    for known in m.WatchMet:
+        body = m.DebugStopBody(0, known, 0x2004)
+        assert m.VCPU_DEBUG_STOP.decode_body(msgspec.msgpack.encode(body)) == body
 
 
 async def test_a_run_ends_with_an_interrupt_or_with_the_machine(world: World) -> None:
@@ -215,6 +235,25 @@ async def test_a_refused_point_is_not_kept(world: World, code: HCode, error: typ
     assert not world.target._points
 
 
+async def test_a_debugger_that_comes_before_the_machine_has_started_waits_for_it(
+    world: World, nursery: trio.Nursery
+) -> None:
+    async def load() -> tuple[int, dict[int, int]]:
+        return 0x100, {}
+
+    async def start() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        await world.machine.power_on()
+
+    world.machine.state, world.machine.load = RunState.PRELAUNCH, load
+    nursery.start_soon(start)
+
+    stop = await world.target.halt()
+
+    assert stop == Stop(StopKind.INTERRUPT)
+    assert world.kvm.orders == ["VM_START", "VM_STOP"]
+
+
 async def test_a_machine_that_was_paused_stays_so(world: World) -> None:
     await world.machine.stop()
     await world.target.halt()
@@ -223,6 +262,99 @@ async def test_a_machine_that_was_paused_stays_so(world: World) -> None:
 
     assert world.machine.state is RunState.PAUSED
     await world.target.release()
+
+
+async def test_a_machine_that_its_user_pauses_while_the_debugger_has_it_run_stays_so(world: World) -> None:
+    async def pause() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        await world.machine.stop()
+
+    await world.target.halt()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pause)
+        assert (await world.target.resume(step=False)).kind is StopKind.INTERRUPT
+
+    await world.target.release()
+
+    assert world.machine.state is RunState.PAUSED
+    assert not world.machine.is_running
+
+
+async def test_a_paused_machine_runs_for_the_debugger_and_is_paused_again_behind_it(world: World) -> None:
+    await world.machine.stop()
+    await world.target.halt()
+    with trio.move_on_after(0.02):
+        await world.target.resume(step=False)
+    assert world.is_running()
+
+    await world.target.release()
+
+    assert world.machine.state is RunState.PAUSED
+
+
+async def test_a_user_who_lets_a_held_machine_go_on_has_it_go_on_behind_the_debugger(world: World) -> None:
+    await world.machine.stop()
+    await world.target.halt()
+
+    await world.machine.cont()
+    assert world.machine.state is RunState.PAUSED
+
+    await world.target.release()
+    assert world.is_running()
+
+
+async def test_what_only_a_debugger_holds_is_running_wherever_it_goes(world: World) -> None:
+    board = cast(Board, SimpleNamespace(functions=[]))
+    view = memoryview(world.view)
+    moving = MovingMachine(vm_entry(), world.machine, board, memoryview(world.ram), -1, view)
+    assert (moving.is_running, moving.runs_here) == (True, True)
+    await world.target.halt()
+    assert (moving.is_running, moving.runs_here) == (True, False)
+
+    moving.switching()
+    assert (moving.is_running, moving.runs_here) == (True, False)
+    moving.stays()
+    assert world.machine.state is RunState.PAUSED
+
+    await world.machine.stop()
+    moving.switching()
+    assert (moving.is_running, moving.runs_here) == (False, False)
+
+
+async def test_a_migration_that_does_not_come_about_is_no_stop(world: World) -> None:
+    stops: list[Stop] = []
+
+    async def resume() -> None:
+        stops.append(await world.target.resume(step=False))
+
+    await world.target.halt()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(resume)
+        for state in (RunState.FINISH_MIGRATE, RunState.RUNNING):
+            await trio.testing.wait_all_tasks_blocked()
+            world.machine.state = state
+        await trio.testing.wait_all_tasks_blocked()
+        assert not stops
+        await world.target.interrupt()
+
+    assert [stop.kind for stop in stops] == [StopKind.INTERRUPT]
+
+
+async def test_who_interrupts_a_machine_of_which_nobody_knows_where_it_runs_is_answered(world: World) -> None:
+    await world.target.halt()
+
+    async def interrupt() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        world.machine.state = RunState.FINISH_MIGRATE
+        await trio.testing.wait_all_tasks_blocked()
+        await world.target.interrupt()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(interrupt)
+        with trio.fail_after(SECONDS):
+            stop = await world.target.resume(step=False)
+
+    assert stop.text == "the machine is in state 'finish-migrate'"
 
 
 async def test_l1_a_debugger_that_goes_while_the_processor_stops_leaves_it_running(world: World) -> None:
@@ -241,7 +373,69 @@ async def test_l1_a_debugger_that_goes_while_the_processor_stops_leaves_it_runni
 
 async def test_l1_a_kvm_that_is_gone_is_told(world: World) -> None:
     await world.target.halt()
-    world.kvm.gone = True
+    world.kvm.gone = "gone"
 
     with pytest.raises(PeerGone, match="gone"):
         await world.target.registers()
+    await world.target.release()
+
+
+@pytest.mark.parametrize("state", ["stopped", "unresponsive"])
+@pytest.mark.parametrize("stands", [True, False])
+async def test_l1_a_kvm_that_is_held_up_is_told_again_until_the_machine_runs(
+    world: World, stands: bool, state: str
+) -> None:
+    await world.target.halt()
+    await world.target.insert(BREAKPOINT)
+    if not stands:
+        with trio.move_on_after(0.02):
+            await world.target.resume(step=False)
+    world.kvm.gone = state
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.target.release)
+        await trio.sleep(0.3)
+        world.kvm.gone = None
+
+    assert world.kvm.debugs[-1] == m.DebugBody(0, [])
+    assert world.kvm.orders[-2:] == ["VCPU_DEBUG" if stands else "VM_STOP", "VM_CONTINUE"]
+    assert world.is_running()
+
+
+@pytest.mark.parametrize("refused", [m.VCPU_DEBUG, m.VM_CONTINUE])
+async def test_l1_a_processor_that_is_held_up_is_told_again(world: World, refused: m.Message[Any, Any]) -> None:
+    await world.target.halt()
+    world.kvm.codes[refused] = [HCode.H_BUSY] * 2
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.target.release)
+        await trio.testing.wait_all_tasks_blocked()
+        assert world.machine.is_running, "nobody has paused it"
+
+    assert not world.kvm.codes[refused]
+    assert world.is_running()
+
+
+async def test_l1_a_machine_is_let_go_once_a_migration_that_ends_here_is_over(world: World) -> None:
+    await world.target.halt()
+    async with trio.open_nursery() as nursery, world.machine.orders:
+        nursery.start_soon(world.target.release)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not world.is_running()
+
+    assert world.is_running()
+
+
+async def test_l1_a_debugger_of_the_process_that_answers_makes_nobody_late(
+    world: World, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def answer_late(gfns: list[int]) -> None:
+        await trio.sleep(1000)
+        await world._want(gfns)
+
+    await world.target.halt()
+    world.view[1] = HostState.ABSENT
+    world.target._ram = GuestRam(memoryview(world.ram), memoryview(world.view), answer_late)
+    world.kvm.patience.peer_is("debugged")
+
+    assert await world.target.read(PAGE_BYTES, 6) == b"cipher"

@@ -260,6 +260,17 @@ def test_an_invalidated_page_is_asked_for_again() -> None:
     assert rig.faults == [(3, Access.READ)]
 
 
+def test_l1_a_device_access_whose_own_page_left_is_tried_again() -> None:
+    """The map is cleared before the processor hears of it: until then it still fetches from the page."""
+    rig = MachineRig()
+    rig.run(DONE, *asm.load64(R4, DEVICE + 8), asm.lwz(R6, 0, R4), DONE)
+    rig.map.clear(ENTRY >> PAGE_SHIFT)
+    rig.engine.resume([0])
+
+    assert rig.until_exit() == MmioLoad(DEVICE + 8, 4)
+    assert rig.faults == [(ENTRY >> PAGE_SHIFT, Access.READ)]
+
+
 def test_a_page_moved_to_another_frame_is_read_there() -> None:
     rig = MachineRig()
     rig.ram[0x50007] = 9

@@ -11,7 +11,7 @@ import trio
 
 from protocol import messages as m
 from protocol.codes import HCode
-from protocol.errors import GuestFault
+from protocol.errors import GuestFault, HostFault
 from protocol.wire import Envelope
 from services.qemu.machine import Machine
 from services.qemu.qmp import MonitorEvents, RunState
@@ -82,4 +82,18 @@ async def test_l1_what_kvm_refuses_to_a_guest_does_not_end_its_qemu(order: Calla
         order(machine)
 
     # Nothing was raised into the nursery, in which all else of the process runs.
+    assert machine.state is RunState.INTERNAL_ERROR
+
+
+async def test_a_machine_that_cannot_be_loaded_has_not_just_to_start_yet(nursery: trio.Nursery) -> None:
+    async def refuse() -> tuple[int, dict[int, int]]:
+        raise HostFault("no such kernel")
+
+    link = cast(Link, PlayedLink(HCode.H_SUCCESS, lambda: None))
+    machine = Machine(link, MonitorEvents(), nursery, structlog.get_logger())
+    machine.load = refuse
+
+    with pytest.raises(HostFault):
+        await machine.power_on()
+
     assert machine.state is RunState.INTERNAL_ERROR

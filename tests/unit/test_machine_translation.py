@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from protocol.geometry import PAGE_SHIFT
 from protocol.hcalls import H_REGISTER_PROC_TBL
+from protocol.messages import Access
 from services.guest.clock import GuestClock
 from services.guest.exits import Exit, Hypercall
 from services.guest.machine import mmu
@@ -89,6 +91,21 @@ def test_a_missing_data_page_interrupts_with_the_exact_address(world: Translated
     assert world.rig.spr(Spr.DSISR) == Dsisr.NO_PTE
     assert world.rig.spr(Spr.SRR0) == CODE + 8
     assert world.rig.spr(Spr.SRR1) == USER_MSR
+
+
+@pytest.mark.parametrize(("address", "vector"), [(HOLE + 0x124, Vector.DATA_STORAGE), (1 << 53, Vector.DATA_SEGMENT)])
+def test_l1_a_fault_whose_own_instruction_left_the_map_is_as_exact(
+    world: Translated, address: int, vector: Vector
+) -> None:
+    """The hypervisor clears its map before the processor hears of it: until then that still fetches from the page."""
+    world.run(asm.SC1, *asm.load64(R4, address), asm.lwz(R5, 0, R4), msr=KERNEL_MSR)
+    world.rig.map.clear(CODE_AT >> PAGE_SHIFT)
+    world.rig.engine.resume([0])
+    world.rig.until_exit()
+
+    assert world.vector == vector
+    assert world.rig.spr(Spr.DAR) == address
+    assert (CODE_AT >> PAGE_SHIFT, Access.READ) in world.rig.faults
 
 
 def test_a_store_that_is_not_permitted_says_so(world: Translated) -> None:

@@ -71,6 +71,20 @@ def test_a_debugger_that_goes_leaves_nothing_stopped_and_no_point(rig: Rig) -> N
     eventually(lambda: owner.register("r4") != before)
 
 
+def test_l1_points_are_set_by_nobody_but_who_debugs(rig: Rig) -> None:
+    """The processor would stop there for nobody, again and again."""
+    rig.start()
+    owner = Owner(rig)
+    owner.attach()
+    owner.release()
+
+    with pytest.raises(Refused, match="has to debug"):
+        owner.points(Point(PointKind.HARDWARE, ENTRY + 4, 0))
+
+    before = owner.register("r4")
+    eventually(lambda: owner.register("r4") != before)
+
+
 def test_what_kvm_has_stopped_stays_so_when_the_debugger_goes(rig: Rig) -> None:
     rig.start()
     rig.kvm.ask(m.VCPU_STOP)
@@ -235,6 +249,29 @@ def test_a_processor_is_saved_while_a_debugger_holds_it(rig: Rig) -> None:
     Owner(rig).attach()
 
     assert rig.kvm.ask(m.VCPU_SAVE).code == HCode.H_SUCCESS
+
+
+def test_a_processor_that_the_ultravisor_has_frozen_is_looked_at_and_not_changed(rig: Rig) -> None:
+    """What is changed then would stay here, while the VM goes on elsewhere."""
+    rig.start(secure=True)
+    owner = Owner(rig)
+    owner.attach()
+    before = owner.register("r9")
+    rig.save(secure=True)
+
+    for change in (
+        lambda: owner.debugger.set_register(POWER.number["r9"], before + 1),
+        lambda: owner.debugger.write(DATA, b"data"),
+        lambda: owner.debugger.monitor(["spr", "sprg0", "1"]),
+    ):
+        with pytest.raises(Refused, match="about to move"):
+            owner.do(change)
+    assert owner.register("r9") == before
+    assert owner.do(lambda: owner.debugger.read(ENTRY, 4))
+
+    rig.ultravisor.ask(m.SVM_THAW)
+    owner.do(lambda: owner.debugger.set_register(POWER.number["r9"], before + 1))
+    assert owner.register("r9") == before + 1
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

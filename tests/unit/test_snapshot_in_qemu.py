@@ -34,7 +34,7 @@ class PlayedMachine:
     """A secure VM with one shared page, or a normal one. It notes what is done to it, as kvm does."""
 
     can_move = None
-    is_running = True
+    is_running = runs_here = True
 
     def __init__(self, done: list[str], *, secure: bool, restoring: bool) -> None:
         self.vm = vm_entry(restoring=restoring)

@@ -346,6 +346,15 @@ class MachineEngine:
         return None
 
     def _serve_stop(self, stop: Stop) -> Exit | None:
+        try:
+            return self._serve_reason(stop)
+        except Absent as absent:
+            # The instruction's own page left the map while it ran; it is tried again once that is back.
+            self._partition.resolve(absent)
+            return None
+
+    def _serve_reason(self, stop: Stop) -> Exit | None:
+        """As `_serve_stop`; raises Absent before anything has changed."""
         registers, interrupts = self._registers, self._interrupts
         reason, pc = stop.reason, registers.pc
         fetch = stop.use is Use.FETCH

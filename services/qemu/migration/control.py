@@ -240,7 +240,7 @@ class MigrationControl:
         self._machine.release_devices()
         self._machine.stays()
         self._enter(MigrationStatus.FAILED)
-        if not source.secure and self._machine.is_running:
+        if not source.secure and self._machine.runs_here:
             await until_answered(self._kvm.go_on)
 
     # -- destination ------------------------------------------------------------------------------------------

@@ -25,7 +25,11 @@ class MovableMachine(Protocol):
 
     @property
     def is_running(self) -> bool:
-        """Its processor runs, or did before `switching`; else its user has paused it."""
+        """It runs, or did before `switching`, or only a debugger holds it; else its user has paused it."""
+
+    @property
+    def runs_here(self) -> bool:
+        """Its processor runs, or did before `switching` and goes on when the VM stays."""
 
     @property
     def can_move(self) -> str | None:

@@ -263,7 +263,7 @@ class SourceMigration:
         await self._talk.give_up(reason)
         if self._secure:
             await self.cancel_export()
-        elif self._held and self._machine.is_running:
+        elif self._held and self._machine.runs_here:
             await self._go_on()
         if self._held:
             self._machine.release_devices()

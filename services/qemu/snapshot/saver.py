@@ -181,7 +181,7 @@ class SnapshotSave:
         try:
             if self._secure:
                 await until_answered(lambda: self._kvm.ucall(u.UV_EXPORT_CANCEL, RECORD))
-            elif self._machine.is_running:
+            elif self._machine.runs_here:
                 await until_answered(self._kvm.go_on)
         except PefboxError:
             # It was not begun, or kvm is dead, or the VM is in no state to go on: its own end says why.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 
-from services.runtime.gdb.target import Target
+from services.runtime.gdb.target import SMALLEST_PAGE_BYTES, Target
 
-BLOCK_BYTES = 4096
-"""No page of any translation is smaller, so that a block is there whole or not at all."""
 FRESH_SECONDS = 0.1
 """Devices write while the processor stands still: whoever looks again shall see it."""
 
@@ -28,13 +26,13 @@ class BlockCache:
         """Up to `n_bytes` from `address`, at least one; raises Refused."""
         if time.monotonic() - self._read_s > FRESH_SECONDS:
             self.forget()
-        first = address & -BLOCK_BYTES
+        first = address & -SMALLEST_PAGE_BYTES
         block = self._blocks.get(first)
         if block is None:
             if not self._blocks:
                 self._read_s = time.monotonic()
-            block = await self._target.read(first, BLOCK_BYTES)
-            if len(block) == BLOCK_BYTES:
+            block = await self._target.read(first, SMALLEST_PAGE_BYTES)
+            if len(block) == SMALLEST_PAGE_BYTES:
                 self._blocks[first] = block
         part = block[address - first : address - first + n_bytes]
         return part or await self._target.read(address, n_bytes)

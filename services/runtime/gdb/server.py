@@ -1,12 +1,14 @@
 """One connection of GDB: bytes of a stream, packets, the target's stops, until either side ends it.
 
-A debugger that disappears leaves nothing stopped: however a connection ends, the target is released.
+A debugger that disappears leaves nothing stopped: however a connection ends, the target is released, however long that
+takes. Only what was killed is not to run on until it ends.
 """
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
@@ -17,9 +19,12 @@ from services.runtime.gdb.target import Stop, StopKind, Target
 from services.runtime.log import Log
 
 _READ_BYTES = 0x10000
-_RELEASE_SECONDS = 10.0
 _LEAVE_SECONDS = 0.5
 """A debugger that was closed a moment ago is still being released when the next one comes."""
+_DETACH_SECONDS = 2.0
+"""GDB hears that it has detached when the target runs, unless that takes longer."""
+_KILL_SECONDS = 5.0
+"""A target that was killed has ended by then, or it is let go."""
 
 
 class Debuggers:
@@ -29,7 +34,8 @@ class Debuggers:
         self._make_target = make_target
         self._nursery = nursery
         self._log = log
-        self._attached = trio.Lock()
+        self._attached = trio.Semaphore(1, max_value=1)
+        """Taken by a connection, given back when its target is released."""
         self._is_over = False
 
     def take(self, fd: int) -> None:
@@ -45,40 +51,55 @@ class Debuggers:
             with trio.move_on_after(_LEAVE_SECONDS) as waiting:
                 await self._attached.acquire()
             if waiting.cancelled_caught:
-                self._log.warning("debugger refused: another one is attached")
+                self._log.warning("debugger refused: another one is attached, or is still being released")
                 return
+            target, leave, released = self._make_target(), Leave(), trio.Event()
             try:
-                await self._debug(stream, self._make_target())
-            except Exception as error:
-                # A debugger's connection may break, and the process goes on.
-                self._log.error("debugger's connection broke", exc_info=error)
+                leave = await self._debug(stream, target)
             finally:
-                self._attached.release()
+                self._nursery.start_soon(self._release, target, leave, released)
+            await _take_leave(stream, leave, released)
 
-    async def _debug(self, stream: trio.SocketStream, target: Target) -> None:
+    async def _debug(self, stream: trio.SocketStream, target: Target) -> Leave:
+        """Until the connection is over; how it ended."""
         self._log.info("debugger attached")
+        leave = Leave()
         try:
             # Whoever attaches finds a target that stands still, before the first packet.
             await target.halt()
-            await _Connection(stream, target).run()
+            leave = await _Connection(stream, target).run()
         except* PefboxError as errors:
             self._log.warning("debugger refused", reason=str(errors.exceptions[0]))
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
-        finally:
-            with trio.move_on_after(_RELEASE_SECONDS) as scope:
-                scope.shield = True
-                await self._release(target)
-            self._log.info("debugger left")
+        except* Exception as error:
+            # A debugger's connection may break, and the process goes on.
+            self._log.error("debugger's connection broke", exc_info=error)
+        return leave
 
-    async def _release(self, target: Target) -> None:
-        if self._is_over:
-            return
+    async def _release(self, target: Target, leave: Leave, released: trio.Event) -> None:
+        """A task of its own, which lasts until the target is let go: whoever held it waits for nothing any more."""
         try:
-            await target.release()
+            if leave.kills:
+                await trio.sleep(_KILL_SECONDS)
+            if not self._is_over:
+                await target.release()
         except Exception as error:
-            # What held the target may be gone itself, and the connection ends in any case.
+            # What held the target may be gone itself, and the connection has ended in any case.
             self._log.warning("debugger not released", reason=str(error))
+        self._attached.release()
+        released.set()
+        self._log.info("debugger left")
+
+
+async def _take_leave(stream: trio.SocketStream, leave: Leave, released: trio.Event) -> None:
+    if not leave.reply:
+        return
+    if not leave.kills:
+        with trio.move_on_after(_DETACH_SECONDS):
+            await released.wait()
+    with trio.move_on_after(_DETACH_SECONDS), suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        await stream.send_all(encode(leave.reply))
 
 
 def _stream(fd: int) -> trio.SocketStream:
@@ -97,17 +118,23 @@ class _Connection:
         self._runs = False
         self._sending = trio.Lock()
 
-    async def run(self) -> None:
+    async def run(self) -> Leave:
+        """Until the connection is over; how it ended."""
         async with trio.open_nursery() as nursery:
-            while received := await self._stream.receive_some(_READ_BYTES):
-                for event in self._decoder.feed(received):
-                    if not await self._take(event, nursery):
-                        nursery.cancel_scope.cancel()
-                        return
+            leave = await self._serve(nursery)
             nursery.cancel_scope.cancel()
+        return leave
 
-    async def _take(self, event: Event, nursery: trio.Nursery) -> bool:
-        """False when the connection is over."""
+    async def _serve(self, nursery: trio.Nursery) -> Leave:
+        while received := await self._stream.receive_some(_READ_BYTES):
+            for event in self._decoder.feed(received):
+                leave = await self._take(event, nursery)
+                if leave is not None:
+                    return leave
+        return Leave()
+
+    async def _take(self, event: Event, nursery: trio.Nursery) -> Leave | None:
+        """None unless the connection is over."""
         if isinstance(event, Packet):
             if self._session.acknowledges:
                 await self._put(b"+")
@@ -119,23 +146,23 @@ class _Connection:
             await self._put(self._last)
         elif event is Mark.BAD and self._session.acknowledges:
             await self._put(b"-")
-        return True
+        return None
 
-    async def _answer(self, data: bytes, nursery: trio.Nursery) -> bool:
+    async def _answer(self, data: bytes, nursery: trio.Nursery) -> Leave | None:
         if self._runs:
             # Nothing but an interrupt is for a target that runs: a debugger that does not keep to that is let go.
-            return False
+            return Leave()
         reply = await self._session.answer(data)
         if isinstance(reply, Leave):
-            return False
+            return reply
         if isinstance(reply, Resume):
             self._runs = True
             nursery.start_soon(self._resume, reply)
-            return True
+            return None
         await self._send(reply)
         # Only once the answer is out: what was asked for last still has its checksum.
         self._decoder.checked = self._session.acknowledges
-        return True
+        return None
 
     async def _resume(self, resume: Resume) -> None:
         try:

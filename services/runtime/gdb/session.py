@@ -1,8 +1,8 @@
 """What each packet of GDB's remote serial protocol means, over a `Target`; no socket is known here.
 
-`answer` gives the reply to a packet, or None where none is sent yet: the target runs then (`running`), and its stop is
-the reply. One processor is thread 1. A packet of a kind that nobody knows gets the empty reply, as the protocol has it,
-malformed arguments an error number.
+`answer` gives the reply to a packet; `Resume` where none is sent yet, since the target runs and its stop is the reply;
+`Leave` where it is the last one. One processor is thread 1. A packet of a kind that nobody knows gets the empty reply,
+as the protocol has it, malformed arguments an error number.
 Source: GDB manual, appendix E (packets, stop replies, general queries).
 """
 
@@ -46,8 +46,13 @@ class Resume:
     step: bool
 
 
+@dataclass(frozen=True, slots=True)
 class Leave:
-    """GDB has gone; nothing is left to answer."""
+    """The connection is over, but for `reply`, which GDB still waits for if there is one. `kills` says that the VM is
+    about to end: it must not run on until it does."""
+
+    reply: bytes = b""
+    kills: bool = False
 
 
 Reply = bytes | Resume | Leave
@@ -136,16 +141,15 @@ class Session:
         return b"vCont;c;C;s;S"
 
     async def _detach(self, _rest: bytes) -> Reply:
-        await self._target.release()
-        return OK
+        return Leave(OK)
 
     async def _kill(self, _rest: bytes) -> Reply:
         await self._target.kill()
-        return Leave()
+        return Leave(kills=True)
 
     async def _kill_process(self, _rest: bytes) -> Reply:
         await self._target.kill()
-        return OK
+        return Leave(OK, kills=True)
 
     # -- registers --------------------------------------------------------------------------------------------
 

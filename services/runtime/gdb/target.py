@@ -23,6 +23,10 @@ NO_MEMORY = 14
 """EFAULT, as stubs answer an address that gives nothing."""
 
 
+SMALLEST_PAGE_BYTES = 4096
+"""No page of any guest's translation is smaller: this much is there whole or not at all."""
+
+
 class Unsupported(Exception):
     """Nothing of this kind exists here, so that GDB finds another way."""
 
@@ -108,7 +112,7 @@ class Target(Protocol):
         """Have a `resume` that is under way end."""
 
     async def release(self) -> None:
-        """Forget every point and let it run: nobody debugs it any more."""
+        """Forget every point and let it run: nobody debugs it any more. Lasts as long as that takes."""
 
     async def kill(self) -> None:
         """End the VM."""
