@@ -140,7 +140,7 @@ def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
         check_names(filter_, (row["name"] for host in status["hosts"] for row in host["vms"]), _targets(status))
         trace_dir = paths_of(client, status).trace_dir
         trace = Trace(files_of(trace_dir, filter_.process))
-        for _ in trace.events():
+        for _ in trace.added():
             """What is there already is not what comes."""
         tail = Tail(trace)
         begun = begin(client, filter_.process)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import msgspec
 
+from deploy.trace.link_ends import LinkEnds
 from protocol import message_text
 from protocol import trace as t
 from protocol.declare import Call
@@ -95,14 +96,18 @@ class _Open(msgspec.Struct, frozen=True):
 
 
 class EventDecoder:
-    """Turns the entries of one file, in their order, into events. `place` names a process that moved here."""
+    """Turns the entries of one file, in their order, into events. `place` names a process that moved here.
 
-    def __init__(self, place: str | None = None) -> None:
+    Tells `ends` of its links.
+    """
+
+    def __init__(self, place: str | None = None, ends: LinkEnds | None = None) -> None:
         self.began: t.Began | None = None
         self.process = "?"
         self.clocks: dict[str, str] = {}
         """`time` of each VM by name."""
         self._place = place
+        self._ends = LinkEnds() if ends is None else ends
         self._links: dict[int, t.LinkOpened] = {}
         self._vms: dict[int, str] = {}
         self._open: dict[tuple[int, bool, int], _Open] = {}
@@ -115,6 +120,7 @@ class EventDecoder:
                 return self._message(entry)
             case t.LinkOpened():
                 self._links[entry.index] = entry
+                self._ends.add(entry.id, self.process)
             case t.VmKnown():
                 self._vms[entry.lpid] = entry.name
                 self.clocks[entry.name] = entry.time

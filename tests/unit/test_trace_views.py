@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from deploy.trace import show
 from deploy.trace.diff import compare
 from deploy.trace.events import Event, EventKind
 from deploy.trace.filters import CALL_NAMES, Filter, make_filter
+from deploy.trace.merge import Selection, Tail, Trace
 from deploy.trace.mermaid import MAX_LINES, sequence_diagram
 from deploy.trace.perfetto import trace_events
 from deploy.trace.show import each_message_once, line
@@ -27,7 +29,7 @@ from deploy.trace.tables import diff_lines
 from protocol import messages as m
 from protocol.errors import UserError
 from protocol.hcalls import H_CEDE, H_PUT_TCE, H_RANDOM, HCALLS
-from protocol.links import KVM_GUEST, KVM_QEMU, ULTRAVISOR_KVM
+from protocol.links import KVM_GUEST, KVM_QEMU, QEMU_MIGRATION, ULTRAVISOR_KVM
 from protocol.trace import InterruptStep, RequestMoved, RequestStep
 from protocol.ucalls import UCALLS, UV_RETURN
 from protocol.wire import MessageKind, encode
@@ -168,10 +170,12 @@ def test_a_message_shows_once_unless_a_process_is_asked_for(tmp_path: Path) -> N
     assert sum(event.is_message for event in of_one) == 4
 
 
-def two_ends(directory: Path, *, tce: int = 3, vm_ns: int = 10, time: str = "wall") -> tuple[Recording, Recording]:
+def two_ends(
+    directory: Path, *, tce: int = 3, vm_ns: int = 10, time: str = "wall", move: int = 0
+) -> tuple[Recording, Recording]:
     """A guest and its kvm: one call with its reply, and what kvm did for it."""
     directory.mkdir(exist_ok=True)
-    guest, kvm = Recording(directory, "vm1/guest", time=time), Recording(directory, "alpha/kvm", time=time)
+    guest, kvm = Recording(directory, "vm1/guest", move=move, time=time), Recording(directory, "alpha/kvm", time=time)
     lower, upper = guest.link(clock=lambda: vm_ns), kvm.link(peer="vm1/guest")
     guest.sent(lower, CALL, H_PUT_TCE.number, 1, [0, 1, 2, tce])
     kvm.came(upper, CALL, H_PUT_TCE.number, 1, [0, 1, 2, tce])
@@ -179,6 +183,60 @@ def two_ends(directory: Path, *, tce: int = 3, vm_ns: int = 10, time: str = "wal
     kvm.sent(upper, REPLY, H_PUT_TCE.number, 1, [0])
     guest.came(lower, REPLY, H_PUT_TCE.number, 1, [0])
     return guest, kvm
+
+
+# -- processes that moved -------------------------------------------------------------------------------------
+
+
+def moved(directory: Path, *, with_first_home: bool) -> Path:
+    """A trace of a guest after its move, and of where it was before if that recorded, too."""
+    directory.mkdir()
+    if with_first_home:
+        before = Recording(directory, "vm1/guest")
+        before.sent(before.link(KVM_QEMU, peer="vm1/qemu"), CALL, H_CEDE.number, 1, [0])
+        before.close()
+    for part in two_ends(directory, move=2):
+        part.close()
+    return directory
+
+
+@pytest.mark.parametrize("with_first_home", [False, True])
+def test_the_ends_of_a_process_that_moved_find_each_other(tmp_path: Path, with_first_home: bool) -> None:
+    trace = moved(tmp_path / "trace", with_first_home=with_first_home)
+    selection = Selection(trace, Filter(call="H_PUT_TCE"))
+
+    shown = [line(event) for event in each_message_once(iter(selection), selection.survey.began, Filter())]
+    diagram = sequence_diagram(Selection(trace, Filter(call="H_PUT_TCE")), 5).splitlines()
+    arrows = [row for row in trace_events(selection)["traceEvents"] if row["ph"] == "s"]
+    (call,) = statistics(selection).calls
+    pairs = compare(trace, trace, Filter(call="H_PUT_TCE"), to_the_end=True).pairs
+
+    assert [" ".join(text.split()[1:4]) for text in shown] == ["vm1/guest.2 > alpha/kvm", "vm1/guest.2 < alpha/kvm"]
+    assert [text.split()[-1] for text in diagram if "participant" in text] == ["vm1/guest.2", "alpha/kvm"]
+    assert len([text for text in diagram if ">>" in text]) == 2
+    assert len(arrows) == 2
+    assert (call.caller, call.callee, call.count) == ("vm1/guest.2", "alpha/kvm", 1)
+    assert [(pair.sender, pair.receiver, pair.n_a) for pair in pairs] == [("vm1/guest.2", "alpha/kvm", 1)]
+
+
+def test_a_live_tail_calls_a_process_that_moved_as_its_file_does(tmp_path: Path) -> None:
+    trace = Trace(sorted(moved(tmp_path / "trace", with_first_home=True).iterdir()))
+
+    events = Tail(trace).settled(time.monotonic_ns() + 1_000_000_000)
+
+    assert {event.peer for event in events if event.process == "alpha/kvm" and event.is_message} == {"vm1/guest.2"}
+
+
+def test_the_two_qemus_of_a_migration_are_told_apart(tmp_path: Path) -> None:
+    left, arrived = Recording(tmp_path, "vm1/qemu"), Recording(tmp_path, "vm1/qemu", move=1)
+    ends = [recording.link(QEMU_MIGRATION, peer="vm1/qemu") for recording in (left, arrived)]
+    left.sent(ends[0], CALL, m.MIGRATION_KEY.number, 1, [])
+    arrived.came(ends[1], CALL, m.MIGRATION_KEY.number, 1, [])
+
+    sent, came = (event for event in events_of(left.close(), arrived.close()) if event.is_message)
+
+    assert (sent.process, sent.peer) == ("vm1/qemu", "vm1/qemu.1")
+    assert (came.process, came.peer) == ("vm1/qemu.1", "vm1/qemu")
 
 
 # -- statistics -----------------------------------------------------------------------------------------------
