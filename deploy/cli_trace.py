@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +20,8 @@ from protocol.errors import UserError
 
 if TYPE_CHECKING:
     from deploy.trace.events import Event
-    from deploy.trace.merge import Selection
+    from deploy.trace.merge import Selection, Survey
+    from deploy.trace.reader import TraceUnreadable
 
 POLL_SECONDS = 0.1
 _trace_argument = click.argument("trace", required=False, type=click.Path(path_type=Path))
@@ -72,7 +73,7 @@ def record(directory: Path, seconds: float | None, process: str | None, cluster:
         make_new_dir(directory)
         window = Window(files_of(trace_dir))
         begun = begin(client, process)
-        window.take_whole(begun["before"])
+        window.take_whole([*begun["before"], *begun["silent"]])
         _tell_silent(begun["silent"])
         how_long = "Ctrl-C ends it" if seconds is None else f"{seconds:g} s"
         click.echo(f"recording {len(begun['targets'])} processes: {how_long}", err=True)
@@ -125,7 +126,7 @@ def show(
     selection = Selection(_place(trace, cluster, state_dir), filter_)
     for event in each_message_once(iter(selection), selection.survey.began, filter_):
         _print(event, as_json=as_json)
-    _tell_cut(selection.survey.cut, trace)
+    _tell_unread(selection.survey, trace)
 
 
 def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
@@ -152,6 +153,7 @@ def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
                 if filter_.passes(event):
                     _print(event, as_json=as_json)
             sys.stdout.flush()
+            tell_unreadable(trace.newly_unreadable())
             time.sleep(POLL_SECONDS)
 
 
@@ -191,7 +193,7 @@ def stats(trace: Path | None, cluster: str | None, state_dir: Path | None, as_js
 
         for table in stats_tables(counted):
             console().print(table)
-    _tell_cut(selection.survey.cut, trace)
+    _tell_unread(selection.survey, trace)
 
 
 @trace.command("export")
@@ -221,7 +223,7 @@ def export(
         click.echo(text, nl=False)
     else:
         _write(output, text)
-    _tell_cut(selection.survey.cut, trace)
+    _tell_unread(selection.survey, trace)
 
 
 def _as_perfetto(selection: Selection) -> str:
@@ -293,12 +295,20 @@ def _runs(cluster: str | None) -> bool:
     return True
 
 
-def _tell_cut(cut: dict[Path, int], trace: Path | None) -> None:
-    """Of files that nobody writes any more: what a running process is writing is not cut."""
+def _tell_unread(survey: Survey, trace: Path | None) -> None:
+    """Of files that are not shown to their end."""
+    tell_unreadable(survey.unreadable.values())
     if trace is None:
+        # What a running process is writing is not cut.
         return
-    for path, n_bytes in cut.items():
+    for path, n_bytes in survey.cut.items():
         click.echo(
             f"pefbox: {path}: cut off inside an entry, of which {n_bytes} bytes are there; all before it is shown",
             err=True,
         )
+
+
+def tell_unreadable(errors: Iterable[TraceUnreadable]) -> None:
+    """A line for each damaged file."""
+    for error in errors:
+        click.echo(f"pefbox: {printable(str(error))}; all before it is shown", err=True)

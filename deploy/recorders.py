@@ -93,8 +93,12 @@ async def begin_recording(run: ClusterRun, holder: object, process: str | None) 
 
 
 async def _begin_one(run: ClusterRun, child: Child, begun: RecordingBegun, full: list[str]) -> None:
+    order = run.recorders.next_order(on=True)
     try:
-        answer = await child.query("record", run.recorders.next_order(on=True), _SECONDS)
+        if not child.state.answers:
+            # It is not asked then; so it hears of it when it goes on.
+            child.tell("record", order)
+        answer = await child.query("record", order, _SECONDS)
     except (PeerGone, QueryRefused):
         begun.silent.append(child.target)
         return

@@ -151,6 +151,9 @@ def _alike(a: Said, b: Said) -> bool:
 
 
 def _notes(a: Survey, b: Survey) -> Iterator[str]:
+    for side, it in (("A", a), ("B", b)):
+        yield from (f"{side} goes as far as it can be read: {error}" for error in it.unreadable.values())
+        yield from (f"{side} goes as far as it can be read: {path} was cut off inside an entry" for path in it.cut)
     for process in sorted({*a.began, *b.began}):
         one, other = a.began.get(process), b.began.get(process)
         if one is None or other is None:
