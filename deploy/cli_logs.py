@@ -73,17 +73,17 @@ def calls(vm: str, follow: bool, cluster: str | None, state_dir: Path | None, as
             tail = Tail(trace)
             for target in targets:
                 begin(client, target)
-            _repeat(lambda: _show_calls(tail.settled(time.monotonic_ns()), vm, trace, targets, as_json=as_json))
+            _repeat(lambda: _show_calls(tail.settled(time.monotonic_ns()), vm, trace, as_json=as_json))
         flush(client)
         if not any(paths.trace_file(target).stat().st_size for target in targets):
             raise UserError("nothing was recorded: start with `up --record`, or see live calls with -f")
-        _show_calls(trace.events(), vm, trace, targets, as_json=as_json)
+        _show_calls(trace.events(), vm, trace, as_json=as_json)
 
 
-def _show_calls(events: Iterable[Event], vm: str, trace: Trace, targets: list[str], *, as_json: bool) -> None:
+def _show_calls(events: Iterable[Event], vm: str, trace: Trace, *, as_json: bool) -> None:
     """Each message once, and the guest need not record."""
     filter_ = Filter(vm=vm)
-    for event in each_message_once(iter(events), targets, filter_):
+    for event in each_message_once(iter(events), filter_):
         if event.is_message and filter_.passes(event):
             row = _row(event)
             click.echo(json.dumps(row) if as_json else printable(_line(row)))

@@ -124,7 +124,7 @@ def show(
         _follow(cluster, filter_, as_json=as_json)
         return
     selection = Selection(_place(trace, cluster, state_dir), filter_)
-    for event in each_message_once(iter(selection), selection.survey.began, filter_):
+    for event in each_message_once(iter(selection), filter_):
         _print(event, as_json=as_json)
     _tell_unread(selection.survey, trace)
 
@@ -149,7 +149,7 @@ def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
         while True:
             trace.add(files_of(trace_dir, filter_.process))
             events = iter(tail.settled(time.monotonic_ns()))
-            for event in each_message_once(events, trace.processes, filter_):
+            for event in each_message_once(events, filter_):
                 if filter_.passes(event):
                     _print(event, as_json=as_json)
             sys.stdout.flush()

@@ -51,9 +51,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened in `process`.
 
     Of a message: `peer`, whether it went there (`outward`), `link`, `number`, `correlation`, `values` (registers or
-    fields of its body). A reply, and UV_RETURN, which answers a call, names in `ends` the call that it ends, and has a
-    `result`, and `took_ns` where the call was seen. `time_ns` is the VM's own time. Of a device request: `request`, its
-    name. `text` is what people read.
+    fields of its body), `message`, which counts those of the trace: what came has that of its copy as it was sent, and
+    None where there is no such copy (deploy.trace.pairing). A reply, and UV_RETURN, which answers a call, names in
+    `ends` the call that it ends, and has a `result`, and `took_ns` where the call was seen. `time_ns` is the VM's own
+    time. Of a device request: `request`, its name. `text` is what people read.
     """
 
     t_ns: int
@@ -68,6 +69,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     link: str | None = None
     number: int | None = None
     correlation: int | None = None
+    message: int | None = None
     values: list[Any] | None = None
     ends: str | None = None
     result: str | None = None
@@ -80,6 +82,18 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     def is_message(self) -> bool:
         """Whether it crossed a link."""
         return self.kind in MESSAGE_KINDS
+
+    @property
+    def is_second_copy(self) -> bool:
+        """Whether it is a message as it came, which the trace has as it was sent, too."""
+        return self.message is not None and not self.outward
+
+
+def answered_by(event: Event) -> int | None:
+    """The correlation id of the call that an answer ends; UV_RETURN names it by its second register."""
+    if event.kind is EventKind.REPLY:
+        return event.correlation
+    return event.values[1] if event.values is not None and len(event.values) > 1 else None
 
 
 def process_rank(process: str) -> tuple[int, str]:

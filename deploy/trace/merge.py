@@ -7,11 +7,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import msgspec
-
 from deploy.trace.events import Event, EventDecoder
 from deploy.trace.filters import Filter, check_names
 from deploy.trace.link_ends import LinkEnds
+from deploy.trace.pairing import WINDOW_NS, Pairing, paired
 from deploy.trace.reader import TraceReader, TraceUnreadable, place_of, trace_files
 from protocol import trace as t
 from services.runtime.tracer import FLUSH_SECONDS
@@ -36,14 +35,9 @@ class Trace:
             if path not in self._sources:
                 self._sources[path] = (TraceReader(path), EventDecoder(_moved_to(path), self.ends))
 
-    @property
-    def processes(self) -> set[str]:
-        """Those that recorded, as far as it was read."""
-        return {decoder.process for _, decoder in self._sources.values() if decoder.began is not None}
-
     def events(self) -> Iterator[Event]:
         """All, in order."""
-        return (with_peer(event, self.ends) for event in self.added())
+        return paired(self.added(), self.ends)
 
     def added(self) -> Iterator[Event]:
         """What was added since the last time, in order, peers as the process itself calls them."""
@@ -72,6 +66,7 @@ class Tail:
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
         self._kept: list[Event] = []
+        self._pairing = Pairing(trace.ends)
         self._age_ns = int(2 * FLUSH_SECONDS * 1e9)
 
     def settled(self, now_ns: int) -> list[Event]:
@@ -79,7 +74,9 @@ class Tail:
         events = sorted([*self._kept, *self._trace.added()], key=lambda event: event.t_ns)
         n = bisect_right(events, now_ns - self._age_ns, key=lambda event: event.t_ns)
         self._kept = events[n:]
-        return [with_peer(event, self._trace.ends) for event in events[:n]]
+        for event in events[:n]:
+            self._pairing.take(event)
+        return list(self._pairing.settled(now_ns - self._age_ns - WINDOW_NS))
 
 
 class Survey:
@@ -139,12 +136,6 @@ class Selection:
         oldest_ns = 0 if since_ns is None else self.survey.last_ns - since_ns
         events = Trace(self._files, self.survey.ends).events()
         return (event for event in events if event.t_ns >= oldest_ns and self._filter.passes(event))
-
-
-def with_peer(event: Event, ends: LinkEnds) -> Event:
-    """The event with its peer as the peer's own file is called, if it has one."""
-    peer = ends.peer(event.link, event.process)
-    return event if peer in (None, event.peer) else msgspec.structs.replace(event, peer=peer)
 
 
 def _moved_to(path: Path) -> str | None:

@@ -29,7 +29,6 @@ def sequence_diagram(events: Iterable[Event], cause: int) -> str:
 
 
 def _lines(events: list[Event]) -> list[str]:
-    traced = {event.process for event in events}
     start_ns = events[0].t_ns if events else 0
     lines = []
     for event in events:
@@ -37,7 +36,7 @@ def _lines(events: list[Event]) -> list[str]:
         what = event.text.translate(_ESCAPES)
         if not event.is_message:
             lines.append(f"    Note over {_id(event.process)}: {what} ({after})")
-        elif event.outward or event.peer not in traced:
+        elif not event.is_second_copy:
             sender, receiver = _ends(event) if event.outward else _ends(event)[::-1]
             arrow = "-->>" if event.kind is EventKind.REPLY else "-)" if event.kind is EventKind.EVENT else "->>"
             lines.append(f"    {_id(sender)}{arrow}{_id(receiver)}: {what} ({after})")

@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from typing import Any
 
-from deploy.trace.events import Event, EventKind, process_rank
+from deploy.trace.events import Event, EventKind, answered_by, process_rank
 from protocol.trace import RequestStep
 
 _NS_PER_US = 1000
@@ -117,17 +117,10 @@ def _begun_by(event: Event) -> tuple[object, ...] | None:
 
 def _ended_by(event: Event) -> tuple[object, ...] | None:
     if event.ends is not None:
-        return event.process, event.link, not event.outward, _answered(event)
+        return event.process, event.link, not event.outward, answered_by(event)
     if event.kind is EventKind.REQUEST and event.name != _BEGUN:
         return event.process, event.request
     return None
-
-
-def _answered(event: Event) -> int | None:
-    """The correlation id of the call that an answer ends; UV_RETURN names it by its second register."""
-    if event.kind is EventKind.REPLY:
-        return event.correlation
-    return event.values[1] if event.values is not None and len(event.values) > 1 else None
 
 
 def _complete(part: _Slice, place: _Place) -> Row:

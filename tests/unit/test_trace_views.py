@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 
 from deploy.cli_logs import _row
 from deploy.cli_support import printable
-from deploy.trace import show
+from deploy.trace import pairing, show
 from deploy.trace.diff import compare
 from deploy.trace.events import Event, EventKind
 from deploy.trace.filters import CALL_NAMES, Filter, make_filter
+from deploy.trace.link_ends import LinkEnds
 from deploy.trace.merge import Selection, Tail, Trace
 from deploy.trace.mermaid import MAX_LINES, sequence_diagram
+from deploy.trace.pairing import WINDOW_NS, paired
 from deploy.trace.perfetto import trace_events
 from deploy.trace.show import each_message_once, line
 from deploy.trace.stats import percentile, statistics
@@ -159,11 +161,10 @@ def test_every_declared_call_and_message_can_be_asked_for() -> None:
 def test_a_message_shows_once_unless_a_process_is_asked_for(tmp_path: Path) -> None:
     files = [part.close() for part in two_ends(tmp_path)]
     events = events_of(*files)
-    processes = {"vm1/guest", "alpha/kvm"}
 
-    once = list(each_message_once(iter(events), processes, Filter()))
-    alone = list(each_message_once(iter(events_of(files[1])), {"alpha/kvm"}, Filter()))
-    of_one = list(each_message_once(iter(events), processes, Filter(process="vm1")))
+    once = list(each_message_once(iter(events), Filter()))
+    alone = list(each_message_once(iter(events_of(files[1])), Filter()))
+    of_one = list(each_message_once(iter(events), Filter(process="vm1")))
 
     assert [event.kind for event in once if event.is_message] == [EventKind.CALL, EventKind.REPLY]
     assert [event.kind for event in alone if event.is_message] == [EventKind.CALL, EventKind.REPLY]
@@ -205,7 +206,7 @@ def test_the_ends_of_a_process_that_moved_find_each_other(tmp_path: Path, with_f
     trace = moved(tmp_path / "trace", with_first_home=with_first_home)
     selection = Selection(trace, Filter(call="H_PUT_TCE"))
 
-    shown = [line(event) for event in each_message_once(iter(selection), selection.survey.began, Filter())]
+    shown = [line(event) for event in each_message_once(iter(selection), Filter())]
     diagram = sequence_diagram(Selection(trace, Filter(call="H_PUT_TCE")), 5).splitlines()
     arrows = [row for row in trace_events(selection)["traceEvents"] if row["ph"] == "s"]
     (call,) = statistics(selection).calls
@@ -237,6 +238,130 @@ def test_the_two_qemus_of_a_migration_are_told_apart(tmp_path: Path) -> None:
 
     assert (sent.process, sent.peer) == ("vm1/qemu", "vm1/qemu.1")
     assert (came.process, came.peer) == ("vm1/qemu.1", "vm1/qemu")
+
+
+# -- messages of which only one end has a copy -------------------------------------------------------------------
+
+
+def only_come(directory: Path) -> Path:
+    """A guest makes three calls, of which its file has the second only: it began late, and was killed."""
+    directory.mkdir()
+    guest, kvm = Recording(directory, "vm1/guest"), Recording(directory, "alpha/kvm")
+    lower, upper = guest.link(), kvm.link(peer="vm1/guest")
+    for number in range(3):
+        if number == 1:
+            guest.sent(lower, CALL, H_CEDE.number, number, [0])
+        kvm.came(upper, CALL, H_CEDE.number, number, [0])
+        kvm.sent(upper, REPLY, H_CEDE.number, number, [0])
+        if number == 1:
+            guest.came(lower, REPLY, H_CEDE.number, number, [0])
+    kvm.came(upper, EVENT, m.GUEST_CRASHED.number, 0, m.CrashBody(0, "why"))
+    for part in (guest, kvm):
+        part.close()
+    return directory
+
+
+def test_what_only_its_receiver_recorded_is_shown(tmp_path: Path) -> None:
+    trace = only_come(tmp_path / "trace")
+
+    shown = list(each_message_once(iter(Selection(trace, Filter())), Filter()))
+    tailed = Tail(Trace(sorted(trace.iterdir()))).settled(time.monotonic_ns() + 2_000_000_000)
+    diagram = sequence_diagram(Selection(trace, Filter()), 5)
+    counted = statistics(Selection(trace, Filter()))
+    (calls, replies) = [[event for event in shown if event.kind is kind] for kind in (EventKind.CALL, EventKind.REPLY)]
+
+    assert [(event.process, event.correlation) for event in calls] == [
+        ("alpha/kvm", 0),
+        ("vm1/guest", 1),
+        ("alpha/kvm", 2),
+    ]
+    assert [event.correlation for event in replies] == [0, 1, 2]
+    assert list(each_message_once(iter(tailed), Filter())) == shown
+    assert (diagram.count("->>"), diagram.count("-->>"), diagram.count("-)")) == (6, 3, 1)
+    assert [(call.name, call.caller, call.count, call.results) for call in counted.calls] == [
+        ("H_CEDE", "vm1/guest", 3, {"H_SUCCESS": 3})
+    ]
+    assert counted.others == {"event GUEST_CRASHED": 1}
+
+
+def test_a_run_whose_end_only_the_receiver_recorded_is_compared_to_its_end(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    guest = Recording(whole, "vm1/guest", time="instructions")
+    link = guest.link(clock=lambda: 99)
+    for number in range(3):
+        guest.sent(link, CALL, H_CEDE.number, number, [0])
+    guest.close()
+
+    found = compare(whole, only_come(tmp_path / "killed"), Filter(call="H_CEDE"), to_the_end=True)
+
+    assert found.same
+    assert [(pair.sender, pair.n_same, pair.n_a, pair.n_b) for pair in found.pairs] == [("vm1/guest", 3, 3, 3)]
+
+
+def test_an_answer_is_counted_once_though_its_caller_recorded_no_call(tmp_path: Path) -> None:
+    guest, kvm = Recording(tmp_path, "vm1/guest"), Recording(tmp_path, "alpha/kvm")
+    lower, upper = guest.link(), kvm.link(peer="vm1/guest")
+    kvm.came(upper, CALL, H_CEDE.number, 1, [0])
+    kvm.sent(upper, REPLY, H_CEDE.number, 1, [0])
+    guest.came(lower, REPLY, H_CEDE.number, 1, [0])
+
+    (call,) = statistics(events_of(guest.close(), kvm.close())).calls
+
+    assert (call.count, call.results) == (1, {"H_SUCCESS": 1})
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=30))
+def test_whatever_copies_are_missing_each_message_shows_once(messages: list[tuple[bool, bool, bool]]) -> None:
+    """Of each message: whether its sender's file has it, its receiver's, and whether it came before it was noted."""
+    with tempfile.TemporaryDirectory() as directory:
+        guest, kvm = (Recording(Path(directory), target) for target in ("vm1/guest", "alpha/kvm"))
+        lower, upper = guest.link(), kvm.link(peer="vm1/guest")
+        for number, (is_sent, is_come, is_noted_late) in enumerate(messages):
+            if is_come and is_noted_late:
+                kvm.came(upper, CALL, H_CEDE.number, number, [0])
+            if is_sent:
+                guest.sent(lower, CALL, H_CEDE.number, number, [0])
+            if is_come and not is_noted_late:
+                kvm.came(upper, CALL, H_CEDE.number, number, [0])
+        events = events_of(guest.close(), kvm.close())
+        shown = [event for event in each_message_once(iter(events), Filter()) if event.is_message]
+
+    assert sorted(event.correlation for event in shown if event.correlation is not None) == [
+        number for number, (is_sent, is_come, _) in enumerate(messages) if is_sent or is_come
+    ]
+
+
+def timed(t_ns: int, process: str, correlation: int = 0, number: int = 1) -> Event:
+    """An event of a link between two processes, the first of which sends."""
+    ends = {"vm1/guest": "alpha/kvm", "alpha/kvm": "vm1/guest"}
+    return Event(
+        t_ns=t_ns, kind=EventKind.EVENT, process=process, peer=ends[process], outward=process == "vm1/guest",
+        link="x", name="x", text="x", number=number, correlation=correlation,
+    )  # fmt: skip
+
+
+def ends_of_x() -> LinkEnds:
+    ends = LinkEnds()
+    for process in ("vm1/guest", "alpha/kvm"):
+        ends.add("x", process)
+    return ends
+
+
+def test_a_message_that_never_came_is_not_taken_for_a_later_one_that_looks_the_same() -> None:
+    later = 2 * WINDOW_NS
+    lost, other = timed(0, "vm1/guest"), (timed(later, "vm1/guest", 2), timed(later + 1, "alpha/kvm", 2))
+    again = (timed(later + 2, "vm1/guest"), timed(later + 3, "alpha/kvm"))
+
+    assert [event.message for event in paired([lost, *other, *again], ends_of_x())] == [1, 2, 2, 3, 3]
+
+
+def test_messages_that_never_come_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairing, "MAX_ON_THE_WAY", 3)
+    sent = [timed(number, "vm1/guest", number) for number in range(5)]
+    came = [timed(10 + number, "alpha/kvm", number) for number in range(5)]
+
+    assert [event.message for event in paired([*sent, *came], ends_of_x())][5:] == [None, None, 3, 4, 5]
 
 
 # -- statistics -----------------------------------------------------------------------------------------------
