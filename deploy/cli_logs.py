@@ -15,6 +15,7 @@ from deploy.cli_trace import tell_unreadable
 from deploy.cli_vm import host_of
 from deploy.client import connect
 from deploy.logs_view import LogReader, as_text, in_order, log_files
+from deploy.states import one_line
 from deploy.trace.events import Event
 from deploy.trace.filters import Filter
 from deploy.trace.merge import Tail, Trace
@@ -86,7 +87,7 @@ def _show_calls(events: Iterable[Event], vm: str, trace: Trace, *, as_json: bool
     for event in each_message_once(iter(events), filter_):
         if event.is_message and filter_.passes(event):
             row = _row(event)
-            click.echo(json.dumps(row) if as_json else printable(_line(row)))
+            click.echo(json.dumps(row) if as_json else one_line(_line(row)))
     tell_unreadable(trace.newly_unreadable())
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from deploy.cli_support import cluster_option, json_option, printable, state_dir_of, state_option
+from deploy.cli_support import cluster_option, json_option, state_dir_of, state_option
 from deploy.client import connect
 from deploy.run_dirs import Paths, choose_cluster, runtime_root
+from deploy.states import one_line
 from deploy.trace.filters import Filter, check_names, make_filter
 from protocol.errors import UserError
 
@@ -166,7 +167,7 @@ def _targets(status: dict[str, Any]) -> list[str]:
 def _print(event: Event, *, as_json: bool) -> None:
     from deploy.trace.show import line, row
 
-    click.echo(json.dumps(row(event)) if as_json else printable(line(event)))
+    click.echo(json.dumps(row(event)) if as_json else one_line(line(event)))
 
 
 @trace.command("stats")
@@ -268,7 +269,7 @@ def diff(a: Path, b: Path, to_the_end: bool, as_json: bool, **wanted: str | None
         click.echo(json.dumps(msgspec.to_builtins(found), indent=2))
     else:
         for line in diff_lines(found):
-            click.echo(printable(line))
+            click.echo(one_line(line))
     if not found.same:
         raise click.exceptions.Exit(1)
 
@@ -311,4 +312,4 @@ def _tell_unread(survey: Survey, trace: Path | None) -> None:
 def tell_unreadable(errors: Iterable[TraceUnreadable]) -> None:
     """A line for each damaged file."""
     for error in errors:
-        click.echo(f"pefbox: {printable(str(error))}; all before it is shown", err=True)
+        click.echo(f"pefbox: {one_line(str(error))}; all before it is shown", err=True)

@@ -1,5 +1,8 @@
 """Entries of trace files as events: with names, arguments and results from the declarations.
 
+Anybody may have written a file, and a guest the texts of its messages: names and `text` are safe for one line of a
+terminal.
+
 A decoder of one file remembers its links, its VMs and its open calls: so a reply tells how long its call took, and
 messages between ultravisor and kvm, whose links are the host's, belong to the VM that their call names.
 """
@@ -11,6 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
+from deploy.states import one_line
 from deploy.trace.link_ends import LinkEnds
 from protocol import message_text
 from protocol import trace as t
@@ -152,7 +156,7 @@ class EventDecoder:
             case t.RequestMoved():
                 what = message_text.of_request(entry)
                 event = self._of_vm(entry, EventKind.REQUEST, entry.step.name.lower(), what)
-                return msgspec.structs.replace(event, request=message_text.name_of_request(entry))
+                return msgspec.structs.replace(event, request=one_line(message_text.name_of_request(entry)))
             case t.MigrationStepped():
                 return self._of_vm(entry, EventKind.MIGRATION, entry.status, f"{entry.side}: {entry.status}")
         return None
@@ -166,7 +170,7 @@ class EventDecoder:
         return self._plain(began, EventKind.BEGAN, "began", f"recording began: {facts}")
 
     def _plain(self, entry: t.Began | t.Lost, kind: EventKind, name: str, what: str) -> Event:
-        return Event(t_ns=entry.t_ns, kind=kind, process=self.process, name=name, text=what)
+        return Event(t_ns=entry.t_ns, kind=kind, process=self.process, name=name, text=one_line(what))
 
     def _of_vm(
         self,
@@ -179,8 +183,8 @@ class EventDecoder:
             t_ns=entry.t_ns,
             kind=kind,
             process=self.process,
-            name=name,
-            text=what,
+            name=one_line(name),
+            text=one_line(what),
             vm=self._vms.get(entry.lpid),
             cause=entry.cause,
         )
@@ -204,7 +208,7 @@ class EventDecoder:
             body = message_text.tamed(msgspec.msgpack.decode(envelope.body))
         except (MalformedMessage, TypeError, *DECODE_ERRORS) as error:
             reason = "withheld" if seen.withheld else str(error)
-            return Event(kind=EventKind.MALFORMED, name="malformed", text=f"malformed: {reason}", **facts)
+            return Event(kind=EventKind.MALFORMED, name="malformed", text=one_line(f"malformed: {reason}"), **facts)
         kind = "" if link is None else link.kind
         facts |= {"number": envelope.number, "correlation": envelope.correlation, "cause": envelope.cause}
         facts["name"] = "undeclared" if envelope.number == UNDECLARED else name_of(envelope.number)
@@ -217,7 +221,7 @@ class EventDecoder:
         if envelope.kind is MessageKind.CALL:
             self._remember(seen, envelope, facts)
         event_kind = EventKind.CALL if envelope.kind is MessageKind.CALL else EventKind.EVENT
-        return Event(kind=event_kind, text=message_text.of_call(kind, envelope.number, body), **facts)
+        return Event(kind=event_kind, text=one_line(message_text.of_call(kind, envelope.number, body)), **facts)
 
     def _vm_named_by(self, body: object) -> str | None:
         lpid = body[0] if isinstance(body, list) and body else None
@@ -247,7 +251,7 @@ class EventDecoder:
         facts["result"], what = message_text.of_result(call, envelope.number, body, is_return=is_return)
         of = f"{facts['name']} of {name}" if is_return else name
         kind = EventKind.CALL if is_return else EventKind.REPLY
-        return Event(kind=kind, text=f"{of} -> {what}", **facts)
+        return Event(kind=kind, text=one_line(f"{of} -> {what}"), **facts)
 
 
 def _answered(envelope: Envelope, body: object) -> int | None:

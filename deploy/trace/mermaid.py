@@ -24,7 +24,7 @@ def sequence_diagram(events: Iterable[Event], cause: int) -> str:
             f"cause {cause:#x} has {len(lines)} messages, a diagram at most {MAX_LINES}; narrow it by --since"
         )
     names = sorted({name for event in of_cause for name in _ends(event)}, key=process_rank)
-    participants = [f"    participant {_id(name)} as {name}" for name in names]
+    participants = [f"    participant {_id(name)} as {name.translate(_ESCAPES)}" for name in names]
     return "\n".join(["sequenceDiagram", *participants, *lines]) + "\n"
 
 
@@ -48,4 +48,4 @@ def _ends(event: Event) -> tuple[str, ...]:
 
 
 def _id(name: str) -> str:
-    return "".join(character if character.isalnum() else "_" for character in name)
+    return "".join(character if character.isalnum() else "_" for character in name) or "_"

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from deploy.run_dirs import TRACE_SUFFIX
+from deploy.states import one_line
 from protocol import trace as t
 from protocol.decoding import DECODE_ERRORS
 from protocol.errors import UserError
@@ -84,7 +85,13 @@ class TraceReader:
             self._has_begun = True
         elif not self._has_begun:
             raise TraceDamaged(self.path, offset, "no trace begins here")
-        return entry
+        return _with_tame_names(entry) if isinstance(entry, (t.Began, t.VmKnown, t.LinkOpened)) else entry
+
+
+def _with_tame_names(entry: t.Began | t.VmKnown | t.LinkOpened) -> t.AnyEntry:
+    """Processes, VMs and links are called so everywhere, also in what a terminal shows."""
+    names = {name: one_line(text) for name, text in msgspec.structs.asdict(entry).items() if isinstance(text, str)}
+    return msgspec.structs.replace(entry, **names)
 
 
 def begins_at(path: Path, offset: int) -> bool:

@@ -11,11 +11,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deploy.cli_logs import _row
-from deploy.cli_support import printable
+from deploy.cli_trace import trace as trace_command
 from deploy.trace import pairing, show
 from deploy.trace.diff import compare
 from deploy.trace.events import Event, EventKind
@@ -29,6 +30,7 @@ from deploy.trace.show import each_message_once, line
 from deploy.trace.stats import percentile, statistics
 from deploy.trace.tables import diff_lines
 from protocol import messages as m
+from protocol import trace as t
 from protocol.errors import UserError
 from protocol.hcalls import H_CEDE, H_PUT_TCE, H_RANDOM, HCALLS
 from protocol.links import KVM_GUEST, KVM_QEMU, QEMU_MIGRATION, ULTRAVISOR_KVM
@@ -579,7 +581,7 @@ def every_view(frames: list[bytes]) -> None:
         path = recording.close()
         events = events_of(path)
         for event in events:
-            assert printable(line(event))
+            assert line(event).isprintable()
             json.dumps(show.row(event))
         statistics(events)
         json.dumps(trace_events(events))
@@ -591,6 +593,54 @@ def every_view(frames: list[bytes]) -> None:
 @example([(MessageKind.CALL, m.EXIT_RTAS.number, [None, []])])
 def test_s5_no_view_of_a_trace_breaks_over_what_a_peer_sent(messages: list[tuple[MessageKind, int, Any]]) -> None:
     every_view([encode(kind, number, number & 3, 5, body) for kind, number, body in messages])
+
+
+HOSTILE = "[/x]\x1b[2J\n9.9 alpha/kvm > vm1/guest forged;#<\u202e"
+
+
+def hostile_trace(directory: Path) -> Path:
+    """A file that somebody altered: every text in it is meant for a terminal."""
+    entries: list[t.AnyEntry] = [
+        t.Began(t.FORMAT, t.VERSION, 1, 1, HOSTILE, HOSTILE, HOSTILE, HOSTILE, 1, 1),
+        t.VmKnown(LPID, HOSTILE, 1, HOSTILE),
+        t.LinkOpened(0, HOSTILE, KVM_GUEST.name, HOSTILE, HOSTILE + "peer"),
+        t.MessageSeen(2, 0, False, encode(EVENT, m.GUEST_CRASHED.number, 0, 5, m.CrashBody(0, HOSTILE))),
+        t.MessageSeen(2, 0, True, encode(CALL, H_CEDE.number, 1, 5, [0])),
+        t.MessageSeen(2, 0, False, encode(REPLY, H_CEDE.number, 1, 5, [HOSTILE])),
+        t.PageChanged(3, LPID, 1, HOSTILE, HOSTILE, HOSTILE, 5),
+        RequestMoved(4, LPID, HOSTILE, 0, 0, RequestStep.BEGUN, 1, 5),
+        t.MigrationStepped(5, LPID, HOSTILE, HOSTILE, 5),
+        t.Lost(6, 1, HOSTILE),
+    ]
+    path = directory / "x.trace"
+    path.write_bytes(b"".join(map(t.encode_entry, entries)))
+    return path
+
+
+@pytest.mark.parametrize("command", [["show"], ["stats"], ["export", "--format", "mermaid", "--cause", "5"], ["diff"]])
+def test_texts_of_a_trace_file_do_not_steer_the_terminal_or_forge_lines(command: list[str], tmp_path: Path) -> None:
+    path = str(hostile_trace(tmp_path))
+    shown = CliRunner().invoke(trace_command, [*command, path, *([path] if command == ["diff"] else [])])
+
+    assert shown.exit_code == 0, shown.output
+    assert all(text.isprintable() for text in shown.output.split("\n"))
+    assert "forged" in shown.output
+    assert not [text for text in shown.output.splitlines() if text.startswith("9.9")]
+
+
+def test_names_of_a_trace_in_a_refusal_do_not_steer_the_terminal(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        Selection(hostile_trace(tmp_path), Filter(vm="vm1"))
+
+    assert "forged" in str(raised.value)
+    assert str(raised.value).isprintable()
+
+
+def test_a_name_in_a_diagram_does_not_end_its_line(tmp_path: Path) -> None:
+    diagram = sequence_diagram(Selection(hostile_trace(tmp_path), Filter()), 5)
+
+    (participant, _) = [text for text in diagram.splitlines() if "participant" in text]
+    assert participant.endswith("forged#59;#35;#lt;?")
 
 
 @given(st.lists(st.binary(max_size=60), min_size=1, max_size=6))
