@@ -87,7 +87,7 @@ async def begin_recording(run: ClusterRun, holder: object, process: str | None) 
             nursery.start_soon(_begin_one, run, child, begun, full)
     if full:
         end_recording(run, holder)
-        raise UserError(f"the trace of {', '.join(full)} is full: `pefbox restart` begins another, as does the next up")
+        raise UserError(f"the trace of {', '.join(full)} is full: the next `pefbox up` begins another")
     begun.targets.sort()
     return begun
 
