@@ -219,18 +219,19 @@ def export(
     if kind == "mermaid" and filter_.cause is None:
         raise UserError("a sequence diagram is of one cause: --cause ID; `pefbox trace show` prints the ids")
     selection = Selection(_place(trace, cluster, state_dir), filter_)
-    text = _as_perfetto(selection) if kind == "perfetto" else _as_mermaid(selection, filter_)
+    pieces = _as_perfetto(selection) if kind == "perfetto" else [_as_mermaid(selection, filter_)]
     if output is None:
-        click.echo(text, nl=False)
+        sys.stdout.writelines(pieces)
     else:
-        _write(output, text)
+        _write(output, pieces)
     _tell_unread(selection.survey, trace)
 
 
-def _as_perfetto(selection: Selection) -> str:
-    from deploy.trace.perfetto import trace_events
+def _as_perfetto(selection: Selection) -> Iterable[str]:
+    """Piece by piece: a trace may be larger than the memory."""
+    from deploy.trace.perfetto import document
 
-    return json.dumps(trace_events(selection)) + "\n"
+    return document(selection)
 
 
 def _as_mermaid(selection: Selection, filter_: Filter) -> str:
@@ -240,9 +241,10 @@ def _as_mermaid(selection: Selection, filter_: Filter) -> str:
     return sequence_diagram(selection, filter_.cause)
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, pieces: Iterable[str]) -> None:
     try:
-        path.write_text(text)
+        with path.open("w") as file:
+            file.writelines(pieces)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 

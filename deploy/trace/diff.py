@@ -20,10 +20,13 @@ import msgspec
 from deploy.trace.events import Event, EventKind, answered_by
 from deploy.trace.filters import Filter
 from deploy.trace.merge import Selection, Survey
+from protocol.errors import UserError
 from protocol.hcalls import HCALLS
 from protocol.ucalls import UCALLS
 
 _INSTRUCTIONS = "instructions"
+MAX_MESSAGES = 1_000_000
+"""Of each trace, half a GiB: what two runs did differently may be told only by an answer that comes last."""
 
 
 class Said(msgspec.Struct):
@@ -71,11 +74,14 @@ class TraceDiff(msgspec.Struct, frozen=True):
 
 
 def compare(a: Path, b: Path, filter_: Filter, *, to_the_end: bool) -> TraceDiff:
-    """Compare two traces. One that goes on after the other has ended differs only `to_the_end`."""
+    """Compare two traces. One that goes on after the other has ended differs only `to_the_end`.
+
+    Raises UserError when one has more than MAX_MESSAGES.
+    """
     sides = [Selection(where, filter_) for where in (a, b)]
     repeatable = {vm for vm, clock in sides[0].survey.clocks.items() if clock == _INSTRUCTIONS}
     repeatable &= {vm for vm, clock in sides[1].survey.clocks.items() if clock == _INSTRUCTIONS}
-    said = [_said(selection, repeatable) for selection in sides]
+    said = [_said(selection, where, repeatable) for selection, where in zip(sides, (a, b), strict=True)]
     pairs = [
         _compare_pair(key, said[0].get(key, []), said[1].get(key, []), to_the_end=to_the_end)
         for key in sorted({**said[0], **said[1]})
@@ -88,10 +94,11 @@ def compare(a: Path, b: Path, filter_: Filter, *, to_the_end: bool) -> TraceDiff
 _Key = tuple[str, str, str]
 
 
-def _said(events: Iterable[Event], repeatable: set[str]) -> dict[_Key, list[Said]]:
+def _said(events: Iterable[Event], where: Path, repeatable: set[str]) -> dict[_Key, list[Said]]:
     """What was sent on each link, by (link, sender, receiver), as its sender saw it, or only its receiver."""
     said: defaultdict[_Key, list[Said]] = defaultdict(list)
     waiting: dict[tuple[str, str, bool, int | None], Said] = {}
+    n_messages = 0
     for event in events:
         if not event.is_message or event.link is None or event.peer is None:
             continue
@@ -100,6 +107,12 @@ def _said(events: Iterable[Event], repeatable: set[str]) -> dict[_Key, list[Said
             continue
         if event.is_second_copy:
             continue
+        n_messages += 1
+        if n_messages > MAX_MESSAGES:
+            raise UserError(
+                f"{where}: more than {MAX_MESSAGES:,} messages to compare; "
+                "narrow them by --vm, --process, --call or --since"
+            )
         sender, receiver = (event.process, event.peer) if event.outward else (event.peer, event.process)
         call = HCALLS.by_number.get(event.number or -1) or UCALLS.by_number.get(event.number or -1)
         time_ns = event.time_ns if event.vm in repeatable else None

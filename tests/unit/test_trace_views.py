@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from deploy.cli_logs import _row
 from deploy.cli_trace import trace as trace_command
-from deploy.trace import pairing, show
+from deploy.trace import diff, pairing, show
 from deploy.trace.diff import compare
 from deploy.trace.events import Event, EventKind
 from deploy.trace.filters import CALL_NAMES, Filter, make_filter
@@ -25,7 +26,7 @@ from deploy.trace.link_ends import LinkEnds
 from deploy.trace.merge import Selection, Tail, Trace
 from deploy.trace.mermaid import MAX_LINES, sequence_diagram
 from deploy.trace.pairing import WINDOW_NS, paired
-from deploy.trace.perfetto import trace_events
+from deploy.trace.perfetto import document, trace_rows
 from deploy.trace.show import each_message_once, line
 from deploy.trace.stats import percentile, statistics
 from deploy.trace.tables import diff_lines
@@ -210,7 +211,7 @@ def test_the_ends_of_a_process_that_moved_find_each_other(tmp_path: Path, with_f
 
     shown = [line(event) for event in each_message_once(iter(selection), Filter())]
     diagram = sequence_diagram(Selection(trace, Filter(call="H_PUT_TCE")), 5).splitlines()
-    arrows = [row for row in trace_events(selection)["traceEvents"] if row["ph"] == "s"]
+    arrows = [row for row in list(trace_rows(selection)) if row["ph"] == "s"]
     (call,) = statistics(selection).calls
     pairs = compare(trace, trace, Filter(call="H_PUT_TCE"), to_the_end=True).pairs
 
@@ -425,7 +426,7 @@ def test_a_cause_that_is_not_there_or_too_long_is_refused(tmp_path: Path) -> Non
 
 def test_perfetto_gets_nesting_slices_and_arrows_whose_ends_exist(tmp_path: Path) -> None:
     guest, kvm = two_ends(tmp_path)
-    rows = trace_events(events_of(guest.close(), kvm.close()))["traceEvents"]
+    rows = list(trace_rows(events_of(guest.close(), kvm.close())))
     slices = [row for row in rows if row["ph"] == "X"]
     arrows: dict[int, dict[str, Any]] = defaultdict(dict)
     for row in rows:
@@ -461,10 +462,46 @@ def test_calls_that_overlap_have_lanes_of_their_own(tmp_path: Path) -> None:
         recording.sent(link, REPLY, H_CEDE.number, number, [0])
     recording.came(link, CALL, H_CEDE.number, 4, [0])
 
-    rows = trace_events(events_of(recording.close()))["traceEvents"]
+    rows = list(trace_rows(events_of(recording.close())))
 
     lanes = {row["tid"]: row["args"]["name"] for row in rows if row["name"] == "thread_name"}
     assert [lanes[row["tid"]] for row in rows if row["ph"] == "X"] == ["lane 1", "lane 2", "lane 3", "lane 1"]
+
+
+def test_an_export_for_perfetto_is_written_as_its_events_are_read(tmp_path: Path) -> None:
+    """A trace may be larger than the memory."""
+    recording = Recording(tmp_path, "alpha/kvm")
+    link = recording.link(peer="vm1/guest")
+    for number in range(1000):
+        recording.came(link, CALL, H_CEDE.number, number, [0])
+        recording.sent(link, REPLY, H_CEDE.number, number, [0])
+        recording.sent(link, EVENT, m.VCPU_LINE.number, 0, m.LineBody(0, True))
+    n_read = 0
+
+    def events() -> Iterator[Event]:
+        nonlocal n_read
+        for event in events_of(recording.close()):
+            n_read += 1
+            yield event
+
+    for n_rows, _ in enumerate(trace_rows(events()), 1):
+        assert n_read <= 2 * n_rows + 3
+
+    assert n_read == 3001
+
+
+def test_a_call_whose_ids_are_used_again_ends_there(tmp_path: Path) -> None:
+    recording = Recording(tmp_path, "alpha/kvm")
+    link = recording.link(peer="vm1/guest")
+    for _ in range(2):
+        recording.came(link, CALL, H_CEDE.number, 1, [0])
+    recording.sent(link, REPLY, H_CEDE.number, 1, [0])
+
+    first, second = (row for row in trace_rows(events_of(recording.close())) if row["ph"] == "X")
+
+    assert ("result" in first["args"], "result" in second["args"]) == (False, True)
+    assert first["tid"] == second["tid"]
+    assert first["ts"] + first["dur"] <= second["ts"] + 1e-3
 
 
 def test_a_device_request_is_a_slice_from_its_begin_to_its_end(tmp_path: Path) -> None:
@@ -473,7 +510,7 @@ def test_a_device_request_is_a_slice_from_its_begin_to_its_end(tmp_path: Path) -
         recording.tracer.request_moved(RequestMoved(t_ns, LPID, "vm1/root", 0, head, step, 512, 7))
     recording.tracer.request_moved(RequestMoved(4000, LPID, "vm1/root", 0, 9, RequestStep.ENDED, 1, 7))
 
-    rows = trace_events(events_of(recording.close()))["traceEvents"]
+    rows = list(trace_rows(events_of(recording.close())))
 
     slices = [(row["name"], row["ts"]) for row in rows if row["ph"] == "X"]
     assert slices == [("vm1/root queue 0 request 5", 1.0), ("vm1/root queue 0 request 6", 2.0)]
@@ -539,6 +576,15 @@ def test_ids_cookies_and_what_a_private_call_gives_are_not_compared(tmp_path: Pa
     assert compare(places[0], places[1], Filter(), to_the_end=True).same
 
 
+def test_more_messages_than_fit_into_memory_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = only_come(tmp_path / "trace")
+    monkeypatch.setattr(diff, "MAX_MESSAGES", 3)
+
+    assert compare(trace, trace, Filter(call="H_CEDE"), to_the_end=True).same
+    with pytest.raises(UserError, match="more than 3 messages to compare; narrow them by --vm, --process"):
+        compare(trace, trace, Filter(), to_the_end=True)
+
+
 def test_a_run_that_goes_on_differs_only_to_the_end_and_seeds_are_noted(tmp_path: Path) -> None:
     longer, shorter = tmp_path / "a", tmp_path / "b"
     for directory, n_calls, seed in ((longer, 3, 1), (shorter, 2, 2)):
@@ -584,7 +630,7 @@ def every_view(frames: list[bytes]) -> None:
             assert line(event).isprintable()
             json.dumps(show.row(event))
         statistics(events)
-        json.dumps(trace_events(events))
+        json.loads("".join(document(events)))
         sequence_diagram(events, events[-1].cause)
         compare(path, path, Filter(), to_the_end=True)
 
