@@ -9,7 +9,7 @@ import trio
 
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun
-from deploy.status import ClusterStatus, ask, gather_status
+from deploy.status import ClusterStatus, arriving_name, ask, gather_status
 
 
 class LinkActivity(msgspec.Struct, kw_only=True):
@@ -24,7 +24,7 @@ class LinkActivity(msgspec.Struct, kw_only=True):
 
 
 class ClusterActivity(msgspec.Struct, kw_only=True):
-    """At `monotonic_ns`; `links` are those of each process that answered, by target and link id."""
+    """At `monotonic_ns`; `links` are those of each process that answered, by its name in the status and link id."""
 
     monotonic_ns: int
     status: ClusterStatus
@@ -35,10 +35,10 @@ async def gather_activity(run: ClusterRun) -> ClusterActivity:
     """Ask every process, bounded; one that does not answer is left out."""
     links: dict[str, dict[str, LinkActivity]] = {}
 
-    async def one(child: Child) -> None:
+    async def one(name: str, child: Child) -> None:
         answer = await ask(child, "statistics", {})
         try:
-            links[child.target] = msgspec.convert(answer, dict[str, LinkActivity])
+            links[name] = msgspec.convert(answer, dict[str, LinkActivity])
         except msgspec.ValidationError:
             return
 
@@ -50,5 +50,7 @@ async def gather_activity(run: ClusterRun) -> ClusterActivity:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(whole)
         for child in run.children.values():
-            nursery.start_soon(one, child)
+            nursery.start_soon(one, child.target, child)
+        for child in run.incoming.values():
+            nursery.start_soon(one, arriving_name(child), child)
     return ClusterActivity(monotonic_ns=time.monotonic_ns(), status=status[0], links=links)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from deploy.states import one_line
 from protocol.errors import UserError
 from services.ultravisor.audit import AUDIT_FILE, AuditHead, AuditLine, audit_path, read_lines, verify
 from services.ultravisor.identity import identity_public_of, public_key_of
@@ -106,4 +107,4 @@ def _as_text(host: str, line: AuditLine) -> str:
     facts = " ".join(f"{name}={json.dumps(value)}" for name, value in line.facts.items())
     text = f"{line.time}  {host}  {line.vm or '-':<12} {line.event:<24} {facts}".rstrip()
     # A log that someone changed may hold anything, so it does not reach the terminal as it is.
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return one_line(text)

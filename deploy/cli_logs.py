@@ -11,9 +11,11 @@ from typing import Any
 import click
 
 from deploy.cli_support import cluster_option, json_option, printable, state_dir_of, state_option
+from deploy.cli_trace import tell_unreadable
 from deploy.cli_vm import host_of
 from deploy.client import connect
 from deploy.logs_view import LogReader, as_text, in_order, log_files
+from deploy.states import one_line
 from deploy.trace.events import Event
 from deploy.trace.filters import Filter
 from deploy.trace.merge import Tail, Trace
@@ -72,20 +74,21 @@ def calls(vm: str, follow: bool, cluster: str | None, state_dir: Path | None, as
             tail = Tail(trace)
             for target in targets:
                 begin(client, target)
-            _repeat(lambda: _show_calls(tail.settled(time.monotonic_ns()), vm, targets, as_json=as_json))
+            _repeat(lambda: _show_calls(tail.settled(time.monotonic_ns()), vm, trace, as_json=as_json))
         flush(client)
         if not any(paths.trace_file(target).stat().st_size for target in targets):
             raise UserError("nothing was recorded: start with `up --record`, or see live calls with -f")
-        _show_calls(trace.events(), vm, targets, as_json=as_json)
+        _show_calls(trace.events(), vm, trace, as_json=as_json)
 
 
-def _show_calls(events: Iterable[Event], vm: str, targets: list[str], *, as_json: bool) -> None:
+def _show_calls(events: Iterable[Event], vm: str, trace: Trace, *, as_json: bool) -> None:
     """Each message once, and the guest need not record."""
     filter_ = Filter(vm=vm)
-    for event in each_message_once(iter(events), targets, filter_):
+    for event in each_message_once(iter(events), filter_):
         if event.is_message and filter_.passes(event):
             row = _row(event)
-            click.echo(json.dumps(row) if as_json else printable(_line(row)))
+            click.echo(json.dumps(row) if as_json else one_line(_line(row)))
+    tell_unreadable(trace.newly_unreadable())
 
 
 def _row(event: Event) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from deploy.run_dirs import MANIFEST_FILE, choose_cluster, runtime_root, state_root
+from deploy.states import one_line
 from protocol.errors import UserError
 
 cluster_option = click.option("--cluster", metavar="NAME", help="The cluster meant; default: the only one running.")
@@ -70,8 +71,8 @@ def state_dir_of(cluster: str | None, state_dir: Path | None) -> Path:
 
 
 def printable(text: str) -> str:
-    """`text` for a terminal: what a guest or a file could use to steer it is replaced, tab and newline stay."""
-    return re.sub(r"[^\t\n\x20-\x7e\xa0-\U0010ffff]", "?", text)
+    """`text` of several lines for a terminal: each as `one_line`, tabs and line breaks stay."""
+    return re.sub(r"[^\t\n]+", lambda part: one_line(part[0]), text)
 
 
 def parse_size(text: str, option: str) -> int:

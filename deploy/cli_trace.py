@@ -6,21 +6,23 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from deploy.cli_support import cluster_option, json_option, printable, state_dir_of, state_option
+from deploy.cli_support import cluster_option, json_option, state_dir_of, state_option
 from deploy.client import connect
 from deploy.run_dirs import Paths, choose_cluster, runtime_root
+from deploy.states import one_line
 from deploy.trace.filters import Filter, check_names, make_filter
 from protocol.errors import UserError
 
 if TYPE_CHECKING:
     from deploy.trace.events import Event
-    from deploy.trace.merge import Selection
+    from deploy.trace.merge import Selection, Survey
+    from deploy.trace.reader import TraceUnreadable
 
 POLL_SECONDS = 0.1
 _trace_argument = click.argument("trace", required=False, type=click.Path(path_type=Path))
@@ -72,7 +74,7 @@ def record(directory: Path, seconds: float | None, process: str | None, cluster:
         make_new_dir(directory)
         window = Window(files_of(trace_dir))
         begun = begin(client, process)
-        window.take_whole(begun["before"])
+        window.take_whole([*begun["before"], *begun["silent"]])
         _tell_silent(begun["silent"])
         how_long = "Ctrl-C ends it" if seconds is None else f"{seconds:g} s"
         click.echo(f"recording {len(begun['targets'])} processes: {how_long}", err=True)
@@ -123,9 +125,9 @@ def show(
         _follow(cluster, filter_, as_json=as_json)
         return
     selection = Selection(_place(trace, cluster, state_dir), filter_)
-    for event in each_message_once(iter(selection), selection.survey.began, filter_):
+    for event in each_message_once(iter(selection), filter_):
         _print(event, as_json=as_json)
-    _tell_cut(selection.survey.cut, trace)
+    _tell_unread(selection.survey, trace)
 
 
 def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
@@ -140,7 +142,7 @@ def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
         check_names(filter_, (row["name"] for host in status["hosts"] for row in host["vms"]), _targets(status))
         trace_dir = paths_of(client, status).trace_dir
         trace = Trace(files_of(trace_dir, filter_.process))
-        for _ in trace.events():
+        for _ in trace.added():
             """What is there already is not what comes."""
         tail = Tail(trace)
         begun = begin(client, filter_.process)
@@ -148,10 +150,11 @@ def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
         while True:
             trace.add(files_of(trace_dir, filter_.process))
             events = iter(tail.settled(time.monotonic_ns()))
-            for event in each_message_once(events, trace.processes, filter_):
+            for event in each_message_once(events, filter_):
                 if filter_.passes(event):
                     _print(event, as_json=as_json)
             sys.stdout.flush()
+            tell_unreadable(trace.newly_unreadable())
             time.sleep(POLL_SECONDS)
 
 
@@ -164,7 +167,7 @@ def _targets(status: dict[str, Any]) -> list[str]:
 def _print(event: Event, *, as_json: bool) -> None:
     from deploy.trace.show import line, row
 
-    click.echo(json.dumps(row(event)) if as_json else printable(line(event)))
+    click.echo(json.dumps(row(event)) if as_json else one_line(line(event)))
 
 
 @trace.command("stats")
@@ -191,7 +194,7 @@ def stats(trace: Path | None, cluster: str | None, state_dir: Path | None, as_js
 
         for table in stats_tables(counted):
             console().print(table)
-    _tell_cut(selection.survey.cut, trace)
+    _tell_unread(selection.survey, trace)
 
 
 @trace.command("export")
@@ -216,18 +219,19 @@ def export(
     if kind == "mermaid" and filter_.cause is None:
         raise UserError("a sequence diagram is of one cause: --cause ID; `pefbox trace show` prints the ids")
     selection = Selection(_place(trace, cluster, state_dir), filter_)
-    text = _as_perfetto(selection) if kind == "perfetto" else _as_mermaid(selection, filter_)
+    pieces = _as_perfetto(selection) if kind == "perfetto" else [_as_mermaid(selection, filter_)]
     if output is None:
-        click.echo(text, nl=False)
+        sys.stdout.writelines(pieces)
     else:
-        _write(output, text)
-    _tell_cut(selection.survey.cut, trace)
+        _write(output, pieces)
+    _tell_unread(selection.survey, trace)
 
 
-def _as_perfetto(selection: Selection) -> str:
-    from deploy.trace.perfetto import trace_events
+def _as_perfetto(selection: Selection) -> Iterable[str]:
+    """Piece by piece: a trace may be larger than the memory."""
+    from deploy.trace.perfetto import document
 
-    return json.dumps(trace_events(selection)) + "\n"
+    return document(selection)
 
 
 def _as_mermaid(selection: Selection, filter_: Filter) -> str:
@@ -237,9 +241,10 @@ def _as_mermaid(selection: Selection, filter_: Filter) -> str:
     return sequence_diagram(selection, filter_.cause)
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, pieces: Iterable[str]) -> None:
     try:
-        path.write_text(text)
+        with path.open("w") as file:
+            file.writelines(pieces)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 
@@ -266,7 +271,7 @@ def diff(a: Path, b: Path, to_the_end: bool, as_json: bool, **wanted: str | None
         click.echo(json.dumps(msgspec.to_builtins(found), indent=2))
     else:
         for line in diff_lines(found):
-            click.echo(printable(line))
+            click.echo(one_line(line))
     if not found.same:
         raise click.exceptions.Exit(1)
 
@@ -293,12 +298,20 @@ def _runs(cluster: str | None) -> bool:
     return True
 
 
-def _tell_cut(cut: dict[Path, int], trace: Path | None) -> None:
-    """Of files that nobody writes any more: what a running process is writing is not cut."""
+def _tell_unread(survey: Survey, trace: Path | None) -> None:
+    """Of files that are not shown to their end."""
+    tell_unreadable(survey.unreadable.values())
     if trace is None:
+        # What a running process is writing is not cut.
         return
-    for path, n_bytes in cut.items():
+    for path, n_bytes in survey.cut.items():
         click.echo(
             f"pefbox: {path}: cut off inside an entry, of which {n_bytes} bytes are there; all before it is shown",
             err=True,
         )
+
+
+def tell_unreadable(errors: Iterable[TraceUnreadable]) -> None:
+    """A line for each damaged file."""
+    for error in errors:
+        click.echo(f"pefbox: {one_line(str(error))}; all before it is shown", err=True)

@@ -13,6 +13,7 @@ import click
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from deploy.linux.config import findings_for_secure
+from deploy.states import one_line
 from protocol.errors import ImageRefused, UserError
 from services.ultravisor.measure import check_image, open_blob
 from shared.esm_blob import MAX_BLOB_BYTES, EsmBlob, Lockbox, parse_blob
@@ -62,10 +63,10 @@ def show_command(blob_path: Path, as_json: bool) -> None:
         return
     for box in blob.lockboxes:
         kind = "origin" if box.name == "origin-lockbox" else "recipient"
-        click.echo(f"{kind:<10}{box.fingerprint.hex()}  {_safe(box.comment)}")
-    click.echo(f"{'digests':<10}{len(blob.digests.ciphertext)} bytes, sealed  {_safe(blob.digests.comment)}")
+        click.echo(f"{kind:<10}{box.fingerprint.hex()}  {one_line(box.comment)}")
+    click.echo(f"{'digests':<10}{len(blob.digests.ciphertext)} bytes, sealed  {one_line(blob.digests.comment)}")
     for name, sealed in blob.files.items():
-        click.echo(f"{'file':<10}{name}, {len(sealed.ciphertext)} bytes, sealed  {_safe(sealed.comment)}")
+        click.echo(f"{'file':<10}{name}, {len(sealed.ciphertext)} bytes, sealed  {one_line(sealed.comment)}")
 
 
 @esm.command("verify")
@@ -230,11 +231,6 @@ def _verdict(path: Path, result: dict[str, object]) -> str:
     if result["accepted"]:
         return f"{path}: accepted, opened with {result['lockbox']}"
     return f"{path}: refused: {result['reason']}"
-
-
-def _safe(text: str) -> str:
-    # Comments are whatever the blob says, so they do not reach the terminal as they are.
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _read(path: Path) -> bytes:

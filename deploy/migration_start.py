@@ -54,7 +54,7 @@ async def start(run: ClusterRun, vm: VmRecord, move: Migration, parameters: dict
     children = spawn_all(run, processes, links)
     with start_time_limit(children), OpenFiles() as files:
         _prepare_memory(run, vm, move, files)
-        open_process_files(run, processes, files)
+        await open_process_files(run, processes, files)
         _hold_disks(vm, move, f"{vm.spec.name}/{Role.QEMU.value}", files)
         ring = make_keys(links)
         await configure(run, children, ring, files)

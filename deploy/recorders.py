@@ -87,14 +87,18 @@ async def begin_recording(run: ClusterRun, holder: object, process: str | None) 
             nursery.start_soon(_begin_one, run, child, begun, full)
     if full:
         end_recording(run, holder)
-        raise UserError(f"the trace of {', '.join(full)} is full: `pefbox restart` begins another, as does the next up")
+        raise UserError(f"the trace of {', '.join(full)} is full: the next `pefbox up` begins another")
     begun.targets.sort()
     return begun
 
 
 async def _begin_one(run: ClusterRun, child: Child, begun: RecordingBegun, full: list[str]) -> None:
+    order = run.recorders.next_order(on=True)
     try:
-        answer = await child.query("record", run.recorders.next_order(on=True), _SECONDS)
+        if not child.state.answers:
+            # It is not asked then; so it hears of it when it goes on.
+            child.tell("record", order)
+        answer = await child.query("record", order, _SECONDS)
     except (PeerGone, QueryRefused):
         begun.silent.append(child.target)
         return

@@ -72,7 +72,7 @@ async def start_incarnation(run: ClusterRun, vm: VmRecord) -> None:
     children = spawn_all(run, processes, links)
     with start_time_limit(children), OpenFiles() as files:
         prepare_vms(run, [name], files)
-        open_process_files(run, processes, files)
+        await open_process_files(run, processes, files)
         ring = make_keys(links)
         await configure(run, children, ring, files)
         await add_vm(run, host, name, ring, files)

@@ -27,6 +27,7 @@ from deploy.link_orders import tell_links
 from deploy.plan import KeyRing, LinkPlan, ProcessPlan
 from deploy.recorders import tell_recording
 from deploy.supervise import serve_child
+from deploy.trace.appending import open_appending
 from protocol import control
 from protocol.errors import PeerGone, UserError
 from protocol.roles import Role
@@ -54,7 +55,7 @@ async def start_group(run: ClusterRun, processes: list[ProcessPlan], vms: list[s
     children = spawn_all(run, processes, links)
     with start_time_limit(children), OpenFiles() as files:
         prepare_vms(run, vms, files)
-        open_process_files(run, processes, files)
+        await open_process_files(run, processes, files)
         ring = make_keys(links)
         await configure(run, children, ring, files)
         replace_network_links(run, children, links, ring)
@@ -122,12 +123,13 @@ def add_shared_files(vm: str, files: OpenFiles) -> None:
     files.add(f"secure:{vm}/{Role.GUEST.value}", lower.detach())
 
 
-def open_process_files(run: ClusterRun, processes: Iterable[ProcessPlan], files: OpenFiles) -> None:
+async def open_process_files(run: ClusterRun, processes: Iterable[ProcessPlan], files: OpenFiles) -> None:
     """Logs, traces, audit logs, disks and images, by name and target."""
     for process in processes:
         target = process.target
         files.add(f"log@{target}", _open_appending(run.paths.log_file(target)))
-        files.add(f"trace@{target}", _open_appending(run.paths.trace_file(process.place)))
+        # In a thread: the file of an earlier incarnation is looked through.
+        files.add(f"trace@{target}", await trio.to_thread.run_sync(open_appending, run.paths.trace_file(process.place)))
         if process.role is Role.ULTRAVISOR:
             files.add(f"audit@{target}", open_audit_file(run.paths.state_dir, process.host))
             files.add(f"ledger@{target}", open_ledger(run.paths.ledger(process.host)))

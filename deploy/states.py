@@ -7,9 +7,16 @@ from enum import Enum
 MAX_TEXT_CHARS = 300
 
 
+def one_line(text: str) -> str:
+    """What anybody else wrote, safe for one line of a terminal: no control characters, no line breaks."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def printable(text: str) -> str:
-    """What a guest or service said, safe for a terminal: no control characters, and not too long."""
-    shown = "".join(char if char.isprintable() else "?" for char in text[:MAX_TEXT_CHARS])
+    """What a guest or service said, as `one_line`, and not too long."""
+    shown = one_line(text[:MAX_TEXT_CHARS])
     return shown if len(text) <= MAX_TEXT_CHARS else f"{shown}..."
 
 

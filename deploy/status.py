@@ -305,8 +305,13 @@ def _vm_row(run: ClusterRun, vm: VmRecord) -> VmRow:
     )
 
 
+def arriving_name(child: Child) -> str:
+    """What a process where a VM arrives is called: there is another of its target."""
+    return f"{child.target}@{child.plan.host}"
+
+
 def _arriving_row(child: Child) -> ProcessRow:
-    return msgspec.structs.replace(process_row(child), target=f"{child.target}@{child.plan.host}")
+    return msgspec.structs.replace(process_row(child), target=arriving_name(child))
 
 
 def _balloon(vm: VmRecord) -> BalloonStatus | None:

@@ -17,13 +17,16 @@ from typing import Any
 
 import msgspec
 
-from deploy.trace.events import Event, EventKind
+from deploy.trace.events import Event, EventKind, answered_by
 from deploy.trace.filters import Filter
 from deploy.trace.merge import Selection, Survey
+from protocol.errors import UserError
 from protocol.hcalls import HCALLS
 from protocol.ucalls import UCALLS
 
 _INSTRUCTIONS = "instructions"
+MAX_MESSAGES = 1_000_000
+"""Of each trace, half a GiB: what two runs did differently may be told only by an answer that comes last."""
 
 
 class Said(msgspec.Struct):
@@ -71,11 +74,14 @@ class TraceDiff(msgspec.Struct, frozen=True):
 
 
 def compare(a: Path, b: Path, filter_: Filter, *, to_the_end: bool) -> TraceDiff:
-    """Compare two traces. One that goes on after the other has ended differs only `to_the_end`."""
+    """Compare two traces. One that goes on after the other has ended differs only `to_the_end`.
+
+    Raises UserError when one has more than MAX_MESSAGES.
+    """
     sides = [Selection(where, filter_) for where in (a, b)]
     repeatable = {vm for vm, clock in sides[0].survey.clocks.items() if clock == _INSTRUCTIONS}
     repeatable &= {vm for vm, clock in sides[1].survey.clocks.items() if clock == _INSTRUCTIONS}
-    said = [_said(selection, selection.survey, repeatable) for selection in sides]
+    said = [_said(selection, where, repeatable) for selection, where in zip(sides, (a, b), strict=True)]
     pairs = [
         _compare_pair(key, said[0].get(key, []), said[1].get(key, []), to_the_end=to_the_end)
         for key in sorted({**said[0], **said[1]})
@@ -88,18 +94,25 @@ def compare(a: Path, b: Path, filter_: Filter, *, to_the_end: bool) -> TraceDiff
 _Key = tuple[str, str, str]
 
 
-def _said(events: Iterable[Event], survey: Survey, repeatable: set[str]) -> dict[_Key, list[Said]]:
-    """What was sent on each link, by (link, sender, receiver), as its sender saw it, or its receiver if it is alone."""
+def _said(events: Iterable[Event], where: Path, repeatable: set[str]) -> dict[_Key, list[Said]]:
+    """What was sent on each link, by (link, sender, receiver), as its sender saw it, or only its receiver."""
     said: defaultdict[_Key, list[Said]] = defaultdict(list)
     waiting: dict[tuple[str, str, bool, int | None], Said] = {}
+    n_messages = 0
     for event in events:
         if not event.is_message or event.link is None or event.peer is None:
             continue
         if event.ends is not None:
             _take_answer(waiting, event)
             continue
-        if not event.outward and event.peer in survey.began:
+        if event.is_second_copy:
             continue
+        n_messages += 1
+        if n_messages > MAX_MESSAGES:
+            raise UserError(
+                f"{where}: more than {MAX_MESSAGES:,} messages to compare; "
+                "narrow them by --vm, --process, --call or --since"
+            )
         sender, receiver = (event.process, event.peer) if event.outward else (event.peer, event.process)
         call = HCALLS.by_number.get(event.number or -1) or UCALLS.by_number.get(event.number or -1)
         time_ns = event.time_ns if event.vm in repeatable else None
@@ -124,9 +137,7 @@ def _ordered(messages: list[Said]) -> list[Said]:
 
 def _take_answer(waiting: dict[tuple[str, str, bool, int | None], Said], event: Event) -> None:
     assert event.link is not None
-    is_reply = event.kind is EventKind.REPLY
-    correlation = event.correlation if is_reply else (event.values or [0, 0])[1]
-    call = waiting.pop((event.process, event.link, not event.outward, correlation), None)
+    call = waiting.pop((event.process, event.link, not event.outward, answered_by(event)), None)
     if call is not None:
         call.result = event.result if call.is_private else event.text.partition(" -> ")[2]
 
@@ -146,11 +157,16 @@ def _compare_pair(key: _Key, a: list[Said], b: list[Said], *, to_the_end: bool) 
 
 
 def _alike(a: Said, b: Said) -> bool:
+    """What only one of two knows is no difference: the answer, or the VM's time, which the receiver does not have."""
     answered_alike = a.result == b.result or a.result is None or b.result is None
-    return (a.name, a.values, a.time_ns) == (b.name, b.values, b.time_ns) and answered_alike
+    timed_alike = a.time_ns == b.time_ns or a.time_ns is None or b.time_ns is None
+    return (a.name, a.values) == (b.name, b.values) and timed_alike and answered_alike
 
 
 def _notes(a: Survey, b: Survey) -> Iterator[str]:
+    for side, it in (("A", a), ("B", b)):
+        yield from (f"{side} goes as far as it can be read: {error}" for error in it.unreadable.values())
+        yield from (f"{side} goes as far as it can be read: {path} was cut off inside an entry" for path in it.cut)
     for process in sorted({*a.began, *b.began}):
         one, other = a.began.get(process), b.began.get(process)
         if one is None or other is None:

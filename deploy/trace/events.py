@@ -1,5 +1,8 @@
 """Entries of trace files as events: with names, arguments and results from the declarations.
 
+Anybody may have written a file, and a guest the texts of its messages: names and `text` are safe for one line of a
+terminal.
+
 A decoder of one file remembers its links, its VMs and its open calls: so a reply tells how long its call took, and
 messages between ultravisor and kvm, whose links are the host's, belong to the VM that their call names.
 """
@@ -11,6 +14,8 @@ from typing import Any, cast
 
 import msgspec
 
+from deploy.states import one_line
+from deploy.trace.link_ends import LinkEnds
 from protocol import message_text
 from protocol import trace as t
 from protocol.declare import Call
@@ -50,9 +55,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened in `process`.
 
     Of a message: `peer`, whether it went there (`outward`), `link`, `number`, `correlation`, `values` (registers or
-    fields of its body). A reply, and UV_RETURN, which answers a call, names in `ends` the call that it ends, and has a
-    `result`, and `took_ns` where the call was seen. `time_ns` is the VM's own time. Of a device request: `request`, its
-    name. `text` is what people read.
+    fields of its body), `message`, which counts those of the trace: what came has that of its copy as it was sent, and
+    None where there is no such copy (deploy.trace.pairing). A reply, and UV_RETURN, which answers a call, names in
+    `ends` the call that it ends, and has a `result`, and `took_ns` where the call was seen. `time_ns` is the VM's own
+    time. Of a device request: `request`, its name. `text` is what people read.
     """
 
     t_ns: int
@@ -67,6 +73,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     link: str | None = None
     number: int | None = None
     correlation: int | None = None
+    message: int | None = None
     values: list[Any] | None = None
     ends: str | None = None
     result: str | None = None
@@ -79,6 +86,18 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     def is_message(self) -> bool:
         """Whether it crossed a link."""
         return self.kind in MESSAGE_KINDS
+
+    @property
+    def is_second_copy(self) -> bool:
+        """Whether it is a message as it came, which the trace has as it was sent, too."""
+        return self.message is not None and not self.outward
+
+
+def answered_by(event: Event) -> int | None:
+    """The correlation id of the call that an answer ends; UV_RETURN names it by its second register."""
+    if event.kind is EventKind.REPLY:
+        return event.correlation
+    return event.values[1] if event.values is not None and len(event.values) > 1 else None
 
 
 def process_rank(process: str) -> tuple[int, str]:
@@ -95,14 +114,18 @@ class _Open(msgspec.Struct, frozen=True):
 
 
 class EventDecoder:
-    """Turns the entries of one file, in their order, into events. `place` names a process that moved here."""
+    """Turns the entries of one file, in their order, into events. `place` names a process that moved here.
 
-    def __init__(self, place: str | None = None) -> None:
+    Tells `ends` of its links.
+    """
+
+    def __init__(self, place: str | None = None, ends: LinkEnds | None = None) -> None:
         self.began: t.Began | None = None
         self.process = "?"
         self.clocks: dict[str, str] = {}
         """`time` of each VM by name."""
         self._place = place
+        self._ends = LinkEnds() if ends is None else ends
         self._links: dict[int, t.LinkOpened] = {}
         self._vms: dict[int, str] = {}
         self._open: dict[tuple[int, bool, int], _Open] = {}
@@ -115,6 +138,7 @@ class EventDecoder:
                 return self._message(entry)
             case t.LinkOpened():
                 self._links[entry.index] = entry
+                self._ends.add(entry.id, self.process)
             case t.VmKnown():
                 self._vms[entry.lpid] = entry.name
                 self.clocks[entry.name] = entry.time
@@ -132,7 +156,7 @@ class EventDecoder:
             case t.RequestMoved():
                 what = message_text.of_request(entry)
                 event = self._of_vm(entry, EventKind.REQUEST, entry.step.name.lower(), what)
-                return msgspec.structs.replace(event, request=message_text.name_of_request(entry))
+                return msgspec.structs.replace(event, request=one_line(message_text.name_of_request(entry)))
             case t.MigrationStepped():
                 return self._of_vm(entry, EventKind.MIGRATION, entry.status, f"{entry.side}: {entry.status}")
         return None
@@ -146,7 +170,7 @@ class EventDecoder:
         return self._plain(began, EventKind.BEGAN, "began", f"recording began: {facts}")
 
     def _plain(self, entry: t.Began | t.Lost, kind: EventKind, name: str, what: str) -> Event:
-        return Event(t_ns=entry.t_ns, kind=kind, process=self.process, name=name, text=what)
+        return Event(t_ns=entry.t_ns, kind=kind, process=self.process, name=name, text=one_line(what))
 
     def _of_vm(
         self,
@@ -159,8 +183,8 @@ class EventDecoder:
             t_ns=entry.t_ns,
             kind=kind,
             process=self.process,
-            name=name,
-            text=what,
+            name=one_line(name),
+            text=one_line(what),
             vm=self._vms.get(entry.lpid),
             cause=entry.cause,
         )
@@ -184,7 +208,7 @@ class EventDecoder:
             body = message_text.tamed(msgspec.msgpack.decode(envelope.body))
         except (MalformedMessage, TypeError, *DECODE_ERRORS) as error:
             reason = "withheld" if seen.withheld else str(error)
-            return Event(kind=EventKind.MALFORMED, name="malformed", text=f"malformed: {reason}", **facts)
+            return Event(kind=EventKind.MALFORMED, name="malformed", text=one_line(f"malformed: {reason}"), **facts)
         kind = "" if link is None else link.kind
         facts |= {"number": envelope.number, "correlation": envelope.correlation, "cause": envelope.cause}
         facts["name"] = "undeclared" if envelope.number == UNDECLARED else name_of(envelope.number)
@@ -197,7 +221,7 @@ class EventDecoder:
         if envelope.kind is MessageKind.CALL:
             self._remember(seen, envelope, facts)
         event_kind = EventKind.CALL if envelope.kind is MessageKind.CALL else EventKind.EVENT
-        return Event(kind=event_kind, text=message_text.of_call(kind, envelope.number, body), **facts)
+        return Event(kind=event_kind, text=one_line(message_text.of_call(kind, envelope.number, body)), **facts)
 
     def _vm_named_by(self, body: object) -> str | None:
         lpid = body[0] if isinstance(body, list) and body else None
@@ -227,7 +251,7 @@ class EventDecoder:
         facts["result"], what = message_text.of_result(call, envelope.number, body, is_return=is_return)
         of = f"{facts['name']} of {name}" if is_return else name
         kind = EventKind.CALL if is_return else EventKind.REPLY
-        return Event(kind=kind, text=f"{of} -> {what}", **facts)
+        return Event(kind=kind, text=one_line(f"{of} -> {what}"), **facts)
 
 
 def _answered(envelope: Envelope, body: object) -> int | None:

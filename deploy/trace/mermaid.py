@@ -15,33 +15,35 @@ _NS_PER_US = 1000
 
 def sequence_diagram(events: Iterable[Event], cause: int) -> str:
     """All of `cause`, one line a message; raises UserError when there is nothing of it, or too much to draw."""
-    of_cause = [event for event in events if event.cause == cause]
-    lines = _lines(of_cause)
+    lines: list[str] = []
+    names: set[str] = set()
+    n_lines, start_ns = 0, None
+    for event in events:
+        if event.cause != cause or event.is_second_copy:
+            continue
+        start_ns = event.t_ns if start_ns is None else start_ns
+        n_lines += 1
+        if n_lines <= MAX_LINES:
+            lines.append(_line(event, start_ns))
+            names.update(_ends(event))
     if not lines:
         raise UserError(f"--cause: this trace has no cause {cause:#x}; `pefbox trace show` prints those that it has")
-    if len(lines) > MAX_LINES:
-        raise UserError(
-            f"cause {cause:#x} has {len(lines)} messages, a diagram at most {MAX_LINES}; narrow it by --since"
-        )
-    names = sorted({name for event in of_cause for name in _ends(event)}, key=process_rank)
-    participants = [f"    participant {_id(name)} as {name}" for name in names]
+    if n_lines > MAX_LINES:
+        raise UserError(f"cause {cause:#x} has {n_lines} messages, a diagram at most {MAX_LINES}; narrow it by --since")
+    participants = [
+        f"    participant {_id(name)} as {name.translate(_ESCAPES)}" for name in sorted(names, key=process_rank)
+    ]
     return "\n".join(["sequenceDiagram", *participants, *lines]) + "\n"
 
 
-def _lines(events: list[Event]) -> list[str]:
-    traced = {event.process for event in events}
-    start_ns = events[0].t_ns if events else 0
-    lines = []
-    for event in events:
-        after = f"+{(event.t_ns - start_ns) / _NS_PER_US:.0f} us"
-        what = event.text.translate(_ESCAPES)
-        if not event.is_message:
-            lines.append(f"    Note over {_id(event.process)}: {what} ({after})")
-        elif event.outward or event.peer not in traced:
-            sender, receiver = _ends(event) if event.outward else _ends(event)[::-1]
-            arrow = "-->>" if event.kind is EventKind.REPLY else "-)" if event.kind is EventKind.EVENT else "->>"
-            lines.append(f"    {_id(sender)}{arrow}{_id(receiver)}: {what} ({after})")
-    return lines
+def _line(event: Event, start_ns: int) -> str:
+    after = f"+{(event.t_ns - start_ns) / _NS_PER_US:.0f} us"
+    what = event.text.translate(_ESCAPES)
+    if not event.is_message:
+        return f"    Note over {_id(event.process)}: {what} ({after})"
+    sender, receiver = _ends(event) if event.outward else _ends(event)[::-1]
+    arrow = "-->>" if event.kind is EventKind.REPLY else "-)" if event.kind is EventKind.EVENT else "->>"
+    return f"    {_id(sender)}{arrow}{_id(receiver)}: {what} ({after})"
 
 
 def _ends(event: Event) -> tuple[str, ...]:
@@ -49,4 +51,4 @@ def _ends(event: Event) -> tuple[str, ...]:
 
 
 def _id(name: str) -> str:
-    return "".join(character if character.isalnum() else "_" for character in name)
+    return "".join(character if character.isalnum() else "_" for character in name) or "_"

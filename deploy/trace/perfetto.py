@@ -7,18 +7,20 @@ and a slice goes into the first that is free. A lane is a thread there, whose nu
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Iterable
-from typing import Any
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
-from deploy.trace.events import Event, EventKind, process_rank
+from deploy.trace.events import Event, EventKind, answered_by, process_rank
+from deploy.trace.pairing import MAX_ON_THE_WAY
 from protocol.trace import RequestStep
 
 _NS_PER_US = 1000
 _BEGUN = RequestStep.BEGUN.name.lower()
-_EVENT_US = 1.0
+_EVENT_NS = 1000
 """An event is drawn as a slice of this length: an arrow needs one to begin and end at."""
 _MAX_LANES = 1 << 20
+_OPEN_NS = 1 << 64
 _Place = tuple[int, int]
 """Process and thread."""
 
@@ -30,11 +32,11 @@ class _Track:
 
     def __init__(self, process: str, pid: int) -> None:
         self.pid = pid
-        self._process = process
+        self.process = process
         self._until_ns: list[int] = []
 
-    def place(self, start_ns: int, end_ns: int) -> _Place:
-        """In a lane that is free from `start_ns`; taken until `end_ns` from now on."""
+    def take(self, start_ns: int, end_ns: int = _OPEN_NS) -> _Place:
+        """In a lane that is free from `start_ns`; taken until `end_ns` from now on, or until `free`."""
         for lane, until_ns in enumerate(self._until_ns):
             if until_ns <= start_ns:
                 self._until_ns[lane] = end_ns
@@ -42,68 +44,113 @@ class _Track:
         self._until_ns.append(end_ns)
         return self.pid, self._tid(len(self._until_ns) - 1)
 
-    def names(self) -> list[Row]:
+    def free(self, place: _Place, end_ns: int) -> None:
+        """What was taken ended."""
+        self._until_ns[place[1] - self._tid(0)] = end_ns
+
+    def names(self, rank: int) -> Iterator[Row]:
         """What the process and its lanes are called, and their order."""
-        rows = [
-            _metadata("process_name", self.pid, 0, name=self._process),
-            _metadata("process_sort_index", self.pid, 0, sort_index=self.pid),
-        ]
+        yield _metadata("process_name", self.pid, 0, name=self.process)
+        yield _metadata("process_sort_index", self.pid, 0, sort_index=rank)
         for lane in range(len(self._until_ns)):
-            rows.append(_metadata("thread_name", self.pid, self._tid(lane), name=f"lane {lane + 1}"))
-            rows.append(_metadata("thread_sort_index", self.pid, self._tid(lane), sort_index=lane))
-        return rows
+            yield _metadata("thread_name", self.pid, self._tid(lane), name=f"lane {lane + 1}")
+            yield _metadata("thread_sort_index", self.pid, self._tid(lane), sort_index=lane)
 
     def _tid(self, lane: int) -> int:
         return self.pid * _MAX_LANES + lane
 
 
-class _Slice:
-    """At one process: a call until its answer, a device request until its end, or the moment of another message."""
+class _Open(NamedTuple):
+    """A call until its answer, or a device request until its end."""
 
-    def __init__(self, event: Event, end_ns: int, answer: Event | None = None) -> None:
-        self.event, self.end_ns, self.answer = event, end_ns, answer
+    event: Event
+    place: _Place
 
 
-def trace_events(events: Iterable[Event]) -> Row:
-    """The whole document."""
-    ordered = list(events)
-    processes = sorted({event.process for event in ordered}, key=process_rank)
-    tracks = {process: _Track(process, pid) for pid, process in enumerate(processes, 1)}
-    places: dict[int, _Place] = {}
-    rows: list[Row] = []
-    for part in sorted(_slices(ordered), key=lambda part: part.event.t_ns):
-        place = tracks[part.event.process].place(part.event.t_ns, part.end_ns)
-        places[id(part.event)] = place
-        if part.answer is not None:
-            places[id(part.answer)] = place
-        rows.append(_complete(part, place))
-    rows += _arrows(ordered, places)
-    moments = (event for event in ordered if not event.is_message and id(event) not in places)
-    rows += [_instant(event, tracks[event.process].pid) for event in moments]
-    names = [row for track in tracks.values() for row in track.names()]
-    return {"traceEvents": names + rows, "displayTimeUnit": "ns"}
+class _Drawing:
+    """Rows of events as they come; of what is behind only open slices and messages on their way are remembered."""
+
+    def __init__(self) -> None:
+        self._tracks: dict[str, _Track] = {}
+        self._open: dict[tuple[object, ...], _Open] = {}
+        self._sent: dict[int, _Open] = {}
+        """By number of the message."""
+        self._n_arrows = 0
+        self._last_ns = 0
+
+    def rows_of(self, event: Event) -> Iterator[Row]:
+        """What is drawn now that `event` happened."""
+        self._last_ns = event.t_ns
+        track = self._track(event.process)
+        place = None
+        if (ended := _ended_by(event)) is not None:
+            part = self._open.pop(ended, None)
+            if part is not None:
+                place = part.place
+                yield self._ended(part, event)
+        elif (begun := _begun_by(event)) is not None:
+            earlier = self._open.pop(begun, None)
+            if earlier is not None:
+                # Its ids are in use again: nothing will end it.
+                yield self._ended(earlier, None)
+            place = track.take(event.t_ns)
+            self._open[begun] = _Open(event, place)
+        elif event.is_message:
+            place = track.take(event.t_ns, event.t_ns + _EVENT_NS)
+            yield _complete(event, event.t_ns + _EVENT_NS, None, place)
+        if place is None and not event.is_message:
+            yield _instant(event, track.pid)
+        if place is not None and event.message is not None:
+            yield from self._arrow(event.message, _Open(event, place))
+
+    def rest(self) -> Iterator[Row]:
+        """What never ended lasts until the trace does; and what everything is called."""
+        for part in self._open.values():
+            yield _complete(part.event, self._last_ns, None, part.place)
+        tracks = sorted(self._tracks.values(), key=lambda track: process_rank(track.process))
+        for rank, track in enumerate(tracks, 1):
+            yield from track.names(rank)
+
+    def _track(self, process: str) -> _Track:
+        track = self._tracks.get(process)
+        if track is None:
+            track = self._tracks[process] = _Track(process, len(self._tracks) + 1)
+        return track
+
+    def _ended(self, part: _Open, answer: Event | None) -> Row:
+        self._track(part.event.process).free(part.place, self._last_ns)
+        return _complete(part.event, self._last_ns, answer, part.place)
+
+    def _arrow(self, message: int, end: _Open) -> Iterator[Row]:
+        """From each message as it was sent to the same as it came."""
+        if end.event.outward:
+            if len(self._sent) >= MAX_ON_THE_WAY:
+                self._sent.pop(next(iter(self._sent)))
+            self._sent[message] = end
+        elif (sent := self._sent.pop(message, None)) is not None:
+            self._n_arrows += 1
+            yield _arrow_end("s", sent, sent.event.name, self._n_arrows)
+            yield _arrow_end("f", end, sent.event.name, self._n_arrows)
+
+
+def trace_rows(events: Iterable[Event]) -> Iterator[Row]:
+    """Rows as soon as they are complete; their order means nothing to who reads them."""
+    drawing = _Drawing()
+    for event in events:
+        yield from drawing.rows_of(event)
+    yield from drawing.rest()
+
+
+def document(events: Iterable[Event]) -> Iterator[str]:
+    """The whole document in pieces."""
+    yield '{"displayTimeUnit": "ns", "traceEvents": ['
+    for number, row in enumerate(trace_rows(events)):
+        yield f"{',' if number else ''}\n{json.dumps(row)}"
+    yield "\n]}\n"
 
 
 def _metadata(what: str, pid: int, tid: int, **arguments: str | int) -> Row:
     return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": arguments}
-
-
-def _slices(events: list[Event]) -> list[_Slice]:
-    """Calls, requests, and events; a call or request that never ended lasts until the trace does."""
-    last_ns = events[-1].t_ns if events else 0
-    slices = []
-    unended: dict[tuple[object, ...], _Slice] = {}
-    for event in events:
-        if (ended := _ended_by(event)) is not None:
-            began = unended.pop(ended, None)
-            if began is not None:
-                began.end_ns, began.answer = event.t_ns, event
-        elif (begun := _begun_by(event)) is not None:
-            unended[begun] = part = _Slice(event, last_ns)
-            slices.append(part)
-        elif event.is_message:
-            slices.append(_Slice(event, event.t_ns + int(_EVENT_US * _NS_PER_US)))
-    return slices
 
 
 def _begun_by(event: Event) -> tuple[object, ...] | None:
@@ -117,28 +164,20 @@ def _begun_by(event: Event) -> tuple[object, ...] | None:
 
 def _ended_by(event: Event) -> tuple[object, ...] | None:
     if event.ends is not None:
-        return event.process, event.link, not event.outward, _answered(event)
+        return event.process, event.link, not event.outward, answered_by(event)
     if event.kind is EventKind.REQUEST and event.name != _BEGUN:
         return event.process, event.request
     return None
 
 
-def _answered(event: Event) -> int | None:
-    """The correlation id of the call that an answer ends; UV_RETURN names it by its second register."""
-    if event.kind is EventKind.REPLY:
-        return event.correlation
-    return event.values[1] if event.values is not None and len(event.values) > 1 else None
-
-
-def _complete(part: _Slice, place: _Place) -> Row:
-    event = part.event
+def _complete(event: Event, end_ns: int, answer: Event | None, place: _Place) -> Row:
     arguments: Row = {"text": event.text, "cause": f"{event.cause:#x}"}
     if event.vm is not None:
         arguments["vm"] = event.vm
     if event.time_ns is not None:
         arguments["vm_time_ns"] = event.time_ns
-    if part.answer is not None:
-        arguments["result"] = part.answer.text
+    if answer is not None:
+        arguments["result"] = answer.text
     return {
         "ph": "X",
         "name": event.request or event.name,
@@ -146,7 +185,7 @@ def _complete(part: _Slice, place: _Place) -> Row:
         "pid": place[0],
         "tid": place[1],
         "ts": event.t_ns / _NS_PER_US,
-        "dur": max(part.end_ns - event.t_ns, 1) / _NS_PER_US,
+        "dur": max(end_ns - event.t_ns, 1) / _NS_PER_US,
         "args": arguments,
     }
 
@@ -164,34 +203,14 @@ def _instant(event: Event, pid: int) -> Row:
     }
 
 
-def _arrows(events: list[Event], places: dict[int, _Place]) -> list[Row]:
-    """From each message as it was sent to the same as it came: a link keeps their order."""
-    on_the_way: defaultdict[tuple[object, ...], deque[Event]] = defaultdict(deque)
-    rows: list[Row] = []
-    for event in events:
-        if not event.is_message or id(event) not in places:
-            continue
-        ends = (event.process, event.peer) if event.outward else (event.peer, event.process)
-        key = (event.link, *ends, event.kind, event.number, event.correlation, event.cause)
-        if event.outward:
-            on_the_way[key].append(event)
-        elif on_the_way[key]:
-            rows += _arrow(on_the_way[key].popleft(), event, places, len(rows) // 2 + 1)
-    return rows
-
-
-def _arrow(sent: Event, came: Event, places: dict[int, _Place], number: int) -> list[Row]:
-    ends = (("s", sent), ("f", came))
-    return [
-        {
-            "ph": phase,
-            "id": number,
-            "name": sent.name,
-            "cat": "message",
-            "bp": "e",
-            "pid": places[id(event)][0],
-            "tid": places[id(event)][1],
-            "ts": event.t_ns / _NS_PER_US,
-        }
-        for phase, event in ends
-    ]
+def _arrow_end(phase: str, end: _Open, name: str, number: int) -> Row:
+    return {
+        "ph": phase,
+        "id": number,
+        "name": name,
+        "cat": "message",
+        "bp": "e",
+        "pid": end.place[0],
+        "tid": end.place[1],
+        "ts": end.event.t_ns / _NS_PER_US,
+    }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import msgspec
 
 from deploy.run_dirs import TRACE_SUFFIX
+from deploy.states import one_line
 from protocol import trace as t
 from protocol.decoding import DECODE_ERRORS
 from protocol.errors import UserError
@@ -16,7 +17,11 @@ _READ_BYTES = 1 << 20
 _entry_decoder: msgspec.msgpack.Decoder[t.AnyEntry] = msgspec.msgpack.Decoder(t.AnyEntry)
 
 
-class TraceDamaged(UserError):
+class TraceUnreadable(UserError):
+    """A trace file cannot be read, or not beyond some place."""
+
+
+class TraceDamaged(TraceUnreadable):
     """A trace file holds what no process writes. `offset` is where the first bad entry begins."""
 
     def __init__(self, path: Path, offset: int, why: str) -> None:
@@ -25,32 +30,35 @@ class TraceDamaged(UserError):
 
 
 class TraceReader:
-    """One file. An entry that is not all there yet comes with the next `read`."""
+    """One file, from `offset`. An entry that is not all there yet comes with the next `read`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, offset: int = 0) -> None:
         self.path = path
-        self._offset = 0
-        self._rest = b""
+        self.n_cut_bytes = 0
+        """How much of an entry stands at the end without its remainder; of a file that grows no more: it was cut."""
+        self._offset = offset
         self._has_begun = False
 
-    @property
-    def n_cut_bytes(self) -> int:
-        """How much of an entry stands at the end without its remainder; of a file that grows no more: it was cut."""
-        return len(self._rest)
-
     def read(self) -> Iterator[t.AnyEntry]:
-        """What was added since the last time; nothing while there is no file. Raises TraceDamaged."""
+        """What was added since the last time; nothing while there is no file.
+
+        Raises TraceUnreadable behind the last entry that can be read; then there is nothing more to read.
+        """
+        rest = b""
         try:
             with self.path.open("rb") as file:
-                file.seek(self._offset + len(self._rest))
+                # Half an entry is read again: the launcher may have cut it off since (deploy.trace.appending).
+                file.seek(self._offset)
                 while data := file.read(_READ_BYTES):
-                    yield from self._whole_entries(self._rest + data)
+                    rest = yield from self._whole_entries(rest + data)
         except FileNotFoundError:
             return
         except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}") from None
+            raise TraceUnreadable(f"{self.path}: {error.strerror}") from None
+        self.n_cut_bytes = len(rest)
 
-    def _whole_entries(self, data: bytes) -> Iterator[t.AnyEntry]:
+    def _whole_entries(self, data: bytes) -> Generator[t.AnyEntry, None, bytes]:
+        """Gives back what stands behind them."""
         at = 0
         while len(data) - at >= t.LENGTH.size:
             (n_bytes,) = t.LENGTH.unpack_from(data, at)
@@ -62,7 +70,7 @@ class TraceReader:
             yield self._entry(data[start : start + n_bytes], self._offset + at)
             at = start + n_bytes
         self._offset += at
-        self._rest = data[at:]
+        return data[at:]
 
     def _entry(self, data: bytes, offset: int) -> t.AnyEntry:
         try:
@@ -71,13 +79,27 @@ class TraceReader:
             raise TraceDamaged(self.path, offset, str(error)) from None
         if isinstance(entry, t.Began):
             if entry.format != t.FORMAT or entry.version != t.VERSION:
-                raise UserError(
+                raise TraceUnreadable(
                     f"{self.path}: {entry.format!r} version {entry.version}; this pefbox reads {t.FORMAT} {t.VERSION}"
                 )
             self._has_begun = True
         elif not self._has_begun:
             raise TraceDamaged(self.path, offset, "no trace begins here")
-        return entry
+        return _with_tame_names(entry) if isinstance(entry, (t.Began, t.VmKnown, t.LinkOpened)) else entry
+
+
+def _with_tame_names(entry: t.Began | t.VmKnown | t.LinkOpened) -> t.AnyEntry:
+    """Processes, VMs and links are called so everywhere, also in what a terminal shows."""
+    names = {name: one_line(text) for name, text in msgspec.structs.asdict(entry).items() if isinstance(text, str)}
+    return msgspec.structs.replace(entry, **names)
+
+
+def begins_at(path: Path, offset: int) -> bool:
+    """Whether a recording begins there, so that what follows is a trace by itself."""
+    try:
+        return next(TraceReader(path, offset).read(), None) is not None
+    except TraceUnreadable:
+        return False
 
 
 class SeenFrame(msgspec.Struct, frozen=True):
@@ -97,7 +119,7 @@ class FrameReader:
         self._links: dict[int, str] = {}
 
     def read(self) -> Iterator[SeenFrame]:
-        """What was added since the last time; raises TraceDamaged."""
+        """What was added since the last time; raises TraceUnreadable."""
         for entry in self._reader.read():
             if isinstance(entry, t.LinkOpened):
                 self._links[entry.index] = entry.id

@@ -12,7 +12,7 @@ from deploy.client import LauncherClient
 from deploy.run_dirs import TRACE_SUFFIX, Paths
 from deploy.tables import processes_of
 from deploy.targets import is_of
-from deploy.trace.reader import place_of
+from deploy.trace.reader import begins_at, place_of
 from protocol.errors import UserError
 
 _SECONDS = 2.0
@@ -54,13 +54,16 @@ class Window:
         self._from = {path: path.stat().st_size for path in files}
 
     def take_whole(self, targets: list[str]) -> None:
-        """Processes that recorded before: only from its beginning can a trace be read."""
+        """Processes that recorded before, or may have: only from its beginning can a trace be read."""
         for path in self._from:
             if any(is_of(place_of(path), target) for target in targets):
                 self._from[path] = 0
 
     def copy_to(self, directory: Path, files: Iterable[Path]) -> list[Path]:
-        """Copy what was added to `files`, all of those that are new; the files that have something."""
+        """Copy what was added to `files`, all of those that are new; the files that have something.
+
+        What was noted before this recording began may have been written since: such a file is copied whole, too.
+        """
         return list(self._copies(directory, files))
 
     def _copies(self, directory: Path, files: Iterable[Path]) -> Iterator[Path]:
@@ -68,6 +71,8 @@ class Window:
             offset = self._from.get(path, 0)
             if path.stat().st_size <= offset:
                 continue
+            if not begins_at(path, offset):
+                offset = 0
             with path.open("rb") as source, (directory / path.name).open("wb") as copy:
                 source.seek(offset)
                 shutil.copyfileobj(source, copy)

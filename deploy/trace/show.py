@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -29,13 +29,13 @@ def row(event: Event) -> dict[str, Any]:
     return facts
 
 
-def each_message_once(events: Iterator[Event], traced: Collection[str], filter_: Filter) -> Iterator[Event]:
-    """Messages as they were sent, and those of a sender that has no trace as they came.
+def each_message_once(events: Iterator[Event], filter_: Filter) -> Iterator[Event]:
+    """Messages as they were sent, and as they came those that their sender's file does not have.
 
     With a process asked for, all that it sent and got.
     """
     for event in events:
-        if filter_.process is not None or not event.is_message or event.outward or event.peer not in traced:
+        if filter_.process is not None or not event.is_second_copy:
             yield event
 
 

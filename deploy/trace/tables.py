@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.table import Table
+from rich.text import Text
 
+from deploy.states import printable
 from deploy.trace.diff import PairDiff, TraceDiff
 from deploy.trace.stats import CallStats, TraceStats
 
@@ -22,17 +24,23 @@ def stats_tables(stats: TraceStats) -> Iterator[Table]:
     calls.add_column("RESULTS")
     for call in stats.calls:
         times = (_time(call.p50_us), _time(call.p99_us))
-        calls.add_row(call.name, call.caller, call.callee, str(call.count), *times, _results(call))
+        names = (_cell(call.name), _cell(call.caller), _cell(call.callee))
+        calls.add_row(*names, str(call.count), *times, _cell(_results(call)))
     yield calls
     if stats.others or stats.lost:
         others = Table(box=None, pad_edge=False, header_style="bold")
         others.add_column("EVENT")
         others.add_column("COUNT", justify="right")
         for name, count in stats.others.items():
-            others.add_row(name, str(count))
+            others.add_row(_cell(name), str(count))
         if stats.lost:
             others.add_row("places where entries are missing", str(stats.lost), style="yellow")
         yield others
+
+
+def _cell(text: str) -> Text:
+    """A text of a trace file: not Rich's markup."""
+    return Text(printable(text))
 
 
 def _time(us: float | None) -> str:

@@ -23,9 +23,10 @@ from protocol.trace_rules import CONFIDENTIAL_LINKS, written_form
 
 FLUSH_SECONDS = 0.25
 MAX_QUEUED = 1 << 16
-LARGE_BYTES = 4096
+LARGE_BYTES = 256
+"""From here on frames are counted by their bytes: MAX_QUEUED smaller ones take 16 MiB at most. Calls are smaller."""
 MAX_LARGE_BYTES = 16 << 20
-"""What all queued frames above LARGE_BYTES may take together: a peer may send no other."""
+"""What all queued frames from LARGE_BYTES on may take together: a peer may send no other."""
 MAX_FILE_BYTES = 1 << 30
 """A trace that nobody ends does not fill the disk."""
 _ENTRIES_A_WRITE = 128
@@ -69,8 +70,9 @@ class Tracer:
         self._n_lost_told = 0
         self._writing = threading.Lock()
         self._unwritten = b""
-        self._n_written = 0
-        self.is_full = False
+        self._n_bytes = 0 if fd is None else os.fstat(fd).st_size
+        """Of the file, with what earlier incarnations left in it."""
+        self.is_full = self._n_bytes >= MAX_FILE_BYTES
         """The file has reached MAX_FILE_BYTES: nothing more is written to it."""
         self._confidential: set[int] = set()
 
@@ -185,7 +187,7 @@ class Tracer:
                 if self.is_full:
                     continue
                 self._unwritten = encoded
-                if self._n_written + len(encoded) > MAX_FILE_BYTES:
+                if self._n_bytes + len(encoded) > MAX_FILE_BYTES:
                     self.is_full = True
                     self._unwritten += _lost(0, "the file is full: recording has ended")
                 time.sleep(0)
@@ -213,7 +215,7 @@ class Tracer:
                 n = os.write(self._fd, self._unwritten)
             except OSError:
                 return False
-            self._n_written += n
+            self._n_bytes += n
             self._unwritten = self._unwritten[n:]
         return True
 

@@ -163,6 +163,9 @@ class FakeService:
                 result = self.vms[arguments["vm"]] | (
                     {"last_esm": None} if "ultravisor" in self.configs[0].role else {}
                 )
+            case "statistics":
+                counts = dict.fromkeys(("calls", "open_calls", "serving", "queued", "refused"), 0)
+                result = {link.id: {"peer": link.peer, **counts} for link in self.configs[0].links}
             case "set-vm":
                 result = self.vms[arguments["vm"]].update(arguments["values"])
             case "account":

@@ -17,6 +17,7 @@ import trio
 
 from deploy.api import RunningCluster, Vm, cluster
 from deploy.manifest import ManifestData, clean_run_dir, is_alive, read_manifest
+from deploy.tables import processes_of
 from protocol.errors import UserError
 from tests.cluster.conftest import FAKE_SERVICE
 
@@ -163,6 +164,8 @@ async def check_arriving(running: RunningCluster) -> None:
     row = await running.vm("vm1").row()
     assert row.migration is not None
     assert [process.target for process in row.arriving] == ["vm1/qemu@beta", "vm1/guest@beta"]
+    activity = await running.order("activity", {})
+    assert {process["target"] for process in processes_of(activity["status"])} == activity["links"].keys()
     assert (await running.process(ARRIVED).row()).state == "running"
     # Nobody of the source's hears of processes with the same names.
     assert not any("vm1/" in event for event in (await seen(running, "alpha/kvm"))["events"])

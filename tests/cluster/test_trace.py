@@ -17,7 +17,7 @@ import trio
 
 from deploy.api import RunningCluster, cluster
 from deploy.trace.events import Event, EventKind
-from deploy.trace.merge import Trace
+from deploy.trace.merge import Survey, Trace
 from deploy.trace.reader import trace_files
 from tests.cluster.moving import travelling
 from tests.cluster.vm_files import PROMPT, VmFiles, answer_of, console_until, make_vm_files
@@ -220,10 +220,33 @@ async def begin_recording(directory: Path) -> trio.Process:
     command = [sys.executable, "-m", "deploy.cli", "trace", "record", str(directory)]
     process = await trio.lowlevel.open_process(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
+    said = b""
     with trio.fail_after(30):
-        said = await process.stderr.receive_some()
-    assert said == b"recording 4 processes: Ctrl-C ends it\n"
+        while not said.endswith(b" processes: Ctrl-C ends it\n"):
+            more = await process.stderr.receive_some()
+            assert more, said
+            said += more
     return process
+
+
+async def test_a_process_that_does_not_answer_when_recording_begins_has_a_trace_when_it_goes_on(
+    minimal_cluster: RunningCluster, tmp_path: Path
+) -> None:
+    kvm = minimal_cluster.process("alpha/kvm")
+    with trio.fail_after(60):
+        for number in range(2):
+            recorder = await begin_recording(tmp_path / str(number))
+            # What it noted last is not in its file yet.
+            await (kvm.resume() if number else kvm.stop())
+            if number:
+                while not await are_recording(minimal_cluster, all):
+                    await trio.lowlevel.checkpoint()
+            recorder.send_signal(signal.SIGINT)
+            assert await recorder.wait() == 0
+
+    survey = Survey(trace_files(tmp_path / "1"))
+    assert not survey.unreadable
+    assert survey.began.keys() == PROCESSES
 
 
 async def are_recording(running: RunningCluster, which: Callable[[Iterable[bool]], bool]) -> bool:

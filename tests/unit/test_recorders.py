@@ -10,6 +10,9 @@ from deploy.recorders import Recorders
 from deploy.targets import is_of
 from deploy.trace.reader import place_of
 from deploy.trace.recording import Window, files_of
+from protocol import trace as t
+
+BEGAN = t.encode_entry(t.Began(t.FORMAT, t.VERSION, 0, 0, "c", "h", "p", "r", 1, 2))
 
 
 def test_a_process_records_as_long_as_anybody_wants_it() -> None:
@@ -65,18 +68,36 @@ def test_a_window_is_what_was_added_and_all_of_what_is_new_or_was_recorded_befor
     live.mkdir()
     copy.mkdir()
     for name in ("vm1.qemu", "vm1.guest", "alpha.kvm"):
-        (live / f"{name}.trace").write_bytes(b"before")
+        (live / f"{name}.trace").write_bytes(BEGAN)
     window = Window(files_of(live))
     window.take_whole(["vm1/guest"])
     for name in ("vm1.qemu", "vm1.guest", "vm1.qemu.2", "beta.kvm"):
         with (live / f"{name}.trace").open("ab") as file:
-            file.write(b"after")
+            file.write(BEGAN)
 
     copies = window.copy_to(copy, files_of(live, "vm1"))
 
     assert {path.name: path.read_bytes() for path in copies} == {
-        "vm1.guest.trace": b"beforeafter",
-        "vm1.qemu.2.trace": b"after",
-        "vm1.qemu.trace": b"after",
+        "vm1.guest.trace": BEGAN * 2,
+        "vm1.qemu.2.trace": BEGAN,
+        "vm1.qemu.trace": BEGAN,
     }
     assert sorted(copy.iterdir()) == sorted(copies)
+
+
+@pytest.mark.parametrize("n_written", [0, 3])
+def test_a_file_is_copied_whole_when_what_was_noted_before_is_written_after(tmp_path: Path, n_written: int) -> None:
+    """A process was stopped when the recording before ended, and its disk took a part of an entry."""
+    live, copy = tmp_path / "live", tmp_path / "copy"
+    live.mkdir()
+    copy.mkdir()
+    left = t.encode_entry(t.InterruptMoved(1, 7, 0x1000, t.InterruptStep.RAISED, 0))
+    path = live / "vm1.guest.trace"
+    path.write_bytes(BEGAN + left[:n_written])
+    window = Window([path])
+    with path.open("ab") as file:
+        file.write(left[n_written:] + BEGAN)
+
+    (copied,) = window.copy_to(copy, [path])
+
+    assert copied.read_bytes() == BEGAN + left + BEGAN

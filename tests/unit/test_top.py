@@ -46,6 +46,7 @@ def look(at_s: int, guest_calls: int, exits: int, *, cpu_s: float = 0.0, state: 
     links = {
         "vm1/guest": {"a": link("alpha/kvm", guest_calls // 2), "b": link("alpha/ultravisor", guest_calls // 2)},
         "alpha/kvm": {"c": link("vm1/qemu", exits, open_calls=2, queued=1), "d": link("alpha/ultravisor", 1000)},
+        "vm1/qemu@beta": {"e": link("beta/kvm", 10 * at_s, serving=3)},
     }
     status = {"cluster": "c", "healthy": True, "recording": True, "hosts": [host]}
     return Look({"monotonic_ns": at_s * SECOND_NS, "status": status, "links": links}, {4: Usage(cpu_s, 80 * MIB)})
@@ -72,6 +73,8 @@ def test_rates_are_what_was_done_between_two_looks() -> None:
     assert (kvm.calls_per_second, kvm.open_calls, kvm.queued) == (10.0, 2, 1)
     guest = vm.processes[1]
     assert (guest.cpu_percent, guest.resident_bytes) == (50.0, 80 * MIB)
+    arriving = vm.processes[2]
+    assert (arriving.target, arriving.calls_per_second, arriving.serving) == ("vm1/qemu@beta", 10.0, 3)
 
 
 def test_the_first_look_has_no_rates_and_a_process_that_does_not_answer_has_nothing() -> None:

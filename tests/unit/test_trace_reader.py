@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgpack  # type: ignore[import-untyped]
 import msgspec
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from deploy import cli_trace as commands
+from deploy.trace.appending import open_appending
 from deploy.trace.events import Event, EventDecoder
 from deploy.trace.filters import Filter
-from deploy.trace.merge import Selection, Tail, Trace, survey
+from deploy.trace.merge import Selection, Survey, Tail, Trace
 from deploy.trace.reader import TraceDamaged, TraceReader, trace_files
 from protocol import trace as t
 from protocol.errors import UserError
@@ -22,6 +26,7 @@ from tests.unit.trace_rig import Recording, events_of
 
 
 def recorded(directory: Path, n_calls: int = 3) -> Path:
+    directory.mkdir(exist_ok=True)
     recording = Recording(directory, "vm1/guest")
     link = recording.link()
     for number in range(n_calls):
@@ -67,7 +72,7 @@ def test_a_file_that_was_cut_off_gives_all_before_and_says_so(tmp_path: Path) ->
     events = events_of(path)
 
     assert [event.name for event in events] == ["began", "H_CEDE", "H_CEDE"]
-    assert 0 < survey([path]).cut[path] < 40
+    assert 0 < Survey([path]).cut[path] < 40
 
 
 @pytest.mark.parametrize(
@@ -87,7 +92,7 @@ def test_what_no_process_writes_is_one_line(content: bytes, message: str, tmp_pa
     path.write_bytes(content)
 
     with pytest.raises(UserError, match=message) as raised:
-        events_of(path)
+        Survey([path])
 
     assert str(path) in str(raised.value)
 
@@ -101,10 +106,9 @@ def test_a_damaged_file_ends_in_a_line_and_never_in_another_error(data: st.DataO
     path = tmp_path / "damaged"
     path.write_bytes(whole)
 
-    try:
-        events_of(path)
-    except UserError as error:
-        assert str(error).startswith(str(path))
+    trace = Trace([path])
+    list(trace.events())
+    assert all(str(error).startswith(str(path)) for error in trace.newly_unreadable())
     (tmp_path / "vm1.guest.trace").unlink()
 
 
@@ -174,13 +178,89 @@ def test_every_event_can_be_written_as_json(tmp_path: Path) -> None:
         assert msgspec.json.decode(msgspec.json.encode(event), type=Event).name == event.name
 
 
-def test_damage_names_the_file_and_the_byte(tmp_path: Path) -> None:
+def test_damage_names_the_file_and_the_byte_and_all_before_it_is_there(tmp_path: Path) -> None:
     path = recorded(tmp_path)
     offset = path.stat().st_size
     with path.open("ab") as file:
         file.write(b"\xff" * 8)
+    trace = Trace([path])
 
-    with pytest.raises(TraceDamaged) as raised:
-        events_of(path)
+    assert len(list(trace.events())) == 4
+    (damage,) = trace.newly_unreadable()
+    assert isinstance(damage, TraceDamaged)
+    assert (damage.path, damage.offset) == (path, offset)
+    with path.open("ab") as file:
+        file.write(recorded(tmp_path / "more").read_bytes())
+    assert not list(trace.added())
+    assert not trace.newly_unreadable()
 
-    assert (raised.value.path, raised.value.offset) == (path, offset)
+
+def test_a_bad_file_does_not_hide_the_others_of_its_trace(tmp_path: Path) -> None:
+    recorded(tmp_path)
+    bad, unlike = tmp_path / "alpha.kvm.trace", tmp_path / "vm1.qemu.trace"
+    bad.write_bytes(t.encode_entry(t.Lost(0, 1, "x")))
+    unlike.write_bytes(t.encode_entry(t.Began(t.FORMAT, 9, 0, 0, "c", "h", "p", "r", 1, 2)))
+
+    selection = Selection(tmp_path, Filter())
+
+    assert len(list(selection)) == 4
+    assert {path: str(error) for path, error in selection.survey.unreadable.items()} == {
+        bad: f"{bad}: damaged at byte 0: no trace begins here",
+        unlike: f"{unlike}: 'pefbox-trace' version 9; this pefbox reads pefbox-trace 1",
+    }
+
+
+def test_commands_show_what_stands_before_damage_and_say_where_it_is(tmp_path: Path) -> None:
+    path = recorded(tmp_path)
+    offset = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b"\xff" * 8)
+    told = f"pefbox: {path}: damaged at byte {offset}: an entry of 4294967295 bytes; all before it is shown\n"
+
+    for command in (["show"], ["stats"], ["export"]):
+        done = CliRunner().invoke(commands.trace, [*command, str(tmp_path)])
+        assert (done.exit_code, done.stderr) == (0, told)
+        assert "H_CEDE" in done.stdout
+    compared = CliRunner().invoke(commands.trace, ["diff", str(tmp_path), str(tmp_path)])
+    assert f"note: A goes as far as it can be read: {path}: damaged at byte {offset}" in compared.stdout
+
+
+def test_a_tail_goes_on_when_half_an_entry_was_cut_off_for_the_next_process(tmp_path: Path) -> None:
+    path = recorded(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:30])
+    reader = TraceReader(path)
+    assert (len(list(reader.read())), reader.n_cut_bytes) == (6, 30)
+
+    os.close(open_appending(path))
+    with path.open("ab") as file:
+        file.write(whole)
+
+    assert (len(list(reader.read())), reader.n_cut_bytes) == (6, 0)
+
+
+@pytest.mark.parametrize("n_left", [0, 1, 5, 4000])
+def test_half_an_entry_is_cut_off_before_the_next_process_appends(tmp_path: Path, n_left: int) -> None:
+    path = tmp_path / "x.trace"
+    entries = (
+        recorded(tmp_path).read_bytes() + t.encode_entry(t.MessageSeen(1, 0, True, bytes(t.MAX_ENTRY_BYTES - 100))) * 20
+    )
+    path.write_bytes(entries + t.encode_entry(t.MessageSeen(1, 0, True, bytes(5000)))[:n_left])
+
+    fd = open_appending(path)
+    os.write(fd, b"next")
+    os.close(fd)
+
+    assert path.read_bytes() == entries + b"next"
+
+
+def test_what_no_process_writes_is_cut_off_too_and_a_new_file_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "x.trace"
+    os.close(open_appending(path))
+    entries = recorded(tmp_path).read_bytes()
+    path.write_bytes(entries + b"\xff" * 100)
+    os.close(open_appending(path))
+
+    assert path.read_bytes() == entries
+    with pytest.raises(UserError, match="Is a directory"):
+        open_appending(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 
 from deploy.trace.events import EventKind
 from protocol.hcalls import H_CEDE
-from protocol.trace import InterruptStep
+from protocol.trace import InterruptStep, MessageSeen
 from protocol.wire import MessageKind, encode
 from services.runtime import tracer as tracer_module
 from services.runtime.tracer import LARGE_BYTES, UNTRACED, Tracer
@@ -96,6 +96,41 @@ def test_large_frames_have_a_bound_of_their_own_and_are_taken_again_once_written
 
     assert kinds.count(EventKind.MALFORMED) == 4
     assert kinds.count(EventKind.LOST) == 2
+
+
+def test_frames_of_any_size_take_a_bounded_part_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk stands still: 65,536 frames of 4 KiB would be 256 MiB."""
+    monkeypatch.setattr(tracer_module, "MAX_QUEUED", 1 << 10)
+    monkeypatch.setattr(tracer_module, "MAX_LARGE_BYTES", 1 << 18)
+    for n_bytes in (100, LARGE_BYTES - 1, LARGE_BYTES, 1000, 4095):
+        recording = Recording(tmp_path, f"vm{n_bytes}/qemu")
+        link = recording.link()
+        for _ in range(1 << 10):
+            recording.saw(link, bytes(n_bytes))
+
+        kept = [entry.frame for entry in recording.tracer._queue if isinstance(entry, MessageSeen)]
+
+        assert kept
+        assert sum(map(len, kept)) <= 1 << 18
+        recording.close()
+
+
+def test_a_file_has_its_bound_over_all_incarnations_of_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracer_module, "MAX_FILE_BYTES", 2000)
+    sizes, full = [], []
+    for _ in range(6):
+        recording = Recording(tmp_path, "vm1/guest")
+        if recording.tracer.on:
+            link = recording.link()
+            for _ in range(10):
+                recording.saw(link, FRAME)
+        sizes.append(recording.close().stat().st_size)
+        full.append(recording.tracer.is_full)
+
+    assert sizes[0] < 2000 <= sizes[-1] < 2000 + sizes[0] + 100
+    assert (full[0], full[-1], sizes[-2]) == (False, True, sizes[-1])
 
 
 def test_a_disk_that_takes_half_an_entry_gets_the_other_half_later(

@@ -62,10 +62,11 @@ class End:
 
 
 class Recording:
-    """A process that records into `directory`."""
+    """A process that records into `directory`; after `move` its file is called otherwise."""
 
-    def __init__(self, directory: Path, target: str, *, seed: int = 1, time: str = "wall") -> None:
-        self.path = directory / f"{file_stem(target)}{TRACE_SUFFIX}"
+    def __init__(self, directory: Path, target: str, *, move: int = 0, seed: int = 1, time: str = "wall") -> None:
+        place = f"{target}.{move}" if move else target
+        self.path = directory / f"{file_stem(place)}{TRACE_SUFFIX}"
         self._file = self.path.open("ab", buffering=0)
         self.tracer = Tracer(self._file.fileno(), config_of(target, seed))
         self.tracer.add_vm(vm_of(time=time))
