@@ -92,22 +92,26 @@ class DapPort:
             self._session.begin()
             try:
                 async with open_stream(self._child, control.DebugMode.DAP_CLIENT) as debugpy:
-                    await self._relay(editor, debugpy)
+                    await relay(editor, debugpy, self._left)
             except PeerGone:
                 pass
             finally:
                 self._end_session()
 
-    async def _relay(self, editor: trio.SocketStream, debugpy: trio.SocketStream) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_copy, debugpy, editor)
-            await _copy_messages(editor, debugpy)
-            if self._session is not None:
-                # It vanished: debugpy hears the disconnect that it owes, and lets every thread go.
-                with trio.move_on_after(_LEAVE_SECONDS):
-                    await _send(debugpy, dap_frame({"seq": 1 << 30, "type": "request", "command": "disconnect"}))
-                    await self._left.wait()
-            nursery.cancel_scope.cancel()
+
+async def relay(editor: trio.SocketStream, debugpy: trio.SocketStream, left: trio.Event) -> None:
+    """Pass messages on until either end is gone; `left` is set when debugpy has let its process go.
+
+    For an editor that vanishes debugpy hears the disconnect that is owed to it, and lets every thread go.
+    """
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_copy_until_end, debugpy, editor, nursery.cancel_scope)
+        await _copy_messages(editor, debugpy)
+        if not left.is_set():
+            with trio.move_on_after(_LEAVE_SECONDS):
+                await _send(debugpy, dap_frame({"seq": 1 << 30, "type": "request", "command": "disconnect"}))
+                await left.wait()
+        nursery.cancel_scope.cancel()
 
 
 async def open_port(run: ClusterRun, child: Child, port: int) -> DapPort:
@@ -199,13 +203,14 @@ async def _copy_messages(editor: trio.SocketStream, debugpy: trio.SocketStream) 
         return
 
 
-async def _copy(debugpy: trio.SocketStream, editor: trio.SocketStream) -> None:
+async def _copy_until_end(debugpy: trio.SocketStream, editor: trio.SocketStream, relay: trio.CancelScope) -> None:
+    """What debugpy says; its end, which is that of its process too, ends the relay."""
     try:
         while data := await debugpy.receive_some(_READ_BYTES):
             await _send(editor, data)
     except trio.BrokenResourceError:
         pass
-    await editor.aclose()
+    relay.cancel()
 
 
 async def _send(stream: trio.SocketStream, data: bytes) -> None:

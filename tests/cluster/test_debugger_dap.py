@@ -144,6 +144,25 @@ async def guest_time_ns(client: DapClient, thread: int) -> int:
     return int(answer["result"])
 
 
+async def test_a_process_that_ends_under_an_editor_takes_nothing_with_it(tmp_path: Path) -> None:
+    async with cluster(MINIMAL, state_dir=tmp_path / "s", debug=True) as running:
+        await running.vm("vm1").console_command("pages")
+        qemu = await connect(await open_port(running, "vm1/qemu", tmp_path))
+        kvm = await connect(await open_port(running, KVM, tmp_path))
+        await qemu.attach()
+        await kvm.attach()
+        await qemu.send("disconnect", terminateDebuggee=True)
+        await running.process("vm1/qemu").wait_state("gone")
+        await running.process(KVM).kill()
+        await running.process(KVM).wait_state("failed")
+        for client in (qemu, kvm):
+            with trio.fail_after(5):
+                while await client.stream.receive_some(65536):
+                    pass
+            await client.stream.aclose()
+        await wait_for(running, "alpha/ultravisor", "running", "")
+
+
 def test_a_cluster_that_does_not_run_gets_one_line_and_no_launch_entry(tmp_path: Path) -> None:
     command = [*PEFBOX, "debug", "--dap", KVM, "--cluster", "none"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
