@@ -105,17 +105,20 @@ class PdbPrompt(pdb.Pdb):
 
     def interaction(self, frame: FrameType | None, tb_or_exc: TracebackType | BaseException | None) -> None:
         """The prompt, while the process is held."""
-        self._session.hold(_place(frame))
         try:
+            self._session.hold(_place(frame))
             if self._serving is not None:
                 self.message(f"message {describe(*self._serving)}")
             super().interaction(frame, cast(Any, tb_or_exc))
         finally:
             self._serving = None
             self._steps = True
-            self._session.go_on()
-            if self._session.ended:
-                self._session.leave()
+            self._session.evaluation.under_way = False
+            while self._session.is_held:
+                try:
+                    self._session.go_on()
+                except KeyboardInterrupt:
+                    continue
 
     # -- commands of pefbox -----------------------------------------------------------------------------------
 
