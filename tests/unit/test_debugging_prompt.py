@@ -86,6 +86,28 @@ def thread_goes_on(thread: DebuggedThread) -> None:
         time.sleep(0.01)
 
 
+def test_the_commands_of_a_breakpoint_run_in_a_held_thread_and_are_broken_off() -> None:
+    with DebuggedThread() as thread:
+        operator = thread.debugged()
+        operator.prompt()
+        for line in ("break meet", "commands", "p 6 * 7"):
+            operator.type(line)
+            operator.prompt()
+        operator.type("end")
+        operator.prompt()
+        operator.type("continue")
+        assert "42" in operator.prompt()
+        assert thread.holds == [True, False, True]
+        for line in ("commands 1", "while True: pass"):
+            operator.type(line)
+            operator.prompt()
+        operator.type("end")
+        operator.prompt()
+        operator.type("continue")
+        operator.vanish()
+        thread.check_works()
+
+
 def test_an_operator_who_vanishes_ends_what_swallows_interrupts() -> None:
     with DebuggedThread() as thread:
         operator = thread.debugged()

@@ -105,11 +105,27 @@ class PdbPrompt(pdb.Pdb):
 
     def interaction(self, frame: FrameType | None, tb_or_exc: TracebackType | BaseException | None) -> None:
         """The prompt, while the process is held."""
+        self._while_held(frame, lambda: pdb.Pdb.interaction(self, frame, cast(Any, tb_or_exc)))
+
+    def user_line(self, frame: FrameType) -> None:
+        """As bdb; commands of a breakpoint run while the process is held too, and may ask without `interaction`."""
+        self._while_held(frame, lambda: pdb.Pdb.user_line(self, frame))
+
+    def bp_commands(self, frame: FrameType) -> bool:
+        """As pdb; they are the operator's as a line is, and broken off as one."""
+        if self.commands.get(getattr(self, "currentbp", 0)):
+            self._session.evaluation.begin()
+        return super().bp_commands(frame)
+
+    def _while_held(self, frame: FrameType | None, stop: Callable[[], None]) -> None:
+        if self._session.is_held:
+            stop()
+            return
         try:
             self._session.hold(_place(frame))
             if self._serving is not None:
                 self.message(f"message {describe(*self._serving)}")
-            super().interaction(frame, cast(Any, tb_or_exc))
+            stop()
         finally:
             self._serving = None
             self._steps = True
