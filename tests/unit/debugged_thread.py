@@ -108,12 +108,14 @@ class Operator:
         """Ctrl-C."""
         self._send(said.Interrupt())
 
-    def vanish(self) -> None:
-        """The end of what is typed; what is said is heard for longer, and the session must end."""
+    def vanish(self) -> int:
+        """The end of what is typed; what is said is heard for longer, and the session must end: its last prompts."""
+        n_prompts = 0
         self._stream.shutdown(socket.SHUT_WR)
         try:
-            while self._next() is not None:
-                continue
+            while (message := self._next()) is not None:
+                n_prompts += isinstance(message, said.Prompt)
+            return n_prompts
         except TimeoutError:
             raise AssertionError("the session does not end") from None
         finally:

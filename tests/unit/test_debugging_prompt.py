@@ -108,6 +108,17 @@ def test_the_commands_of_a_breakpoint_run_in_a_held_thread_and_are_broken_off() 
         thread.check_works()
 
 
+def test_an_operator_who_vanishes_while_he_lists_commands_leaves_nothing_held() -> None:
+    with DebuggedThread() as thread:
+        operator = thread.debugged()
+        operator.prompt()
+        for line in ("break meet", "commands", "p 1"):
+            operator.type(line)
+            operator.prompt()
+        assert operator.vanish() < 10
+        thread.check_works()
+
+
 def test_an_operator_who_vanishes_ends_what_swallows_interrupts() -> None:
     with DebuggedThread() as thread:
         operator = thread.debugged()

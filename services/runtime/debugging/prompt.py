@@ -198,6 +198,12 @@ class PdbPrompt(pdb.Pdb):
 
     do_cl = do_clear
 
+    def handle_command_def(self, line: str) -> bool:
+        """As pdb, and the end of input is that of the list: pdb would take it for one more command, for ever."""
+        if self._session.ended or line == "EOF":
+            return True
+        return bool(super().handle_command_def(line))
+
     def _do_not(self, arg: str) -> bool | None:
         self.error(_REFUSED)
         return None
