@@ -90,6 +90,11 @@ _to_process: msgspec.msgpack.Decoder[ToProcess] = msgspec.msgpack.Decoder(ToProc
 _from_process: msgspec.msgpack.Decoder[FromProcess] = msgspec.msgpack.Decoder(FromProcess)
 
 
+def sendable(text: str) -> str:
+    """`text`, with what is no Unicode (lone surrogates) written as Python would."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def frame(said: ToProcess | FromProcess) -> bytes:
     """The message with its length in front."""
     data = _encoder.encode(said)

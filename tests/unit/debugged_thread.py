@@ -96,8 +96,7 @@ class Operator:
         self.shown = ""
         while not isinstance(message := self._next(), said.Prompt):
             assert message is not None, "the session has ended"
-            if isinstance(message, said.Output):
-                self.shown += message.text
+            self._show(message)
         return self.shown
 
     def type(self, line: str) -> None:
@@ -115,11 +114,16 @@ class Operator:
         try:
             while (message := self._next()) is not None:
                 n_prompts += isinstance(message, said.Prompt)
+                self._show(message)
             return n_prompts
         except TimeoutError:
             raise AssertionError("the session does not end") from None
         finally:
             self._stream.close()
+
+    def _show(self, message: said.FromProcess) -> None:
+        if isinstance(message, said.Output):
+            self.shown += message.text
 
     def _send(self, message: said.ToProcess) -> None:
         try:

@@ -39,6 +39,32 @@ def test_what_a_line_does_is_broken_off_and_nothing_else() -> None:
         thread.check_works()
 
 
+def test_what_is_no_unicode_is_shown_escaped() -> None:
+    with DebuggedThread() as thread:
+        operator = thread.debugged()
+        operator.prompt()
+        operator.type(r"raise Exception('\ud800')")
+        assert r"\ud800" in operator.prompt()
+        operator.vanish()
+        thread.check_works()
+
+
+def test_what_goes_wrong_in_the_debugger_is_not_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    with DebuggedThread() as thread:
+        operator = thread.debugged()
+        operator.prompt()
+
+        def fails(*_: object) -> None:
+            raise ArithmeticError("in it")
+
+        monkeypatch.setattr("services.runtime.debugging.prompt._place", fails)
+        operator.type("next")
+        thread_goes_on(thread)
+        operator.vanish()
+        thread.check_works()
+        assert "of the debugger: ArithmeticError: in it" in operator.shown
+
+
 def test_ctrl_c_before_the_prompt_of_a_held_thread_leaves_it_held() -> None:
     interrupts: list[Operator] = []
 

@@ -9,10 +9,12 @@ import bdb
 import io
 import pdb
 import sys
+import traceback
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from protocol import debugging as said
 from protocol.wire import Envelope
 from services.runtime.debugging.sources import short_name
 from services.runtime.debugging.tasks import task_lines
@@ -55,9 +57,7 @@ class PdbPrompt(pdb.Pdb):
     """pdb in a service. Its methods run in the debugged thread."""
 
     def __init__(self, session: PromptSession) -> None:
-        from protocol.debugging import Output
-
-        screen = _Screen(lambda text: session.say(Output(text)))
+        screen = _Screen(lambda text: session.say(said.Output(said.sendable(text))))
         lines = _Lines(session.ask, f"({session.debuggee.target}) ")
         super().__init__(stdin=cast(Any, lines), stdout=cast(Any, screen), nosigint=True, readrc=False, skip=[_OWN])
         self.prompt = ""
@@ -101,6 +101,10 @@ class PdbPrompt(pdb.Pdb):
         try:
             return super().trace_dispatch(frame, event, arg)
         except (KeyboardInterrupt, bdb.BdbQuit):
+            return self.trace_dispatch
+        except Exception as error:
+            self.error(f"of the debugger: {''.join(traceback.format_exception_only(error)).strip()}")
+            self.set_continue()
             return self.trace_dispatch
 
     def interaction(self, frame: FrameType | None, tb_or_exc: TracebackType | BaseException | None) -> None:

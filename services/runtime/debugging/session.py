@@ -77,7 +77,7 @@ class PromptSession:
         """The thread stands still from here on, until `go_on`."""
         self.is_held = True
         self.debuggee.on_held(True)
-        self.say(said.Held(where))
+        self.say(said.Held(said.sendable(where)))
 
     def go_on(self) -> None:
         """It runs again, as soon as it is not held; raises KeyboardInterrupt as Evaluation.settle, before that."""
