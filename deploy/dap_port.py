@@ -47,11 +47,14 @@ class DapPort:
         return f"{LOOPBACK}:{self.port}"
 
     async def serve(self) -> None:
-        """Until the process is gone."""
-        async with trio.open_nursery() as nursery:
+        """Until the process is gone, or debugpy does not listen in it."""
+        async with self._stream, trio.open_nursery() as nursery:
             nursery.start_soon(trio.serve_listeners, self._serve_editor, [self._listener])
             await read_messages(self._stream, self._take)
             nursery.cancel_scope.cancel()
+        if self._child.dap_port is self:
+            # Another order may try again.
+            self._child.dap_port = None
         if not self._heard.is_set():
             self._refusal = "the process ended before debugpy listened"
             self._heard.set()
@@ -116,12 +119,17 @@ async def relay(editor: trio.SocketStream, debugpy: trio.SocketStream, left: tri
 
 async def open_port(run: ClusterRun, child: Child, port: int) -> DapPort:
     """The port of `child`, made now if there is none yet; `port` 0 is any. Raises UserError."""
-    existing = child.dap_port
-    if existing is not None and child.is_running:
-        if port not in (0, existing.port):
-            raise UserError(f"{child.target} listens on {existing.place} already, and debugpy does so once a process")
-        await existing.listening()
-        return existing
+    async with child.entering:
+        made = child.dap_port
+        if made is None:
+            made = await _make_port(run, child, port)
+        elif port not in (0, made.port):
+            raise UserError(f"{child.target} listens on {made.place} already, and debugpy does so once a process")
+    await made.listening()
+    return made
+
+
+async def _make_port(run: ClusterRun, child: Child, port: int) -> DapPort:
     debuggable_child(run, child)
     listener = _bind(port)
     try:
@@ -133,12 +141,6 @@ async def open_port(run: ClusterRun, child: Child, port: int) -> DapPort:
         raise
     made = child.dap_port = DapPort(run, child, listener, stream)
     run.nursery.start_soon(made.serve)
-    try:
-        await made.listening()
-    except UserError:
-        child.dap_port = None
-        await stream.aclose()
-        raise
     return made
 
 

@@ -1,15 +1,30 @@
-"""The launcher's port for editors: what ends the relay between an editor and debugpy."""
+"""The launcher's part of debuggers: who may come in beside whom, and what ends the relay of an editor and debugpy."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
+from trio.testing import MockClock
 
-from deploy.dap_port import dap_frame, relay
+from deploy.child import Child
+from deploy.cluster_run import ClusterRun
+from deploy.control_channel import ControlChannel
+from deploy.dap_port import dap_frame, open_port, relay
+from deploy.debug_session import serve_prompt
+from deploy.plan import ProcessPlan
+from deploy.states import ProcessState
+from protocol import control
+from protocol import debugging as said
+from protocol.errors import UserError
+from protocol.roles import Role
+from tests.unit.link_rig import LOG
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +71,149 @@ async def test_the_end_of_debugpy_ends_the_relay_and_nothing_else(relayed: Relay
     with trio.fail_after(5):
         await relayed.ended.wait()
         assert await relayed.editor.receive_some(1) == b""
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Returns as soon as `holds`."""
+    with trio.fail_after(5):
+        while True:
+            if holds():
+                return
+            await trio.sleep(0.01)
+
+
+class PlayedUltravisor:
+    """A process that debuggers may enter, and the audit log that says so."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        plan = ProcessPlan(Role.ULTRAVISOR, "alpha")
+        self.child = Child(plan, cast("subprocess.Popen[bytes]", SimpleNamespace(pid=1)), cast(ControlChannel, self))
+        self.child.ready.set()
+        self.child.change(ProcessState.RUNNING)
+        self.noted: list[str] = []
+        self.notes = trio.Event()
+        """The audit log answers from then on."""
+        self.entered: list[tuple[control.DebugMode, trio.SocketStream]] = []
+        self.run = cast(
+            ClusterRun,
+            SimpleNamespace(
+                vms={},
+                living=lambda: [self.child],
+                is_debuggable=lambda plan: True,
+                child=lambda owner, role: self.child,
+                is_current=lambda child: True,
+                peers_of=lambda child: [],
+                following_waits=True,
+                log=LOG,
+                nursery=nursery,
+            ),
+        )
+        self._nursery = nursery
+
+    def send(self, packet: control.ToProcess, fds: list[int] | None = None) -> None:
+        """As ControlChannel."""
+        if isinstance(packet, control.Query):
+            self._nursery.start_soon(self._note, packet)
+        elif isinstance(packet, control.Debug):
+            assert fds is not None
+            end = trio.socket.from_stdlib_socket(socket.socket(fileno=socket.dup(fds[0])))
+            self.entered.append((packet.mode, trio.SocketStream(end)))
+
+    async def _note(self, query: control.Query) -> None:
+        await self.notes.wait()
+        self.noted.append(query.arguments["event"])
+        self.child.answered(control.Answer(query.id))
+
+    async def entry(self, number: int) -> tuple[control.DebugMode, trio.SocketStream]:
+        """The debugger that came in as that one, counted from 0."""
+        await until(lambda: len(self.entered) > number)
+        return self.entered[number]
+
+    async def debugpy(self, number: int, message: said.FromProcess) -> None:
+        """What debugpy says on the stream on which it was to listen."""
+        mode, stream = await self.entry(number)
+        assert mode is control.DebugMode.DAP
+        await stream.send_all(said.frame(message))
+
+
+@pytest.fixture
+async def ultravisor() -> AsyncIterator[PlayedUltravisor]:
+    """One that runs."""
+    async with trio.open_nursery() as nursery:
+        played = PlayedUltravisor(nursery)
+        yield played
+        nursery.cancel_scope.cancel()
+    for _, stream in played.entered:
+        await stream.aclose()
+
+
+async def outcome_of(order: Any, *arguments: object) -> Any:  # noqa: ANN401
+    """What an order gives, or why it is refused."""
+    try:
+        return await order(*arguments)
+    except UserError as error:
+        return str(error)
+
+
+async def in_parallel(played: PlayedUltravisor, *orders: tuple[Any, ...]) -> list[Any]:
+    """The outcomes of orders of which each comes while the one before is being noted."""
+    found: list[Any] = [None] * len(orders)
+
+    async def give(number: int) -> None:
+        found[number] = await outcome_of(*orders[number])
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            for number in range(len(orders)):
+                nursery.start_soon(give, number)
+                await trio.sleep(0.05)
+            played.notes.set()
+            await played.debugpy(0, said.Listening())
+    return found
+
+
+async def test_orders_for_a_port_that_overlap_get_the_same_one(ultravisor: PlayedUltravisor) -> None:
+    order = (open_port, ultravisor.run, ultravisor.child, 0)
+
+    first, second = await in_parallel(ultravisor, order, order)
+
+    assert first is second is ultravisor.child.dap_port
+    assert ultravisor.noted == ["debugger-port"]
+    assert len(ultravisor.entered) == 1
+
+
+async def test_no_prompt_opens_while_a_port_is_being_opened(ultravisor: PlayedUltravisor) -> None:
+    operator, launcher = stream_pair()
+    async with operator, launcher:
+        made, refused = await in_parallel(
+            ultravisor,
+            (open_port, ultravisor.run, ultravisor.child, 0),
+            (serve_prompt, ultravisor.run, ultravisor.child, launcher, b"hello"),
+        )
+
+    assert refused == f"alpha/ultravisor listens for editors already ({made.place}): attach one of them"
+    assert ultravisor.noted == ["debugger-port"]
+
+
+async def test_a_port_is_kept_while_debugpy_is_slow(ultravisor: PlayedUltravisor, autojump_clock: MockClock) -> None:
+    order = (open_port, ultravisor.run, ultravisor.child, 0)
+    ultravisor.notes.set()
+    assert await outcome_of(*order) == "alpha/ultravisor: debugpy did not start within 10 s"
+
+    await ultravisor.debugpy(0, said.Listening())
+    assert await outcome_of(*order) is ultravisor.child.dap_port
+    assert len(ultravisor.entered) == 1
+
+
+async def test_a_port_that_was_refused_is_asked_for_anew(ultravisor: PlayedUltravisor) -> None:
+    order = (open_port, ultravisor.run, ultravisor.child, 0)
+    ultravisor.notes.set()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ultravisor.debugpy, 0, said.Refused("not installed"))
+        assert await outcome_of(*order) == "alpha/ultravisor: not installed"
+    await ultravisor.entered[0][1].aclose()
+    await until(lambda: ultravisor.child.dap_port is None)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ultravisor.debugpy, 1, said.Listening())
+        assert await outcome_of(*order) is ultravisor.child.dap_port
