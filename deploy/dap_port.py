@@ -13,7 +13,7 @@ import trio
 
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun
-from deploy.debug_session import DebugSession, debuggable_child, note, open_stream, read_messages
+from deploy.debug_session import DebugSession, debuggable_child, note, noted_session, open_stream, read_messages
 from deploy.loopback import LOOPBACK, is_own, listen
 from protocol import control
 from protocol import debugging as said
@@ -80,26 +80,38 @@ class DapPort:
             self._session.take(message)
 
     def _end_session(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            session.end()
+        if self._session is not None:
+            self._session.end()
             self._left.set()
 
     async def _serve_editor(self, editor: trio.SocketStream) -> None:
         async with editor:
-            if self._child.debugger is not None or not _is_ours(editor):
-                self._run.log.warning("editor refused", process=self._child.target)
+            if not _is_ours(editor):
+                self._refuse("another user's")
                 return
-            self._session = DebugSession(self._run, self._child)
-            self._left = trio.Event()
-            self._session.begin()
+            try:
+                session = await self._begin()
+            except UserError as error:
+                self._refuse(str(error))
+                return
+            left = self._left
             try:
                 async with open_stream(self._child, control.DebugMode.DAP_CLIENT) as debugpy:
-                    await relay(editor, debugpy, self._left)
+                    await relay(editor, debugpy, left)
             except PeerGone:
                 pass
             finally:
-                self._end_session()
+                session.end()
+
+    def _refuse(self, reason: str) -> None:
+        self._run.log.warning("editor refused", process=self._child.target, reason=reason)
+
+    async def _begin(self) -> DebugSession:
+        async with self._child.entering:
+            debuggable_child(self._run, self._child)
+            self._session = await noted_session(self._run, self._child, "editor")
+            self._left = trio.Event()
+            return self._session
 
 
 async def relay(editor: trio.SocketStream, debugpy: trio.SocketStream, left: trio.Event) -> None:

@@ -91,6 +91,7 @@ class PlayedUltravisor:
         self.child.ready.set()
         self.child.change(ProcessState.RUNNING)
         self.noted: list[str] = []
+        self.log_works = True
         self.notes = trio.Event()
         """The audit log answers from then on."""
         self.entered: list[tuple[control.DebugMode, trio.SocketStream]] = []
@@ -121,6 +122,9 @@ class PlayedUltravisor:
 
     async def _note(self, query: control.Query) -> None:
         await self.notes.wait()
+        if not self.log_works:
+            self.child.answered(control.Answer(query.id, error="no room"))
+            return
         self.noted.append(query.arguments["event"])
         self.child.answered(control.Answer(query.id))
 
@@ -217,3 +221,40 @@ async def test_a_port_that_was_refused_is_asked_for_anew(ultravisor: PlayedUltra
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ultravisor.debugpy, 1, said.Listening())
         assert await outcome_of(*order) is ultravisor.child.dap_port
+
+
+async def opened_port(played: PlayedUltravisor) -> int:
+    """The port for editors of a process in which debugpy listens."""
+    played.notes.set()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(played.debugpy, 0, said.Listening())
+        made = await open_port(played.run, played.child, 0)
+    return made.port
+
+
+async def test_an_editor_comes_in_once_it_is_noted(ultravisor: PlayedUltravisor) -> None:
+    port = await opened_port(ultravisor)
+    ultravisor.notes = trio.Event()
+    async with await trio.open_tcp_stream("127.0.0.1", port) as editor:
+        await editor.send_all(dap_frame({"command": "initialize"}))
+        await trio.sleep(0.05)
+        assert len(ultravisor.entered) == 1
+        ultravisor.notes.set()
+        mode, debugpy = await ultravisor.entry(1)
+        assert mode is control.DebugMode.DAP_CLIENT
+        assert b"initialize" in await debugpy.receive_some(4096)
+    await debugpy.aclose()
+    await until(lambda: len(ultravisor.noted) == 3)
+
+    assert ultravisor.noted == ["debugger-port", "debugger-attached", "debugger-detached"]
+
+
+async def test_where_an_editor_cannot_be_noted_none_comes_in(ultravisor: PlayedUltravisor) -> None:
+    port = await opened_port(ultravisor)
+    ultravisor.log_works = False
+    async with await trio.open_tcp_stream("127.0.0.1", port) as editor:
+        with trio.fail_after(5):
+            assert await editor.receive_some(1) == b""
+
+    assert len(ultravisor.entered) == 1
+    assert ultravisor.child.debugger is None
