@@ -17,14 +17,22 @@ from deploy.debug_session import DebugSession, debuggable_child, note, noted_ses
 from deploy.loopback import LOOPBACK, is_own, listen
 from protocol import control
 from protocol import debugging as said
+from protocol.decoding import DECODE_ERRORS
 from protocol.errors import MalformedMessage, PeerGone, UserError
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_HEADER_BYTES = 4096
 _LISTEN_SECONDS = 10.0
-_LEAVE_SECONDS = 5.0
+_ANSWER_SECONDS = 1.0
 _READ_BYTES = 64 * 1024
 _END_OF_HEADER = b"\r\n\r\n"
+DISCONNECT = "disconnect"
+
+
+class _Request(msgspec.Struct, frozen=True):
+    """A message of the Debug Adapter Protocol, as far as it is looked at."""
+
+    command: str = ""
 
 
 class DapPort:
@@ -117,15 +125,15 @@ class DapPort:
 async def relay(editor: trio.SocketStream, debugpy: trio.SocketStream, left: trio.Event) -> None:
     """Pass messages on until either end is gone; `left` is set when debugpy has let its process go.
 
-    For an editor that vanishes debugpy hears the disconnect that is owed to it, and lets every thread go.
+    For an editor that vanishes debugpy hears the disconnect that is owed to it, and lets every thread go. Until it has,
+    whoever waits for the process is patient. What an editor asks after its disconnect is not passed on.
     """
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_copy_until_end, debugpy, editor, nursery.cancel_scope)
-        await _copy_messages(editor, debugpy)
-        if not left.is_set():
-            with trio.move_on_after(_LEAVE_SECONDS):
-                await _send(debugpy, dap_frame({"seq": 1 << 30, "type": "request", "command": "disconnect"}))
-                await left.wait()
+        nursery.start_soon(_end_after, left, nursery.cancel_scope)
+        if not await _copy_messages(editor, debugpy):
+            await _send(debugpy, dap_frame({"seq": 1 << 30, "type": "request", "command": DISCONNECT}))
+        await left.wait()
         nursery.cancel_scope.cancel()
 
 
@@ -207,14 +215,32 @@ def dap_frame(message: dict[str, object]) -> bytes:
     return b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
-async def _copy_messages(editor: trio.SocketStream, debugpy: trio.SocketStream) -> None:
-    frames = DapFrames()
+async def _copy_messages(editor: trio.SocketStream, debugpy: trio.SocketStream) -> bool:
+    """What an editor asks, until it is gone; whether it has asked to be disconnected."""
+    frames, has_left = DapFrames(), False
     try:
         while data := await editor.receive_some(_READ_BYTES):
             for message in frames.feed(data):
-                await debugpy.send_all(message)
+                if not has_left:
+                    await debugpy.send_all(message)
+                    has_left = _command_of(message) == DISCONNECT
     except (trio.BrokenResourceError, MalformedMessage):
-        return
+        pass
+    return has_left
+
+
+def _command_of(message: bytes) -> str | None:
+    try:
+        return msgspec.json.decode(message.partition(_END_OF_HEADER)[2], type=_Request).command
+    except DECODE_ERRORS:
+        return None
+
+
+async def _end_after(left: trio.Event, relay: trio.CancelScope) -> None:
+    """The answer to a disconnect comes after the word that it is done, and an editor goes when it has it."""
+    await left.wait()
+    await trio.sleep(_ANSWER_SECONDS)
+    relay.cancel()
 
 
 async def _copy_until_end(debugpy: trio.SocketStream, editor: trio.SocketStream, relay: trio.CancelScope) -> None:

@@ -82,6 +82,38 @@ async def until(holds: Callable[[], bool]) -> None:
             await trio.sleep(0.01)
 
 
+async def test_what_an_editor_asks_after_its_disconnect_is_not_passed_on(
+    relayed: Relayed, autojump_clock: MockClock
+) -> None:
+    disconnect, pause = dap_frame({"command": "disconnect"}), dap_frame({"command": "pause"})
+    await relayed.editor.send_all(disconnect + pause)
+    await relayed.editor.send_all(pause)
+    await trio.sleep(1)
+    assert await relayed.process.receive_some(4096) == disconnect
+
+    relayed.left.set()
+    await relayed.process.send_all(b"the answer")
+    assert await relayed.editor.receive_some(4096) == b"the answer"
+
+    with trio.fail_after(5):
+        await relayed.ended.wait()
+    assert await relayed.process.receive_some(4096) == b""
+
+
+async def test_a_relay_is_there_until_debugpy_has_let_its_process_go(
+    relayed: Relayed, autojump_clock: MockClock
+) -> None:
+    await relayed.editor.aclose()
+    assert b'"disconnect"' in await relayed.process.receive_some(4096)
+    await trio.sleep(100)
+    assert not relayed.ended.is_set()
+
+    relayed.left.set()
+
+    with trio.fail_after(1):
+        await relayed.ended.wait()
+
+
 class PlayedUltravisor:
     """A process that debuggers may enter, and the audit log that says so."""
 
@@ -258,3 +290,20 @@ async def test_where_an_editor_cannot_be_noted_none_comes_in(ultravisor: PlayedU
 
     assert len(ultravisor.entered) == 1
     assert ultravisor.child.debugger is None
+
+
+async def test_an_editor_comes_in_when_the_one_before_has_left(ultravisor: PlayedUltravisor) -> None:
+    """So no word of its leaving is late, and ends the session of the next."""
+    port = await opened_port(ultravisor)
+    async with await trio.open_tcp_stream("127.0.0.1", port):
+        _, debugpy = await ultravisor.entry(1)
+    async with debugpy:
+        assert b'"disconnect"' in await debugpy.receive_some(4096)
+        async with await trio.open_tcp_stream("127.0.0.1", port) as early:
+            assert await early.receive_some(1) == b""
+        await ultravisor.debugpy(0, said.Detached())
+        await until(lambda: ultravisor.child.debugger is None)
+    async with await trio.open_tcp_stream("127.0.0.1", port):
+        _, debugpy = await ultravisor.entry(2)
+        assert ultravisor.child.debugger is not None
+    await debugpy.aclose()
