@@ -14,7 +14,7 @@ from services.guest.processor import Processor
 from services.kvm import vm as kvm_vm
 from tests.cluster.dap_client import DapClient, connect
 from tests.cluster.debugging import PEFBOX, refusal_of
-from tests.cluster.test_debugger import stays_held, wait_for
+from tests.cluster.test_debugger import stays_held, wait_for, wait_held
 from tests.cluster.test_debugger_prompt import KVM, MINIMAL, works
 
 
@@ -58,7 +58,7 @@ async def stop_in_type_in(running: RunningCluster, client: DapClient) -> None:
         nursery.start_soon(type_in)
         stopped = await client.event("stopped")
         assert stopped["reason"] == "breakpoint"
-        await wait_for(running, KVM, "debugged", "held at")
+        await wait_held(running, KVM)
         trace = await client.ask("stackTrace", threadId=stopped["threadId"])
         assert "type_in" in trace["stackFrames"][0]["name"]
         frame = trace["stackFrames"][0]["id"]
@@ -97,7 +97,7 @@ async def check_a_vanished_editor_leaves_nothing_stopped(running: RunningCluster
     await client.attach()
     await client.ask("pause", threadId=1)
     await client.event("stopped")
-    await wait_for(running, KVM, "debugged", "held at")
+    await wait_held(running, KVM)
     await client.stream.send_all(b"Content-Length: 1000\r\n\r\n{")
     await client.stream.aclose()
     await works(running)
@@ -129,7 +129,7 @@ async def check_time_of_a_guest_stands_still(running: RunningCluster, port: int)
     line = Processor._patience_ms.__code__.co_firstlineno + 1
     await client.ask("setBreakpoints", source={"path": processor.__file__}, breakpoints=[{"line": line}])
     thread = (await client.event("stopped"))["threadId"]
-    await wait_for(running, "vm1/guest", "debugged", "held at")
+    await wait_held(running, "vm1/guest")
     times = [await guest_time_ns(client, thread) for _ in range(2)]
     assert times[0] == times[1]
     await client.ask("disconnect", terminateDebuggee=False)

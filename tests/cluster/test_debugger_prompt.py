@@ -14,7 +14,7 @@ import trio
 
 from deploy.api import RunningCluster, cluster
 from tests.cluster.debugging import PEFBOX, at_prompt, interrupt, refusal_of
-from tests.cluster.test_debugger import wait_for
+from tests.cluster.test_debugger import wait_for, wait_held
 
 MINIMAL = Path(__file__).parents[2] / "deploy" / "clusters" / "minimal.toml"
 KVM = "alpha/kvm"
@@ -86,7 +86,7 @@ async def check_an_operator_who_vanishes_leaves_nothing_held(running: RunningClu
     async with at_prompt(running, KVM) as operator:
         await operator.held()
         await operator.type("while True: pass")
-        await wait_for(running, KVM, "debugged", "held at")
+        await wait_held(running, KVM)
         operator.process.kill()
         await works(running)
     async with at_prompt(running, KVM) as operator:
@@ -137,7 +137,7 @@ async def check_the_terminal_of_a_person(running: RunningCluster) -> None:
             await wait_for(running, KVM, "running", "a debugger is attached")
             await interrupt(process)
             await trio.to_thread.run_sync(shown_until, "(alpha/kvm)", abandon_on_cancel=True)
-            await wait_for(running, KVM, "debugged", "held at")
+            await wait_held(running, KVM)
             os.write(ours, b"\x04")
             assert await process.wait() == 0
     finally:
