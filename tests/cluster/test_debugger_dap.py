@@ -14,7 +14,7 @@ from services.guest.processor import Processor
 from services.kvm import vm as kvm_vm
 from tests.cluster.dap_client import DapClient, connect
 from tests.cluster.debugging import PEFBOX, refusal_of
-from tests.cluster.test_debugger import stays_held, wait_for, wait_held
+from tests.cluster.test_debugger import states, stays_held, wait_for, wait_held
 from tests.cluster.test_debugger_prompt import KVM, MINIMAL, works
 
 
@@ -37,6 +37,7 @@ async def test_an_editor_attaches_twice_stops_at_a_line_and_vanishes(tmp_path: P
         await check_stops_at_a_line(running, port)
         await check_holds_for_long(running, port)
         await check_a_vanished_editor_leaves_nothing_stopped(running, port)
+        await check_a_vanished_editor_leaves_nothing_evaluated(running, port)
         await check_one_at_a_time(running, port)
         await check_debugpy_is_listened_for_once(running, port, tmp_path)
         await check_time_of_a_guest_stands_still(running, await open_port(running, "vm1/guest", tmp_path))
@@ -101,6 +102,20 @@ async def check_a_vanished_editor_leaves_nothing_stopped(running: RunningCluster
     await client.stream.send_all(b"Content-Length: 1000\r\n\r\n{")
     await client.stream.aclose()
     await works(running)
+
+
+async def check_a_vanished_editor_leaves_nothing_evaluated(running: RunningCluster, port: int) -> None:
+    for endless in ("while True: pass", "[None for _ in iter(int, 1)]", "__import__('time').sleep(1000)"):
+        client = await connect(port)
+        await client.attach()
+        await client.ask("pause", threadId=1)
+        thread = (await client.event("stopped"))["threadId"]
+        frame = (await client.ask("stackTrace", threadId=thread))["stackFrames"][0]["id"]
+        await client.send("evaluate", expression=endless, frameId=frame, context="repl")
+        await trio.sleep(0.5)
+        assert (await states(running))[KVM][0] == "debugged"
+        await client.stream.aclose()
+        await works(running)
 
 
 async def check_one_at_a_time(running: RunningCluster, port: int) -> None:

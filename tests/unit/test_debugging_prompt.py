@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from services.runtime.debugging.dap import ThreadCommands
 from services.runtime.debugging.threads import MainThread
 from tests.unit.debugged_thread import DebuggedThread, Operator
 
@@ -194,3 +195,36 @@ def test_whatever_is_asked_of_the_main_thread_before_it_listens_is_done(main_thr
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     assert done == ["forget", "hold"]
+
+
+def test_what_an_editor_has_a_thread_do_is_ended_and_nothing_else() -> None:
+    commands, over = ThreadCommands(), threading.Event()
+    outcomes = {"ended": 0, "died": 0}
+
+    def compute() -> None:
+        while True:
+            sum(range(9))
+
+    def serve() -> None:
+        try:
+            while not over.is_set():
+                try:
+                    commands.run(compute)
+                except KeyboardInterrupt:
+                    outcomes["ended"] += 1
+                sum(range(9))
+        except KeyboardInterrupt:
+            outcomes["died"] += 1
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    choice = random.Random(1)
+    for _ in range(60):
+        commands.allow()
+        time.sleep(choice.random() * 0.004)
+        commands.end(lambda action: None)
+    over.set()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert outcomes["ended"] > 20
+    assert outcomes["died"] == 0
