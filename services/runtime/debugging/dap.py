@@ -85,8 +85,6 @@ class DapServer:
     def after_receive(self, message: dict[str, Any]) -> None:
         """As debugpy's IDAPMessagesListener: a message of the client."""
         command = message.get("command", "")
-        if command == "attach":
-            self._say(said.Attached())
         if command == "initialize":
             self._commands.allow()
         elif command == "disconnect":

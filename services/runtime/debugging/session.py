@@ -60,7 +60,6 @@ class PromptSession:
 
     def start(self) -> None:
         """Hold the debugged thread, and serve the operator."""
-        self.say(said.Attached())
         self._reader.start()
         self.debuggee.thread.interrupt(self._hold)
 
