@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 from pathlib import Path
 
@@ -162,6 +163,31 @@ def test_a_file_that_is_more_than_json_is_left_alone(content: str, tmp_path: Pat
     assert path.read_text() == content
     assert problem is not None
     assert '"port": 1111' in problem
+
+
+def test_a_file_for_which_there_is_no_room_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "launch.json"
+    linked = tmp_path / "linked.json"
+    linked.symlink_to(path)
+    assert add_entry(path, "alpha/kvm", "127.0.0.1", 1111) is None
+    path.chmod(0o640)
+    before = path.read_text()
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        problem = add_entry(linked, "vm1/guest", "127.0.0.1", 2222)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert path.read_text() == before
+    assert problem is not None
+    assert problem.startswith("not written: File too large; the entry is {")
+
+    assert add_entry(linked, "vm1/guest", "127.0.0.1", 2222) is None
+    assert '"pefbox vm1/guest"' in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert {file.name for file in tmp_path.iterdir()} == {"launch.json", "linked.json"}
 
 
 async def test_every_task_shows_where_it_stands_without_how_trio_waits() -> None:
