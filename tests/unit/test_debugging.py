@@ -6,6 +6,8 @@ import json
 import resource
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -25,6 +27,7 @@ from services.runtime.debugging.debugger import Debugger
 from services.runtime.debugging.sources import load_sources, short_name
 from services.runtime.debugging.tasks import task_lines
 from services.runtime.patience import Patience
+from services.runtime.process import _ControlLoop
 from services.runtime.watch import Watch
 from tests.unit.link_rig import LOG
 
@@ -234,6 +237,29 @@ async def test_without_debugpy_the_refusal_says_how_to_install_it(monkeypatch: p
 
 def _absent(name: str) -> object:
     raise ModuleNotFoundError(name)
+
+
+async def test_a_vm_that_was_removed_is_known_to_breaks_no_more() -> None:
+    """So a message without lpid is the only other VM's."""
+    removed: list[str] = []
+    answers: list[object] = []
+
+    async def remove_vm(name: str) -> None:
+        removed.append(name)
+
+    async def send(packet: object) -> None:
+        answers.append(packet)
+
+    names = {1: "vm1", 2: "vm2"}
+    runtime = SimpleNamespace(vm_names=names, breakpoints=None)
+    service = SimpleNamespace(queries=dict, remove_vm=remove_vm)
+    loop = _ControlLoop(cast(Any, SimpleNamespace(send=send)), cast(Any, runtime), cast(Any, service))
+
+    await loop._remove_vm(7, "vm1")
+
+    assert removed == ["vm1"]
+    assert answers == [control.Answer(7)]
+    assert names == {2: "vm2"}
 
 
 def test_control_packets_of_debuggers_cross() -> None:
