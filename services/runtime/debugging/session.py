@@ -153,7 +153,10 @@ class PromptSession:
             with self._lock:
                 self._typed.append(message.text)
                 self._changed.notify()
-        elif not self._interrupt_line():
+        elif self._interrupt_line():
+            # A call that waits is not broken off before it is woken.
+            self.debuggee.thread.interrupt(lambda _frame: None)
+        else:
             self.debuggee.thread.interrupt(self._hold)
 
     def _interrupt_line(self) -> bool:
