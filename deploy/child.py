@@ -54,6 +54,8 @@ class Child:
         self.exit_expected = False
         self.debugger: DebugSession | None = None
         self.dap_port: DapPort | None = None
+        self.entering = trio.Lock()
+        """Held while a debugger is let in, so that nothing of what was checked for it changes meanwhile."""
         self.kept_messages = 0
         """Messages that breaks have stopped before it served them."""
         self.time_held = False

@@ -13,18 +13,26 @@ import trio
 
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun
-from deploy.debug_session import DebugSession, debuggable_child, note, open_stream, read_messages
+from deploy.debug_session import DebugSession, debuggable_child, note, noted_session, open_stream, read_messages
 from deploy.loopback import LOOPBACK, is_own, listen
 from protocol import control
 from protocol import debugging as said
+from protocol.decoding import DECODE_ERRORS
 from protocol.errors import MalformedMessage, PeerGone, UserError
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_HEADER_BYTES = 4096
 _LISTEN_SECONDS = 10.0
-_LEAVE_SECONDS = 5.0
+_ANSWER_SECONDS = 1.0
 _READ_BYTES = 64 * 1024
 _END_OF_HEADER = b"\r\n\r\n"
+DISCONNECT = "disconnect"
+
+
+class _Request(msgspec.Struct, frozen=True):
+    """A message of the Debug Adapter Protocol, as far as it is looked at."""
+
+    command: str = ""
 
 
 class DapPort:
@@ -47,11 +55,14 @@ class DapPort:
         return f"{LOOPBACK}:{self.port}"
 
     async def serve(self) -> None:
-        """Until the process is gone."""
-        async with trio.open_nursery() as nursery:
+        """Until the process is gone, or debugpy does not listen in it."""
+        async with self._stream, trio.open_nursery() as nursery:
             nursery.start_soon(trio.serve_listeners, self._serve_editor, [self._listener])
             await read_messages(self._stream, self._take)
             nursery.cancel_scope.cancel()
+        if self._child.dap_port is self:
+            # Another order may try again.
+            self._child.dap_port = None
         if not self._heard.is_set():
             self._refusal = "the process ended before debugpy listened"
             self._heard.set()
@@ -77,47 +88,68 @@ class DapPort:
             self._session.take(message)
 
     def _end_session(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            session.end()
+        if self._session is not None:
+            self._session.end()
             self._left.set()
 
     async def _serve_editor(self, editor: trio.SocketStream) -> None:
         async with editor:
-            if self._child.debugger is not None or not _is_ours(editor):
-                self._run.log.warning("editor refused", process=self._child.target)
+            if not _is_ours(editor):
+                self._refuse("another user's")
                 return
-            self._session = DebugSession(self._run, self._child)
-            self._left = trio.Event()
-            self._session.begin()
+            try:
+                session = await self._begin()
+            except UserError as error:
+                self._refuse(str(error))
+                return
+            left = self._left
             try:
                 async with open_stream(self._child, control.DebugMode.DAP_CLIENT) as debugpy:
-                    await self._relay(editor, debugpy)
+                    await relay(editor, debugpy, left)
             except PeerGone:
                 pass
             finally:
-                self._end_session()
+                session.end()
 
-    async def _relay(self, editor: trio.SocketStream, debugpy: trio.SocketStream) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_copy, debugpy, editor)
-            await _copy_messages(editor, debugpy)
-            if self._session is not None:
-                # It vanished: debugpy hears the disconnect that it owes, and lets every thread go.
-                with trio.move_on_after(_LEAVE_SECONDS):
-                    await _send(debugpy, dap_frame({"seq": 1 << 30, "type": "request", "command": "disconnect"}))
-                    await self._left.wait()
-            nursery.cancel_scope.cancel()
+    def _refuse(self, reason: str) -> None:
+        self._run.log.warning("editor refused", process=self._child.target, reason=reason)
+
+    async def _begin(self) -> DebugSession:
+        async with self._child.entering:
+            debuggable_child(self._run, self._child)
+            self._session = await noted_session(self._run, self._child, "editor")
+            self._left = trio.Event()
+            return self._session
+
+
+async def relay(editor: trio.SocketStream, debugpy: trio.SocketStream, left: trio.Event) -> None:
+    """Pass messages on until either end is gone; `left` is set when debugpy has let its process go.
+
+    For an editor that vanishes debugpy hears the disconnect that is owed to it, and lets every thread go. Until it has,
+    whoever waits for the process is patient. What an editor asks after its disconnect is not passed on.
+    """
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_copy_until_end, debugpy, editor, nursery.cancel_scope)
+        nursery.start_soon(_end_after, left, nursery.cancel_scope)
+        if not await _copy_messages(editor, debugpy):
+            await _send(debugpy, dap_frame({"seq": 1 << 30, "type": "request", "command": DISCONNECT}))
+        await left.wait()
+        nursery.cancel_scope.cancel()
 
 
 async def open_port(run: ClusterRun, child: Child, port: int) -> DapPort:
     """The port of `child`, made now if there is none yet; `port` 0 is any. Raises UserError."""
-    existing = child.dap_port
-    if existing is not None and child.is_running:
-        if port not in (0, existing.port):
-            raise UserError(f"{child.target} listens on {existing.place} already, and debugpy does so once a process")
-        await existing.listening()
-        return existing
+    async with child.entering:
+        made = child.dap_port
+        if made is None:
+            made = await _make_port(run, child, port)
+        elif port not in (0, made.port):
+            raise UserError(f"{child.target} listens on {made.place} already, and debugpy does so once a process")
+    await made.listening()
+    return made
+
+
+async def _make_port(run: ClusterRun, child: Child, port: int) -> DapPort:
     debuggable_child(run, child)
     listener = _bind(port)
     try:
@@ -129,12 +161,6 @@ async def open_port(run: ClusterRun, child: Child, port: int) -> DapPort:
         raise
     made = child.dap_port = DapPort(run, child, listener, stream)
     run.nursery.start_soon(made.serve)
-    try:
-        await made.listening()
-    except UserError:
-        child.dap_port = None
-        await stream.aclose()
-        raise
     return made
 
 
@@ -189,23 +215,42 @@ def dap_frame(message: dict[str, object]) -> bytes:
     return b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
-async def _copy_messages(editor: trio.SocketStream, debugpy: trio.SocketStream) -> None:
-    frames = DapFrames()
+async def _copy_messages(editor: trio.SocketStream, debugpy: trio.SocketStream) -> bool:
+    """What an editor asks, until it is gone; whether it has asked to be disconnected."""
+    frames, has_left = DapFrames(), False
     try:
         while data := await editor.receive_some(_READ_BYTES):
             for message in frames.feed(data):
-                await debugpy.send_all(message)
+                if not has_left:
+                    await debugpy.send_all(message)
+                    has_left = _command_of(message) == DISCONNECT
     except (trio.BrokenResourceError, MalformedMessage):
-        return
+        pass
+    return has_left
 
 
-async def _copy(debugpy: trio.SocketStream, editor: trio.SocketStream) -> None:
+def _command_of(message: bytes) -> str | None:
+    try:
+        return msgspec.json.decode(message.partition(_END_OF_HEADER)[2], type=_Request).command
+    except DECODE_ERRORS:
+        return None
+
+
+async def _end_after(left: trio.Event, relay: trio.CancelScope) -> None:
+    """The answer to a disconnect comes after the word that it is done, and an editor goes when it has it."""
+    await left.wait()
+    await trio.sleep(_ANSWER_SECONDS)
+    relay.cancel()
+
+
+async def _copy_until_end(debugpy: trio.SocketStream, editor: trio.SocketStream, relay: trio.CancelScope) -> None:
+    """What debugpy says; its end, which is that of its process too, ends the relay."""
     try:
         while data := await debugpy.receive_some(_READ_BYTES):
             await _send(editor, data)
     except trio.BrokenResourceError:
         pass
-    await editor.aclose()
+    relay.cancel()
 
 
 async def _send(stream: trio.SocketStream, data: bytes) -> None:

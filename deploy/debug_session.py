@@ -122,6 +122,19 @@ async def _note_end(run: ClusterRun, child: Child) -> None:
         run.log.warning("not in the audit log", process=child.target, reason=str(error))
 
 
+async def noted_session(run: ClusterRun, child: Child, how: str) -> DebugSession:
+    """A session of `child`, which it was looked at for, that has begun once it is noted; raises UserError.
+
+    The caller has `child.entering`.
+    """
+    await note(run, child, "debugger-attached", how=how)
+    # The process may have ended meanwhile.
+    debuggable_child(run, child)
+    session = DebugSession(run, child)
+    session.begin()
+    return session
+
+
 def open_stream(child: Child, mode: control.DebugMode) -> trio.SocketStream:
     """Send the process one end of a new stream; raises PeerGone."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -152,13 +165,11 @@ async def serve_prompt(run: ClusterRun, child: Child, operator: trio.SocketStrea
 
     Raises UserError, before anything was sent, when no debugger can enter.
     """
-    debuggable_child(run, child)
-    if child.dap_port is not None:
-        raise UserError(f"{child.target} listens for editors already ({child.dap_port.place}): attach one of them")
-    await note(run, child, "debugger-attached", how="prompt")
-    debuggable_child(run, child)
-    session = DebugSession(run, child)
-    session.begin()
+    async with child.entering:
+        debuggable_child(run, child)
+        if child.dap_port is not None:
+            raise UserError(f"{child.target} listens for editors already ({child.dap_port.place}): attach one of them")
+        session = await noted_session(run, child, "prompt")
     try:
         stream = open_stream(child, control.DebugMode.PROMPT)
         async with stream:

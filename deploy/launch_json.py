@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,19 @@ def add_entry(path: Path, target: str, host: str, port: int) -> str | None:
         entries = settings["configurations"]
         settings["configurations"] = [old for old in entries if old.get("name") != new["name"]] + [new]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=4) + "\n")
+        _replace(path.resolve(), json.dumps(settings, indent=4) + "\n")
     except OSError as error:
         return f"not written: {error.strerror}; the entry is {json.dumps(new)}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"left as it is, since it holds more than plain JSON; add: {json.dumps(new)}"
     return None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write `text` beside `path` and then in its place, so that a full disk does not leave it empty; raises OSError."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".launch-") as directory:
+        new = Path(directory) / "new"
+        new.write_text(text)
+        if path.exists():
+            shutil.copymode(path, new)
+        os.replace(new, path)

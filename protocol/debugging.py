@@ -54,10 +54,6 @@ class Prompt(Said, frozen=True):
 # -- process -> launcher --------------------------------------------------------------------------------------
 
 
-class Attached(Said, frozen=True):
-    """A debugger is there."""
-
-
 class Listening(Said, frozen=True):
     """debugpy waits for clients."""
 
@@ -83,11 +79,16 @@ class Refused(Said, frozen=True):
 
 
 ToProcess = Line | Interrupt
-FromProcess = Output | Prompt | Attached | Listening | Held | GoesOn | Detached | Refused
+FromProcess = Output | Prompt | Listening | Held | GoesOn | Detached | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _to_process: msgspec.msgpack.Decoder[ToProcess] = msgspec.msgpack.Decoder(ToProcess)
 _from_process: msgspec.msgpack.Decoder[FromProcess] = msgspec.msgpack.Decoder(FromProcess)
+
+
+def sendable(text: str) -> str:
+    """`text`, with what is no Unicode (lone surrogates) written as Python would."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def frame(said: ToProcess | FromProcess) -> bytes:

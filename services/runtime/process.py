@@ -390,6 +390,8 @@ class _ControlLoop:
         removed = self._removals[vm] = trio.Event()
         try:
             await self._service.remove_vm(vm)
+            for lpid in [lpid for lpid, name in self._runtime.vm_names.items() if name == vm]:
+                del self._runtime.vm_names[lpid]
         finally:
             del self._removals[vm]
             removed.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,24 @@ async def states(running: RunningCluster) -> dict[str, tuple[str, str]]:
 
 
 async def wait_for(running: RunningCluster, target: str, state: str, detail: str) -> None:
-    """Returns as soon as a process is in `state` with a detail that begins so."""
-    with trio.fail_after(5):
+    """Returns as soon as a process is in `state` with this detail."""
+    await _wait(running, target, lambda found: found == (state, detail))
+
+
+async def wait_held(running: RunningCluster, target: str) -> None:
+    """Returns as soon as a debugger holds a process."""
+    await _wait(running, target, lambda found: found[0] == "debugged" and found[1].startswith("held at "))
+
+
+async def _wait(running: RunningCluster, target: str, holds: Callable[[tuple[str, str]], bool]) -> None:
+    found = None
+    with trio.move_on_after(5):
         while True:
             found = (await states(running))[target]
-            if found[0] == state and found[1].startswith(detail):
+            if holds(found):
                 return
             await trio.sleep(0.05)
+    raise AssertionError(f"{target} is {found}")
 
 
 @pytest.mark.slow
@@ -81,7 +93,7 @@ async def hold_for_long(target: str, directory: Path) -> None:
 async def stays_held(running: RunningCluster, target: str) -> None:
     """For longer than any bound; whoever waits says for whom, and nobody is worse off."""
     held_until = time.monotonic() + HOLD_SECONDS
-    await wait_for(running, target, "debugged", "held at ")
+    await wait_held(running, target)
     waited = False
     while time.monotonic() < held_until:
         now = await states(running)

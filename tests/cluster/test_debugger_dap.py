@@ -14,7 +14,7 @@ from services.guest.processor import Processor
 from services.kvm import vm as kvm_vm
 from tests.cluster.dap_client import DapClient, connect
 from tests.cluster.debugging import PEFBOX, refusal_of
-from tests.cluster.test_debugger import stays_held, wait_for
+from tests.cluster.test_debugger import states, stays_held, wait_for, wait_held
 from tests.cluster.test_debugger_prompt import KVM, MINIMAL, works
 
 
@@ -37,6 +37,7 @@ async def test_an_editor_attaches_twice_stops_at_a_line_and_vanishes(tmp_path: P
         await check_stops_at_a_line(running, port)
         await check_holds_for_long(running, port)
         await check_a_vanished_editor_leaves_nothing_stopped(running, port)
+        await check_a_vanished_editor_leaves_nothing_evaluated(running, port)
         await check_one_at_a_time(running, port)
         await check_debugpy_is_listened_for_once(running, port, tmp_path)
         await check_time_of_a_guest_stands_still(running, await open_port(running, "vm1/guest", tmp_path))
@@ -58,7 +59,7 @@ async def stop_in_type_in(running: RunningCluster, client: DapClient) -> None:
         nursery.start_soon(type_in)
         stopped = await client.event("stopped")
         assert stopped["reason"] == "breakpoint"
-        await wait_for(running, KVM, "debugged", "held at")
+        await wait_held(running, KVM)
         trace = await client.ask("stackTrace", threadId=stopped["threadId"])
         assert "type_in" in trace["stackFrames"][0]["name"]
         frame = trace["stackFrames"][0]["id"]
@@ -97,10 +98,24 @@ async def check_a_vanished_editor_leaves_nothing_stopped(running: RunningCluster
     await client.attach()
     await client.ask("pause", threadId=1)
     await client.event("stopped")
-    await wait_for(running, KVM, "debugged", "held at")
+    await wait_held(running, KVM)
     await client.stream.send_all(b"Content-Length: 1000\r\n\r\n{")
     await client.stream.aclose()
     await works(running)
+
+
+async def check_a_vanished_editor_leaves_nothing_evaluated(running: RunningCluster, port: int) -> None:
+    for endless in ("while True: pass", "[None for _ in iter(int, 1)]", "__import__('time').sleep(1000)"):
+        client = await connect(port)
+        await client.attach()
+        await client.ask("pause", threadId=1)
+        thread = (await client.event("stopped"))["threadId"]
+        frame = (await client.ask("stackTrace", threadId=thread))["stackFrames"][0]["id"]
+        await client.send("evaluate", expression=endless, frameId=frame, context="repl")
+        await trio.sleep(0.5)
+        assert (await states(running))[KVM][0] == "debugged"
+        await client.stream.aclose()
+        await works(running)
 
 
 async def check_one_at_a_time(running: RunningCluster, port: int) -> None:
@@ -129,7 +144,7 @@ async def check_time_of_a_guest_stands_still(running: RunningCluster, port: int)
     line = Processor._patience_ms.__code__.co_firstlineno + 1
     await client.ask("setBreakpoints", source={"path": processor.__file__}, breakpoints=[{"line": line}])
     thread = (await client.event("stopped"))["threadId"]
-    await wait_for(running, "vm1/guest", "debugged", "held at")
+    await wait_held(running, "vm1/guest")
     times = [await guest_time_ns(client, thread) for _ in range(2)]
     assert times[0] == times[1]
     await client.ask("disconnect", terminateDebuggee=False)
@@ -142,6 +157,25 @@ async def guest_time_ns(client: DapClient, thread: int) -> int:
     frame = next(frame["id"] for frame in frames if "_loop" in frame["name"])
     answer = await client.ask("evaluate", expression="self._clock.now_ns()", frameId=frame, context="repl")
     return int(answer["result"])
+
+
+async def test_a_process_that_ends_under_an_editor_takes_nothing_with_it(tmp_path: Path) -> None:
+    async with cluster(MINIMAL, state_dir=tmp_path / "s", debug=True) as running:
+        await running.vm("vm1").console_command("pages")
+        qemu = await connect(await open_port(running, "vm1/qemu", tmp_path))
+        kvm = await connect(await open_port(running, KVM, tmp_path))
+        await qemu.attach()
+        await kvm.attach()
+        await qemu.send("disconnect", terminateDebuggee=True)
+        await running.process("vm1/qemu").wait_state("gone")
+        await running.process(KVM).kill()
+        await running.process(KVM).wait_state("failed")
+        for client in (qemu, kvm):
+            with trio.fail_after(5):
+                while await client.stream.receive_some(65536):
+                    pass
+            await client.stream.aclose()
+        await wait_for(running, "alpha/ultravisor", "running", "")
 
 
 def test_a_cluster_that_does_not_run_gets_one_line_and_no_launch_entry(tmp_path: Path) -> None:

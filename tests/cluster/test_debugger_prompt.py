@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import pty
+import random
 import socket
 import struct
 import termios
+import time
 from fcntl import ioctl
 from pathlib import Path
 
+import pytest
 import trio
 
 from deploy.api import RunningCluster, cluster
+from deploy.client import LauncherClient
+from deploy.operator_protocol import DEBUG
+from protocol import debugging as said
 from tests.cluster.debugging import PEFBOX, at_prompt, interrupt, refusal_of
-from tests.cluster.test_debugger import wait_for
+from tests.cluster.test_debugger import wait_for, wait_held
 
 MINIMAL = Path(__file__).parents[2] / "deploy" / "clusters" / "minimal.toml"
 KVM = "alpha/kvm"
@@ -86,15 +92,16 @@ async def check_an_operator_who_vanishes_leaves_nothing_held(running: RunningClu
     async with at_prompt(running, KVM) as operator:
         await operator.held()
         await operator.type("while True: pass")
-        await wait_for(running, KVM, "debugged", "held at")
+        await wait_held(running, KVM)
         operator.process.kill()
         await works(running)
     async with at_prompt(running, KVM) as operator:
         await operator.held()
         await operator.command("break services.kvm.vm.Vm.type_in")
-        await operator.type("while True: pass")
-        await operator.interrupt()
-        assert "KeyboardInterrupt" in await operator.held()
+        for endless in ("while True: pass", "__import__('time').sleep(1000)"):
+            await operator.type(endless)
+            await operator.interrupt()
+            assert "KeyboardInterrupt" in await operator.held()
         await operator.type("continue")
         await wait_for(running, KVM, "running", "a debugger is attached")
         operator.process.kill()
@@ -137,7 +144,7 @@ async def check_the_terminal_of_a_person(running: RunningCluster) -> None:
             await wait_for(running, KVM, "running", "a debugger is attached")
             await interrupt(process)
             await trio.to_thread.run_sync(shown_until, "(alpha/kvm)", abandon_on_cancel=True)
-            await wait_for(running, KVM, "debugged", "held at")
+            await wait_held(running, KVM)
             os.write(ours, b"\x04")
             assert await process.wait() == 0
     finally:
@@ -146,6 +153,45 @@ async def check_the_terminal_of_a_person(running: RunningCluster) -> None:
             await process.wait()
         os.close(ours)
     await works(running)
+
+
+BUSY_PLACES = {
+    "alpha/kvm": "services.runtime.link.Link._take_message",
+    "alpha/ultravisor": "services.runtime.process._ControlLoop._take",
+    "vm1/qemu": "services.runtime.link.Link._take_message",
+    "vm1/guest": "services.guest.processor.Processor._loop",
+}
+N_ROUNDS = 4
+
+
+@pytest.mark.slow
+async def test_whenever_an_operator_presses_ctrl_c_and_goes_the_process_goes_on(tmp_path: Path) -> None:
+    choice = random.Random(1)
+    async with cluster(MINIMAL, state_dir=tmp_path / "s", debug=True, debuggable=("vm1/guest",)) as running:
+        await running.vm("vm1").console_command("pages")
+        for _ in range(N_ROUNDS):
+            for target, place in BUSY_PLACES.items():
+                await trio.to_thread.run_sync(type_at_random, running, target, place, choice)
+            await works(running)
+
+
+def type_at_random(running: RunningCluster, target: str, place: str, choice: random.Random) -> None:
+    """A session with a breakpoint that is met often, in which nobody waits for a prompt; it must end."""
+    with LauncherClient(running.paths.run_dir) as client:
+        client.call(DEBUG, {"target": target})
+        stream = client.take_over()
+        stream.settimeout(10)
+        frames: list[said.ToProcess] = [said.Line(f"break {place}")]
+        for _ in range(choice.randrange(60)):
+            line = choice.choice(("continue", "next", "step", "nextmessage", "p 1", "sum(range(9999))"))
+            frames.append(choice.choice((said.Interrupt(), said.Line(line))))
+        for frame in frames:
+            stream.sendall(said.frame(frame))
+            time.sleep(choice.choice((0, 0, choice.random() * 0.01)))
+        stream.shutdown(socket.SHUT_WR)
+        while stream.recv(65536):
+            continue
+        stream.close()
 
 
 async def test_who_is_not_let_in_is_told_why_and_how_he_would_be(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -24,6 +27,7 @@ from services.runtime.debugging.debugger import Debugger
 from services.runtime.debugging.sources import load_sources, short_name
 from services.runtime.debugging.tasks import task_lines
 from services.runtime.patience import Patience
+from services.runtime.process import _ControlLoop
 from services.runtime.watch import Watch
 from tests.unit.link_rig import LOG
 
@@ -164,6 +168,31 @@ def test_a_file_that_is_more_than_json_is_left_alone(content: str, tmp_path: Pat
     assert '"port": 1111' in problem
 
 
+def test_a_file_for_which_there_is_no_room_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "launch.json"
+    linked = tmp_path / "linked.json"
+    linked.symlink_to(path)
+    assert add_entry(path, "alpha/kvm", "127.0.0.1", 1111) is None
+    path.chmod(0o640)
+    before = path.read_text()
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        problem = add_entry(linked, "vm1/guest", "127.0.0.1", 2222)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert path.read_text() == before
+    assert problem is not None
+    assert problem.startswith("not written: File too large; the entry is {")
+
+    assert add_entry(linked, "vm1/guest", "127.0.0.1", 2222) is None
+    assert '"pefbox vm1/guest"' in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert {file.name for file in tmp_path.iterdir()} == {"launch.json", "linked.json"}
+
+
 async def test_every_task_shows_where_it_stands_without_how_trio_waits() -> None:
     async def sleeps_long() -> None:
         await trio.sleep_forever()
@@ -208,6 +237,29 @@ async def test_without_debugpy_the_refusal_says_how_to_install_it(monkeypatch: p
 
 def _absent(name: str) -> object:
     raise ModuleNotFoundError(name)
+
+
+async def test_a_vm_that_was_removed_is_known_to_breaks_no_more() -> None:
+    """So a message without lpid is the only other VM's."""
+    removed: list[str] = []
+    answers: list[object] = []
+
+    async def remove_vm(name: str) -> None:
+        removed.append(name)
+
+    async def send(packet: object) -> None:
+        answers.append(packet)
+
+    names = {1: "vm1", 2: "vm2"}
+    runtime = SimpleNamespace(vm_names=names, breakpoints=None)
+    service = SimpleNamespace(queries=dict, remove_vm=remove_vm)
+    loop = _ControlLoop(cast(Any, SimpleNamespace(send=send)), cast(Any, runtime), cast(Any, service))
+
+    await loop._remove_vm(7, "vm1")
+
+    assert removed == ["vm1"]
+    assert answers == [control.Answer(7)]
+    assert names == {2: "vm2"}
 
 
 def test_control_packets_of_debuggers_cross() -> None:

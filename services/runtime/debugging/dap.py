@@ -11,15 +11,20 @@ import importlib
 import os
 import queue
 import socket
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from protocol import debugging as said
+from services.runtime.debugging.evaluation import Evaluation
 from services.runtime.debugging.session import Debuggee
 
 _NAME = ("127.0.0.1", 1)
 """What debugpy is told that it listens on; the launcher knows the real port."""
 _NEEDED = ("debugpy.server.api", "_pydev_bundle.pydev_localhost")
 """The second is its own, and found on the path that the first one sets."""
+_BREAK_OFF_SECONDS = 0.05
 _RESUMING = frozenset({"continue", "next", "stepIn", "stepOut"})
 
 
@@ -41,6 +46,7 @@ class DapServer:
         self._debuggee = debuggee
         self._end = end
         self._clients = _Clients()
+        self._commands = ThreadCommands()
         self._is_held = False
         self._awaited: dict[int, str] = {}
         """Commands of the client that are not answered yet, by their sequence number."""
@@ -48,6 +54,7 @@ class DapServer:
         pydevd: Any = importlib.import_module("pydevd")
         if not hasattr(pydevd, "create_server_socket"):
             raise AttributeError("this version of it makes its socket in another way")
+        self._commands.take_over(importlib.import_module("_pydevd_bundle.pydevd_comm").InternalThreadCommand)
         pydevd.create_server_socket = lambda host, port: self._clients
         debugpy.listen(_NAME, in_process_debug_adapter=True)
         pydevd.add_dap_messages_listener(self)
@@ -78,8 +85,11 @@ class DapServer:
     def after_receive(self, message: dict[str, Any]) -> None:
         """As debugpy's IDAPMessagesListener: a message of the client."""
         command = message.get("command", "")
-        if command == "attach":
-            self._say(said.Attached())
+        if command == "initialize":
+            self._commands.allow()
+        elif command == "disconnect":
+            # Before it is served: what is evaluated would keep its thread from going on.
+            self._commands.end(self._debuggee.thread.interrupt)
         if command in _RESUMING or command == "disconnect":
             self._awaited[message["seq"]] = command
 
@@ -100,6 +110,54 @@ class DapServer:
             self._end.sendall(said.frame(message))
         except OSError:
             return
+
+
+class ThreadCommands:
+    """What debugpy has threads do for its client, evaluate above all: ended for one who leaves, or has vanished."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way: set[Evaluation] = set()
+        self._is_allowed = True
+
+    def take_over(self, command: Any) -> None:  # noqa: ANN401
+        """`command` is debugpy's class of them."""
+        do_it = command.do_it
+        command.do_it = lambda one, py_db: self.run(lambda: do_it(one, py_db))
+
+    def run(self, action: Callable[[], None]) -> None:
+        """In a thread that stands still: nothing is done for a client who has left; raises KeyboardInterrupt."""
+        evaluation = Evaluation()
+        with self._lock:
+            if not self._is_allowed:
+                return
+            self._under_way.add(evaluation)
+        try:
+            evaluation.begin()
+            action()
+        finally:
+            evaluation.under_way = False
+            while evaluation in self._under_way:
+                try:
+                    evaluation.settle()
+                    self._under_way.discard(evaluation)
+                except KeyboardInterrupt:
+                    continue
+
+    def allow(self) -> None:
+        """A client has come."""
+        with self._lock:
+            self._is_allowed = True
+
+    def end(self, interrupt: Callable[[Callable[[Any], None]], None]) -> None:
+        """Break off what is under way, and returns when it is over; `interrupt` wakes the debugged thread."""
+        with self._lock:
+            self._is_allowed = False
+        while under_way := list(self._under_way):
+            for evaluation in under_way:
+                evaluation.break_off()
+            interrupt(lambda _frame: None)
+            time.sleep(_BREAK_OFF_SECONDS)
 
 
 class _Clients:

@@ -9,10 +9,12 @@ import bdb
 import io
 import pdb
 import sys
+import traceback
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from protocol import debugging as said
 from protocol.wire import Envelope
 from services.runtime.debugging.sources import short_name
 from services.runtime.debugging.tasks import task_lines
@@ -55,9 +57,7 @@ class PdbPrompt(pdb.Pdb):
     """pdb in a service. Its methods run in the debugged thread."""
 
     def __init__(self, session: PromptSession) -> None:
-        from protocol.debugging import Output
-
-        screen = _Screen(lambda text: session.say(Output(text)))
+        screen = _Screen(lambda text: session.say(said.Output(said.sendable(text))))
         lines = _Lines(session.ask, f"({session.debuggee.target}) ")
         super().__init__(stdin=cast(Any, lines), stdout=cast(Any, screen), nosigint=True, readrc=False, skip=[_OWN])
         self.prompt = ""
@@ -102,20 +102,43 @@ class PdbPrompt(pdb.Pdb):
             return super().trace_dispatch(frame, event, arg)
         except (KeyboardInterrupt, bdb.BdbQuit):
             return self.trace_dispatch
+        except Exception as error:
+            self.error(f"of the debugger: {''.join(traceback.format_exception_only(error)).strip()}")
+            self.set_continue()
+            return self.trace_dispatch
 
     def interaction(self, frame: FrameType | None, tb_or_exc: TracebackType | BaseException | None) -> None:
         """The prompt, while the process is held."""
-        self._session.hold(_place(frame))
+        self._while_held(frame, lambda: pdb.Pdb.interaction(self, frame, cast(Any, tb_or_exc)))
+
+    def user_line(self, frame: FrameType) -> None:
+        """As bdb; commands of a breakpoint run while the process is held too, and may ask without `interaction`."""
+        self._while_held(frame, lambda: pdb.Pdb.user_line(self, frame))
+
+    def bp_commands(self, frame: FrameType) -> bool:
+        """As pdb; they are the operator's as a line is, and broken off as one."""
+        if self.commands.get(getattr(self, "currentbp", 0)):
+            self._session.evaluation.begin()
+        return super().bp_commands(frame)
+
+    def _while_held(self, frame: FrameType | None, stop: Callable[[], None]) -> None:
+        if self._session.is_held:
+            stop()
+            return
         try:
+            self._session.hold(_place(frame))
             if self._serving is not None:
                 self.message(f"message {describe(*self._serving)}")
-            super().interaction(frame, cast(Any, tb_or_exc))
+            stop()
         finally:
             self._serving = None
             self._steps = True
-            self._session.go_on()
-            if self._session.ended:
-                self._session.leave()
+            self._session.evaluation.under_way = False
+            while self._session.is_held:
+                try:
+                    self._session.go_on()
+                except KeyboardInterrupt:
+                    continue
 
     # -- commands of pefbox -----------------------------------------------------------------------------------
 
@@ -178,6 +201,12 @@ class PdbPrompt(pdb.Pdb):
             self.clear_all_breaks()
 
     do_cl = do_clear
+
+    def handle_command_def(self, line: str) -> bool:
+        """As pdb, and the end of input is that of the list: pdb would take it for one more command, for ever."""
+        if self._session.ended or line == "EOF":
+            return True
+        return bool(super().handle_command_def(line))
 
     def _do_not(self, arg: str) -> bool | None:
         self.error(_REFUSED)

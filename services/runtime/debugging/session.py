@@ -6,10 +6,9 @@ goes on, untraced.
 
 from __future__ import annotations
 
-import ctypes
-import queue
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -18,11 +17,14 @@ import trio
 
 from protocol import debugging as said
 from protocol.errors import MalformedMessage
+from services.runtime.debugging.evaluation import Evaluation
 from services.runtime.debugging.prompt import PdbPrompt
 from services.runtime.debugging.threads import DebuggedThread
 from services.runtime.watch import Watch
 
 _READ_BYTES = 64 * 1024
+_BREAK_OFF_SECONDS = 0.1
+"""After which what goes on evaluating for an operator who has gone is broken off once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +44,15 @@ class PromptSession:
     def __init__(self, debuggee: Debuggee, end: socket.socket) -> None:
         self.debuggee = debuggee
         self.ended = False
+        self.is_held = False
+        """Whether the debugged thread stands still. Changed by it alone."""
+        self.evaluation = Evaluation()
+        """What a line that the operator typed does: what Ctrl-C at the prompt breaks off."""
         self._end = end
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._held_thread: int | None = None
-        """The debugged thread while it stands still."""
-        self._asking = False
-        """Whether it stands still at the prompt, and evaluates nothing."""
+        self._changed = threading.Condition(self._lock)
+        self._typed: deque[str | None] = deque()
+        """Lines that have not begun; None for one that Ctrl-C has cleared."""
         self._goes_on = threading.Event()
         """Set when nothing of this session can hold the process any more."""
         self._prompt = PdbPrompt(self)
@@ -56,7 +60,6 @@ class PromptSession:
 
     def start(self) -> None:
         """Hold the debugged thread, and serve the operator."""
-        self.say(said.Attached())
         self._reader.start()
         self.debuggee.thread.interrupt(self._hold)
 
@@ -71,27 +74,37 @@ class PromptSession:
 
     def hold(self, where: str) -> None:
         """The thread stands still from here on, until `go_on`."""
-        with self._lock:
-            self._held_thread = threading.get_ident()
+        self.is_held = True
         self.debuggee.on_held(True)
-        self.say(said.Held(where))
+        self.say(said.Held(said.sendable(where)))
 
     def go_on(self) -> None:
-        """It runs again."""
-        with self._lock:
-            self._held_thread = None
+        """It runs again, as soon as it is not held; raises KeyboardInterrupt as Evaluation.settle, before that."""
+        self.evaluation.settle()
+        self.is_held = False
         self.debuggee.on_held(False)
         self.say(said.GoesOn())
+        if self.ended:
+            self.leave()
 
     def ask(self, prompt: str) -> str:
-        """What the operator types, with its line end; empty when nobody is there any more."""
-        with self._lock:
-            self._asking = True
+        """What the operator types, with its line end; empty when nobody is there any more.
+
+        Raises KeyboardInterrupt for a line that Ctrl-C has cleared, and as Evaluation.settle.
+        """
+        self.evaluation.under_way = False
+        self.evaluation.settle()
         self.say(said.Prompt(prompt))
-        line = self._lines.get()
-        if line is None:
-            self._lines.put(None)
+        with self._lock:
+            while not self._typed and not self.ended:
+                self._changed.wait()
+            is_gone = self.ended
+            line = None if is_gone else self._typed.popleft()
+            self.evaluation.begin()
+        if is_gone:
             return ""
+        if line is None:
+            raise KeyboardInterrupt
         return f"{line}\n"
 
     def leave(self) -> None:
@@ -105,8 +118,14 @@ class PromptSession:
             return
 
     def _hold(self, frame: FrameType) -> None:
-        if not self.ended and self._held_thread is None:
+        if not self.ended and not self.is_held:
             self._prompt.stop_at(frame)
+
+    def _forget(self, _frame: FrameType) -> None:
+        if not self.is_held:
+            self.debuggee.watch.remove(self._prompt.at_message)
+            self._prompt.stop_tracing()
+            self._goes_on.set()
 
     # -- in the thread of the session -------------------------------------------------------------------------
 
@@ -118,35 +137,34 @@ class PromptSession:
                     self._take(said.decode_to_process(body))
         except (OSError, MalformedMessage):
             pass
-        self.ended = True
-        self._break_off()
-        self._lines.put(None)
+        with self._lock:
+            self.ended = True
+            self._changed.notify()
+        self.evaluation.break_off()
         # Whatever it waited for or was traced for is over with its next step: have it make one.
         self.debuggee.thread.interrupt(self._forget)
         # Its end tells the launcher that the process goes on.
-        self._goes_on.wait()
+        while not self._goes_on.wait(_BREAK_OFF_SECONDS):
+            self.evaluation.break_off()
         self._end.close()
 
     def _take(self, message: said.ToProcess) -> None:
         if isinstance(message, said.Line):
             with self._lock:
-                # From here on Ctrl-C is for what this line does.
-                self._asking = False
-            self._lines.put(message.text)
-        elif self._held_thread is None:
-            self.debuggee.thread.interrupt(self._hold)
+                self._typed.append(message.text)
+                self._changed.notify()
+        elif self._interrupt_line():
+            # A call that waits is not broken off before it is woken.
+            self.debuggee.thread.interrupt(lambda _frame: None)
         else:
-            self._break_off()
+            self.debuggee.thread.interrupt(self._hold)
 
-    def _forget(self, _frame: FrameType) -> None:
-        if self._held_thread is None:
-            self.debuggee.watch.remove(self._prompt.at_message)
-            self._prompt.stop_tracing()
-            self._goes_on.set()
-
-    def _break_off(self) -> None:
-        """End what the thread evaluates for the operator, as Ctrl-C does."""
+    def _interrupt_line(self) -> bool:
+        """Ctrl-C at the prompt: end what a line does, or have it not begin; False when the process runs."""
         with self._lock:
-            if self._held_thread is not None and not self._asking:
-                thread = ctypes.c_ulong(self._held_thread)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(KeyboardInterrupt))
+            if self.evaluation.break_off():
+                return True
+            if self.is_held and self._typed:
+                self._typed = deque([None])
+                self._changed.notify()
+            return self.is_held

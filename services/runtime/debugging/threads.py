@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from types import FrameType
 from typing import Protocol
@@ -27,20 +28,20 @@ class MainThread:
 
     def __init__(self) -> None:
         """To be called in the main thread."""
-        self._action: Action | None = None
+        self._actions: deque[Action] = deque()
         signal.signal(_SIGNAL, self._take)
 
     def interrupt(self, action: Action) -> None:
         """As DebuggedThread."""
-        self._action = action
+        self._actions.append(action)
         ident = threading.main_thread().ident
         assert ident is not None
         signal.pthread_kill(ident, _SIGNAL)
 
     def _take(self, _number: int, frame: FrameType | None) -> None:
-        action, self._action = self._action, None
-        if action is not None and frame is not None:
-            action(frame)
+        # A signal that comes while one is pending is lost: the first has all run that was asked for.
+        while self._actions and frame is not None:
+            self._actions.popleft()(frame)
 
 
 class PostedThread:
