@@ -258,7 +258,7 @@ class Vm:
             # It may just have moved; then its new host knows.
             return await self.kvm.query(what, arguments, seconds)
 
-    async def console_command(self, line: str, prompt: str = "> ", seconds: float = 10.0) -> str:
+    async def console_command(self, line: str, prompt: str = "> ", seconds: float = 30.0) -> str:
         """Type a line; returns what the VM wrote until its `prompt` came again, the echo of the line removed.
 
         Raises UserError when the prompt does not come in `seconds`.
