@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 import msgspec
 
-from deploy.states import one_line
 from protocol.errors import UserError
 from services.ultravisor.audit import AUDIT_FILE, AuditHead, AuditLine, audit_path, read_lines, verify
 from services.ultravisor.identity import identity_public_of, public_key_of
 from shared.esm_crypto import fingerprint
+from shared.terminal_text import one_line
 
 
 def show_key(state_dir: Path, host: str, as_json: bool = False) -> None:

@@ -15,13 +15,13 @@ from deploy.cli_trace import tell_unreadable
 from deploy.cli_vm import host_of
 from deploy.client import connect
 from deploy.logs_view import LogReader, as_text, in_order, log_files
-from deploy.states import one_line
 from deploy.trace.events import Event
 from deploy.trace.filters import Filter
 from deploy.trace.merge import Tail, Trace
 from deploy.trace.recording import begin, flush, paths_of
 from deploy.trace.show import each_message_once
 from protocol.errors import UserError
+from shared.terminal_text import one_line
 
 _POLL_SECONDS = 0.1
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from deploy.run_dirs import MANIFEST_FILE, choose_cluster, runtime_root, state_root
-from deploy.states import one_line
 from protocol.errors import UserError
+from shared.terminal_text import one_line
 
 cluster_option = click.option("--cluster", metavar="NAME", help="The cluster meant; default: the only one running.")
 state_option = click.option(

@@ -15,9 +15,9 @@ import click
 from deploy.cli_support import cluster_option, json_option, state_dir_of, state_option
 from deploy.client import connect
 from deploy.run_dirs import Paths, choose_cluster, runtime_root
-from deploy.states import one_line
 from deploy.trace.filters import Filter, check_names, make_filter
 from protocol.errors import UserError
+from shared.terminal_text import one_line
 
 if TYPE_CHECKING:
     from deploy.trace.events import Event

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
+from deploy.files import beside
 from deploy.linux.config import findings_for_secure
-from deploy.states import one_line
 from protocol.errors import ImageRefused, UserError
 from services.ultravisor.measure import check_image, open_blob
 from shared.esm_blob import MAX_BLOB_BYTES, EsmBlob, Lockbox, parse_blob
@@ -23,6 +20,7 @@ from shared.esm_kernel import kernel_image
 from shared.esm_make import Attachment, BlobContents, Holder, make_blob
 from shared.esm_recipe import Digest, Origin, Recipe, parse_recipe
 from shared.newc import find_blob, prepend_blob
+from shared.terminal_text import one_line
 
 _FILE = click.Path(path_type=Path)
 
@@ -242,14 +240,8 @@ def _read(path: Path) -> bytes:
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        with _beside(path) as temporary:
+        with beside(path) as temporary:
             temporary.write_bytes(data)
             os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".esm-") as directory:
-        yield Path(directory) / "new"

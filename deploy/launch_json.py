@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from deploy.files import beside
 
 
 def entry(target: str, host: str, port: int) -> dict[str, Any]:
@@ -43,9 +44,8 @@ def add_entry(path: Path, target: str, host: str, port: int) -> str | None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write `text` beside `path` and then in its place, so that a full disk does not leave it empty; raises OSError."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".launch-") as directory:
-        new = Path(directory) / "new"
+    """What the user's file holds from now on, which keeps its mode; raises OSError."""
+    with beside(path) as new:
         new.write_text(text)
         if path.exists():
             shutil.copymode(path, new)

@@ -21,6 +21,7 @@ from deploy import plan
 from deploy.child import Child, spawn
 from deploy.cluster_file import VmSpec
 from deploy.cluster_run import ClusterRun, OpenFiles
+from deploy.files import open_to_append
 from deploy.gifts import release_held
 from deploy.identity_files import identity_of, open_ledger
 from deploy.link_orders import tell_links
@@ -127,7 +128,7 @@ async def open_process_files(run: ClusterRun, processes: Iterable[ProcessPlan], 
     """Logs, traces, audit logs, disks and images, by name and target."""
     for process in processes:
         target = process.target
-        files.add(f"log@{target}", _open_appending(run.paths.log_file(target)))
+        files.add(f"log@{target}", open_to_append(run.paths.log_file(target)))
         # In a thread: the file of an earlier incarnation is looked through.
         files.add(f"trace@{target}", await trio.to_thread.run_sync(open_appending, run.paths.trace_file(process.place)))
         if process.role is Role.ULTRAVISOR:
@@ -272,13 +273,6 @@ def _stderr_tail(run: ClusterRun, child: Child) -> str:
 
 def make_dir(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
-def _open_appending(path: Path) -> int:
-    try:
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def _open_user_file(path: str, flags: int) -> int:

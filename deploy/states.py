@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from enum import Enum
 
+from shared.terminal_text import one_line
+
 MAX_TEXT_CHARS = 300
-
-
-def one_line(text: str) -> str:
-    """What anybody else wrote, safe for one line of a terminal: no control characters, no line breaks."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def printable(text: str) -> str:

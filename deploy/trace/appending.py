@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from deploy.files import open_to_append
 from protocol import trace as t
 from protocol.errors import UserError
 
@@ -19,9 +20,9 @@ def open_appending(path: Path) -> int:
     try:
         if path.exists():
             _cut_partial_entry(path)
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    return open_to_append(path)
 
 
 def _cut_partial_entry(path: Path) -> None:

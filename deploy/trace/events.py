@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
-from deploy.states import one_line
+from deploy.trace.bounded import remember
 from deploy.trace.link_ends import LinkEnds
 from protocol import message_text
 from protocol import trace as t
@@ -27,6 +27,7 @@ from protocol.roles import Role
 from protocol.trace_rules import UNDECLARED
 from protocol.ucalls import UCALLS, UV_RETURN
 from protocol.wire import Envelope, MessageKind, decode
+from shared.terminal_text import one_line
 
 MAX_OPEN = 4096
 """Calls without an answer that a decoder remembers for each file; the oldest make room."""
@@ -228,10 +229,9 @@ class EventDecoder:
         return self._vms.get(lpid) if isinstance(lpid, int) else None
 
     def _remember(self, seen: t.MessageSeen, envelope: Envelope, facts: dict[str, Any]) -> None:
-        if len(self._open) >= MAX_OPEN:
-            self._open.pop(next(iter(self._open)))
         call = HCALLS.by_number.get(envelope.number) or UCALLS.by_number.get(envelope.number)
-        self._open[seen.link, seen.outward, envelope.correlation] = _Open(seen.t_ns, facts["name"], call, facts["vm"])
+        began = _Open(seen.t_ns, facts["name"], call, facts["vm"])
+        remember(self._open, (seen.link, seen.outward, envelope.correlation), began, MAX_OPEN)
 
     def _answer(
         self,

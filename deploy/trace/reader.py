@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 
 from deploy.run_dirs import TRACE_SUFFIX
-from deploy.states import one_line
 from protocol import trace as t
 from protocol.decoding import DECODE_ERRORS
 from protocol.errors import UserError
+from shared.terminal_text import one_line
 
 _READ_BYTES = 1 << 20
 _entry_decoder: msgspec.msgpack.Decoder[t.AnyEntry] = msgspec.msgpack.Decoder(t.AnyEntry)

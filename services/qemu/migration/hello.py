@@ -10,6 +10,7 @@ from protocol.geometry import PAGE_BYTES
 from protocol.startup import VmEntry
 from services.qemu.migration.stream import VERSION, Hello
 from shared.machine_type import VERSIONED_MACHINE
+from shared.terminal_text import one_line
 
 _DIGEST_CHARS = 16
 
@@ -48,7 +49,7 @@ def why_not(theirs: Hello, ours: Hello, there: str = "at the source") -> str | N
 
 def printable(text: memoryview) -> str:
     """A peer's text, for the operator."""
-    return "".join(character if character.isprintable() else "?" for character in str(text, errors="replace"))
+    return one_line(str(text, errors="replace"))
 
 
 def _digest(struct: msgspec.Struct) -> str:
