@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from deploy.trace.bounded import remember
 from deploy.trace.events import Event, EventKind, answered_by, process_rank
 from deploy.trace.pairing import MAX_ON_THE_WAY
 from protocol.trace import RequestStep
@@ -124,9 +125,7 @@ class _Drawing:
     def _arrow(self, message: int, end: _Open) -> Iterator[Row]:
         """From each message as it was sent to the same as it came."""
         if end.event.outward:
-            if len(self._sent) >= MAX_ON_THE_WAY:
-                self._sent.pop(next(iter(self._sent)))
-            self._sent[message] = end
+            remember(self._sent, message, end, MAX_ON_THE_WAY)
         elif (sent := self._sent.pop(message, None)) is not None:
             self._n_arrows += 1
             yield _arrow_end("s", sent, sent.event.name, self._n_arrows)

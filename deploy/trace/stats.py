@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from typing import TypeVar
 
 import msgspec
 
+from deploy.trace.bounded import remember
 from deploy.trace.events import MAX_OPEN, Event, EventKind, answered_by
 
 _NS_PER_US = 1000
@@ -76,7 +76,7 @@ class _Counting:
             ends = (event.process, peer) if event.outward else (peer, event.process)
             self._counts[event.name, *ends] += 1
             if not event.outward:
-                _keep(self._only_come, (event.process, event.link, event.correlation))
+                remember(self._only_come, (event.process, event.link, event.correlation), None, MAX_OPEN)
 
     def _count_answer(self, event: Event, name: str, peer: str) -> None:
         """As its caller got it, or as it was sent to one that did not record its call."""
@@ -88,7 +88,7 @@ class _Counting:
         if call in self._only_come:
             del self._only_come[call]
             self._end((name, peer, event.process), event)
-            _keep(self._counted, event.message)
+            remember(self._counted, event.message, None, MAX_OPEN)
 
     def _end(self, call: _Call, answer: Event) -> None:
         self._results[call][answer.result or "?"] += 1
@@ -112,15 +112,6 @@ class _Counting:
             p99_us=percentile(self._times[call], 99),
             results=dict(self._results[call].most_common()),
         )
-
-
-_Kept = TypeVar("_Kept")
-
-
-def _keep(kept: dict[_Kept, None], one: _Kept) -> None:
-    if len(kept) >= MAX_OPEN:
-        kept.pop(next(iter(kept)))
-    kept[one] = None
 
 
 def percentile(times_ns: list[int], percent: int) -> float | None:
