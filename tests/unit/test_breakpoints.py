@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,17 +26,9 @@ from services.runtime.breakpoints import Breakpoints
 from services.runtime.link import DEFERRED
 from services.runtime.watch import MAX_TEXT_CHARS, Watch, describe
 from tests.unit.link_rig import LOG, Ends, linked
+from tests.unit.until import until
 
 ARGS = [1, 0x10000, 0x1230000, 0, 16]
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Returns as soon as it `holds`."""
-    with trio.fail_after(5):
-        while True:
-            if holds():
-                return
-            await trio.sleep(0.01)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,6 +25,7 @@ from protocol import debugging as said
 from protocol.errors import UserError
 from protocol.roles import Role
 from tests.unit.link_rig import LOG
+from tests.unit.until import until
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +72,6 @@ async def test_the_end_of_debugpy_ends_the_relay_and_nothing_else(relayed: Relay
     with trio.fail_after(5):
         await relayed.ended.wait()
         assert await relayed.editor.receive_some(1) == b""
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Returns as soon as `holds`."""
-    with trio.fail_after(5):
-        while True:
-            if holds():
-                return
-            await trio.sleep(0.01)
 
 
 async def test_what_an_editor_asks_after_its_disconnect_is_not_passed_on(
