@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import click
 
 from deploy.cli_support import LazyGroup
 from protocol.errors import PefboxError
+from shared.process_end import leave
 
 COMMANDS = {
     "up": "deploy.cli_cluster:up",
@@ -53,24 +55,38 @@ _HELP = "POWER secure virtual machines as a cluster of ordinary processes."
 pefbox = LazyGroup(name="pefbox", help=_HELP, places=COMMANDS)
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run a command; a mistake is one line on standard error and exit status 1, a wrong command line 2."""
+    leave(_status())
+
+
+def _status() -> int:
     try:
-        status = pefbox.main(prog_name="pefbox", standalone_mode=False)
-        sys.stdout.flush()
+        status: int | None = pefbox.main(prog_name="pefbox", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except click.ClickException as error:
         error.show()
-        status = error.exit_code
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        status = 130
+        return 130
     except BrokenPipeError:
-        # Whoever read our output has enough; nothing more can be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        # Whoever read our output has enough. The status is what click and rich give for it.
+        _drop_output()
+        return 1
     except PefboxError as error:
         click.echo(f"pefbox: {error}", err=True)
-        status = 1
-    raise SystemExit(status or 0)
+        return 1
+    except OSError as error:
+        _drop_output()
+        click.echo(f"pefbox: {error.filename or 'cannot write the output'}: {error.strerror or error}", err=True)
+        return 1
+    return status or 0
+
+
+def _drop_output() -> None:
+    """Nothing more can be written, not even what still waits for it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

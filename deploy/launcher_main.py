@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -15,6 +16,7 @@ from deploy.child import SERVICE_MODULE
 from deploy.cluster_run import ClusterRun, LaunchOptions
 from deploy.launch import LaunchRequest, launch
 from protocol.errors import PefboxError
+from shared.process_end import leave
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -24,8 +26,8 @@ class Outcome(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
-def main() -> int:
-    """Launch; the exit status is 0 when the cluster came up and was stopped in good order."""
+def main() -> NoReturn:
+    """Launch; the exit status is 1 when the cluster did not come up, 0 when it did and was stopped in good order."""
     arguments = _arguments()
     options = LaunchOptions(
         record=arguments.record,
@@ -53,8 +55,8 @@ def main() -> int:
         launch(request, healthy, lambda text: None)
     except PefboxError as error:
         say(Outcome(error=str(error)))
-        return 1
-    return 0
+        leave(1)
+    leave()
 
 
 def _arguments() -> argparse.Namespace:
@@ -73,4 +75,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -11,7 +11,7 @@ import os
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import trio
 import zmq
@@ -30,6 +30,7 @@ from services.runtime.sockets import bind_socket, connect_socket
 from services.runtime.tracer import FLUSH_SECONDS, Tracer
 from services.runtime.watch import Watch, WatchedEnd
 from services.runtime.zap import ZapServer
+from shared.process_end import leave
 
 if TYPE_CHECKING:
     from services.runtime.breakpoints import Breakpoints
@@ -203,8 +204,8 @@ def _nothing(_config: ProcessConfig) -> None:
     """No preparation."""
 
 
-def run_service(role: Role, make: ServiceFactory, landlock_dirs: LandlockDirs, prepare: Prepare = _nothing) -> None:
-    """The main function of every service process; returns when the launcher says stop or is gone.
+def run_service(role: Role, make: ServiceFactory, landlock_dirs: LandlockDirs, prepare: Prepare = _nothing) -> NoReturn:
+    """The main function of every service process; ends it when the launcher says stop or is gone.
 
     `prepare` imports or opens what the start configuration asks for, before the process is confined.
     """
@@ -214,6 +215,7 @@ def run_service(role: Role, make: ServiceFactory, landlock_dirs: LandlockDirs, p
     parent = os.getppid()
     die_with_parent(parent)
     trio.run(_Shell(role, make, landlock_dirs, prepare, arguments.control_fd).main)
+    leave()
 
 
 class _Shell:

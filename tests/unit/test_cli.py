@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -100,6 +101,35 @@ def test_logs_of_several_processes_come_in_order_of_time(tmp_path: Path) -> None
     assert log_files(tmp_path, "vm1/qemu") == [log / "vm1.qemu.log"]
     with pytest.raises(UserError, match="there are: vm1/guest, vm1/qemu"):
         log_files(tmp_path, "vm2")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("doctor",)])
+def test_output_that_a_full_disk_does_not_take_is_one_line(arguments: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "deploy.cli", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=30
+        )
+
+    assert done.stderr == "pefbox: cannot write the output: No space left on device\n"
+    assert done.returncode == 1
+
+
+def test_whoever_reads_no_further_ends_a_command_without_a_word() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "--help"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=30
+    )
+    os.close(writing)
+
+    assert (done.stderr, done.returncode) == ("", 1)
+
+
+def test_a_command_without_an_output_does_its_work() -> None:
+    command = f"exec {sys.executable} -m deploy.cli doctor --json >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=30)
+
+    assert (done.stderr, done.returncode) == ("", 0)
 
 
 def test_a_balloon_s_size_is_one_that_the_vm_can_have() -> None:
