@@ -1,4 +1,6 @@
-"""`python -m tests.bench [--only NAME] [--rounds N]`: measure, print a table, write build/bench.json.
+"""`python -m tests.bench [--only NAME]... [--rounds N]`: measure, print a table, write build/bench.json.
+
+Each group of figures is written as soon as it is measured; one that is stopped still shows what it has.
 
 The exit status is 1 when a budget is missed, or a figure cannot be measured for want of something.
 """
@@ -37,30 +39,46 @@ MEASUREMENTS: dict[str, Measurement] = {
     "migrate_secure": migration.measure,
 }
 """By the name of their first figure."""
+_STATUS = Console(stderr=True)
 _MARK = "<!-- table by python -m tests.bench -->"
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Figures against their floors.")
-    parser.add_argument("--only", choices=sorted(MEASUREMENTS), help="measure this group of figures alone")
+    parser.add_argument(
+        "--only", choices=sorted(MEASUREMENTS), action="append", help="measure this group of figures; may be repeated"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds of each figure (default {ROUNDS})")
     parser.add_argument("--docs", action="store_true", help=f"also write the table into {FIGURES_DOC}")
     arguments = parser.parse_args()
-    names = [arguments.only] if arguments.only else list(MEASUREMENTS)
     figures: list[Figure] = []
-    lacking = False
-    for name in names:
-        try:
-            figures += trio.run(functools.partial(MEASUREMENTS[name], arguments.rounds))
-        except UserError as error:
-            Console(stderr=True).print(f"{name}: {error}")
-            lacking = True
+    try:
+        lacking = measure(arguments.only or list(MEASUREMENTS), arguments.rounds, figures)
+    except KeyboardInterrupt:
+        show(figures)
+        sys.exit(130)
     show(figures)
-    write_json(figures)
     if arguments.docs:
         write_docs(figures)
     sys.exit(0 if not lacking and all(figure.holds for figure in figures) else 1)
+
+
+def measure(names: list[str], n_rounds: int, figures: list[Figure]) -> bool:
+    """Measure these groups one after the other, to the end of `figures` and into bench.json as soon as each is done.
+
+    Returns whether one could not be measured for want of something.
+    """
+    lacking = False
+    for number, name in enumerate(names, 1):
+        _STATUS.print(f"{name} ({number} of {len(names)})")
+        try:
+            figures += trio.run(functools.partial(MEASUREMENTS[name], n_rounds))
+        except UserError as error:
+            _STATUS.print(f"{name}: {error}")
+            lacking = True
+        write_json(figures)
+    return lacking
 
 
 def show(figures: list[Figure]) -> None:
