@@ -39,6 +39,7 @@ from deploy.snapshot_job import SnapshotPhase
 from deploy.status import ClusterStatus, ProcessRow, VmRow
 from deploy.vm_description import VmDescription
 from protocol.errors import UserError
+from shared.typed_text import TypedText
 
 _POLL_SECONDS = 0.02
 _DOWN_SECONDS = 20.0
@@ -243,12 +244,17 @@ class Vm:
         answer = await self._of_its_kvm("console.read", arguments, wait_seconds + 1.0)
         return answer["data"], answer["next"]
 
-    async def console_write(self, data: bytes) -> None:
-        """Type on its terminal; waits while the input buffer is full."""
-        while data:
-            answer = await self._of_its_kvm("console.write", {"vm": self.name, "data": data})
-            data = data[int(answer["taken"]) :]
-            if data:
+    async def console_write(self, text: bytes | TypedText) -> None:
+        """Type on its terminal; waits while the input buffer is full.
+
+        Raises UserError when no answer comes. Then nobody knows how much was typed; to call again with the same
+        TypedText types the rest.
+        """
+        typed = TypedText(text) if isinstance(text, bytes) else text
+        while not typed.is_taken:
+            answer = await self._of_its_kvm("console.write", {"vm": self.name, **typed.offer().arguments()})
+            typed.took(int(answer["taken"]))
+            if not typed.is_taken:
                 await trio.sleep(_POLL_SECONDS)
 
     async def _of_its_kvm(self, what: str, arguments: dict[str, Any], seconds: float = 0.5) -> Any:  # noqa: ANN401

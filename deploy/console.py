@@ -19,6 +19,7 @@ from typing import Any
 
 from deploy.client import LauncherClient
 from protocol.errors import UserError
+from shared.typed_text import TypedText
 
 LEAVE = b"\x1d"
 """Ctrl-]."""
@@ -66,10 +67,11 @@ class Terminal:
 
     def write(self, data: bytes) -> None:
         """Type `data`; waits while the VM's input buffer is full."""
-        while data:
-            answer = self._ask("console.write", {**self._place.arguments, "data": data})
-            data = data[int(answer["taken"]) :]
-            if data:
+        typed = TypedText(data)
+        while not typed.is_taken:
+            answer = self._ask("console.write", {**self._place.arguments, **typed.offer().arguments()})
+            typed.took(int(answer["taken"]))
+            if not typed.is_taken:
                 time.sleep(_FULL_SECONDS)
 
     def _ask(self, what: str, arguments: dict[str, Any], seconds: float = _QUERY_MARGIN_SECONDS) -> Any:  # noqa: ANN401

@@ -23,9 +23,9 @@ from services.kvm.vm import Vm
 from services.runtime.link import DEFERRED, Link
 from services.runtime.page_query import gfn_asked, gfns_asked
 from services.runtime.process import Query, Runtime
-from services.runtime.text_buffers import typed_bytes
 from shared.host_view import HostState
 from shared.stream_buffer import StreamBuffer
+from shared.typed_text import Offer
 
 
 class Kvm:
@@ -205,7 +205,7 @@ class Kvm:
         return await self._named(arguments).terminal.answer_read(arguments)
 
     async def _console_write(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        return {"taken": self._named(arguments).type_in(typed_bytes(arguments))}
+        return {"taken": self._named(arguments).type_in(Offer.of(arguments))}
 
     async def _page_host(self, arguments: dict[str, Any]) -> dict[str, Any]:
         vm = self._named(arguments)

@@ -41,6 +41,7 @@ from shared.guest_ram import GuestRam
 from shared.interrupt_sources import VTY_SOURCE
 from shared.memfd import SealedMemory
 from shared.stream_buffer import StreamBuffer
+from shared.typed_text import Offer
 
 _GUEST_SECONDS = 2.0
 _TCE_BYTES = 8
@@ -251,9 +252,9 @@ class Vm:
         self.xics.set_irq(source, level)
         self.after_call(cause)
 
-    def type_in(self, data: bytes) -> int:
+    def type_in(self, offer: Offer) -> int:
         """Text typed at the terminal; how many bytes were taken."""
-        taken = self.terminal.type_in(data) if self.migration.takes_typing else 0
+        taken = self.terminal.type_in(offer) if self.migration.takes_typing else 0
         if taken:
             self.raise_irq(VTY_SOURCE, level=True)
         return taken

@@ -35,13 +35,13 @@ from services.qemu.virtio_console import VirtioConsole
 from services.runtime.gdb.server import Debuggers
 from services.runtime.link import Link
 from services.runtime.process import Query, Runtime
-from services.runtime.text_buffers import typed_bytes
 from shared.gdb_registers import MODEL, POWER
 from shared.guest_ram import GuestRam
 from shared.host_view import HostState
 from shared.link_shape import LinkShapes
 from shared.memfd import SealedMemory, map_sealed
 from shared.stream_buffer import StreamBuffer
+from shared.typed_text import Offer
 
 _STATS_SECONDS = 0.3
 MIGRATION_SOCKETS = frozenset({"migration-source", "migration-destination"})
@@ -429,7 +429,7 @@ class Qemu:
         return await self._console(arguments).text.answer_read(arguments)
 
     async def _console_write(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        return {"taken": self._console(arguments).type_in(typed_bytes(arguments))}
+        return {"taken": self._console(arguments).type_in(Offer.of(arguments))}
 
     def _console(self, arguments: dict[str, Any]) -> VirtioConsole:
         board = None if self._machine is None else self._machine.board

@@ -17,6 +17,7 @@ from services.qemu.virtio_access import DeviceMemory
 from services.qemu.virtio_device import VirtioDevice
 from services.qemu.virtqueue import Chain, Virtqueue
 from services.runtime.text_buffers import OUTPUT_BYTES, TextBuffers
+from shared.typed_text import Offer
 from shared.virtio import DeviceId
 from shared.virtio_console import RECEIVE_QUEUE, TRANSMIT_QUEUE
 
@@ -34,9 +35,9 @@ class VirtioConsole(VirtioDevice):
         """All of it belongs to features that are not offered."""
         return bytes(n_bytes)
 
-    def type_in(self, data: bytes) -> int:
+    def type_in(self, offer: Offer) -> int:
         """Text typed at the console; how many bytes were taken."""
-        taken = self.text.type_in(data)
+        taken = self.text.type_in(offer)
         self.wake(self.queues[RECEIVE_QUEUE])
         return taken
 

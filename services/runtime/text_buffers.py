@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import msgspec
 import trio
 
-from protocol.errors import MalformedMessage, UserError
+from protocol.errors import MalformedMessage
+from shared.typed_text import Offer, TakenTexts
 
 OUTPUT_BYTES = 64 * 1024
 INPUT_BYTES = 4 * 1024
@@ -41,6 +42,8 @@ class TextState(msgspec.Struct):
     start: int
     output: bytes
     typed: bytes
+    texts: dict[int, int] = {}
+    """As TakenTexts.save."""
 
 
 class TextBuffers:
@@ -50,6 +53,7 @@ class TextBuffers:
         self._start = 0
         self._output = bytearray()
         self._typed = bytearray()
+        self._texts = TakenTexts()
         self._printed = trio.Event()
 
     # -- guest --------------------------------------------------------------------------------------------------
@@ -95,11 +99,13 @@ class TextBuffers:
         offset = first - self._start
         return Text(first, bytes(self._output[offset : offset + max(limit_bytes, 0)]))
 
-    def type_in(self, data: bytes) -> int:
-        """Offer typed bytes; returns how many fit, from the front."""
-        taken = data[: INPUT_BYTES - len(self._typed)]
+    def type_in(self, offer: Offer) -> int:
+        """Take typed bytes; returns how many are taken, from the front: those that fit, and those of before."""
+        n_done = self._texts.done(offer)
+        taken = offer.data[n_done : n_done + INPUT_BYTES - len(self._typed)]
         self._typed += taken
-        return len(taken)
+        self._texts.took(offer, n_done + len(taken))
+        return n_done + len(taken)
 
     def reset(self) -> None:
         """Machine reset: typed text is forgotten, printed text stays."""
@@ -107,12 +113,13 @@ class TextBuffers:
 
     def save(self) -> TextState:
         """Both buffers."""
-        return TextState(self._start, bytes(self._output), bytes(self._typed))
+        return TextState(self._start, bytes(self._output), bytes(self._typed), self._texts.save())
 
     def load(self, state: TextState) -> None:
         """Take over `state`; raises MalformedMessage when it is larger than the buffers."""
         if state.start < 0 or len(state.output) > OUTPUT_BYTES or len(state.typed) > INPUT_BYTES:
             raise MalformedMessage("a terminal with larger buffers")
+        self._texts.load(state.texts)
         self._start, self._output, self._typed = state.start, bytearray(state.output), bytearray(state.typed)
 
     # -- queries of the operator --------------------------------------------------------------------------------
@@ -130,11 +137,3 @@ class TextBuffers:
             await trio.sleep(_GATHER_SECONDS)
         text = self.read(since)
         return {"data": text.data, "next": text.next_sequence}
-
-
-def typed_bytes(arguments: dict[str, Any]) -> bytes:
-    """What the query `console.write` types; raises UserError."""
-    data = arguments["data"]
-    if not isinstance(data, bytes):
-        raise UserError("console.write takes bytes")
-    return data

@@ -13,6 +13,7 @@ import trio
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES
 from services.guest.model.region_writer import REGION_BYTES, region_pattern
+from shared.typed_text import TypedText
 from shared.virtio_blk import SECTOR_BYTES
 from tests.cluster.moving import FILLED_GFNS, Traveller
 from tests.cluster.vm_files import PROMPT, console_until
@@ -62,11 +63,12 @@ class Workload:
         raise UserError(f"vm1: no answer to {line!r} within {ANSWER_SECONDS:g} s: {self.text[begin:]!r}")
 
     async def _type(self, line: str) -> None:
+        text = TypedText(f"{line}\r".encode())
         while True:
             try:
-                await self._vm.console_write(f"{line}\r".encode())
+                await self._vm.console_write(text)
             except UserError:
-                # Nobody took it: its kvm is stopped, or gone, and then this boot ends.
+                # Its kvm is stopped, or gone, and then this boot ends.
                 await trio.sleep(_TROUBLE_SECONDS)
             else:
                 return

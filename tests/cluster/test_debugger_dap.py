@@ -12,6 +12,7 @@ from deploy.api import RunningCluster, cluster
 from services.guest import processor
 from services.guest.processor import Processor
 from services.kvm import vm as kvm_vm
+from shared.typed_text import TypedText
 from tests.cluster.dap_client import DapClient, connect
 from tests.cluster.debugging import PEFBOX, refusal_of
 from tests.cluster.test_debugger import states, stays_held, wait_for, wait_held
@@ -54,7 +55,7 @@ async def stop_in_type_in(running: RunningCluster, client: DapClient) -> None:
 
         async def type_in() -> None:
             # The answer waits for the editor.
-            await running.process(KVM).query("console.write", {"vm": "vm1", "data": b""}, 20.0)
+            await running.process(KVM).query("console.write", {"vm": "vm1", **TypedText(b"").offer().arguments()}, 20.0)
 
         nursery.start_soon(type_in)
         stopped = await client.event("stopped")

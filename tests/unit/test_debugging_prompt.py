@@ -22,17 +22,18 @@ def long_enough_to_be_interrupted() -> None:
         time.sleep(0.01)
 
 
-def test_what_a_line_does_is_broken_off_and_nothing_else() -> None:
+@pytest.mark.parametrize("seconds", [0.0, 0.2], ids=["waits", "runs"])
+def test_what_a_line_does_is_broken_off_and_nothing_else(seconds: float) -> None:
+    """Also one that has not begun yet."""
     with DebuggedThread() as thread:
         operator = thread.debugged()
         operator.prompt()
         operator.type("answer = 6 * 7")
         operator.prompt()
         operator.type("while True: pass")
+        time.sleep(seconds)
         operator.interrupt()
         assert "KeyboardInterrupt" in operator.prompt()
-        operator.type("")
-        operator.prompt()
         operator.type("p answer")
         assert "42" in operator.prompt()
         operator.type("detach")

@@ -46,6 +46,7 @@ from shared.interrupt_sources import MSI_BASE, PCI_LSI_BASE, VTY_SOURCE
 from shared.memfd import SealedMemory
 from shared.stream_buffer import StreamBuffer, make_stream_buffer
 from shared.tce import TcePermission, tce
+from shared.typed_text import TypedText
 from tests.unit.kvm_rig import KvmRig
 from tests.unit.ultravisor_rig import MEMORY_BYTES, N_PAGES, PlayedGuest
 
@@ -165,7 +166,7 @@ async def run_for_a_while(rig: Host) -> None:
     assert await rig.hcall(H_PUT_TERM_CHAR, 0, 5, int.from_bytes(b"hello\0\0\0", "big"), 0) == 0
     assert await rig.hcall(H_PUT_TCE, WINDOW.liobn, 0x3000, tce(gpa_of(2), TcePermission.READ)) == 0
     assert await rig.hcall(H_PUT_TCE, DYNAMIC.liobn, DYNAMIC.base, tce(gpa_of(1), TcePermission.WRITE)) == 0
-    assert rig.vm.type_in(b"ls\n") == 3
+    assert rig.vm.type_in(TypedText(b"ls\n").offer()) == 3
     rig.vm.xics.configure(LEVEL, 0, 5, 5)
     rig.vm.xics.configure(EDGE, 0, 6, 6)
     await rig.qemu.deliver(m.IRQ_SET, m.IrqBody(LEVEL, level=True))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from protocol.codes import HCode
-from protocol.errors import MalformedMessage
+from protocol.errors import MalformedMessage, UserError
 from services.kvm.terminal import VTY_UNIT, Terminal
 from services.runtime.text_buffers import INPUT_BYTES, OUTPUT_BYTES, TextState
+from shared.typed_text import MAX_TEXTS, Offer, TypedText
 
 SUCCESS = [HCode.H_SUCCESS]
 PARAMETER = [HCode.H_PARAMETER]
@@ -39,7 +43,7 @@ def test_the_first_character_is_the_highest_byte() -> None:
 
 def test_typed_text_arrives_sixteen_bytes_at_a_time() -> None:
     terminal = Terminal()
-    terminal.type_in(b"0123456789abcdefgh")
+    terminal.type_in(TypedText(b"0123456789abcdefgh").offer())
 
     assert terminal.h_get_term_char(VTY_UNIT) == [HCode.H_SUCCESS, 16, 0x3031323334353637, 0x3839616263646566]
     assert terminal.h_get_term_char(VTY_UNIT) == [HCode.H_SUCCESS, 2, 0x6768000000000000, 0]
@@ -120,17 +124,58 @@ def test_a_read_is_limited() -> None:
 def test_typed_text_that_does_not_fit_is_not_taken() -> None:
     terminal = Terminal()
 
-    assert terminal.type_in(b"x" * (INPUT_BYTES - 1)) == INPUT_BYTES - 1
-    assert terminal.type_in(b"yz") == 1
-    assert terminal.type_in(b"z") == 0
+    assert terminal.type_in(TypedText(b"x" * (INPUT_BYTES - 1)).offer()) == INPUT_BYTES - 1
+    assert terminal.type_in(TypedText(b"yz").offer()) == 1
+    assert terminal.type_in(TypedText(b"z").offer()) == 0
     take(terminal)
-    assert terminal.type_in(b"z" * 20) == 16
+    assert terminal.type_in(TypedText(b"z" * 20).offer()) == 16
+
+
+def test_a_text_that_is_offered_again_is_typed_once() -> None:
+    """Its answer did not come in time, whoever typed it does not know why."""
+    terminal = Terminal()
+    text = TypedText(b"x" * (INPUT_BYTES - 2) + b"write\r")
+
+    assert terminal.type_in(text.offer()) == INPUT_BYTES
+    assert terminal.type_in(text.offer()) == INPUT_BYTES
+    text.took(INPUT_BYTES)
+    assert [terminal.type_in(text.offer()) for _ in range(2)] == [0, 0]
+    while take(terminal):
+        pass
+    assert terminal.type_in(text.offer()) == 4
+    assert terminal.type_in(text.offer()) == 4
+    assert take(terminal) == b"ite\r"
+
+
+def test_the_other_host_s_terminal_knows_what_was_typed_here() -> None:
+    terminal, other = Terminal(), Terminal()
+    text = TypedText(b"reboot\r")
+    terminal.type_in(text.offer())
+    other.load(msgspec.msgpack.decode(msgspec.msgpack.encode(terminal.save()), type=TextState))
+
+    assert other.type_in(text.offer()) == 7
+    assert take(other) == b"reboot\r"
+
+
+def test_the_oldest_of_many_texts_is_forgotten() -> None:
+    terminal = Terminal()
+    for number in range(MAX_TEXTS + 1):
+        terminal.type_in(Offer(number, 0, b"a"))
+
+    assert len(terminal.save().texts) == MAX_TEXTS
+    assert 0 not in terminal.save().texts
+
+
+@pytest.mark.parametrize("wrong", [{"data": "text"}, {"at": -1}, {"text": 1 << 63}, {"at": None}])
+def test_s5_an_offer_of_anything_else_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        Offer.of(TypedText(b"ls").offer().arguments() | wrong)
 
 
 def test_a_reset_forgets_what_was_typed_only() -> None:
     terminal = Terminal()
     show(terminal, b"printed")
-    terminal.type_in(b"typed")
+    terminal.type_in(TypedText(b"typed").offer())
 
     terminal.reset()
 
@@ -141,7 +186,7 @@ def test_a_reset_forgets_what_was_typed_only() -> None:
 def test_a_loaded_terminal_goes_on() -> None:
     terminal = Terminal()
     show(terminal, b"printed")
-    terminal.type_in(b"typed")
+    terminal.type_in(TypedText(b"typed").offer())
 
     fresh = Terminal()
     fresh.load(terminal.save())
@@ -157,6 +202,9 @@ def test_a_loaded_terminal_goes_on() -> None:
         TextState(-1, b"", b""),
         TextState(0, bytes(OUTPUT_BYTES + 1), b""),
         TextState(0, b"", bytes(INPUT_BYTES + 1)),
+        TextState(0, b"", b"", dict.fromkeys(range(MAX_TEXTS + 1), 0)),
+        TextState(0, b"", b"", {0: -1}),
+        TextState(0, b"", b"", {1 << 63: 0}),
     ],
 )
 def test_a_state_larger_than_the_buffers_is_refused(state: TextState) -> None:
@@ -192,7 +240,7 @@ class AgainstTwoStreams(RuleBasedStateMachine):
 
     @rule(data=st.binary(max_size=INPUT_BYTES))
     def person_types(self, data: bytes) -> None:
-        self.typed += data[: self.terminal.type_in(data)]
+        self.typed += data[: self.terminal.type_in(TypedText(data).offer())]
 
     @rule(times=st.integers(1, 100))
     def guest_reads(self, times: int) -> None:

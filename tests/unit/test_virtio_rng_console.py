@@ -14,6 +14,7 @@ from services.qemu.board import Board
 from services.qemu.testing import TestDriver, TestPort, TestRam, TestRing, board_entry
 from services.qemu.virtio_rng import MAX_REQUEST_BYTES
 from services.runtime.text_buffers import INPUT_BYTES, OUTPUT_BYTES
+from shared.typed_text import TypedText
 from shared.virtio import DeviceStatus
 from shared.virtio_console import RECEIVE_QUEUE, TRANSMIT_QUEUE
 from shared.virtio_pci import CommonCfg
@@ -116,13 +117,13 @@ async def test_typed_text_waits_for_room_and_comes_in_order(make_rig: MakeRig) -
     rig = await make_rig(CONSOLE)
     console = rig.board.consoles["log"]
 
-    assert console.type_in(b"abcdef") == 6
+    assert console.type_in(TypedText(b"abcdef").offer()) == 6
     await rig.offer(RECEIVE_QUEUE, [(DATA, 4, True)])
     await rig.offer(RECEIVE_QUEUE, [(DATA + 4, 4, True)])
     await rig.offer(RECEIVE_QUEUE, [(DATA + 8, 4, True)])
     assert bytes(rig.ram.bytes[DATA : DATA + 6]) == b"abcdef"
     assert [n_bytes for _, n_bytes in rig.rings[RECEIVE_QUEUE].take_used()] == [4, 2]
-    console.type_in(b"gh")
+    console.type_in(TypedText(b"gh").offer())
     await rig.board.drained()
 
     assert bytes(rig.ram.bytes[DATA + 8 : DATA + 10]) == b"gh"
@@ -132,7 +133,7 @@ async def test_typed_text_is_bounded_and_gone_after_a_reset(make_rig: MakeRig) -
     rig = await make_rig(CONSOLE)
     console = rig.board.consoles["log"]
 
-    assert console.type_in(bytes(INPUT_BYTES + 5)) == INPUT_BYTES
+    assert console.type_in(TypedText(bytes(INPUT_BYTES + 5)).offer()) == INPUT_BYTES
     await rig.driver.store(CommonCfg.DEVICE_STATUS, 0)
 
     assert not console.text.has_typed
@@ -140,7 +141,7 @@ async def test_typed_text_is_bounded_and_gone_after_a_reset(make_rig: MakeRig) -
 
 async def test_a_console_buffer_without_room_needs_a_reset(make_rig: MakeRig) -> None:
     rig = await make_rig(CONSOLE)
-    rig.board.consoles["log"].type_in(b"x")
+    rig.board.consoles["log"].type_in(TypedText(b"x").offer())
 
     await rig.offer(RECEIVE_QUEUE, [(DATA, 4, False)])
 
@@ -152,7 +153,7 @@ async def test_both_directions_of_a_console_survive_a_save(make_rig: MakeRig) ->
     rig, other = await make_rig(CONSOLE), await make_rig(CONSOLE)
     rig.ram.bytes[DATA : DATA + 5] = b"hello"
     await rig.offer(TRANSMIT_QUEUE, [(DATA, 5, False)])
-    rig.board.consoles["log"].type_in(b"ab")
+    rig.board.consoles["log"].type_in(TypedText(b"ab").offer())
     await rig.board.drained()
 
     other.ram.bytes[:] = rig.ram.bytes
