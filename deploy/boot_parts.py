@@ -7,13 +7,14 @@ from pathlib import Path
 
 import msgspec
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 
 from deploy.cluster_file import VmSpec
 from deploy.linux.config import findings_for_secure
 from protocol.errors import UserError
 from services.ultravisor.identity import ensure_keys, public_key_of
 from shared.elf_program import Program, read_program
+from shared.esm_crypto import WRAPPING_KEY_BITS
 from shared.esm_digest import RTAS_TEXT, SecureImage, digests_of
 from shared.esm_make import Attachment, BlobContents, Holder, make_blob
 from shared.migration_policy import POLICY_FILE
@@ -84,7 +85,7 @@ def _owner_key(state_dir: Path) -> bytes:
     path = state_dir / _OWNER_FILE
     if path.is_file():
         return path.read_bytes()
-    key = rsa.generate_private_key(65537, 2048).public_key()
+    key = generate_private_key(public_exponent=65537, key_size=WRAPPING_KEY_BITS).public_key()
     pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     path.write_bytes(pem)
     return pem

@@ -95,6 +95,23 @@ def load_private_key(pem: bytes, passphrase: bytes | None = None) -> rsa.RSAPriv
         if passphrase is not None:
             raise ValueError("is no private key in PEM form, or the passphrase is wrong") from None
         raise ValueError("is no private key in PEM form") from None
+    return _wrapping_key(key)
+
+
+def load_machine_key(pem: bytes) -> rsa.RSAPrivateKey:
+    """As `load_private_key`, of a machine's own key file.
+
+    Its primes are not tested, which takes as long as a tenth of a process's start: who could alter the file could as
+    well replace it, and a damaged key opens no lockbox.
+    """
+    try:
+        key = serialization.load_pem_private_key(pem, None, unsafe_skip_rsa_key_validation=True)
+    except (TypeError, ValueError, UnsupportedAlgorithm):
+        raise ValueError("is no private key in PEM form") from None
+    return _wrapping_key(key)
+
+
+def _wrapping_key(key: object) -> rsa.RSAPrivateKey:
     if not isinstance(key, rsa.RSAPrivateKey) or key.key_size != WRAPPING_KEY_BITS:
         raise ValueError(f"is no RSA key of {WRAPPING_KEY_BITS} bits")
     return key

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 
 from protocol.geometry import PAGE_BYTES, gpa_of
-from shared.esm_crypto import WRAPPING_KEY_BITS, load_private_key, public_pem
+from shared.esm_crypto import WRAPPING_KEY_BITS, load_machine_key, public_pem
 from shared.esm_digest import RTAS_TEXT, SecureImage, digests_of
 from shared.esm_make import Attachment, BlobContents, Holder, make_blob
 from shared.fdt_reader import FdtNode, FdtTree
@@ -59,8 +59,8 @@ def make_image(machine_key_pem: str, kernel: bytes, memory_bytes: int, files: di
 
 
 def _blob(machine_key_pem: str, image: SecureImage, files: dict[str, bytes]) -> bytes:
-    owner = Holder(public_pem(generate_private_key(65537, WRAPPING_KEY_BITS)))
-    machine = Holder(public_pem(load_private_key(machine_key_pem.encode())))
+    owner = Holder(public_pem(generate_private_key(public_exponent=65537, key_size=WRAPPING_KEY_BITS)))
+    machine = Holder(public_pem(load_machine_key(machine_key_pem.encode())))
     attached = [Attachment(name, content) for name, content in files.items()]
     return make_blob(BlobContents(owner, [machine], digests_of(image), attached))
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 
 from protocol.errors import HostFault, UserError
-from shared.esm_crypto import WRAPPING_KEY_BITS, fingerprint, load_private_key, public_pem
+from shared.esm_crypto import WRAPPING_KEY_BITS, fingerprint, load_machine_key, public_pem
 
 MACHINE_KEY = "machine-key"
 IDENTITY_KEY = "identity-key"
@@ -43,7 +43,7 @@ class MachineIdentity:
     def from_pems(cls, pems: Mapping[str, str]) -> MachineIdentity:
         """The keys from what `ensure_keys` returned; raises HostFault when one is missing or is no such key."""
         try:
-            machine_key = load_private_key(pems[MACHINE_KEY].encode())
+            machine_key = load_machine_key(pems[MACHINE_KEY].encode())
             identity_key = serialization.load_pem_private_key(pems[IDENTITY_KEY].encode(), None)
         except (KeyError, ValueError, TypeError):
             raise HostFault("the ultravisor's machine keys are missing or damaged") from None
@@ -104,7 +104,7 @@ def read_machine_key(path: Path) -> RSAPrivateKey:
     """The machine key in a file; raises UserError."""
     text = _read_private(path)
     try:
-        return load_private_key(text.encode())
+        return load_machine_key(text.encode())
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
