@@ -118,7 +118,7 @@ UV_UNREGISTER_MEM_SLOT = UCALLS.declare(
     errors={
         UCode.U_PARAMETER: "no such lpid",
         UCode.U_P2: "no such slot",
-        UCode.U_STATE: "the VM is secure and runs on the slot",
+        UCode.U_STATE: "the VM has taken pages in: it is secure, or its switch is under way",
     },
     source=_RST,
 )
