@@ -60,7 +60,7 @@ UV_ESM = UCALLS.declare(
     errors={
         UCode.U_P2: "kbase is 0 or outside the memory slots",
         UCode.U_P3: "fdt is 0 or outside RAM",
-        UCode.U_RETRY: "a switch of this VM is already under way",
+        UCode.U_RETRY: "a switch of this VM is already under way, or it is secure, or just being ended",
         UCode.U_PARAMETER: "refused; the reason is in the audit log of the host",
         UCode.U_PERMISSION: "not a VM of this host",
     },

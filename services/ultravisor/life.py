@@ -82,7 +82,7 @@ class SvmLife:
             return [UCode.U_P2 if bad == "kbase" else UCode.U_P3]
         if partition.removed:
             return [UCode.U_PERMISSION]
-        if partition.svm is not None:
+        if partition.svm is not None or not partition.ended.is_set():
             return [UCode.U_RETRY]
         try:
             self.void_snapshots(partition.name)
