@@ -311,7 +311,10 @@ H_RTAS = HCALLS.declare(
     "H_RTAS",
     args=(Reg("args", Kind.GPA, Memory(Direction.INOUT, 1, 256)),),
     callers=_GUEST,
-    errors={HCode.H_PARAMETER: "the argument block is outside memory or malformed"},
+    errors={
+        HCode.H_PARAMETER: "the argument block is outside memory or malformed",
+        HCode.H_BUSY: "of a secure VM: every page for arguments is in use, or the hypervisor is busy with one",
+    },
     source=_QEMU,
 )
 H_LOGICAL_MEMOP = HCALLS.declare(

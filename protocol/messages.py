@@ -28,6 +28,7 @@ Register = Annotated[int, Meta(ge=0)]
 
 Gfn = Annotated[int, Meta(ge=0, lt=MAX_VM_BYTES >> PAGE_SHIFT)]
 Vcpu = Annotated[int, Meta(ge=0, lt=4096)]
+GprNumber = Annotated[int, Meta(ge=0, lt=32)]
 Source = Annotated[int, Meta(ge=0, lt=1 << 24)]
 
 MAX_REGISTERS = 16
@@ -180,7 +181,7 @@ class StartBody(Body, frozen=True):
 
     vcpu: Vcpu
     pc: Register
-    gprs: Annotated[dict[int, Register], Meta(max_length=32)]
+    gprs: Annotated[dict[GprNumber, Register], Meta(max_length=32)]
 
 
 class RunBody(Body, frozen=True):

@@ -22,6 +22,8 @@ _LPID = Reg("lpid", Kind.LPID)
 _GPA = Reg("gpa", Kind.GPA)
 _FLAGS = Reg("flags", Kind.FLAGS)
 _ORDER = Reg("order", Kind.SHIFT)
+_ENDED: dict[Code, str] = {UCode.U_STATE: "the VM was ended meanwhile"}
+_OF_SVM: dict[Code, str] = {UCode.U_PERMISSION: "the VM is not secure", **_ENDED}
 _NO_FIRMWARE: dict[Code, str] = {UCode.U_FUNCTION: "always: this machine has no host firmware, SCOM or SBE"}
 
 UV_WRITE_PATE = UCALLS.declare(
@@ -60,9 +62,10 @@ UV_ESM = UCALLS.declare(
     errors={
         UCode.U_P2: "kbase is 0 or outside the memory slots",
         UCode.U_P3: "fdt is 0 or outside RAM",
-        UCode.U_RETRY: "a switch of this VM is already under way",
+        UCode.U_RETRY: "a switch of this VM is already under way, or it is secure, or just being ended",
         UCode.U_PARAMETER: "refused; the reason is in the audit log of the host",
         UCode.U_PERMISSION: "not a VM of this host",
+        **_ENDED,
     },
     source=_RST,
 )
@@ -118,7 +121,7 @@ UV_UNREGISTER_MEM_SLOT = UCALLS.declare(
     errors={
         UCode.U_PARAMETER: "no such lpid",
         UCode.U_P2: "no such slot",
-        UCode.U_STATE: "the VM is secure and runs on the slot",
+        UCode.U_STATE: "the VM has taken pages in: it is secure, or its switch is under way",
     },
     source=_RST,
 )
@@ -150,6 +153,7 @@ UV_PAGE_OUT = UCALLS.declare(
         UCode.U_P4: "a flag is set",
         UCode.U_P5: "order is not 16",
         UCode.U_RETRY: "the page is in transition, or the guest did not acknowledge its invalidation",
+        **_ENDED,
     },
     source=_RST,
 )
@@ -163,6 +167,7 @@ UV_SHARE_PAGE = UCALLS.declare(
         UCode.U_P3: "no page, or too many",
         UCode.U_RETRY: "a page of the range is in transition, or the guest did not acknowledge its invalidation",
         UCode.U_PARAMETER: "the hypervisor refused; no page changed",
+        **_OF_SVM,
     },
     source=_RST,
 )
@@ -175,6 +180,7 @@ UV_UNSHARE_PAGE = UCALLS.declare(
         UCode.U_P2: "the range is not wholly inside the memory slots, or a page was not shared by the guest",
         UCode.U_P3: "no page, or too many",
         UCode.U_RETRY: "a page of the range is in transition, or the guest did not acknowledge its invalidation",
+        **_OF_SVM,
     },
     source=_RST,
 )
@@ -188,7 +194,7 @@ UV_PAGE_INVAL = UCALLS.declare(
         UCode.U_P2: "gpa outside the memory slots, or the page is not shared",
         UCode.U_P3: "order is not 16",
         UCode.U_RETRY: "the page is in transition",
-        UCode.U_STATE: "the switch of this VM was aborted",
+        UCode.U_STATE: "the switch of this VM was aborted, or the VM was ended meanwhile",
     },
     source=_RST,
 )
@@ -204,7 +210,7 @@ UV_UNSHARE_ALL_PAGES = UCALLS.declare(
     0xF140,
     "UV_UNSHARE_ALL_PAGES",
     callers=_SVM,
-    errors={UCode.U_RETRY: "a page is in transition, or the guest did not acknowledge its invalidation"},
+    errors={UCode.U_RETRY: "a page is in transition, or the guest did not acknowledge its invalidation", **_OF_SVM},
     source=_RST,
 )
 _BUFFER_ARGS = (Reg("buffer", Kind.RA), Reg("handle"), Reg("offset"), Reg("size", Kind.SIZE))
@@ -220,6 +226,7 @@ UV_ESMB_GET_FILE = UCALLS.declare(
     callers=_SVM,
     errors={
         UCode.U_PARAMETER: "no such file in the ESM blob, an offset that was already read, or another process",
+        UCode.U_PERMISSION: "the VM is not secure",
     },
     source=_UAPI,
     private=True,

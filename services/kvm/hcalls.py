@@ -48,7 +48,11 @@ CPU_CHARACTER = 0
 CPU_BEHAVIOUR = 1 << 63 | 1 << 56 | 1 << 55
 """Favour security; no cache flush at entry or at user accesses: an emulated processor does not speculate."""
 
-_MODE_RESOURCES = (SetModeResource.ADDRESS_TRANSLATION_MODE, SetModeResource.LITTLE_ENDIAN)
+_MODES: dict[int, tuple[int, ...]] = {
+    SetModeResource.ADDRESS_TRANSLATION_MODE: (0, 3),
+    SetModeResource.LITTLE_ENDIAN: (0, 1),
+}
+"""What the processor can do: interrupts in real mode or at 0xC000_0000_0000_4000, in either byte order."""
 _DEBUG_RESOURCES = (SetModeResource.CIABR, SetModeResource.DAWR)
 SYS_RESET_ALL = (1 << 64) - 1
 SYS_RESET_ALL_OTHERS = (1 << 64) - 2
@@ -57,7 +61,7 @@ SYS_RESET_ALL_OTHERS = (1 << 64) - 2
 def check_modes(modes: dict[int, int]) -> None:
     """Raise MalformedMessage unless H_SET_MODE could have set `modes`."""
     for resource, mflags in modes.items():
-        if resource not in _MODE_RESOURCES or not 0 <= mflags < 1 << 64:
+        if mflags not in _MODES.get(resource, ()):
             raise MalformedMessage(f"mode {mflags:#x} of resource {resource}")
 
 
@@ -194,12 +198,14 @@ class Hcalls:
     def h_set_mode(self, call: GuestCall) -> Result:
         """H_SET_MODE: interrupt endianness and address translation mode; debug registers are not offered."""
         mflags, resource, value1, value2 = call.args
-        if resource not in _MODE_RESOURCES:
+        if resource not in _MODES:
             return [HCode.H_UNSUPPORTED if resource in _DEBUG_RESOURCES else HCode.H_P2]
         if value1:
             return [HCode.H_P3]
         if value2:
             return [HCode.H_P4]
+        if mflags not in _MODES[resource]:
+            return [HCode.H_UNSUPPORTED]
         self._modes[resource] = mflags
         return _SUCCESS
 

@@ -139,7 +139,8 @@ class Kvm:
         vm = self._by_name.pop(name, None)
         if vm is None:
             return
-        await vm.secure.off(0)
+        # The ultravisor hears of it from the launcher, too.
+        await vm.secure.off(0, patience_s=0)
         self._vms.pop(vm.entry.lpid, None)
         for link in self._links.pop(name):
             await self._runtime.close_link(link)

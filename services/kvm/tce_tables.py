@@ -154,8 +154,7 @@ class TceTables:
     def clear(self) -> None:
         """Empty every table, as a reset of the machine does; the windows stay."""
         for table in self._tables.values():
-            for index in table.nonzero():
-                table.store(index, 0)
+            table.clear()
 
     def save(self) -> TceTablesState:
         """Windows and entries."""

@@ -15,6 +15,7 @@ from enum import Enum
 import trio
 
 from protocol.codes import HCode, UCode
+from protocol.declare import Call
 from protocol.errors import HostFault
 from protocol.geometry import PAGE_SHIFT, gfn_of, gpa_of
 from protocol.hcalls import H_PAGE_IN_NONSHARED, H_PAGE_IN_SHARED
@@ -41,6 +42,8 @@ IN_PART_PAGES = 16
 _RETRY_SECONDS = 0.002
 _MAX_RETRY_SECONDS = 0.05
 _RETRY_LIMIT_SECONDS = 1.0
+_SERVED_SECONDS = 2.0
+"""So long what ends a switch or a secure VM is asked for again while the ultravisor has too many calls open."""
 
 
 class Switch(Enum):
@@ -121,29 +124,40 @@ class SecurePages:
             return HCode.H_UNSUPPORTED
         if self.switch is Switch.DONE:
             return HCode.H_STATE
+        deadline = trio.current_time() + _SERVED_SECONDS
         for gfn in self._memory.in_state(KvmState.SECURE, KvmState.SHARED):
-            await self._ultravisor.ucall(UV_PAGE_OUT, self._page_args(gfn), cause)
+            # A call that may be served yet is not made a second time, which would zero the frame.
+            await _until_served(self._ultravisor.ucall_lasting, UV_PAGE_OUT, self._page_args(gfn), cause, deadline)
             if self.switch is not Switch.START:
                 # A reset or the end of the VM came between: the frames are no longer this switch's.
                 return HCode.H_STATE
             self._memory.set_state(gfn, KvmState.NORMAL)
         self.switch = Switch.NONE
-        await self._ultravisor.ucall(UV_SVM_TERMINATE, [self._lpid], cause)
+        await self._terminate(cause, _SERVED_SECONDS)
         return HCode.H_PARAMETER
 
     def arrive(self) -> None:
         """The VM comes from another host as a secure one; the ultravisors move what is the ultravisor's."""
         self.switch = Switch.DONE
 
-    async def off(self, cause: int) -> bool:
-        """The VM is reset or destroyed (KVM_PPC_SVM_OFF): end it in the ultravisor, take its frames back."""
+    async def off(self, cause: int, patience_s: float = _SERVED_SECONDS) -> bool:
+        """The VM is reset or destroyed (KVM_PPC_SVM_OFF): end it in the ultravisor, take its frames back.
+
+        False, and it is still there, when the ultravisor was busy for longer than `patience_s`.
+        """
         if self.switch is Switch.NONE:
             return True
-        result = await self._ultravisor.ucall(UV_SVM_TERMINATE, [self._lpid], cause)
+        code = await self._terminate(cause, patience_s)
+        if code in _BUSY:
+            return False
         self.switch = Switch.NONE
         self._unsure.clear()
         self._memory.forget_secure()
-        return result[0] == UCode.U_SUCCESS
+        return code == UCode.U_SUCCESS
+
+    async def _terminate(self, cause: int, patience_s: float) -> int:
+        deadline = trio.current_time() + patience_s
+        return await _until_served(self._ultravisor.ucall, UV_SVM_TERMINATE, [self._lpid], cause, deadline)
 
     # -- page in, asked by the ultravisor ---------------------------------------------------------------------
 
@@ -349,7 +363,25 @@ class SecurePages:
         return [self._lpid, real_address(self._lpid, gpa), gpa, 0, PAGE_SHIFT]
 
 
+_BUSY = frozenset({UCode.U_RETRY, UCode.U_BUSY})
+
+
+async def _until_served(
+    ucall: Callable[[Call, list[int], int], Awaitable[list[int]]],
+    call: Call,
+    args: list[int],
+    cause: int,
+    deadline: float,
+) -> int:
+    """The code of an ultracall, which an ultravisor that is busy with others gets again until `deadline`."""
+    pause = _RETRY_SECONDS
+    while (code := (await ucall(call, args, cause))[0]) in _BUSY and trio.current_time() < deadline:
+        await trio.sleep(pause * random.uniform(0.5, 1.5))
+        pause = min(2 * pause, _MAX_RETRY_SECONDS)
+    return code
+
+
 def _to_hcode(code: int) -> HCode:
     if code == UCode.U_SUCCESS:
         return HCode.H_SUCCESS
-    return HCode.H_BUSY if code in (UCode.U_RETRY, UCode.U_BUSY) else HCode.H_PARAMETER
+    return HCode.H_BUSY if code in _BUSY else HCode.H_PARAMETER

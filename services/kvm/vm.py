@@ -275,6 +275,8 @@ class Vm:
         return is_off and self.migration.is_here
 
     async def _vm_start(self, envelope: Envelope, body: m.StartBody) -> m.Status:
+        if body.vcpu >= len(self.vcpus):
+            return m.Status(HCode.H_PARAMETER)
         deadline, n_resets = trio.current_time() + _GUEST_SECONDS, self.n_resets
         while self._may_start() and self.n_resets == n_resets:
             self.vcpus.start(body.vcpu)

@@ -72,6 +72,8 @@ class Machine:
         self._log = log
         self.orders = trio.Lock()
         """Held by whoever changes the run state."""
+        self._asked: set[ShutdownCause] = set()
+        """What the guest has asked for and nobody has begun."""
 
     @property
     def state(self) -> RunState:
@@ -228,7 +230,7 @@ class Machine:
 
     def power_off(self) -> None:
         """The guest switched itself off."""
-        self._nursery.start_soon(self._end, ShutdownCause.GUEST_SHUTDOWN, RunState.SHUTDOWN)
+        self._begin_once(ShutdownCause.GUEST_SHUTDOWN, self._end, RunState.SHUTDOWN)
 
     def exit(self, status: int) -> None:
         """The guest's program is done."""
@@ -237,13 +239,19 @@ class Machine:
 
     def reboot(self) -> None:
         """The guest wants a system reset."""
-        self._nursery.start_soon(self._reboot)
+        self._begin_once(ShutdownCause.GUEST_RESET, self._reboot)
+
+    def _begin_once(self, cause: ShutdownCause, work: Callable[..., Awaitable[None]], *args: RunState) -> None:
+        """Have `work` done in a task of its own, unless one for the same cause waits to begin."""
+        if cause not in self._asked:
+            self._asked.add(cause)
+            self._nursery.start_soon(work, cause, *args)
 
     def os_term(self, text: str) -> None:
         """The guest's kernel gave up; as with QEMU's default, that switches the machine off."""
         self._log.error("guest: ibm,os-term", text=text)
         self.panic = text
-        self._nursery.start_soon(self._end, ShutdownCause.GUEST_PANIC, RunState.GUEST_PANICKED)
+        self._begin_once(ShutdownCause.GUEST_PANIC, self._end, RunState.GUEST_PANICKED)
 
     def wall_ns(self) -> int:
         """Nanoseconds since 1970-01-01 UTC."""
@@ -375,6 +383,7 @@ class Machine:
 
     async def _reset(self, cause: ShutdownCause) -> None:
         async with self.orders:
+            self._asked.discard(cause)
             if self.state.elsewhere:
                 raise CommandFailed(f"The machine is in state '{self.state}': it is not here to be reset")
             self._events.emit(Reset.by(cause))
@@ -388,15 +397,16 @@ class Machine:
                 self._log.error("reset failed", reason=str(error))
                 raise CommandFailed(str(error)) from None
 
-    async def _reboot(self) -> None:
+    async def _reboot(self, cause: ShutdownCause) -> None:
         try:
-            await self._reset(ShutdownCause.GUEST_RESET)
+            await self._reset(cause)
         except CommandFailed:
             # No monitor asked for it, and the log has the reason.
             return
 
     async def _end(self, cause: ShutdownCause, state: RunState) -> None:
         async with self.orders:
+            self._asked.discard(cause)
             if self.state.elsewhere:
                 return
             self._events.emit(Shutdown.by(cause))

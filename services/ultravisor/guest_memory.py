@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import trio
+
 from protocol.errors import GuestFault
 from protocol.geometry import PAGE_BYTES, gfn_of, pages_spanned
 from services.ultravisor.hypervisor import Hypervisor
+from services.ultravisor.invalidation import ACKNOWLEDGE_SECONDS
 from services.ultravisor.page_state import GfnState
 from services.ultravisor.partition import Partition
 from services.ultravisor.sharing import bring_back_shared, bring_in
@@ -50,15 +53,29 @@ class GuestMemory:
         gfns = pages_spanned(gpa, n_bytes)
         if not self._svm.in_slots(gfns.start, len(gfns)):
             raise GuestFault(f"{n_bytes} bytes at {gpa:#x} lie outside the memory slots")
+        deadline = trio.current_time() + _REST_SECONDS
+        while not await self._brought_in(gfns):
+            if trio.current_time() > deadline:
+                raise GuestFault(f"a page of {n_bytes} bytes at {gpa:#x} stays in transition")
+            await trio.sleep(_PAUSE_SECONDS)
+
+    async def _brought_in(self, gfns: range) -> bool:
+        """Whether all can be reached now; False when it should be tried again."""
         for gfn in gfns:
             if self._svm.states[gfn] is GfnState.PAGED_OUT:
                 await bring_in(self._partition, self._svm, self._hypervisor, gfn, self._cause)
             elif self._svm.states[gfn] is GfnState.SHARED_INV:
                 await bring_back_shared(self._partition, self._svm, self._hypervisor, gfn, self._cause)
-        if any(self._svm.states[gfn] not in _REACHABLE for gfn in gfns):
-            raise GuestFault(f"a page of {n_bytes} bytes at {gpa:#x} is in transition or not the guest's")
+        states = {self._svm.states[gfn] for gfn in gfns}
+        if not states.isdisjoint(_NOT_THE_GUESTS):
+            raise GuestFault(f"a page of gfns {gfns.start:#x} to {gfns.stop - 1:#x} is not the guest's")
+        return states <= _REACHABLE
 
 
+_REST_SECONDS = 2 * ACKNOWLEDGE_SECONDS
+"""The host may page a page out at any time: that ends within so long, whether the guest acknowledges or not."""
+_PAUSE_SECONDS = 0.002
+_NOT_THE_GUESTS = frozenset({GfnState.SHARED_IMPLICIT, GfnState.SHARED_IMPLICIT_INV})
 _REACHABLE = frozenset({GfnState.SECURE, GfnState.SHARED, GfnState.PSEUDO_SHARED, GfnState.PSEUDO_SHARED_INV})
 
 

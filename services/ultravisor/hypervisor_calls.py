@@ -84,8 +84,8 @@ class HypervisorCalls:
         svm = self._svm(registers, 2)
         if svm is None:
             return [UCode.U_PARAMETER]
-        if svm.phase is SvmPhase.SECURE:
-            # The guest still runs on the slot's pages; a VM that ends gives them back as a whole.
+        if svm.phase is not SvmPhase.STARTING or svm.taken_in:
+            # The VM holds, or is to run on, the slot's pages; one that ends gives them back as a whole.
             return [UCode.U_STATE]
         return [page_calls.unregister_slot(svm, registers[1])]
 

@@ -13,9 +13,9 @@ from protocol.codes import HCode, UCode
 from protocol.errors import CallTimeout, HostFault, ImageRefused
 from protocol.hcalls import H_SVM_INIT_ABORT
 from services.runtime.confine import landlock_abi
+from services.runtime.line_limit import LineLimit
 from services.runtime.process import Runtime
 from services.ultravisor.audit import AuditLog
-from services.ultravisor.audit_limit import AuditLimit
 from services.ultravisor.esm import EsmSwitch, SecureBoot, first_refusal
 from services.ultravisor.esm_files import EsmFiles
 from services.ultravisor.hypervisor import Hypervisor
@@ -48,7 +48,7 @@ class SvmLife:
         self._key = key
         self._audit = audit
         self._ledger = ledger
-        self._limit = AuditLimit(time.monotonic)
+        self._limit = LineLimit(time.monotonic)
         self.files: dict[int, EsmFiles] = {}
         self.bounce: dict[int, RtasBounce] = {}
 
@@ -82,7 +82,7 @@ class SvmLife:
             return [UCode.U_P2 if bad == "kbase" else UCode.U_P3]
         if partition.removed:
             return [UCode.U_PERMISSION]
-        if partition.svm is not None:
+        if partition.svm is not None or not partition.ended.is_set():
             return [UCode.U_RETRY]
         try:
             self.void_snapshots(partition.name)

@@ -133,6 +133,41 @@ async def test_s5_no_memory_slot_is_added_to_a_running_secure_vm(rig: Ultravisor
     assert rig.account.used_bytes == MEMORY_BYTES
 
 
+async def test_s7_no_memory_slot_is_taken_from_a_switch_that_has_taken_pages_in(
+    rig: UltravisorRig, image: PlayedImage
+) -> None:
+    codes: list[int] = []
+
+    async def drop_the_slot_first(_args: Registers) -> Registers:
+        codes.append(await rig.kvm.ucall(u.UV_UNREGISTER_MEM_SLOT, LPID, 0))
+        return [HCode.H_SUCCESS]
+
+    rig.kvm.lies[h.H_SVM_INIT_DONE.number] = drop_the_slot_first
+
+    await rig.secure(image)
+
+    assert codes == [UCode.U_STATE]
+    assert rig.account.used_bytes == MEMORY_BYTES
+
+
+async def test_no_switch_begins_while_the_secure_vm_of_before_is_being_ended(
+    rig: UltravisorRig, image: PlayedImage, nursery: trio.Nursery
+) -> None:
+    await rig.secure(image)
+    lets_go = rig.guest.held[m.SVM_ENDED.number] = trio.Event()
+    nursery.start_soon(rig.kvm.terminate)
+    await trio.testing.wait_all_tasks_blocked()
+    rig.kvm.frames.clear()
+
+    assert await rig.esm(image) == UCode.U_RETRY
+
+    assert not rig.kvm.frames
+    lets_go.set()
+    await rig.partition.ended.wait()
+    assert rig.account.used_bytes == 0
+    await rig.secure(image)
+
+
 async def test_s1_files_of_the_blob_are_for_the_running_secure_vm_only(rig: UltravisorRig, image: PlayedImage) -> None:
     seen: list[int] = []
     call = rig.guest.call

@@ -256,6 +256,14 @@ async def test_a_destination_does_not_let_it_run_before_the_token(pair: Pair) ->
     assert "SVM_THAW" not in pair.destination.guest.names()
 
 
+async def test_s7_a_vm_that_has_arrived_loses_no_memory_slot_before_it_runs(pair: Pair) -> None:
+    await pair.until_ready()
+
+    assert await pair.destination.kvm.ucall(u.UV_UNREGISTER_MEM_SLOT, LPID, 0) == UCode.U_STATE
+
+    assert pair.destination.account.used_bytes == MEMORY_BYTES
+
+
 async def test_a_source_that_gave_the_token_does_not_take_it_back(pair: Pair) -> None:
     await exchange(pair.source, u.UV_EXPORT_READY, await pair.until_ready())
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import trio
+import trio.testing
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,11 +17,13 @@ from protocol.codes import HCode, UCode
 from protocol.errors import GuestFault
 from protocol.geometry import PAGE_BYTES, gpa_of
 from protocol.hcalls import H_RTAS, H_SVM_PAGE_IN
+from protocol.messages import MAP_INVALIDATE
 from protocol.rtas import MAX_BUFFER_BYTES, RTAS
 from services.testing.image import FIRST_FREE_GFN, PlayedImage
 from services.ultravisor.esm import BOUNCE_PAGES
 from services.ultravisor.guest_memory import GuestMemory
 from services.ultravisor.normal_ram import NormalRam
+from services.ultravisor.page_state import PageEvent
 from services.ultravisor.rtas_bounce import RtasBounce
 from tests.unit.ultravisor_rig import (
     MEMORY_BYTES,
@@ -265,6 +268,67 @@ async def test_a_paged_out_block_is_brought_in_and_verified(rig: UltravisorRig) 
 
     assert kvm.words == [5, 6, 7, 1]
     assert rig.state(ARGS_GFN) == "SECURE"
+
+
+async def _page_out_waits_for_the_guest(rig: UltravisorRig, nursery: trio.Nursery, gfn: int) -> trio.Event:
+    """The host pages `gfn` out; that ends once the event is set."""
+    acknowledges = rig.guest.held[MAP_INVALIDATE.number] = trio.Event()
+    nursery.start_soon(rig.kvm.page_out, gfn)
+    await trio.testing.wait_all_tasks_blocked()
+    assert rig.state(gfn) == "PAGING_OUT"
+    return acknowledges
+
+
+async def test_a_block_that_is_just_paged_out_is_waited_for(rig: UltravisorRig, nursery: trio.Nursery) -> None:
+    kvm = PlayedRtas(rig, [0, 1])
+    rig.page(ARGS_GFN)[:28] = struct.pack(">7I", token("ibm,read-pci-config"), 4, 2, 5, 6, 7, 1)
+    acknowledges = await _page_out_waits_for_the_guest(rig, nursery, ARGS_GFN)
+    codes: list[int] = []
+
+    async def call() -> None:
+        codes.extend(await rig.guest.deliver(H_RTAS, [0, ARGS]))
+
+    async with trio.open_nursery() as calls:
+        calls.start_soon(call)
+        await trio.testing.wait_all_tasks_blocked()
+        acknowledges.set()
+
+    assert codes == [HCode.H_SUCCESS]
+    assert kvm.words == [5, 6, 7, 1]
+
+
+async def test_return_words_reach_a_block_that_is_paged_out_meanwhile(
+    rig: UltravisorRig, nursery: trio.Nursery
+) -> None:
+    kvm = PlayedRtas(rig, [0, 2026])
+
+    async def serve(args: Registers) -> Registers:
+        acknowledges = await _page_out_waits_for_the_guest(rig, nursery, ARGS_GFN)
+        nursery.start_soon(_set_later, acknowledges)
+        return await kvm.serve(args)
+
+    rig.kvm.lies[H_RTAS.number] = serve
+
+    assert await rtas(rig, token("ibm,read-pci-config"), [0x800, 1, 2, 4], 2) == HCode.H_SUCCESS
+
+    assert words_at(rig, ARGS + 12 + 16, 2) == [0, 2026]
+
+
+async def _set_later(event: trio.Event) -> None:
+    await trio.testing.wait_all_tasks_blocked()
+    event.set()
+
+
+async def test_a_block_that_the_host_never_lets_rest_is_refused(
+    rig: UltravisorRig, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    PlayedRtas(rig, [0, 1])
+    rig.page(ARGS_GFN)[:28] = struct.pack(">7I", token("ibm,read-pci-config"), 4, 2, 5, 6, 7, 1)
+    assert rig.partition.svm is not None
+    rig.partition.svm.apply(ARGS_GFN, PageEvent.OUT_BEGIN)
+
+    assert (await rig.guest.deliver(H_RTAS, [0, ARGS]))[0] == HCode.H_PARAMETER
+    assert not rig.kvm.frames
 
 
 async def test_a_block_in_a_shared_page_is_allowed(rig: UltravisorRig) -> None:

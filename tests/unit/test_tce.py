@@ -23,6 +23,11 @@ def table_at(base: int = 0, page_shift: int = 12, n_tces: int = N_TCES) -> TceTa
     return TceTable(window, memoryview(bytearray(n_tces * ENTRY_BYTES)))
 
 
+def map_all(table: TceTable, value: int) -> None:
+    for index in range(table.n_tces):
+        table.store(index, value)
+
+
 def test_an_entry_keeps_its_page_and_permission() -> None:
     value = tce(0x7FFF_F000, TcePermission.READ)
 
@@ -102,7 +107,7 @@ def test_the_device_needs_the_permission_of_its_direction(
 )
 def test_a_transfer_that_leaves_the_window_faults(ioba: int, n_bytes: int) -> None:
     table = table_at()
-    table.fill(0, N_TCES, tce(0x5000, READ_WRITE))
+    map_all(table, tce(0x5000, READ_WRITE))
 
     with pytest.raises(GuestFault):
         table.translate(ioba, n_bytes, write=False)
@@ -110,7 +115,7 @@ def test_a_transfer_that_leaves_the_window_faults(ioba: int, n_bytes: int) -> No
 
 def test_one_missing_entry_faults_the_whole_transfer() -> None:
     table = table_at()
-    table.fill(0, N_TCES, tce(0x5000, READ_WRITE))
+    map_all(table, tce(0x5000, READ_WRITE))
     table.store(3, 0)
 
     with pytest.raises(GuestFault, match="0x3000"):
@@ -182,3 +187,21 @@ def test_every_entry_that_is_not_zero_is_found(entries: dict[int, int]) -> None:
         table.store(index, value)
 
     assert table.nonzero() == dict(sorted(entries.items()))
+
+
+def test_no_access_is_permitted_by_filling() -> None:
+    with pytest.raises(ValueError, match="permits"):
+        table_at().fill(0, N_TCES, tce(0x5000, TcePermission.READ))
+
+
+@given(st.integers(0, 2999), st.integers(0, 3000), st.integers(0, (1 << 62) - 1).map(lambda value: value << 2))
+def test_exactly_the_entries_of_a_range_are_filled(index: int, n: int, value: int) -> None:
+    n_tces = 3000
+    n = min(n, n_tces - index)
+    table = TceTable(TceWindowBody(1, 12, 0, n_tces), memoryview(bytearray(b"\xff" * (n_tces * ENTRY_BYTES))))
+
+    table.fill(index, n, value)
+
+    before = (1 << 64) - 1
+    expected = [before] * index + [value] * n + [before] * (n_tces - index - n)
+    assert [table.entry(at) for at in range(n_tces)] == expected

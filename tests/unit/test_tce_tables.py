@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -279,6 +280,22 @@ def test_clearing_keeps_the_windows() -> None:
 
     assert tables.windows == [WINDOW]
     assert entries(tables) == [0] * N_TCES
+
+
+def test_clearing_a_table_that_a_guest_has_filled_takes_no_memory() -> None:
+    tables = TceTables(in_ram, allocate)
+    tables.create(TceWindowBody(LIOBN, 12, 0, DEFAULT_WINDOW_TCES))
+    assert tables.h_stuff_tce(LIOBN, 0, 0x1000, DEFAULT_WINDOW_TCES) == SUCCESS
+
+    tracemalloc.start()
+    try:
+        tables.clear()
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak_bytes < 1 << 20
+    assert tables.save().tables[0].entries == {}
 
 
 def test_a_saved_table_loads_into_a_new_vm() -> None:

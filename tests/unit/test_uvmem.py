@@ -42,6 +42,8 @@ class PlayedUltravisor:
         await trio.lowlevel.checkpoint()
         return [UCode.U_SUCCESS if self.does is None else await self.does(call, args)]
 
+    ucall_lasting = ucall
+
     async def ucalls(self, call: Call, args_of_each: Sequence[list[int]], cause: int) -> list[list[int]]:
         return [await self.ucall(call, args, cause) for args in args_of_each]
 
@@ -94,6 +96,16 @@ class Rig:
             return code if call is which else UCode.U_SUCCESS
 
         self.ultravisor.does = does
+
+    def busy_first(self, which: Call, n_times: int) -> None:
+        """The ultravisor has too many calls open for `which`, so many times."""
+        codes = iter([UCode.U_BUSY] * n_times)
+
+        async def does(call: Call, _args: list[int]) -> int:
+            return next(codes, UCode.U_SUCCESS) if call is which else UCode.U_SUCCESS
+
+        self.ultravisor.does = does
+        self.ultravisor.calls.clear()
 
     def close(self) -> None:
         self.memory.close()
@@ -169,6 +181,16 @@ async def test_an_abort_takes_every_page_back(rig: Rig) -> None:
     assert rig.memory.in_state(KvmState.NORMAL) == list(range(N_PAGES))
     assert rig.ultravisor.names()[-3:] == [UV_PAGE_OUT.name, UV_PAGE_OUT.name, UV_SVM_TERMINATE.name]
     assert rig.secure.switch is Switch.NONE
+
+
+async def test_an_abort_gives_up_no_page_for_which_the_ultravisor_was_busy(rig: Rig) -> None:
+    await rig.start()
+    await rig.page_in(1)
+    rig.busy_first(UV_PAGE_OUT, 3)
+
+    assert await rig.secure.init_abort(0) is HCode.H_PARAMETER
+
+    assert rig.ultravisor.names() == [*[UV_PAGE_OUT.name] * 4, UV_SVM_TERMINATE.name]
 
 
 async def test_an_abort_stops_where_a_reset_overtakes_it(rig: Rig) -> None:
@@ -322,6 +344,31 @@ async def test_the_end_leaves_a_normal_vm_without_images(rig: Rig) -> None:
     assert rig.memory.in_state(KvmState.NORMAL) == list(range(N_PAGES))
     assert all(rig.is_hole(gfn) for gfn in range(N_PAGES))
     assert rig.secure.switch is Switch.NONE
+
+
+async def test_a_secure_vm_ends_as_soon_as_the_ultravisor_is_no_longer_busy(rig: Rig) -> None:
+    await rig.done()
+    rig.busy_first(UV_SVM_TERMINATE, 3)
+
+    assert await rig.secure.off(0)
+
+    assert rig.ultravisor.names() == [UV_SVM_TERMINATE.name] * 4
+    assert rig.secure.switch is Switch.NONE
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_a_secure_vm_that_the_ultravisor_has_not_ended_is_still_one(rig: Rig) -> None:
+    await rig.done()
+    rig.answer(UV_SVM_TERMINATE, UCode.U_BUSY)
+
+    assert not await rig.secure.off(0)
+
+    assert rig.secure.switch is Switch.DONE
+    assert rig.memory.in_state(KvmState.SECURE) == list(range(N_PAGES))
+
+    rig.answer(UV_SVM_TERMINATE, UCode.U_SUCCESS)
+    assert await rig.secure.off(0)
+    assert rig.memory.in_state(KvmState.NORMAL) == list(range(N_PAGES))
 
 
 async def test_a_page_call_that_a_reset_overtakes_changes_no_state(rig: Rig) -> None:

@@ -1,15 +1,15 @@
-"""The allowance of audit lines."""
+"""The allowance of lines of a log."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ultravisor.audit_limit import BURST_LINES, LINES_PER_SECOND, AuditLimit
+from services.runtime.line_limit import BURST_LINES, LINES_PER_SECOND, LineLimit
 
 
 def test_a_burst_is_written_and_what_follows_it_is_counted() -> None:
-    limit = AuditLimit(lambda: 5.0)
+    limit = LineLimit(lambda: 5.0)
 
     answers = [limit.admit("vm1", "share") for _ in range(BURST_LINES + 7)]
 
@@ -20,7 +20,7 @@ def test_a_burst_is_written_and_what_follows_it_is_counted() -> None:
 
 def test_the_next_line_that_is_written_tells_how_many_were_left_out() -> None:
     now = [0.0]
-    limit = AuditLimit(lambda: now[0])
+    limit = LineLimit(lambda: now[0])
     for _ in range(BURST_LINES + 3):
         limit.admit("vm1", "share")
 
@@ -31,7 +31,7 @@ def test_the_next_line_that_is_written_tells_how_many_were_left_out() -> None:
 
 
 def test_one_vm_or_event_takes_nothing_from_another() -> None:
-    limit = AuditLimit(lambda: 0.0)
+    limit = LineLimit(lambda: 0.0)
     for _ in range(BURST_LINES + 1):
         limit.admit("vm1", "share")
 
@@ -42,7 +42,7 @@ def test_one_vm_or_event_takes_nothing_from_another() -> None:
 @given(st.lists(st.floats(0, 10), max_size=2000))
 def test_s5_never_more_lines_than_the_allowance(pauses: list[float]) -> None:
     now = [0.0]
-    limit = AuditLimit(lambda: now[0])
+    limit = LineLimit(lambda: now[0])
     written = 0
     for pause in pauses:
         now[0] += pause
