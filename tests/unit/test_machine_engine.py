@@ -682,6 +682,27 @@ def test_save_and_load_keep_every_register() -> None:
     assert other.engine.save() == saved
 
 
+def test_carry_overflow_and_the_rest_of_xer_go_with_a_saved_processor() -> None:
+    xer = 0xE00C_007F
+    rig = MachineRig()
+    rig.run(*asm.load64(R4, xer), asm.mtspr(Spr.XER, R4), DONE, asm.mfspr(R9, Spr.XER), DONE)
+    rig.engine.resume([0])
+    other = MachineRig()
+    other.ram[:] = rig.ram[:]
+    other.engine.load(rig.engine.save())
+    other.until_exit()
+
+    assert other.gpr[R9] == xer
+
+
+def test_a_start_forgets_carry_and_overflow() -> None:
+    rig = MachineRig()
+    rig.run(*asm.load64(R4, 0xE00C_0000), asm.mtspr(Spr.XER, R4), DONE)
+    rig.run(asm.mfspr(R9, Spr.XER), DONE)
+
+    assert rig.gpr[R9] == 0
+
+
 def test_a_start_forgets_everything() -> None:
     rig = MachineRig()
     rig.run(*load_msr(R4, Msr.SF | Msr.ME | Msr.FP), asm.mtmsrd(R4), asm.mtspr(Spr.SPRG0, R4), DONE)
