@@ -103,6 +103,56 @@ def test_what_an_instruction_raises_goes_to_its_vector(word: int, vector: Vector
     assert rig.msr == Msr.SF | Msr.ME
 
 
+@pytest.mark.parametrize("word", [asm.NOP, asm.ISYNC, asm.li(R9, 1), asm.std(R9, 0, R4), asm.mtspr(Spr.SPRG0, R4)])
+def test_a_traced_instruction_is_done_and_followed_by_a_trace_interrupt(word: int) -> None:
+    rig = MachineRig()
+    handler(rig, Vector.TRACE, DONE)
+    rig.begin(word, DONE, gprs={R4: 0x30000})
+    rig.engine._registers.msr = Msr.SF | Msr.ME | Msr.SE
+    rig.until_exit()
+
+    assert rig.engine._registers.pc == Vector.TRACE + 4
+    assert rig.spr(Spr.SRR0) == ENTRY + 4
+    assert rig.spr(Spr.SRR1) == Msr.SF | Msr.ME | Msr.SE
+    assert rig.n_instructions == 2
+
+
+def test_a_traced_instruction_that_the_engine_cannot_do_itself_is_followed_by_one_too() -> None:
+    rig = MachineRig()
+    handler(rig, Vector.TRACE, DONE)
+    rig.begin(asm.mfmsr(R9), DONE, secure=True)
+    rig.engine._registers.msr = Msr.SF | Msr.ME | Msr.SE
+    rig.until_exit()
+
+    assert rig.engine._registers.pc == Vector.TRACE + 4
+    assert (rig.spr(Spr.SRR0), rig.gpr[R9]) == (ENTRY + 4, Msr.SF | Msr.ME | Msr.SE | Msr.S)
+
+
+def test_a_traced_access_to_a_device_is_followed_by_one_too() -> None:
+    rig = MachineRig()
+    handler(rig, Vector.TRACE, DONE)
+    rig.begin(asm.lwz(R9, 0, R4), DONE, gprs={R4: DEVICE})
+    rig.engine._registers.msr = Msr.SF | Msr.ME | Msr.SE
+    assert rig.until_exit() == MmioLoad(DEVICE, 4)
+    rig.engine.resume([0, 5])
+    rig.until_exit()
+
+    assert rig.engine._registers.pc == Vector.TRACE + 4
+    assert rig.spr(Spr.SRR0) == ENTRY + 4
+
+
+@pytest.mark.parametrize("traced", [Msr.SE, Msr.BE])
+def test_a_traced_branch_is_interrupted_where_it_leads(traced: Msr) -> None:
+    rig = MachineRig()
+    handler(rig, Vector.TRACE, DONE)
+    rig.begin(asm.b(2), asm.TRAP, DONE)
+    rig.engine._registers.msr = Msr.SF | Msr.ME | traced
+    rig.until_exit()
+
+    assert rig.engine._registers.pc == Vector.TRACE + 4
+    assert rig.spr(Spr.SRR0) == ENTRY + 8
+
+
 def test_the_processor_says_which_process_runs() -> None:
     rig = MachineRig()
     assert rig.engine.pidr == 0

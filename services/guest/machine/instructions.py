@@ -37,6 +37,7 @@ class EngineException(IntEnum):
     PROGRAM = 6
     FP_UNAVAILABLE = 7
     SYSTEM_CALL = 8
+    TRACE = 68
     VMX_UNAVAILABLE = 73
     VSX_UNAVAILABLE = 94
     FACILITY_UNAVAILABLE = 95
@@ -96,6 +97,9 @@ class Instructions:
             self._program(at, self._registers.error_code)
         elif number in _UNAVAILABLE:
             self._interrupts.deliver(_UNAVAILABLE[EngineException(number)], at)
+        elif number == EngineException.TRACE:
+            # Of the instruction before, wherever that led.
+            self._interrupts.deliver(Vector.TRACE, at)
         elif number in (EngineException.ALIGNMENT, EngineException.DATA_STORAGE):
             address = effective_address(self._word_at(at), self._registers.gpr) or 0
             if number == EngineException.ALIGNMENT:
@@ -125,12 +129,14 @@ class Instructions:
         msr = registers.msr
         if msr & Msr.PR:
             self._interrupts.deliver(Vector.PROGRAM, at, Srr1.PRIVILEGED)
-        elif is_mtpidr(word):
+            return True
+        if is_mtpidr(word):
             self._switch_process(registers.gpr[word >> 21 & 31])
         elif is_mfmsr(word):
             registers.gpr[word >> 21 & 31] = msr | (Msr.S if self._interrupts.secure else 0)
         else:
             registers.gpr[word >> 21 & 31] = self._time.ticks() & _MASK64
+        self._interrupts.done_outside()
         return True
 
     def _program(self, at: int, error_code: int) -> None:

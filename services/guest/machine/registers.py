@@ -24,6 +24,10 @@ class Msr(IntEnum):
     """Problem state: user mode."""
     FP = 1 << 13
     ME = 1 << 12
+    SE = 1 << 10
+    """A trace interrupt behind each instruction."""
+    BE = 1 << 9
+    """A trace interrupt behind each branch."""
     IR = 1 << 5
     """Fetches are translated."""
     DR = 1 << 4

@@ -65,6 +65,8 @@ extern volatile struct frame trapped;
 /* How often each vector was taken, by vector / 0x20. */
 extern volatile u64 taken[128];
 
+/* What is added to the address that an attempt's function returns to. */
+extern u64 attempt_offset;
 u64 attempt(void *function, u64 a, u64 b, u64 msr);
 /* attempt() in problem state: translation is on, and the function has no memory of its own but what it is given. */
 u64 try_as_user(void *function, u64 a, u64 b);

@@ -159,6 +159,18 @@ static void problem_state(void)
     check("facility-available", !trapped.vector, "vector", trapped.vector);
 }
 
+/* As a debugger of the guest steps its processes. */
+static void traced(void)
+{
+    trapped.vector = 0;
+    attempt_offset = USER_OFFSET;
+    attempt((char *)do_nothing + USER_OFFSET, 0, 0, (mfmsr() & ~MSR_FP) | MSR_PR | MSR_EE | MSR_IR | MSR_DR | MSR_SE);
+    attempt_offset = 0;
+    expect("user-step-0xd00", 0xd00, (u64)do_nothing + 4 + USER_OFFSET);
+    check("user-step-msr", (trapped.srr1 & MSR_SE) != 0, "srr1", trapped.srr1);
+    check_is("step-ends-in-handler", trapped.msr & MSR_SE, 0);
+}
+
 static void vectored_calls(void)
 {
     u64 msr = mfmsr();
@@ -211,6 +223,7 @@ int program(void)
     mmu_on();
     translation_faults();
     problem_state();
+    traced();
     decrementer();
     external();
     with_translation();
