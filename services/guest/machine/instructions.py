@@ -156,17 +156,20 @@ class Instructions:
         elif word == _RFSCV:
             self._rfscv(at)
         elif word & _SPR_MASK in (_MFSPR, _MTSPR) and _spr(word) == _USER_DSCR:
-            self._user_dscr(word)
+            self._user_dscr(word, at)
         else:
             return False
         return True
 
     def _scv(self, level: int, at: int) -> None:
-        spr = self._registers.spr
-        if spr[Spr.FSCR] & Fscr.SCV:
+        if self._registers.spr[Spr.FSCR] & Fscr.SCV:
             self._interrupts.system_call_vectored(level, at + WORD_BYTES)
-            return
-        spr[Spr.FSCR] = spr[Spr.FSCR] & (1 << 56) - 1 | Fscr.SCV.cause
+        else:
+            self._unavailable(Fscr.SCV, at)
+
+    def _unavailable(self, facility: Fscr, at: int) -> None:
+        spr = self._registers.spr
+        spr[Spr.FSCR] = spr[Spr.FSCR] & (1 << 56) - 1 | facility.cause
         self._interrupts.deliver(Vector.FACILITY_UNAVAILABLE, at)
 
     def _rfscv(self, at: int) -> None:
@@ -177,13 +180,17 @@ class Instructions:
         registers.pc = registers.lr & ~3
         registers.msr = registers.ctr & ~Msr.S | registers.msr & Msr.ME
 
-    def _user_dscr(self, word: int) -> None:
+    def _user_dscr(self, word: int, at: int) -> None:
         """The engine lets only the kernel at DSCR; the user's name for it is the same register."""
         registers = self._registers
+        if registers.msr & Msr.PR and not registers.spr[Spr.FSCR] & Fscr.DSCR:
+            self._unavailable(Fscr.DSCR, at)
+            return
         if word & _SPR_MASK == _MTSPR:
             registers.spr[_DSCR] = registers.gpr[word >> 21 & 31]
         else:
             registers.gpr[word >> 21 & 31] = registers.spr[_DSCR]
+        self._interrupts.done_outside()
 
 
 def _spr(word: int) -> int:

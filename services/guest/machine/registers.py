@@ -100,6 +100,8 @@ class Srr1(IntEnum):
 class Fscr(IntEnum):
     """Facilities that the kernel enables for its user programs."""
 
+    DSCR = 1 << 2
+    """By its number for users."""
     SCV = 1 << 12
 
     @property

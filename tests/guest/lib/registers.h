@@ -2,6 +2,7 @@
 #ifndef REGISTERS_H
 #define REGISTERS_H
 
+#define SPR_DSCR 17
 #define SPR_DSISR 18
 #define SPR_DAR 19
 #define SPR_DEC 22
