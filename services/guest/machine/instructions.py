@@ -12,7 +12,7 @@ from services.guest.machine.accesses import effective_address
 from services.guest.machine.code_pages import TRAP_LEVEL, is_mfmsr, is_mfpurr, is_mtpidr
 from services.guest.machine.interrupts import Interrupts, Vector
 from services.guest.machine.register_file import RegisterFile
-from services.guest.machine.registers import Fscr, Msr, Spr, Srr1
+from services.guest.machine.registers import Dsisr, Fscr, Msr, Spr, Srr1
 from services.guest.machine.time_base import TimeBase
 
 WORD_BYTES = 4
@@ -105,7 +105,7 @@ class Instructions:
             if number == EngineException.ALIGNMENT:
                 self._interrupts.alignment(at, address)
             else:
-                self._interrupts.data_storage(at, address, 0)
+                self._interrupts.data_storage(at, address, Dsisr.BAD_ATOMIC)
         else:
             return False
         return True

@@ -84,6 +84,8 @@ class Dsisr(IntEnum):
     """Of fetches: not executable, or guarded."""
     PROTECTION = 0x0800_0000
     STORE = 0x0200_0000
+    BAD_ATOMIC = 0x0000_0004
+    """An atomic memory operation whose function code means nothing."""
     BAD_CONFIGURATION = 0x0008_0000
     """A radix tree whose entries contradict each other, or lie outside memory."""
 
