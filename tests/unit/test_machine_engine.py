@@ -162,6 +162,13 @@ def test_the_processor_says_which_process_runs() -> None:
     assert rig.engine.pidr == 42
 
 
+def test_the_number_of_a_process_has_32_bits() -> None:
+    rig = MachineRig()
+    rig.run(*asm.load64(R4, 0x5_0000_0001), asm.mtspr(Spr.PIDR, R4), asm.mfspr(R9, Spr.PIDR), asm.SC1)
+
+    assert rig.gpr[R9] == rig.engine.pidr == 1
+
+
 def test_an_illegal_instruction_is_named_to_the_operator() -> None:
     rig = MachineRig()
     handler(rig, Vector.PROGRAM, DONE)

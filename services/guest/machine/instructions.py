@@ -17,6 +17,7 @@ from services.guest.machine.time_base import TimeBase
 
 WORD_BYTES = 4
 _MASK64 = (1 << 64) - 1
+_MASK32 = (1 << 32) - 1
 _SCV = 0x44000001
 _SCV_MASK = 0xFFFFF01F
 _RFSCV = 0x4C0000A4
@@ -131,7 +132,7 @@ class Instructions:
             self._interrupts.deliver(Vector.PROGRAM, at, Srr1.PRIVILEGED)
             return True
         if is_mtpidr(word):
-            self._switch_process(registers.gpr[word >> 21 & 31])
+            self._switch_process(registers.gpr[word >> 21 & 31] & _MASK32)
         elif is_mfmsr(word):
             registers.gpr[word >> 21 & 31] = msr | (Msr.S if self._interrupts.secure else 0)
         else:
