@@ -572,6 +572,16 @@ def test_scv_goes_to_its_own_vector_and_rfscv_returns() -> None:
     assert rig.gpr[R9 : R10 + 1] == [9, 10]
 
 
+def test_scv_in_real_mode_goes_to_its_real_vector_whatever_ail_says() -> None:
+    rig = MachineRig()
+    rig.put(0x17000, DONE)
+    rig.begin(*asm.load64(R4, Fscr.SCV), asm.mtspr(Spr.FSCR, R4), asm.scv(0))
+    rig.engine._interrupts.ail = 3
+    rig.engine.run(SLICE_NS)
+
+    assert rig.engine._registers.pc == 0x17004
+
+
 def test_scv_that_the_kernel_did_not_enable_is_unavailable() -> None:
     rig = MachineRig()
     handler(rig, Vector.FACILITY_UNAVAILABLE, asm.mfspr(R9, Spr.FSCR), DONE)

@@ -104,7 +104,7 @@ class Interrupts:
         msr = registers.msr
         registers.lr = after
         registers.ctr = msr & SRR1_FROM_MSR | (_S if self.secure else 0)
-        relocated = self.ail == AIL_RELOCATED
+        relocated = self.ail == AIL_RELOCATED and msr & _RELOCATION == _RELOCATION
         registers.msr = self._new_msr(msr & _KEPT_BY_SCV, relocated)
         registers.pc = (SCV_RELOCATED_BASE if relocated else SCV_BASE) + level * SCV_STEP
 
