@@ -540,6 +540,23 @@ def test_mfmsr_shows_the_secure_bit_of_a_secure_vm(secure: bool) -> None:
     assert rig.gpr[R9] == rig.gpr[R10] == Msr.SF | Msr.ME | (Msr.S if secure else 0)
 
 
+def test_mfmsr_shows_the_secure_bit_in_both_byte_orders_of_one_page() -> None:
+    rig = MachineRig()
+    little = ENTRY + 0x100
+    rig.put(little, asm.mfmsr(R10), DONE, little_endian=True)
+    rig.run(
+        *asm.load64(R4, little),
+        asm.mtspr(Spr.SRR0, R4),
+        asm.mfmsr(R9),
+        asm.ori(R5, R9, Msr.LE),
+        asm.mtspr(Spr.SRR1, R5),
+        asm.RFID,
+        secure=True,
+    )
+
+    assert (rig.gpr[R9], rig.gpr[R10]) == (Msr.SF | Msr.ME | Msr.S, Msr.SF | Msr.ME | Msr.S | Msr.LE)
+
+
 def test_a_shadowed_page_reads_as_the_guest_wrote_it() -> None:
     rig = MachineRig()
     rig.run(asm.mfmsr(R9), *asm.load64(R4, ENTRY), asm.lwz(R5, 0, R4), DONE, secure=True)

@@ -129,11 +129,15 @@ class CodePages:
         slot = self._shadows.get(page, {}).get((little_endian, stops))
         if slot is not None:
             return slot
+        # The guest may change its byte order within a page, and the engine asks for no page because of that.
+        other = trap_places(content, little_endian=not little_endian, hide_msr=self.hide_msr)
         places = trap_places(content, little_endian=little_endian, hide_msr=self.hide_msr)
-        if not places and not stops and page not in self._stale:
+        if not places and not other and not stops and page not in self._stale:
             self._plain.add((page, little_endian))
             return page
-        return self._keep(page, (little_endian, stops), self._shadow(content, [*places, *stops], little_endian))
+        copy = _with_traps(content, other, not little_endian)
+        copy = _with_traps(copy, [*places, *stops], little_endian)
+        return self._keep(page, (little_endian, stops), self._take_slot(copy))
 
     def fetch_one(self, page: int, offset: int, *, little_endian: bool) -> int:
         """As `fetch`, of a page that has only its instruction at `offset`, and traps else. Raises ShadowsFull."""
@@ -207,12 +211,6 @@ class CodePages:
         self._writable.add(page)
         return True
 
-    def _shadow(self, content: bytes, places: list[int], little_endian: bool) -> int:
-        copy = bytearray(content)
-        for place in places:
-            copy[place : place + 4] = _trap(little_endian)
-        return self._take_slot(bytes(copy))
-
     def _take_slot(self, content: bytes) -> int:
         if self.n_shadows == N_SLOTS:
             raise ShadowsFull
@@ -220,6 +218,13 @@ class CodePages:
         self._memory.shadow[start : start + CODE_PAGE_BYTES] = content
         self.n_shadows += 1
         return SHADOW_BASE + start
+
+
+def _with_traps(content: bytes, places: list[int], little_endian: bool) -> bytes:
+    copy = bytearray(content)
+    for place in places:
+        copy[place : place + 4] = _trap(little_endian)
+    return bytes(copy)
 
 
 def _trap(little_endian: bool) -> bytes:
