@@ -49,7 +49,7 @@ def test_what_cannot_run_is_refused_with_one_line(
     assert result.exit_code == 125
 
 
-@pytest.mark.parametrize("words", [("--timeout", "0"), ("--time", "sundial"), ("--frob",)])
+@pytest.mark.parametrize("words", [("--timeout", "0"), ("--timeout", "nan"), ("--time", "sundial"), ("--frob",)])
 def test_a_wrong_command_line_has_status_2(words: tuple[str, ...], tmp_path: Path) -> None:
     result = CliRunner().invoke(run, [str(tmp_path / "program.elf"), *words])
 
