@@ -37,6 +37,9 @@ def refused(data: bytes | None, tmp_path: Path, *words: str) -> Result:
         (elf_file(), ("--memory", "much"), '--memory: "much" is no size'),
         (elf_file(), ("--memory", "1M"), "--memory: 1M is not possible; allowed: 16777216 to"),
         (elf_file(entry=VIRTUAL + BASE + 4), ("--secure",), "a secure program starts at its first byte"),
+        (elf_file(), ("--append", "\udcff"), "--append: is no UTF-8 text"),
+        (elf_file(), ("--append", "\udcff", "--secure"), "--append: is no UTF-8 text"),
+        (elf_file(), ("--initrd", "disk-\udcff"), "disk-?: is no UTF-8 text"),
         (SMALL_PAGES, ("--secure",), "no CONFIG_PPC_64K_PAGES: it counts pages of 4 KiB"),
     ],
 )
