@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from deploy.cli_support import json_option, parse_size
+from deploy.cli_support import NumberRange, json_option, parse_size
 
 _TIMES = ("instructions", "wall")
 
@@ -19,7 +19,7 @@ _TIMES = ("instructions", "wall")
 @click.option("--initrd", type=click.Path(path_type=Path), help="Initial RAM disk: /chosen/linux,initrd-start.")
 @click.option("--memory", default="64M", show_default=True, help="RAM of the VM.")
 @click.option("--time", "time", type=click.Choice(_TIMES), default=_TIMES[0], show_default=True, help="Its clock.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="End it after that.")
+@click.option("--timeout", type=NumberRange(min=0, min_open=True), metavar="SECONDS", help="End it after that.")
 @json_option
 def run(
     program: Path,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,6 +19,17 @@ state_option = click.option(
     "--state", "state_dir", type=click.Path(path_type=Path), help="State directory of a cluster that is down."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+
+
+class NumberRange(click.FloatRange):
+    """As click's, without NaN, which no comparison keeps out."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        """As click.ParamType."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is no number", param, ctx)
+        return number
 
 
 class LazyGroup(click.Group):

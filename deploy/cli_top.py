@@ -7,7 +7,7 @@ import time
 
 import click
 
-from deploy.cli_support import cluster_option, json_option
+from deploy.cli_support import NumberRange, cluster_option, json_option
 from deploy.client import LauncherClient, connect
 from deploy.top import Frame, Look
 
@@ -16,7 +16,7 @@ _FIRST_SECONDS = 0.5
 
 
 @click.command("top")
-@click.option("--interval", type=click.FloatRange(min=0.1, max=3600), default=1.0, show_default=True, help="Seconds.")
+@click.option("--interval", type=NumberRange(min=0.1, max=3600), default=1.0, show_default=True, help="Seconds.")
 @click.option("--once", is_flag=True, help="Print one frame, with the rates of one interval, and end.")
 @cluster_option
 @json_option

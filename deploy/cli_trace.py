@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from deploy.cli_support import cluster_option, json_option, state_dir_of, state_option
+from deploy.cli_support import NumberRange, cluster_option, json_option, state_dir_of, state_option
 from deploy.client import connect
 from deploy.run_dirs import Paths, choose_cluster, runtime_root
 from deploy.trace.filters import Filter, check_names, make_filter
@@ -59,7 +59,7 @@ def trace() -> None:
 
 @trace.command("record")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--seconds", type=click.FloatRange(min=0.0), help="Record for so long; default: until Ctrl-C.")
+@click.option("--seconds", type=NumberRange(min=0.0), help="Record for so long; default: until Ctrl-C.")
 @click.option("--process", metavar="NAME", help="Only this process, or those of a host or VM.")
 @cluster_option
 def record(directory: Path, seconds: float | None, process: str | None, cluster: str | None) -> None:

@@ -18,6 +18,7 @@ from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES
 from services.runtime.first_error import first_error_nursery
 from shared.elf_program import Program
+from shared.terminal_text import one_line
 
 STATUS_TIMEOUT = 124
 STATUS_FAILED = 125
@@ -84,12 +85,23 @@ def check_program(path: Path, memory_bytes: int) -> Program:
 def run_program(order: RunOrder, out: Out) -> RunReport:
     """Run it to its end, everything cleaned up; raises UserError for what cannot be started."""
     program = check_program(order.program, order.memory_bytes)
+    _check_texts(order)
     with tempfile.TemporaryDirectory(prefix="pefbox-run-") as directory:
         state_dir = Path(directory)
         blob = program_blob(program, order, state_dir) if order.secure else None
         cluster_file = state_dir / "run.toml"
         cluster_file.write_text(cluster_text(order, blob))
         return trio.run(_run, order, cluster_file, state_dir, out)
+
+
+def _check_texts(order: RunOrder) -> None:
+    """Cluster files and device trees hold UTF-8; raises UserError."""
+    paths = [path.absolute() for path in (order.program, order.initrd) if path is not None]
+    for what, text in (("--append", order.command_line), *((one_line(str(path)), str(path)) for path in paths)):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{what}: is no UTF-8 text") from None
 
 
 def cluster_text(order: RunOrder, blob: Path | None) -> str:

@@ -16,6 +16,7 @@ from elftools.elf.elffile import ELFFile
 MAX_PROGRAM_BYTES = 1 << 30
 
 ELF_MAGIC = b"\x7fELF"
+_INSTRUCTION_BYTES = 4
 _MACHINE = "EM_PPC64"
 
 
@@ -59,6 +60,8 @@ def _read(elf: Any) -> Program:  # noqa: ANN401  (pyelftools has no types)
     segments = [segment for segment in elf.iter_segments("PT_LOAD") if segment["p_memsz"]]
     if not segments:
         raise ValueError("has no segment to load")
+    if any(segment["p_filesz"] > segment["p_memsz"] for segment in segments):
+        raise ValueError("is a broken ELF file: a segment is longer in the file than in memory")
     base = min(segment["p_paddr"] for segment in segments)
     end = max(segment["p_paddr"] + segment["p_memsz"] for segment in segments)
     if end - base > MAX_PROGRAM_BYTES:
@@ -70,7 +73,7 @@ def _flatten(segments: list[Any], base: int) -> bytes:
     image = bytearray(max(segment["p_paddr"] + segment["p_filesz"] for segment in segments) - base)
     for segment in segments:
         content = segment.data()
-        if len(content) != segment["p_filesz"] or segment["p_filesz"] > segment["p_memsz"]:
+        if len(content) != segment["p_filesz"]:
             raise ValueError("is a broken ELF file: a segment is cut off")
         at = segment["p_paddr"] - base
         image[at : at + len(content)] = content
@@ -79,6 +82,8 @@ def _flatten(segments: list[Any], base: int) -> bytes:
 
 def _entry(elf: Any, segments: list[Any]) -> int:  # noqa: ANN401
     entry = int(elf.header["e_entry"])
+    if entry % _INSTRUCTION_BYTES:
+        raise ValueError(f"starts at {entry:#x}, where no instruction can be")
     for segment in segments:
         offset = entry - segment["p_vaddr"]
         if 0 <= offset < segment["p_filesz"]:

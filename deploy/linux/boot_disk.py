@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from deploy.linux.partitions import ALIGN_BYTES, Partition, PartitionType, lay_out, mbr, rounded
+from deploy.linux.partitions import ALIGN_BYTES, MAX_DISK_BYTES, Partition, PartitionType, lay_out, mbr, rounded
 from protocol.errors import ImageRefused, UserError
 from shared.elf_program import read_program
 from shared.newc import file_in_archive
@@ -98,6 +98,8 @@ def write_boot_disk(disk: Path, vmlinux: Path, root: Path, root_bytes: int | Non
         kernel = _kernel_of(vmlinux)
         n_root_bytes = _root_bytes(root, root_bytes)
         parts = lay_out([(PartitionType.PREP_BOOT, len(kernel)), (PartitionType.LINUX, n_root_bytes)])
+        if parts[-1].end > MAX_DISK_BYTES:
+            raise UserError(f"{root}: its partition ends behind {MAX_DISK_BYTES >> 40} TiB, where its table ends")
         with _making(disk) as making:
             _write(making, parts, kernel, root)
             n_bytes = making.stat().st_size

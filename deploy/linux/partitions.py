@@ -10,6 +10,8 @@ from enum import IntEnum
 SECTOR_BYTES = 512
 ALIGN_BYTES = 1 << 20
 MAX_PARTITIONS = 4
+MAX_DISK_BYTES = SECTOR_BYTES << 32
+"""An entry has 32 bits for a sector's number."""
 _TABLE_AT = 446
 _ENTRY = struct.Struct("<B3sB3sII")
 _NO_CYLINDERS = b"\xfe\xff\xff"

@@ -33,6 +33,8 @@ REPEATABLE_START_NS = REPEATABLE_START_SECONDS * NS_PER_SECOND
 """2026-01-01: Linux seeds its random numbers with the time of day, and lays out programs by them."""
 READING_NS = 10_000_000
 """Whoever waits for the clock's next second must not wait for ever."""
+MAX_CLOCK_OFFSET_NS = 9 * 10**18
+"""285 years, which a saved state has 64 bits for; readings add to it."""
 CPU_RUNNING = 2
 CPU_STOPPED = 0
 
@@ -190,7 +192,10 @@ class RtasServices:
             raise RtasError(RtasStatus.PARAMETER_ERROR) from None
         if ns >= NS_PER_SECOND:
             raise RtasError(RtasStatus.PARAMETER_ERROR)
-        self.clock_offset_ns = int(moment.timestamp()) * NS_PER_SECOND + ns - self._wall_ns()
+        offset_ns = int(moment.timestamp()) * NS_PER_SECOND + ns - self._wall_ns()
+        if abs(offset_ns) > MAX_CLOCK_OFFSET_NS:
+            raise RtasError(RtasStatus.PARAMETER_ERROR)
+        self.clock_offset_ns = offset_ns
         return []
 
     def _wall_ns(self) -> int:

@@ -147,13 +147,16 @@ def test_what_firmware_could_not_start_is_refused(name: str, tmp_path: Path, ker
 
 
 def test_what_is_missing_or_in_the_way_is_named(tmp_path: Path, kernel: Path, root_image: Path) -> None:
-    nowhere, empty = tmp_path / "nowhere", tmp_path / "empty"
+    nowhere, empty, large = tmp_path / "nowhere", tmp_path / "empty", tmp_path / "large"
     empty.touch()
+    large.touch()
+    os.truncate(large, 2 << 40)
     good: list[str | Path] = ["--kernel", kernel, "--root", root_image]
 
     refused(tmp_path, nowhere, "No such file", "--kernel", nowhere, "--root", root_image)
     refused(tmp_path, nowhere, "No such file", "--kernel", kernel, "--root", nowhere)
     refused(tmp_path, empty, "is empty", "--kernel", kernel, "--root", empty)
+    refused(tmp_path, large, "its partition ends behind 2 TiB", "--kernel", kernel, "--root", large)
     refused(tmp_path, root_image, "--root-size is for a directory", *good, "--root-size", "20M")
     refused(tmp_path, "--root-size", '"lots" is no size', *good, "--root-size", "lots")
     refused(tmp_path, tmp_path, "Is a directory", "--kernel", tmp_path, "--root", root_image)

@@ -93,6 +93,17 @@ def test_steps_and_runs_take_turns(rig: MachineRig) -> None:
     assert isinstance(rig.until_exit(), Hypercall)
 
 
+def test_a_breakpoint_holds_in_both_byte_orders_of_its_page(rig: MachineRig) -> None:
+    there = ENTRY + 0x100
+    rig.put(there, li(5, 5), *GET_TCE, little_endian=True)
+    points(rig, at(there))
+    rig.begin(*load64(4, there), mtspr(Spr.SRR0, 4), mfmsr(4), addi(4, 4, 1), mtspr(Spr.SRR1, 4), RFID)
+
+    assert rig.until_exit() is Pause.TRAP
+    assert (rig.engine.debug.pc, rig.gpr[5]) == (there, 0)
+    assert (step(rig), rig.gpr[5]) == (0x104, 5)
+
+
 def test_a_step_goes_into_another_page_and_back(rig: MachineRig) -> None:
     rig.put(OTHER_PAGE, li(5, 5), b((ENTRY + 4 - OTHER_PAGE - 4) // 4))
     rig.begin(b((OTHER_PAGE - ENTRY) // 4), li(6, 6))

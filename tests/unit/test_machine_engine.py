@@ -103,6 +103,56 @@ def test_what_an_instruction_raises_goes_to_its_vector(word: int, vector: Vector
     assert rig.msr == Msr.SF | Msr.ME
 
 
+@pytest.mark.parametrize("word", [asm.NOP, asm.ISYNC, asm.li(R9, 1), asm.std(R9, 0, R4), asm.mtspr(Spr.SPRG0, R4)])
+def test_a_traced_instruction_is_done_and_followed_by_a_trace_interrupt(word: int) -> None:
+    rig = MachineRig()
+    handler(rig, Vector.TRACE, DONE)
+    rig.begin(word, DONE, gprs={R4: 0x30000})
+    rig.engine._registers.msr = Msr.SF | Msr.ME | Msr.SE
+    rig.until_exit()
+
+    assert rig.engine._registers.pc == Vector.TRACE + 4
+    assert rig.spr(Spr.SRR0) == ENTRY + 4
+    assert rig.spr(Spr.SRR1) == Msr.SF | Msr.ME | Msr.SE
+    assert rig.n_instructions == 2
+
+
+def test_a_traced_instruction_that_the_engine_cannot_do_itself_is_followed_by_one_too() -> None:
+    rig = MachineRig()
+    handler(rig, Vector.TRACE, DONE)
+    rig.begin(asm.mfmsr(R9), DONE, secure=True)
+    rig.engine._registers.msr = Msr.SF | Msr.ME | Msr.SE
+    rig.until_exit()
+
+    assert rig.engine._registers.pc == Vector.TRACE + 4
+    assert (rig.spr(Spr.SRR0), rig.gpr[R9]) == (ENTRY + 4, Msr.SF | Msr.ME | Msr.SE | Msr.S)
+
+
+def test_a_traced_access_to_a_device_is_followed_by_one_too() -> None:
+    rig = MachineRig()
+    handler(rig, Vector.TRACE, DONE)
+    rig.begin(asm.lwz(R9, 0, R4), DONE, gprs={R4: DEVICE})
+    rig.engine._registers.msr = Msr.SF | Msr.ME | Msr.SE
+    assert rig.until_exit() == MmioLoad(DEVICE, 4)
+    rig.engine.resume([0, 5])
+    rig.until_exit()
+
+    assert rig.engine._registers.pc == Vector.TRACE + 4
+    assert rig.spr(Spr.SRR0) == ENTRY + 4
+
+
+@pytest.mark.parametrize("traced", [Msr.SE, Msr.BE])
+def test_a_traced_branch_is_interrupted_where_it_leads(traced: Msr) -> None:
+    rig = MachineRig()
+    handler(rig, Vector.TRACE, DONE)
+    rig.begin(asm.b(2), asm.TRAP, DONE)
+    rig.engine._registers.msr = Msr.SF | Msr.ME | traced
+    rig.until_exit()
+
+    assert rig.engine._registers.pc == Vector.TRACE + 4
+    assert rig.spr(Spr.SRR0) == ENTRY + 8
+
+
 def test_the_processor_says_which_process_runs() -> None:
     rig = MachineRig()
     assert rig.engine.pidr == 0
@@ -110,6 +160,13 @@ def test_the_processor_says_which_process_runs() -> None:
     rig.run(asm.li(R4, 42), asm.mtspr(Spr.PIDR, R4), asm.SC1)
 
     assert rig.engine.pidr == 42
+
+
+def test_the_number_of_a_process_has_32_bits() -> None:
+    rig = MachineRig()
+    rig.run(*asm.load64(R4, 0x5_0000_0001), asm.mtspr(Spr.PIDR, R4), asm.mfspr(R9, Spr.PIDR), asm.SC1)
+
+    assert rig.gpr[R9] == rig.engine.pidr == 1
 
 
 def test_an_illegal_instruction_is_named_to_the_operator() -> None:
@@ -483,6 +540,23 @@ def test_mfmsr_shows_the_secure_bit_of_a_secure_vm(secure: bool) -> None:
     assert rig.gpr[R9] == rig.gpr[R10] == Msr.SF | Msr.ME | (Msr.S if secure else 0)
 
 
+def test_mfmsr_shows_the_secure_bit_in_both_byte_orders_of_one_page() -> None:
+    rig = MachineRig()
+    little = ENTRY + 0x100
+    rig.put(little, asm.mfmsr(R10), DONE, little_endian=True)
+    rig.run(
+        *asm.load64(R4, little),
+        asm.mtspr(Spr.SRR0, R4),
+        asm.mfmsr(R9),
+        asm.ori(R5, R9, Msr.LE),
+        asm.mtspr(Spr.SRR1, R5),
+        asm.RFID,
+        secure=True,
+    )
+
+    assert (rig.gpr[R9], rig.gpr[R10]) == (Msr.SF | Msr.ME | Msr.S, Msr.SF | Msr.ME | Msr.S | Msr.LE)
+
+
 def test_a_shadowed_page_reads_as_the_guest_wrote_it() -> None:
     rig = MachineRig()
     rig.run(asm.mfmsr(R9), *asm.load64(R4, ENTRY), asm.lwz(R5, 0, R4), DONE, secure=True)
@@ -513,6 +587,16 @@ def test_scv_goes_to_its_own_vector_and_rfscv_returns() -> None:
     rig.run(*asm.load64(R4, Fscr.SCV), asm.mtspr(Spr.FSCR, R4), asm.scv(3), asm.li(R10, 10), DONE)
 
     assert rig.gpr[R9 : R10 + 1] == [9, 10]
+
+
+def test_scv_in_real_mode_goes_to_its_real_vector_whatever_ail_says() -> None:
+    rig = MachineRig()
+    rig.put(0x17000, DONE)
+    rig.begin(*asm.load64(R4, Fscr.SCV), asm.mtspr(Spr.FSCR, R4), asm.scv(0))
+    rig.engine._interrupts.ail = 3
+    rig.engine.run(SLICE_NS)
+
+    assert rig.engine._registers.pc == 0x17004
 
 
 def test_scv_that_the_kernel_did_not_enable_is_unavailable() -> None:
@@ -680,6 +764,27 @@ def test_save_and_load_keep_every_register() -> None:
     other.engine.load(saved)
 
     assert other.engine.save() == saved
+
+
+def test_carry_overflow_and_the_rest_of_xer_go_with_a_saved_processor() -> None:
+    xer = 0xE00C_007F
+    rig = MachineRig()
+    rig.run(*asm.load64(R4, xer), asm.mtspr(Spr.XER, R4), DONE, asm.mfspr(R9, Spr.XER), DONE)
+    rig.engine.resume([0])
+    other = MachineRig()
+    other.ram[:] = rig.ram[:]
+    other.engine.load(rig.engine.save())
+    other.until_exit()
+
+    assert other.gpr[R9] == xer
+
+
+def test_a_start_forgets_carry_and_overflow() -> None:
+    rig = MachineRig()
+    rig.run(*asm.load64(R4, 0xE00C_0000), asm.mtspr(Spr.XER, R4), DONE)
+    rig.run(asm.mfspr(R9, Spr.XER), DONE)
+
+    assert rig.gpr[R9] == 0
 
 
 def test_a_start_forgets_everything() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from services.guest.exits import Crash, Hypercall, MmioLoad, MmioStore, Pause, Ultracall
 from services.guest.machine.interrupts import Vector
-from services.guest.machine.registers import Msr, Spr
+from services.guest.machine.registers import Dsisr, Msr, Spr
 from tests.unit import power_asm as asm
 from tests.unit.machine_rig import ENTRY, SLICE_NS, MachineRig
 from tests.unit.power_asm import R3, R4
@@ -54,7 +54,23 @@ def test_an_atomic_operation_that_does_not_exist_is_a_storage_interrupt() -> Non
     rig = MachineRig()
     rig.put(Vector.DATA_STORAGE, asm.SC1)
     stdat = EXTENDED << 26 | R3 << 21 | R4 << 16 | 0x1F << 11 | 742 << 1
-    rig.run(*asm.load64(R4, 0x30000), stdat)
+    rig.run(*asm.load64(R4, 0x30000), stdat, gprs={0x1F: 0x1234})
 
     assert rig.engine._registers.pc == Vector.DATA_STORAGE + 4
     assert rig.spr(Spr.SRR0) == ENTRY + 5 * 4
+    assert rig.spr(Spr.DAR) == 0x30000
+    assert rig.spr(Spr.DSISR) == Dsisr.BAD_ATOMIC
+
+
+@pytest.mark.parametrize("extended", [597, 725])
+def test_a_string_instruction_whose_count_is_no_register_names_its_address(extended: int) -> None:
+    rig = MachineRig()
+    rig.put(Vector.ALIGNMENT, asm.SC1)
+    word = EXTENDED << 26 | 5 << 21 | R4 << 16 | 8 << 11 | extended << 1
+    rig.put(ENTRY, word, little_endian=True)
+    rig.engine.start(ENTRY, {R4: 0x30000, 8: 0x1234}, secure=False)
+    rig.engine._registers.msr = STATES[0] | Msr.LE
+    rig.until_exit()
+
+    assert rig.engine._registers.pc == Vector.ALIGNMENT + 4
+    assert rig.spr(Spr.DAR) == 0x30000

@@ -19,6 +19,7 @@ from shared.esm_digest import RTAS_TEXT
 from tests.unit.program_files import BASE, EM_X86_64, ET_DYN, VIRTUAL, elf_file
 
 LIMIT = 15 << 20
+ELF_HEADER_BYTES, FILE_BYTES_AT = 64, 32
 ASSEMBLER = "powerpc64-linux-gnu-as"
 
 
@@ -34,6 +35,13 @@ def test_a_program_lies_at_its_physical_addresses_with_zeros_between(order: str)
     assert program.little_endian == (order == "<")
 
 
+def with_file_bytes(n_bytes: int) -> bytes:
+    """A program whose segment says that it has so much in the file."""
+    at = ELF_HEADER_BYTES + FILE_BYTES_AT
+    data = elf_file()
+    return data[:at] + struct.pack(">Q", n_bytes) + data[at + 8 :]
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -45,7 +53,10 @@ def test_a_program_lies_at_its_physical_addresses_with_zeros_between(order: str)
         (elf_file([]), "has no segment to load"),
         (elf_file(entry=VIRTUAL + 0x100), r"starts at 0xc000000000000100, where nothing is loaded"),
         (elf_file([(BASE, b"x", 8), (1 << 40, b"y", 8)]), "spans"),
-        (elf_file([(BASE, bytes(16), 8)]), "a segment is cut off"),
+        (elf_file([(BASE, bytes(16), 8)]), "a segment is longer in the file than in memory"),
+        (with_file_bytes(1 << 62), "a segment is longer in the file than in memory"),
+        (with_file_bytes(48), "a segment is cut off"),
+        (elf_file(entry=VIRTUAL + BASE + 2), "starts at 0xc000000000400002, where no instruction can be"),
     ],
 )
 def test_a_file_that_is_no_program_is_refused_with_the_reason(data: bytes, reason: str) -> None:

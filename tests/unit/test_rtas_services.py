@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from protocol.roles import Role
 from protocol.rtas import RTAS, SERVED_BY, status_word
 from protocol.startup import DiskEntry
 from services.qemu.board import Board
-from services.qemu.rtas import NVRAM_BYTES, READING_NS
+from services.qemu.rtas import NVRAM_BYTES, READING_NS, RtasState
 from services.qemu.testing import TestPort, TestRam, board_entry
 from services.qemu.virtio_pci import VirtioPciFunction
 from shared.pci import Config
@@ -125,6 +126,15 @@ async def test_with_instruction_time_the_clock_shows_no_time_of_the_host_and_mov
         assert await rig.board.rtas("get-time-of-day", [], 8) == [OK, 2026, 1, 1, 0, 0, 0, READING_NS]
         assert await rig.board.rtas("set-time-of-day", [2024, 2, 29, 12, 30, 15, 5], 1) == [OK]
         assert await rig.board.rtas("get-time-of-day", [], 8) == [OK, 2024, 2, 29, 12, 30, 15, 5]
+
+
+@pytest.mark.parametrize("year", [1, 1600, 1700, 2300, 2600, 9999])
+async def test_whatever_date_was_set_the_clock_can_be_saved(rig: Rig, year: int) -> None:
+    await rig.board.rtas("set-time-of-day", [year, 1, 1, 0, 0, 0, 0], 1)
+
+    state = rig.board.rtas_services.save()
+
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=RtasState) == state
 
 
 @pytest.mark.parametrize("date", [[2023, 2, 29, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0], [2024, 1, 1, 0, 0, 0, NS]])

@@ -37,6 +37,9 @@ def refused(data: bytes | None, tmp_path: Path, *words: str) -> Result:
         (elf_file(), ("--memory", "much"), '--memory: "much" is no size'),
         (elf_file(), ("--memory", "1M"), "--memory: 1M is not possible; allowed: 16777216 to"),
         (elf_file(entry=VIRTUAL + BASE + 4), ("--secure",), "a secure program starts at its first byte"),
+        (elf_file(), ("--append", "\udcff"), "--append: is no UTF-8 text"),
+        (elf_file(), ("--append", "\udcff", "--secure"), "--append: is no UTF-8 text"),
+        (elf_file(), ("--initrd", "disk-\udcff"), "disk-?: is no UTF-8 text"),
         (SMALL_PAGES, ("--secure",), "no CONFIG_PPC_64K_PAGES: it counts pages of 4 KiB"),
     ],
 )
@@ -49,7 +52,7 @@ def test_what_cannot_run_is_refused_with_one_line(
     assert result.exit_code == 125
 
 
-@pytest.mark.parametrize("words", [("--timeout", "0"), ("--time", "sundial"), ("--frob",)])
+@pytest.mark.parametrize("words", [("--timeout", "0"), ("--timeout", "nan"), ("--time", "sundial"), ("--frob",)])
 def test_a_wrong_command_line_has_status_2(words: tuple[str, ...], tmp_path: Path) -> None:
     result = CliRunner().invoke(run, [str(tmp_path / "program.elf"), *words])
 

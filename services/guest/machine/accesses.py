@@ -85,6 +85,8 @@ _X_FORMS = {
 }
 """Extended opcodes of opcode 31. The cache-inhibited forms (lwzcix and kin) are the hypervisor's own."""
 
+_WITHOUT_INDEX = frozenset({582, 597, 614, 710, 725, 742})
+"""Extended opcodes of lwat, lswi, ldat, stwat, stswi and stdat: in the place of RB is a function code or a count."""
 _DS_MASK, _DQ_MASK = 0xFFFC, 0xFFF0
 _DISPLACEMENT_MASKS = dict.fromkeys(range(32, 56), 0xFFFF) | {56: _DQ_MASK, 57: _DS_MASK, 58: _DS_MASK, 62: _DS_MASK}
 _VSX_OPCODE = 61
@@ -117,7 +119,7 @@ def effective_address(word: int, gpr: Registers) -> int | None:
     opcode = word >> 26
     base = word >> 16 & 31
     if opcode == 31:
-        offset = gpr[word >> 11 & 31]
+        offset = 0 if word >> 1 & 0x3FF in _WITHOUT_INDEX else gpr[word >> 11 & 31]
     elif opcode in _DISPLACEMENT_MASKS or opcode == _VSX_OPCODE:
         vsx_mask = _DQ_MASK if word & 3 == 1 else _DS_MASK
         offset = word & _DISPLACEMENT_MASKS.get(opcode, vsx_mask)

@@ -15,7 +15,7 @@ the shadow, the next fetch makes another one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from protocol.geometry import PAGE_SHIFT
@@ -25,6 +25,10 @@ from services.guest.machine.partition import SHADOW_BASE
 CODE_PAGE_BYTES = 4096
 TRAP_LEVEL = 5
 TRAP_WORD = 0x44000002 | TRAP_LEVEL << 5
+STOP_WORD = 0x0FE0E00F
+"""Where a debugger stops: `twi 31,r0,-8177`, whose bytes say the same in either order of them. For no other trap: the
+rest of its block was counted when it began, and what leaves the engine is counted anew."""
+_STOP = STOP_WORD.to_bytes(4)
 N_SLOTS = SHADOW_BYTES // CODE_PAGE_BYTES
 
 _REGISTER_MASK = 0xFC1FFFFF
@@ -33,7 +37,7 @@ _MFSPURR = 0x7C144AA6
 _MFPURR = 0x7C154AA6
 _MTPIDR = 0x7C100BA6
 _NO_STOPS: frozenset[int] = frozenset()
-_TRAPS_KEY = -1
+_STOPS_KEY = -1
 
 
 class ShadowsFull(Exception):
@@ -129,11 +133,17 @@ class CodePages:
         slot = self._shadows.get(page, {}).get((little_endian, stops))
         if slot is not None:
             return slot
+        # The guest may change its byte order within a page, and the engine asks for no page because of that.
+        other = trap_places(content, little_endian=not little_endian, hide_msr=self.hide_msr)
         places = trap_places(content, little_endian=little_endian, hide_msr=self.hide_msr)
-        if not places and not stops and page not in self._stale:
+        if not places and not other and not stops and page not in self._stale:
             self._plain.add((page, little_endian))
             return page
-        return self._keep(page, (little_endian, stops), self._shadow(content, [*places, *stops], little_endian))
+        copy = bytearray(content)
+        _put(copy, other, _trap(not little_endian))
+        _put(copy, places, _trap(little_endian))
+        _put(copy, stops, _STOP)
+        return self._keep(page, (little_endian, stops), self._take_slot(copy))
 
     def fetch_one(self, page: int, offset: int, *, little_endian: bool) -> int:
         """As `fetch`, of a page that has only its instruction at `offset`, and traps else. Raises ShadowsFull."""
@@ -143,18 +153,18 @@ class CodePages:
         slot = self._shadows.get(page, {}).get((little_endian, offset))
         if slot is not None:
             return slot
-        copy = _trap(little_endian) * (CODE_PAGE_BYTES // 4)
+        copy = bytearray(_STOP * (CODE_PAGE_BYTES // 4))
         word = content[offset : offset + 4]
-        if not trap_places(word, little_endian=little_endian, hide_msr=self.hide_msr):
-            copy = copy[:offset] + word + copy[offset + 4 :]
+        is_trap = trap_places(word, little_endian=little_endian, hide_msr=self.hide_msr)
+        copy[offset : offset + 4] = _trap(little_endian) if is_trap else word
         return self._keep(page, (little_endian, offset), self._take_slot(copy))
 
-    def traps(self, *, little_endian: bool) -> int:
-        """The engine-physical address of a page of traps. Raises ShadowsFull."""
-        slots = self._shadows.setdefault(_TRAPS_KEY, {})
-        slot = slots.get((little_endian, _NO_STOPS))
+    def stops(self) -> int:
+        """The engine-physical address of a page where a debugger stops everywhere. Raises ShadowsFull."""
+        slots = self._shadows.setdefault(_STOPS_KEY, {})
+        slot = slots.get((False, _NO_STOPS))
         if slot is None:
-            slot = slots[little_endian, _NO_STOPS] = self._take_slot(_trap(little_endian) * (CODE_PAGE_BYTES // 4))
+            slot = slots[False, _NO_STOPS] = self._take_slot(_STOP * (CODE_PAGE_BYTES // 4))
         return slot
 
     def _keep(self, page: int, key: tuple[bool, frozenset[int] | int], slot: int) -> int:
@@ -207,19 +217,18 @@ class CodePages:
         self._writable.add(page)
         return True
 
-    def _shadow(self, content: bytes, places: list[int], little_endian: bool) -> int:
-        copy = bytearray(content)
-        for place in places:
-            copy[place : place + 4] = _trap(little_endian)
-        return self._take_slot(bytes(copy))
-
-    def _take_slot(self, content: bytes) -> int:
+    def _take_slot(self, content: bytes | bytearray) -> int:
         if self.n_shadows == N_SLOTS:
             raise ShadowsFull
         start = self.n_shadows * CODE_PAGE_BYTES
         self._memory.shadow[start : start + CODE_PAGE_BYTES] = content
         self.n_shadows += 1
         return SHADOW_BASE + start
+
+
+def _put(copy: bytearray, places: Iterable[int], word: bytes) -> None:
+    for place in places:
+        copy[place : place + 4] = word
 
 
 def _trap(little_endian: bool) -> bytes:

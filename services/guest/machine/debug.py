@@ -80,7 +80,7 @@ class DebugFetches:
         """Whether the trap at `address` is a debugger's."""
         return address != self._step_pc if self._step_pc is not None else address in self._breakpoints
 
-    def instead(self, address: int, use: Use, *, little_endian: bool) -> int | None:
+    def instead(self, address: int, use: Use) -> int | None:
         """The engine-physical page that is fetched in the place of all else, whatever the guest maps there; None for
         one as it is. Raises Watched, ShadowsFull."""
         if use is not Use.FETCH:
@@ -89,7 +89,7 @@ class DebugFetches:
             return None
         if self._step_pc is None or not (address ^ self._step_pc) & ~_PAGE_MASK:
             return None
-        return self._code.traps(little_endian=little_endian)
+        return self._code.stops()
 
     def fetch(self, address: int, page: int, *, little_endian: bool) -> int:
         """The engine-physical page to fetch from at `address`, for the true `page`. Raises ShadowsFull."""

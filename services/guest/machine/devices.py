@@ -51,6 +51,7 @@ class DeviceAccesses:
         if form.update:
             registers.gpr[access.base] = self._address
         registers.pc += WORD_BYTES
+        self._interrupts.done_outside()
 
     @property
     def _order(self) -> accesses.Order:

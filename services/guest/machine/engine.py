@@ -118,14 +118,16 @@ class MachineEngine:
             if level == 0:
                 self._interrupts.deliver(Vector.SYSTEM_CALL, self._registers.pc)
                 return
-            if level == TRAP_LEVEL:
-                if self._translator.debug is not None and self._fetches.stops_at(self._registers.pc - WORD_BYTES):
-                    self._registers.pc -= WORD_BYTES
-                    number = _DEBUG_TRAP
-                elif self._serve_trap():
-                    return
+            if level == TRAP_LEVEL and self._serve_trap():
+                return
+        elif number == EngineException.PROGRAM and self._is_debug_trap():
+            self._registers.pc -= WORD_BYTES
+            number = _DEBUG_TRAP
         self._exception = number
         uclib.uc_emu_stop(self._uc._uch)
+
+    def _is_debug_trap(self) -> bool:
+        return self._translator.debug is not None and self._fetches.stops_at(self._registers.pc - WORD_BYTES)
 
     def _serve_trap(self) -> bool:
         """False to look at it again outside the engine, into which nothing may be raised."""

@@ -12,11 +12,12 @@ from services.guest.machine.accesses import effective_address
 from services.guest.machine.code_pages import TRAP_LEVEL, is_mfmsr, is_mfpurr, is_mtpidr
 from services.guest.machine.interrupts import Interrupts, Vector
 from services.guest.machine.register_file import RegisterFile
-from services.guest.machine.registers import Fscr, Msr, Spr, Srr1
+from services.guest.machine.registers import Dsisr, Fscr, Msr, Spr, Srr1
 from services.guest.machine.time_base import TimeBase
 
 WORD_BYTES = 4
 _MASK64 = (1 << 64) - 1
+_MASK32 = (1 << 32) - 1
 _SCV = 0x44000001
 _SCV_MASK = 0xFFFFF01F
 _RFSCV = 0x4C0000A4
@@ -37,6 +38,7 @@ class EngineException(IntEnum):
     PROGRAM = 6
     FP_UNAVAILABLE = 7
     SYSTEM_CALL = 8
+    TRACE = 68
     VMX_UNAVAILABLE = 73
     VSX_UNAVAILABLE = 94
     FACILITY_UNAVAILABLE = 95
@@ -96,12 +98,15 @@ class Instructions:
             self._program(at, self._registers.error_code)
         elif number in _UNAVAILABLE:
             self._interrupts.deliver(_UNAVAILABLE[EngineException(number)], at)
+        elif number == EngineException.TRACE:
+            # Of the instruction before, wherever that led.
+            self._interrupts.deliver(Vector.TRACE, at)
         elif number in (EngineException.ALIGNMENT, EngineException.DATA_STORAGE):
             address = effective_address(self._word_at(at), self._registers.gpr) or 0
             if number == EngineException.ALIGNMENT:
                 self._interrupts.alignment(at, address)
             else:
-                self._interrupts.data_storage(at, address, 0)
+                self._interrupts.data_storage(at, address, Dsisr.BAD_ATOMIC)
         else:
             return False
         return True
@@ -125,12 +130,14 @@ class Instructions:
         msr = registers.msr
         if msr & Msr.PR:
             self._interrupts.deliver(Vector.PROGRAM, at, Srr1.PRIVILEGED)
-        elif is_mtpidr(word):
-            self._switch_process(registers.gpr[word >> 21 & 31])
+            return True
+        if is_mtpidr(word):
+            self._switch_process(registers.gpr[word >> 21 & 31] & _MASK32)
         elif is_mfmsr(word):
             registers.gpr[word >> 21 & 31] = msr | (Msr.S if self._interrupts.secure else 0)
         else:
             registers.gpr[word >> 21 & 31] = self._time.ticks() & _MASK64
+        self._interrupts.done_outside()
         return True
 
     def _program(self, at: int, error_code: int) -> None:
@@ -150,17 +157,20 @@ class Instructions:
         elif word == _RFSCV:
             self._rfscv(at)
         elif word & _SPR_MASK in (_MFSPR, _MTSPR) and _spr(word) == _USER_DSCR:
-            self._user_dscr(word)
+            self._user_dscr(word, at)
         else:
             return False
         return True
 
     def _scv(self, level: int, at: int) -> None:
-        spr = self._registers.spr
-        if spr[Spr.FSCR] & Fscr.SCV:
+        if self._registers.spr[Spr.FSCR] & Fscr.SCV:
             self._interrupts.system_call_vectored(level, at + WORD_BYTES)
-            return
-        spr[Spr.FSCR] = spr[Spr.FSCR] & (1 << 56) - 1 | Fscr.SCV.cause
+        else:
+            self._unavailable(Fscr.SCV, at)
+
+    def _unavailable(self, facility: Fscr, at: int) -> None:
+        spr = self._registers.spr
+        spr[Spr.FSCR] = spr[Spr.FSCR] & (1 << 56) - 1 | facility.cause
         self._interrupts.deliver(Vector.FACILITY_UNAVAILABLE, at)
 
     def _rfscv(self, at: int) -> None:
@@ -171,13 +181,17 @@ class Instructions:
         registers.pc = registers.lr & ~3
         registers.msr = registers.ctr & ~Msr.S | registers.msr & Msr.ME
 
-    def _user_dscr(self, word: int) -> None:
+    def _user_dscr(self, word: int, at: int) -> None:
         """The engine lets only the kernel at DSCR; the user's name for it is the same register."""
         registers = self._registers
+        if registers.msr & Msr.PR and not registers.spr[Spr.FSCR] & Fscr.DSCR:
+            self._unavailable(Fscr.DSCR, at)
+            return
         if word & _SPR_MASK == _MTSPR:
             registers.spr[_DSCR] = registers.gpr[word >> 21 & 31]
         else:
             registers.gpr[word >> 21 & 31] = registers.spr[_DSCR]
+        self._interrupts.done_outside()
 
 
 def _spr(word: int) -> int:

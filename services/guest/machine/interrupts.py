@@ -45,6 +45,7 @@ _KEPT = Msr.ME | Msr.HV
 _KEPT_BY_SCV = _KEPT | Msr.EE | Msr.RI
 _LE = int(Msr.LE)
 _S = int(Msr.S)
+_SE = int(Msr.SE)
 
 
 class Interrupts:
@@ -69,6 +70,12 @@ class Interrupts:
         relocated = self.ail == AIL_RELOCATED and msr & _RELOCATION == _RELOCATION and vector not in _NEVER_RELOCATED
         registers.msr = self._new_msr(msr & _KEPT, relocated)
         registers.pc = RELOCATED_BASE + vector if relocated else vector
+
+    def done_outside(self) -> None:
+        """An instruction was done by us, behind which the engine would have a trace interrupt."""
+        registers = self._registers
+        if registers.msr & _SE:
+            self.deliver(Vector.TRACE, registers.pc)
 
     def data_storage(self, pc: int, address: int, dsisr: int) -> None:
         """A load or store that the guest's own translation refuses."""
@@ -97,7 +104,7 @@ class Interrupts:
         msr = registers.msr
         registers.lr = after
         registers.ctr = msr & SRR1_FROM_MSR | (_S if self.secure else 0)
-        relocated = self.ail == AIL_RELOCATED
+        relocated = self.ail == AIL_RELOCATED and msr & _RELOCATION == _RELOCATION
         registers.msr = self._new_msr(msr & _KEPT_BY_SCV, relocated)
         registers.pc = (SCV_RELOCATED_BASE if relocated else SCV_BASE) + level * SCV_STEP
 

@@ -50,6 +50,8 @@ _ADD = 0x38A50001
 _MTSPR = 0x7C0003A6
 _NOP = 0x60000000
 _LEVELS = (0, 1, 2, 3)
+XER_FLAGS = (1 << 31, 1 << 30, 1 << 29, 1 << 19, 1 << 18)
+"""SO, OV, CA, OV32 and CA32 in XER."""
 # Of glibc's malloc: the word before an allocation is its size with the word, and three flags.
 _SIZE_WORD_BYTES = 8
 _CHUNK_FLAGS = 7
@@ -74,6 +76,8 @@ class Layout:
     """64 registers of 16 bytes, each the two doublewords of the host, low one first."""
     msr: int
     pc: int
+    xer_flags: tuple[int, ...]
+    """Of the bits of `XER_FLAGS`, u64 each, 0 or 1: the engine keeps them apart from the rest of XER."""
     error_code: int
     """Of the last exception, u32: the level of a system call, the kind of a program interrupt."""
     time_base: int
@@ -155,6 +159,7 @@ class _Probe:
             vsrs,
             self._find_register(snapshot, ppc_const.UC_PPC_REG_MSR, _MSR_MAGIC, "machine state register"),
             self._find_register(snapshot, ppc_const.UC_PPC_REG_PC, _PC_MAGIC, "program counter"),
+            self._find_flags(snapshot),
             self._find_error_code(snapshot),
             time_base,
             self._find_flushes(snapshot),
@@ -208,6 +213,18 @@ class _Probe:
     def _find_register(self, snapshot: Callable[[], bytes], register: int, magic: int, what: str) -> int:
         self._uc.reg_write(register, magic)
         return _only(snapshot(), struct.pack("<Q", magic), what)
+
+    def _find_flags(self, snapshot: Callable[[], bytes]) -> tuple[int, ...]:
+        memories = []
+        for value in (0, *XER_FLAGS):
+            self._uc.reg_write(ppc_const.UC_PPC_REG_3, value)
+            self._run([mtspr(Spr.XER, 3)])
+            memories.append(memoryview(snapshot()).cast("Q"))
+        found = list(zip(*memories, strict=True))
+        wanted = [tuple(int(flag == of) for of in (0, *XER_FLAGS)) for flag in XER_FLAGS]
+        if any(found.count(values) != 1 for values in wanted):
+            raise _unknown("carry and overflow")
+        return tuple(found.index(values) * 8 for values in wanted)
 
     def _find_error_code(self, snapshot: Callable[[], bytes]) -> int:
         memories = []

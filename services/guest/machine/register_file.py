@@ -13,13 +13,14 @@ from unicorn import ppc_const
 from unicorn.unicorn_py3.unicorn import uclib
 
 from protocol.errors import HostFault
-from services.guest.machine.layout import Layout, engine_address
+from services.guest.machine.layout import XER_FLAGS, Layout, engine_address
 from services.guest.machine.registers import Spr
 from services.guest.machine.second_level_tlb import Watched
 from services.guest.machine.state import N_GPRS, N_SPRS, VSR_BYTES, VSRS_BYTES, RegisterState
 
 _PROBE_VALUE = 0x1122_3344_5566_7788
 _TIME_BASE_BYTES = 4096
+_ALL_XER_FLAGS = sum(XER_FLAGS)
 
 
 class RegisterFile:
@@ -37,6 +38,10 @@ class RegisterFile:
         self._msr = ctypes.c_uint64.from_address(processor + layout.msr)
         self._pc = ctypes.c_uint64.from_address(processor + layout.pc)
         self._error_code = ctypes.c_uint32.from_address(processor + layout.error_code)
+        self._xer_flags = tuple(
+            (bit, ctypes.c_uint64.from_address(processor + offset))
+            for bit, offset in zip(XER_FLAGS, layout.xer_flags, strict=True)
+        )
         self._value = ctypes.c_uint64()
         self._value_at = ctypes.byref(self._value)
         # Code that reads PURR follows this pointer, which the engine leaves null.
@@ -104,11 +109,14 @@ class RegisterFile:
     @property
     def xer(self) -> int:
         """Fixed-point exception register."""
-        return self._read(ppc_const.UC_PPC_REG_XER)
+        flags = sum(bit for bit, flag in self._xer_flags if flag.value)
+        return self._read(ppc_const.UC_PPC_REG_XER) & ~_ALL_XER_FLAGS | flags
 
     @xer.setter
     def xer(self, value: int) -> None:
-        self._write(ppc_const.UC_PPC_REG_XER, value)
+        self._write(ppc_const.UC_PPC_REG_XER, value & ~_ALL_XER_FLAGS)
+        for bit, flag in self._xer_flags:
+            flag.value = int(value & bit != 0)
 
     @property
     def fpscr(self) -> int:

@@ -24,6 +24,10 @@ class Msr(IntEnum):
     """Problem state: user mode."""
     FP = 1 << 13
     ME = 1 << 12
+    SE = 1 << 10
+    """A trace interrupt behind each instruction."""
+    BE = 1 << 9
+    """A trace interrupt behind each branch."""
     IR = 1 << 5
     """Fetches are translated."""
     DR = 1 << 4
@@ -80,6 +84,8 @@ class Dsisr(IntEnum):
     """Of fetches: not executable, or guarded."""
     PROTECTION = 0x0800_0000
     STORE = 0x0200_0000
+    BAD_ATOMIC = 0x0000_0004
+    """An atomic memory operation whose function code means nothing."""
     BAD_CONFIGURATION = 0x0008_0000
     """A radix tree whose entries contradict each other, or lie outside memory."""
 
@@ -96,6 +102,8 @@ class Srr1(IntEnum):
 class Fscr(IntEnum):
     """Facilities that the kernel enables for its user programs."""
 
+    DSCR = 1 << 2
+    """By its number for users."""
     SCV = 1 << 12
 
     @property

@@ -68,7 +68,7 @@ class Translator:
     def _page(self, address: int, use: Use, access: Access) -> tuple[int, int]:
         debug = self.debug
         if debug is not None:
-            instead = debug.instead(address, use, little_endian=bool(self._registers.msr & _LE))
+            instead = debug.instead(address, use)
             if instead is not None:
                 return instead, uc.UC_PROT_EXEC
         gpa, more = self._guest_real(address, use)

@@ -2,6 +2,7 @@
 #ifndef REGISTERS_H
 #define REGISTERS_H
 
+#define SPR_DSCR 17
 #define SPR_DSISR 18
 #define SPR_DAR 19
 #define SPR_DEC 22
@@ -47,6 +48,7 @@
 #define MSR_PR (1ul << 14)
 #define MSR_FP (1ul << 13)
 #define MSR_ME (1ul << 12)
+#define MSR_SE (1ul << 10)
 #define MSR_IR (1ul << 5)
 #define MSR_DR (1ul << 4)
 #define MSR_RI (1ul << 1)

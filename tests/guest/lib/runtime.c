@@ -276,8 +276,6 @@ void handle_interrupt(struct frame *frame)
     recovery.pc = 0;
 }
 
-extern u64 attempt_offset;
-
 u64 try_as_user(void *function, u64 a, u64 b)
 {
     trapped.vector = 0;

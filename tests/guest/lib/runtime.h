@@ -65,6 +65,8 @@ extern volatile struct frame trapped;
 /* How often each vector was taken, by vector / 0x20. */
 extern volatile u64 taken[128];
 
+/* What is added to the address that an attempt's function returns to. */
+extern u64 attempt_offset;
 u64 attempt(void *function, u64 a, u64 b, u64 msr);
 /* attempt() in problem state: translation is on, and the function has no memory of its own but what it is given. */
 u64 try_as_user(void *function, u64 a, u64 b);
@@ -72,11 +74,11 @@ u64 try_as_user(void *function, u64 a, u64 b);
 u64 try(void *function, u64 a, u64 b);
 
 void do_nothing(void), do_trap(void), do_illegal(void), do_sc(void), do_load(void), do_load_word(void), do_store(void);
-void do_ldarx(void), do_fadd(void), do_vadd(void), do_xvadd(void), do_mttar(void), do_mfmsr(void), do_mfsrr0(void);
-void do_scv(void), do_div(void);
+void do_ldarx(void), do_fadd(void), do_vadd(void), do_xvadd(void), do_mttar(void), do_mtdscr(void), do_mfmsr(void);
+void do_scv(void), do_div(void), do_mfsrr0(void);
 void do_hypercall(void), do_scv0(void), do_scv1(void), jump(void);
 extern char at_trap[], at_illegal[], at_sc[], at_load[], at_load_word[], at_store[], at_ldarx[], at_fadd[], at_vadd[];
-extern char at_hypercall[], at_scv[], at_div[], at_xvadd[], at_mttar[], at_mfmsr[], at_mfsrr0[], at_scv1[];
+extern char at_hypercall[], at_scv[], at_div[], at_xvadd[], at_mttar[], at_mtdscr[], at_mfmsr[], at_mfsrr0[], at_scv1[];
 extern u64 scv_result[3];
 
 #define mfspr(number) ({ u64 value_; asm volatile("mfspr %0, %1" : "=r"(value_) : "i"(number)); value_; })

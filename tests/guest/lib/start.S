@@ -222,6 +222,7 @@ attempt_end:
     LEAF do_vadd, at_vadd, .long 0x10200880          /* vadduwm v1,v0,v1 */
     LEAF do_xvadd, at_xvadd, .long 0xf0200b00        /* xvadddp vs1,vs0,vs1 */
     LEAF do_mttar, at_mttar, mtspr 815, %r3
+    LEAF do_mtdscr, at_mtdscr, mtspr 3, %r3
     LEAF do_mfmsr, at_mfmsr, mfmsr %r3
     LEAF do_mfsrr0, at_mfsrr0, mfspr %r3, SPR_SRR0
     LEAF do_hypercall, at_hypercall, .long 0x44000022

@@ -5,6 +5,7 @@ enum { TRAP = 0x20000, PRIVILEGED = 0x40000, ILLEGAL = 0x80000, PROGRAM_KIND = 0
 enum { NOT_FOUND = 0x40000000, PROTECTED = 0x08000000, STORE = 0x02000000 };
 #define UNMAPPED 0x3000000000ul
 #define NO_QUADRANT 0x4000000000000000ul
+#define FSCR_DSCR (1ul << 2)
 #define FSCR_TAR (1ul << 8)
 #define FSCR_SCV (1ul << 12)
 
@@ -157,6 +158,26 @@ static void problem_state(void)
     mtspr(SPR_FSCR, mfspr(SPR_FSCR) | FSCR_TAR);
     try_as_user(do_mttar, 0, 0);
     check("facility-available", !trapped.vector, "vector", trapped.vector);
+    mtspr(SPR_FSCR, mfspr(SPR_FSCR) & ~FSCR_DSCR);
+    try_as_user(do_mtdscr, 5, 0);
+    expect("dscr-unavailable-0xf60", 0xf60, (u64)at_mtdscr + USER_OFFSET);
+    check_is("facility-is-dscr", mfspr(SPR_FSCR) >> 56, 2);
+    mtspr(SPR_FSCR, mfspr(SPR_FSCR) | FSCR_DSCR);
+    try_as_user(do_mtdscr, 5, 0);
+    check("dscr-available", !trapped.vector, "vector", trapped.vector);
+    check_is("dscr-is-the-kernels", mfspr(SPR_DSCR), 5);
+}
+
+/* As a debugger of the guest steps its processes. */
+static void traced(void)
+{
+    trapped.vector = 0;
+    attempt_offset = USER_OFFSET;
+    attempt((char *)do_nothing + USER_OFFSET, 0, 0, (mfmsr() & ~MSR_FP) | MSR_PR | MSR_EE | MSR_IR | MSR_DR | MSR_SE);
+    attempt_offset = 0;
+    expect("user-step-0xd00", 0xd00, (u64)do_nothing + 4 + USER_OFFSET);
+    check("user-step-msr", (trapped.srr1 & MSR_SE) != 0, "srr1", trapped.srr1);
+    check_is("step-ends-in-handler", trapped.msr & MSR_SE, 0);
 }
 
 static void vectored_calls(void)
@@ -211,6 +232,7 @@ int program(void)
     mmu_on();
     translation_faults();
     problem_state();
+    traced();
     decrementer();
     external();
     with_translation();
