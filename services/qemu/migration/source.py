@@ -83,6 +83,7 @@ class SourceMigration:
         self._n_pages = machine.vm.memory_bytes // PAGE_BYTES
         self._precopy = Precopy(self._n_pages, PAGE_BYTES, parameters.downtime_limit, self.times.began)
         self._pacer = Pacer(parameters.max_bandwidth, self.times.began)
+        self._limits_changed = trio.Event()
         self._owed: list[int] = []
         """GFNs of the host's own pages that this round sends."""
         self._shared: set[int] = set()
@@ -109,6 +110,8 @@ class SourceMigration:
         self.parameters = parameters
         self._precopy.downtime_limit_ms = parameters.downtime_limit
         self._pacer.set_rate(parameters.max_bandwidth, time.monotonic_ns())
+        self._limits_changed.set()
+        self._limits_changed = trio.Event()
 
     async def run(self) -> None:
         """Move the VM; returns when it runs there.
@@ -172,7 +175,9 @@ class SourceMigration:
         self._precopy.sent(n_bytes, zero_pages=n_zero, data_pages=n_data)
         wait_ns = self._pacer.spend(n_bytes, time.monotonic_ns())
         if wait_ns and not self._held:
-            await trio.sleep(wait_ns / NS)
+            # Under another limit nothing is owed.
+            with trio.move_on_after(wait_ns / NS):
+                await self._limits_changed.wait()
 
     async def _end_round(self, step: Call | None) -> int:
         """End a round of the ultravisor's by `step`; how many pages the next one owes, of both kinds."""
