@@ -116,3 +116,18 @@ async def test_a_limit_that_is_raised_counts_for_what_waits_under_the_old_one(st
             assert (await rig.next()).kind is FrameKind.PAGES
             nursery.cancel_scope.cancel()
     rig.destination.close()
+
+
+async def test_the_reason_of_a_destination_that_gives_up_is_cut_short(stream: StreamBuffer) -> None:
+    rig = Rig(stream, MigrationParameters(), secure=True)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.run)
+            await rig.greet()
+            assert (await rig.next()).kind is FrameKind.HANDSHAKE
+            await rig.destination.send(FrameKind.FAILED, b"x" * MAX_PAYLOAD_BYTES)
+            assert (await rig.next()).kind is FrameKind.FAILED
+    assert rig.failure is not None
+    assert str(rig.failure).startswith("the destination: xxx")
+    assert len(str(rig.failure)) < MAX_REASON_CHARS
+    rig.destination.close()
