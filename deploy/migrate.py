@@ -231,7 +231,8 @@ async def cancel(run: ClusterRun, name: str) -> None:
     if move.phase is Phase.STARTING:
         move.cancel_asked = True
         return
-    await _order(run, vm, "migration.cancel", {})
+    if _word(await _order(run, vm, "migration.cancel", {})) == MigrationStatus.COMPLETED:
+        raise UserError(f"too late: {name} runs on {move.host}")
 
 
 async def set_parameters(run: ClusterRun, name: str, parameters: dict[str, Any]) -> None:
@@ -250,10 +251,10 @@ def job_info(run: ClusterRun, name: str) -> MigrationFacts:
     return facts
 
 
-async def _order(run: ClusterRun, vm: VmRecord, what: str, arguments: dict[str, Any]) -> None:
+async def _order(run: ClusterRun, vm: VmRecord, what: str, arguments: dict[str, Any]) -> object:
     qemu = run.child(vm.spec.name, Role.QEMU)
     assert qemu is not None
-    await qemu.order(what, arguments)
+    return await qemu.order(what, arguments)
 
 
 async def tell(run: ClusterRun, child: Child | None, what: str, arguments: dict[str, Any]) -> None:

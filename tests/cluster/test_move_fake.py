@@ -429,6 +429,15 @@ async def test_limits_are_changed_and_a_cancel_is_passed_on(tmp_path: Path) -> N
         assert events[-2:] == ["migration.set {'parameters': {'max-bandwidth': 5}}", "migration.cancel {}"]
 
 
+async def test_a_cancel_of_what_has_moved_already_is_refused(tmp_path: Path) -> None:
+    async with two_hosts(tmp_path) as running:
+        vm = await under_way(running)
+        await answers(running, "vm1/qemu", migration_cancel={"status": "completed"})
+
+        with pytest.raises(UserError, match="too late: vm1 runs on beta"):
+            await vm.cancel_migration()
+
+
 async def test_the_monitor_s_user_moves_a_vm_too_and_hears_why_not(tmp_path: Path) -> None:
     async with two_hosts(tmp_path) as running:
         vm = running.vm("vm1")
