@@ -324,7 +324,7 @@ class Qemu:
         return self._moves().describe()
 
     async def _migration_set(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        self._moves().set_parameters(dict(arguments["parameters"]))
+        self._moves().limit(dict(arguments["parameters"]))
         parameters: dict[str, Any] = msgspec.to_builtins(self._moves().parameters)
         return parameters
 

@@ -64,7 +64,10 @@ class MigrationControl:
         self._n_moves = 0
         self._cause = 0
         """One for all that a migration does, here and where the VM arrives: it comes with the key."""
-        self.parameters = MigrationParameters()
+        self._own = MigrationParameters()
+        """What the monitor's user has set."""
+        self._limits: dict[str, Any] = {}
+        """What was given with the migration that is under way, by QEMU's names."""
         self.status = MigrationStatus.NONE
         self.reason = ""
         self._in_doubt = False
@@ -125,7 +128,8 @@ class MigrationControl:
             raise UserError("There's a migration process in progress")
         if self._link is None or self._socket is None:
             raise UserError("no destination was prepared: pefbox migrate VM HOST")
-        self.parameters = self.parameters.updated(parameters)
+        self.parameters.updated(parameters)
+        self._limits = parameters
         if self.status is not MigrationStatus.SETUP:
             self._enter(MigrationStatus.SETUP)
         connection, self._socket = self._socket, None
@@ -183,6 +187,8 @@ class MigrationControl:
             vm = self._machine.vm
             self._cause = migration_cause(vm.lpid, vm.incarnation, self._n_moves)
         self.status = step(self.status, status)
+        if status.ended:
+            self._limits = {}
         self._log.info("migration", status=status.value)
         self._note("source", status.value)
         self._tell(status)
@@ -205,9 +211,25 @@ class MigrationControl:
         else:
             self._enter(MigrationStatus.CANCELLED)
 
+    @property
+    def parameters(self) -> MigrationParameters:
+        """What counts now."""
+        return self._own.updated(self._limits)
+
     def set_parameters(self, changes: dict[str, Any]) -> None:
         """Other limits, also for a migration that is under way; raises UserError that names what is wrong."""
-        self.parameters = self.parameters.updated(changes)
+        self._own = self._own.updated(changes)
+        self._limits = {name: limit for name, limit in self._limits.items() if name not in changes}
+        self._use_parameters()
+
+    def limit(self, changes: dict[str, Any]) -> None:
+        """Other limits for the migration that is under way alone; raises UserError that names what is wrong."""
+        self.parameters.updated(changes)
+        if self.status.running:
+            self._limits |= changes
+            self._use_parameters()
+
+    def _use_parameters(self) -> None:
         if self._source is not None:
             self._source.set_parameters(self.parameters)
 
