@@ -69,7 +69,7 @@ async def start(run: ClusterRun, vm: VmRecord, move: Migration, parameters: dict
         move.cancel_asked = True
     if move.cancel_asked:
         return
-    arguments: dict[str, Any] = {"host": move.host, "parameters": parameters}
+    arguments: dict[str, Any] = {"host": move.host, "parameters": parameters, "by_monitor": move.by_monitor}
     await source.query("migration.start", arguments, _START_SECONDS)
     move.phase = Phase.MOVING
     if move.cancel_asked:

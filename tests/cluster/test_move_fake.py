@@ -159,7 +159,8 @@ async def check_arriving(running: RunningCluster) -> None:
     source = await seen(running, "vm1/qemu@alpha")
     assert "replaced ['vm1:qemu-migration.2']" in source["events"]
     parameters = {"max-bandwidth": 1 << 20, "downtime-limit": 50}
-    assert f"migration.start {{'host': 'beta', 'parameters': {parameters}}}" in source["events"]
+    start = f"migration.start {{'host': 'beta', 'parameters': {parameters}, 'by_monitor': False}}"
+    assert start in source["events"]
     assert source["gifts"]["migration-source"] == qemu["gifts"]["migration-destination"] == ["launcher", ""]
     row = await running.vm("vm1").row()
     assert row.migration is not None

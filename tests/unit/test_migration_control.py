@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import cast
 
+import pytest
 import trio
-import trio.testing
 
 from protocol.codes import HCode
+from protocol.errors import UserError
 from protocol.messages import Status
 from services.qemu.migration.control import MigrationControl
 from services.qemu.migration.kvm_port import KvmPort
@@ -78,8 +79,9 @@ class Rig:
 
     def close(self) -> None:
         """All that is open."""
-        for end in self._ends:
-            end.close()
+        for end in (*self._ends, self.control._socket):
+            if end is not None:
+                end.close()
 
 
 @asynccontextmanager
@@ -115,3 +117,27 @@ async def test_what_the_monitor_s_user_sets_meanwhile_counts_at_once_and_stays(s
 
         assert (during.max_bandwidth, during.downtime_limit) == (9, 7)
         assert rig.control.parameters == DEFAULT.updated({"max-bandwidth": 9})
+
+
+async def test_a_move_that_the_monitor_s_user_wants_no_more_does_not_begin(stream: StreamBuffer) -> None:
+    async with rigged(stream) as rig:
+        await rig.control.ask_move("beta")
+        rig.control.cancel()
+        rig.give_socket()
+
+        with pytest.raises(UserError, match="cancelled meanwhile"):
+            rig.control.start({}, asked="beta")
+        assert rig.control.status is MigrationStatus.CANCELLED
+
+
+async def test_a_move_begins_to_no_other_host_than_the_monitor_s_user_asked_for_last(stream: StreamBuffer) -> None:
+    async with rigged(stream) as rig:
+        await rig.control.ask_move("beta")
+        rig.control.cancel()
+        await rig.control.ask_move("gamma")
+        rig.give_socket()
+
+        with pytest.raises(UserError, match="cancelled meanwhile"):
+            rig.control.start({}, asked="beta")
+        rig.control.start({}, asked="gamma")
+        await rig.fail()

@@ -69,6 +69,8 @@ class MigrationControl:
         self._limits: dict[str, Any] = {}
         """What was given with the migration that is under way, by QEMU's names."""
         self.status = MigrationStatus.NONE
+        self._asked = ""
+        """The host that the monitor's user asked for last."""
         self.reason = ""
         self._in_doubt = False
         self._link: Link | None = None
@@ -122,8 +124,13 @@ class MigrationControl:
 
     # -- source -----------------------------------------------------------------------------------------------
 
-    def start(self, parameters: dict[str, Any]) -> None:
-        """Begin to move the machine, with `parameters` by QEMU's names; raises UserError."""
+    def start(self, parameters: dict[str, Any], asked: str | None = None) -> None:
+        """Begin to move the machine, with `parameters` by QEMU's names; raises UserError.
+
+        `asked` is the host that the monitor's user asked for, if it was him: he may have thought better of it.
+        """
+        if asked is not None and (self.status is not MigrationStatus.SETUP or self._asked != asked):
+            raise UserError("the migration was cancelled meanwhile: try again")
         if self._source is not None and (self.status.running or self._in_doubt):
             raise UserError("There's a migration process in progress")
         if self._link is None or self._socket is None:
@@ -238,6 +245,7 @@ class MigrationControl:
         if self.status.running or self._in_doubt:
             raise UserError("There's a migration process in progress")
         self._enter(MigrationStatus.SETUP)
+        self._asked = host
         await self._want_move(host)
 
     def refused(self, reason: str) -> None:
