@@ -11,12 +11,13 @@ import pytest
 import trio
 import trio.testing
 
+from protocol import ucalls as u
 from protocol.declare import Call
 from protocol.errors import PefboxError
 from protocol.geometry import PAGE_BYTES
 from services.qemu.migration.channel import KEY_BYTES, BulkChannel, End
 from services.qemu.migration.hello import hello_of
-from services.qemu.migration.kvm_port import KvmPort
+from services.qemu.migration.kvm_port import KvmPort, StepRefused
 from services.qemu.migration.machine import MovableMachine
 from services.qemu.migration.parameters import MigrationParameters
 from services.qemu.migration.source import SourceMigration
@@ -47,10 +48,15 @@ class PlayedMachine:
 
 
 class PlayedKvm:
-    """kvm and the ultravisor behind it; nothing is written meanwhile."""
+    """kvm and the ultravisor behind it; nothing is written meanwhile. `refused` are codes by step."""
+
+    def __init__(self) -> None:
+        self.refused: dict[Call, str] = {}
 
     async def ucall(self, call: Call, *_args: int) -> list[int]:
         """As KvmPort."""
+        if call in self.refused:
+            raise StepRefused(call.name, self.refused[call])
         return [0] * len(call.results)
 
     async def written(self, _n_pages: int) -> list[int]:
@@ -65,12 +71,12 @@ class Rig:
         ours, theirs = socket.socketpair()
         key = os.urandom(KEY_BYTES)
         self.destination = BulkChannel(theirs, key, End.DESTINATION)
-        self.machine = PlayedMachine(secure=secure)
+        self.machine, self.kvm = PlayedMachine(secure=secure), PlayedKvm()
         self.said: list[MigrationStatus] = []
         self.failure: PefboxError | None = None
         self.migration = SourceMigration(
             cast(MovableMachine, self.machine),
-            cast(KvmPort, PlayedKvm()),
+            cast(KvmPort, self.kvm),
             stream,
             BulkChannel(ours, key, End.SOURCE),
             parameters,
@@ -130,4 +136,18 @@ async def test_the_reason_of_a_destination_that_gives_up_is_cut_short(stream: St
     assert rig.failure is not None
     assert str(rig.failure).startswith("the destination: xxx")
     assert len(str(rig.failure)) < MAX_REASON_CHARS
+    rig.destination.close()
+
+
+async def test_a_vm_that_is_reset_meanwhile_is_said_to_be(stream: StreamBuffer) -> None:
+    rig = Rig(stream, MigrationParameters(), secure=True)
+    rig.kvm.refused = {u.UV_EXPORT_ANSWER: "U_STATE"}
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.run)
+            await rig.greet()
+            assert (await rig.next()).kind is FrameKind.HANDSHAKE
+            await rig.destination.send(FrameKind.HANDSHAKE, b"answer")
+            assert (await rig.next()).kind is FrameKind.FAILED
+    assert str(rig.failure) == "the VM was reset, or turns secure, meanwhile (UV_EXPORT_ANSWER was refused: U_STATE)"
     rig.destination.close()

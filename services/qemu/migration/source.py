@@ -40,6 +40,8 @@ READY_SECONDS = 60.0
 """For the destination to load everything; until then the VM goes on here if it does not."""
 WORD_SECONDS = 20.0
 """For its word that the VM runs there; without it nobody here knows."""
+_OUT_OF_TURN = frozenset({"H_STATE", "U_STATE"})
+"""What kvm and ultravisor say to a step of a VM that is no more what it was when the migration began."""
 
 
 class MigrationFailed(PefboxError):
@@ -131,6 +133,8 @@ class SourceMigration:
                 raise MigrationInDoubt(f"{error}") from None
             with trio.CancelScope(shield=True):
                 await self._take_back(str(error))
+            if isinstance(error, StepRefused) and error.code in _OUT_OF_TURN:
+                raise MigrationFailed(f"the VM was reset, or turns secure, meanwhile ({error})") from None
             raise
         finally:
             self.times.ended = time.monotonic_ns()
