@@ -573,6 +573,18 @@ async def test_a_move_is_cancelled_while_its_processes_start(tmp_path: Path) -> 
         assert not any(event.startswith("migration.start") for event in events)
 
 
+async def test_limits_that_are_changed_while_its_processes_start_count_from_the_beginning(tmp_path: Path) -> None:
+    async with two_hosts(tmp_path) as running:
+        vm = running.vm("vm1")
+        await vm.begin_migration("beta", bandwidth=5, downtime_limit=50)
+        await vm.set_migration(bandwidth=7)
+
+        await until_phase(vm, "moving")
+        events = (await seen(running, "vm1/qemu@alpha"))["events"]
+        start = next(event for event in events if event.startswith("migration.start"))
+        assert "'parameters': {'max-bandwidth': 7, 'downtime-limit': 50}" in start
+
+
 async def test_two_vms_move_at_once(tmp_path: Path) -> None:
     async with two_hosts(tmp_path) as running:
         vms = [await under_way(running, name) for name in ("vm1", "vm2")]
