@@ -161,10 +161,10 @@ class Child:
         """Ask the process; raises QueryRefused for its refusal, PeerGone when it does not answer in `seconds`."""
         return await self._ask(lambda query_id: control.Query(query_id, what, arguments), seconds)
 
-    async def order(self, what: str, arguments: dict[str, Any]) -> None:
+    async def order(self, what: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         """As `query`, for what somebody asked for; raises UserError when it is refused, or not answered."""
         try:
-            await self.query(what, arguments, _ORDER_SECONDS)
+            return await self.query(what, arguments, _ORDER_SECONDS)
         except QueryRefused as refused:
             raise UserError(printable(str(refused))) from None
         except PeerGone as gone:

@@ -17,7 +17,7 @@ from protocol.errors import ClusterFileError
 T = TypeVar("T")
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.ASCII)
+_SIZE = re.compile(r"(\d{1,40})\s*([KMGT]?)(?:i?B)?", re.ASCII)
 NAME = re.compile(r"[a-z][a-z0-9-]{0,30}", re.ASCII)
 """What names a host, a VM, a disk, a network."""
 

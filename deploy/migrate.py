@@ -59,10 +59,16 @@ async def migrate(
             raise UserError(f"{name} cannot move to {host}: {reasons[0]}{more}")
         vm = run.vms[name]
         move = vm.migration = Migration(
-            name, vm.spec.host, host, vm.next_incarnation(), secure=vm.secure, by_monitor=by_monitor
+            name,
+            vm.spec.host,
+            host,
+            vm.next_incarnation(),
+            secure=vm.secure,
+            by_monitor=by_monitor,
+            parameters=checked,
         )
     run.log.info("migration", vm=name, source=move.source, host=host)
-    run.nursery.start_soon(_carry_out, run, vm, move, checked)
+    run.nursery.start_soon(_carry_out, run, vm, move)
     return move
 
 
@@ -95,12 +101,12 @@ def _checked(parameters: dict[str, Any]) -> dict[str, Any]:
 # -- carrying out ---------------------------------------------------------------------------------------------
 
 
-async def _carry_out(run: ClusterRun, vm: VmRecord, move: Migration, parameters: dict[str, Any]) -> None:
+async def _carry_out(run: ClusterRun, vm: VmRecord, move: Migration) -> None:
     try:
         async with run.restarting:
             if run.stopping:
                 return
-            await start(run, vm, move, parameters)
+            await start(run, vm, move)
     except (PefboxError, OSError) as error:
         if not run.stopping:
             await _end(run, vm, move, Verdict.STAYED, str(error))
@@ -231,14 +237,17 @@ async def cancel(run: ClusterRun, name: str) -> None:
     if move.phase is Phase.STARTING:
         move.cancel_asked = True
         return
-    await _order(run, vm, "migration.cancel", {})
+    if _word(await _order(run, vm, "migration.cancel", {})) == MigrationStatus.COMPLETED:
+        raise UserError(f"too late: {name} runs on {move.host}")
 
 
 async def set_parameters(run: ClusterRun, name: str, parameters: dict[str, Any]) -> None:
     """Change the limits of a migration that is under way; raises UserError."""
     vm = run.vm_named(name)
-    _open_migration(vm)
-    await _order(run, vm, "migration.set", {"parameters": _checked(parameters)})
+    move = _open_migration(vm)
+    move.parameters |= _checked(parameters)
+    if move.phase is not Phase.STARTING:
+        await _order(run, vm, "migration.set", {"parameters": parameters})
 
 
 def job_info(run: ClusterRun, name: str) -> MigrationFacts:
@@ -250,10 +259,10 @@ def job_info(run: ClusterRun, name: str) -> MigrationFacts:
     return facts
 
 
-async def _order(run: ClusterRun, vm: VmRecord, what: str, arguments: dict[str, Any]) -> None:
+async def _order(run: ClusterRun, vm: VmRecord, what: str, arguments: dict[str, Any]) -> object:
     qemu = run.child(vm.spec.name, Role.QEMU)
     assert qemu is not None
-    await qemu.order(what, arguments)
+    return await qemu.order(what, arguments)
 
 
 async def tell(run: ClusterRun, child: Child | None, what: str, arguments: dict[str, Any]) -> None:

@@ -87,6 +87,8 @@ class Migration:
     secure: bool
     by_monitor: bool = False
     """Its qemu waits to hear whether it is done."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Limits that were given with it and since, by QEMU's names."""
     segment: str = ""
     phase: Phase = Phase.STARTING
     status: str = "none"

@@ -43,7 +43,7 @@ _POLL_SECONDS = 0.02
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # Linux asm-generic/socket.h; not in Python's socket
 
 
-async def start(run: ClusterRun, vm: VmRecord, move: Migration, parameters: dict[str, int]) -> None:
+async def start(run: ClusterRun, vm: VmRecord, move: Migration) -> None:
     """Start the processes of `vm` on `move.host` and have the source's qemu begin. Raises PefboxError.
 
     What was made until then is for `migration_end.undo` to remove.
@@ -69,9 +69,13 @@ async def start(run: ClusterRun, vm: VmRecord, move: Migration, parameters: dict
         move.cancel_asked = True
     if move.cancel_asked:
         return
-    arguments: dict[str, Any] = {"host": move.host, "parameters": parameters}
+    parameters = dict(move.parameters)
+    arguments: dict[str, Any] = {"host": move.host, "parameters": parameters, "by_monitor": move.by_monitor}
     await source.query("migration.start", arguments, _START_SECONDS)
     move.phase = Phase.MOVING
+    if move.parameters != parameters:
+        # Just when it was begun.
+        source.tell("migration.set", {"parameters": move.parameters})
     if move.cancel_asked:
         # Just when it was begun.
         await source.query("migration.cancel", {}, _START_SECONDS)

@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from protocol.errors import UserError
+
 MAX_FRAME_BYTES = 16 << 20
 DEBUG = "debug"
 """The order after whose answer a connection carries a session at the prompt of a process (protocol.debugging)."""
@@ -35,6 +37,15 @@ class Response(msgspec.Struct, frozen=True):
 
 
 def frame(message: Request | Response) -> bytes:
-    """The message with its length in front."""
-    data = msgspec.msgpack.encode(message)
+    """The message with its length in front; raises UserError for a request with what fits into none."""
+    try:
+        data = msgspec.msgpack.encode(message)
+    except (OverflowError, UnicodeEncodeError) as error:
+        if not isinstance(message, Request):
+            raise
+        raise UserError(f"{message.what}: {_why_unfit(error)}") from None
     return LENGTH.pack(len(data)) + data
+
+
+def _why_unfit(error: OverflowError | UnicodeEncodeError) -> str:
+    return "a number is too large" if isinstance(error, OverflowError) else "a name or path that is no UTF-8"

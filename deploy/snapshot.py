@@ -47,6 +47,8 @@ async def snapshot(run: ClusterRun, name: str, path: Path, *, force: bool) -> Sn
             give_file(qemu, name, target.fd)
             await qemu.order("snapshot.save", {})
         except BaseException:
+            # One that is held up may hear it yet: nobody would ever end that snapshot.
+            _tell(run, qemu, "snapshot.cancel")
             target.close()
             raise
         job.phase, vm.snapshot = SnapshotPhase.SAVING, job

@@ -15,6 +15,8 @@ PefboxError
 
 from __future__ import annotations
 
+_MAX_TEXT_CHARS = 500
+
 
 class PefboxError(Exception):
     """Base of all errors that the project raises on purpose."""
@@ -41,7 +43,13 @@ class PeerError(PefboxError):
 
 
 class MalformedMessage(PeerError):
-    """A frame that does not decode as a message of this protocol."""
+    """A frame that does not decode as a message of this protocol.
+
+    `text` may quote the peer, who chooses how long that is: it is cut short.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text if len(text) <= _MAX_TEXT_CHARS else f"{text[:_MAX_TEXT_CHARS]}...")
 
 
 class UnexpectedMessage(PeerError):

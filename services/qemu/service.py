@@ -313,7 +313,8 @@ class Qemu:
     # -- migration --------------------------------------------------------------------------------------------
 
     async def _migration_start(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        self._moves().start(dict(arguments.get("parameters", {})))
+        asked = str(arguments["host"]) if arguments["by_monitor"] else None
+        self._moves().start(dict(arguments["parameters"]), asked)
         return self._moves().describe()
 
     async def _migration_describe(self, _arguments: dict[str, Any]) -> dict[str, Any]:
@@ -324,7 +325,7 @@ class Qemu:
         return self._moves().describe()
 
     async def _migration_set(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        self._moves().set_parameters(dict(arguments["parameters"]))
+        self._moves().limit(dict(arguments["parameters"]))
         parameters: dict[str, Any] = msgspec.to_builtins(self._moves().parameters)
         return parameters
 

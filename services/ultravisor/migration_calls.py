@@ -15,6 +15,7 @@ from services.ultravisor.life import SvmLife
 from services.ultravisor.migration.handshake import MAX_HANDSHAKE_BYTES, Host
 from services.ultravisor.migration.ledger import FileLedger
 from services.ultravisor.migration.records import MAX_RECORD_BYTES
+from services.ultravisor.migration.recovery import close_earlier
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
 from services.ultravisor.migration.statements import MAX_STATEMENT_BYTES
 from services.ultravisor.migration_host import policy_of
@@ -67,7 +68,9 @@ class MigrationCalls(StepCalls):
     async def uv_export_offer(self, at: StepCall) -> list[int]:
         """UV_EXPORT_OFFER."""
         host, ledger = self.identity()
-        departure = at.partition.migration = Departure(self.svm_of_host(at.partition), host, ledger)
+        departure = Departure(self.svm_of_host(at.partition), host, ledger)
+        close_earlier(ledger, at.partition.name)
+        at.partition.migration = departure
         self._note(at.partition, "migration-offered")
         return at.put(departure.offer)
 

@@ -159,7 +159,8 @@ async def check_arriving(running: RunningCluster) -> None:
     source = await seen(running, "vm1/qemu@alpha")
     assert "replaced ['vm1:qemu-migration.2']" in source["events"]
     parameters = {"max-bandwidth": 1 << 20, "downtime-limit": 50}
-    assert f"migration.start {{'host': 'beta', 'parameters': {parameters}}}" in source["events"]
+    start = f"migration.start {{'host': 'beta', 'parameters': {parameters}, 'by_monitor': False}}"
+    assert start in source["events"]
     assert source["gifts"]["migration-source"] == qemu["gifts"]["migration-destination"] == ["launcher", ""]
     row = await running.vm("vm1").row()
     assert row.migration is not None
@@ -429,6 +430,15 @@ async def test_limits_are_changed_and_a_cancel_is_passed_on(tmp_path: Path) -> N
         assert events[-2:] == ["migration.set {'parameters': {'max-bandwidth': 5}}", "migration.cancel {}"]
 
 
+async def test_a_cancel_of_what_has_moved_already_is_refused(tmp_path: Path) -> None:
+    async with two_hosts(tmp_path) as running:
+        vm = await under_way(running)
+        await answers(running, "vm1/qemu", migration_cancel={"status": "completed"})
+
+        with pytest.raises(UserError, match="too late: vm1 runs on beta"):
+            await vm.cancel_migration()
+
+
 async def test_the_monitor_s_user_moves_a_vm_too_and_hears_why_not(tmp_path: Path) -> None:
     async with two_hosts(tmp_path) as running:
         vm = running.vm("vm1")
@@ -561,6 +571,18 @@ async def test_a_move_is_cancelled_while_its_processes_start(tmp_path: Path) -> 
         await until_phase(vm, "cancelled")
         events = (await seen(running, "vm1/qemu"))["events"]
         assert not any(event.startswith("migration.start") for event in events)
+
+
+async def test_limits_that_are_changed_while_its_processes_start_count_from_the_beginning(tmp_path: Path) -> None:
+    async with two_hosts(tmp_path) as running:
+        vm = running.vm("vm1")
+        await vm.begin_migration("beta", bandwidth=5, downtime_limit=50)
+        await vm.set_migration(bandwidth=7)
+
+        await until_phase(vm, "moving")
+        events = (await seen(running, "vm1/qemu@alpha"))["events"]
+        start = next(event for event in events if event.startswith("migration.start"))
+        assert "'parameters': {'max-bandwidth': 7, 'downtime-limit': 50}" in start
 
 
 async def test_two_vms_move_at_once(tmp_path: Path) -> None:

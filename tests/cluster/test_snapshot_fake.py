@@ -91,6 +91,17 @@ async def orders(running: RunningCluster) -> list[str]:
 # -- saving ------------------------------------------------------------------------------------------------------
 
 
+async def test_a_qemu_that_did_not_take_the_order_is_told_to_forget_it(tmp_path: Path) -> None:
+    """It may only have been late with its answer."""
+    async with one_vm(tmp_path) as running:
+        await answers(running, QEMU, snapshot_save={"refused": "not now"})
+        with pytest.raises(UserError, match="not now"):
+            await running.order("snapshot", {"vm": "vm1", "file": str(tmp_path / "s"), "force": False})
+
+        assert await orders(running) == ["snapshot.save", "snapshot.cancel"]
+        assert files_in(tmp_path) == set()
+
+
 async def test_a_vm_that_is_saved_is_off_and_its_file_has_its_name(tmp_path: Path) -> None:
     async with one_vm(tmp_path) as running:
         vm = await begun(running, tmp_path / "s")

@@ -481,6 +481,39 @@ async def test_s6_a_token_of_an_earlier_migration_says_nothing_about_this_one(
     assert await source["migration.take"]({"vm": "vm1", "as": "source", "word": back["word"]}) == {"moved": False}
 
 
+async def test_s6_a_source_that_crashed_gives_no_token_of_an_earlier_migration(
+    pair: Pair, hosts: tuple[Host, Host]
+) -> None:
+    """All that it has left is its ledger, with a token that nobody answered before the VM came back."""
+    earlier = bytes(32)
+    for rig, host, decision in (
+        (pair.source, hosts[1], Decision.GIVEN),
+        (pair.destination, hosts[0], Decision.STARTED),
+    ):
+        rig.ledger.record(Entry.of(earlier, "vm1", host.identity.public_key().public_bytes_raw(), decision))
+    await pair.until_ready()
+    pair.source.partition.migration = None
+    source = pair.queries(pair.source, hosts[0]).queries()
+    destination = pair.queries(pair.destination, hosts[1]).queries()
+
+    given = await source["migration.word"]({"vm": "vm1", "as": "source"})
+    assert given["word"] is None
+    back = await destination["migration.abandon"]({"vm": "vm1", "session": given["session"]})
+    assert await source["migration.take"]({"vm": "vm1", "as": "source", "word": back["word"]}) == {"moved": False}
+    assert pair.destination.partition.svm is None
+
+
+async def test_a_migration_does_not_begin_while_an_earlier_token_cannot_be_closed(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.source.ledger.record(Entry.of(bytes(32), "vm1", bytes(32), Decision.GIVEN))
+    tear(pair.source.ledger, monkeypatch)
+
+    with pytest.raises(Refused, match="U_PERMISSION"):
+        await pair.shake_hands()
+    assert pair.source.partition.migration is None
+
+
 def tear(ledger: FileLedger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody can say from here on what it stored."""
 

@@ -88,6 +88,13 @@ def test_a_hello_that_is_none_is_refused(noise: bytes) -> None:
         Hello.decode(noise)
 
 
+def test_what_is_said_of_a_hello_that_is_none_is_short() -> None:
+    with pytest.raises(MalformedMessage) as refused:
+        Hello.decode(b'{"' + b"x" * (MAX_PAYLOAD_BYTES - 10) + b'": 1}')
+
+    assert len(str(refused.value)) < 1000
+
+
 def test_a_hello_says_what_it_is_of() -> None:
     assert Hello.decode(HELLO.encode()) == HELLO
     with pytest.raises(MalformedMessage, match="no hello"):

@@ -64,6 +64,12 @@ def test_what_is_no_bandwidth_is_one_line() -> None:
         parse_bandwidth("fast")
 
 
+@pytest.mark.parametrize("text", ["99999999999999999999G/s", "9" * 5000])
+def test_a_bandwidth_that_fits_into_no_message_is_none(text: str) -> None:
+    with pytest.raises(UserError, match=r"^--bandwidth: .* is none; allowed: bytes a second"):
+        parse_bandwidth(text)
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -72,6 +78,7 @@ def test_what_is_no_bandwidth_is_one_line() -> None:
         (["vm1", "--cancel", "--bandwidth", "1M"], "--cancel goes with nothing else"),
         (["vm1", "--bandwidth", "1M", "--detach"], "--detach needs HOST"),
         (["vm1", "beta", "--downtime-limit", "-1"], "-1 is not in the range"),
+        (["vm1", "beta", "--downtime-limit", str(1 << 64)], "is not in the range"),
     ],
 )
 def test_a_wrong_command_line_is_refused_before_anything_is_asked(arguments: list[str], problem: str) -> None:

@@ -64,8 +64,13 @@ class MigrationControl:
         self._n_moves = 0
         self._cause = 0
         """One for all that a migration does, here and where the VM arrives: it comes with the key."""
-        self.parameters = MigrationParameters()
+        self._own = MigrationParameters()
+        """What the monitor's user has set."""
+        self._limits: dict[str, Any] = {}
+        """What was given with the migration that is under way, by QEMU's names."""
         self.status = MigrationStatus.NONE
+        self._asked = ""
+        """The host that the monitor's user asked for last."""
         self.reason = ""
         self._in_doubt = False
         self._link: Link | None = None
@@ -119,13 +124,19 @@ class MigrationControl:
 
     # -- source -----------------------------------------------------------------------------------------------
 
-    def start(self, parameters: dict[str, Any]) -> None:
-        """Begin to move the machine, with `parameters` by QEMU's names; raises UserError."""
+    def start(self, parameters: dict[str, Any], asked: str | None = None) -> None:
+        """Begin to move the machine, with `parameters` by QEMU's names; raises UserError.
+
+        `asked` is the host that the monitor's user asked for, if it was him: he may have thought better of it.
+        """
+        if asked is not None and (self.status is not MigrationStatus.SETUP or self._asked != asked):
+            raise UserError("the migration was cancelled meanwhile: try again")
         if self._source is not None and (self.status.running or self._in_doubt):
             raise UserError("There's a migration process in progress")
         if self._link is None or self._socket is None:
             raise UserError("no destination was prepared: pefbox migrate VM HOST")
-        self.parameters = self.parameters.updated(parameters)
+        self.parameters.updated(parameters)
+        self._limits = parameters
         if self.status is not MigrationStatus.SETUP:
             self._enter(MigrationStatus.SETUP)
         connection, self._socket = self._socket, None
@@ -183,6 +194,8 @@ class MigrationControl:
             vm = self._machine.vm
             self._cause = migration_cause(vm.lpid, vm.incarnation, self._n_moves)
         self.status = step(self.status, status)
+        if status.ended:
+            self._limits = {}
         self._log.info("migration", status=status.value)
         self._note("source", status.value)
         self._tell(status)
@@ -205,9 +218,25 @@ class MigrationControl:
         else:
             self._enter(MigrationStatus.CANCELLED)
 
+    @property
+    def parameters(self) -> MigrationParameters:
+        """What counts now."""
+        return self._own.updated(self._limits)
+
     def set_parameters(self, changes: dict[str, Any]) -> None:
         """Other limits, also for a migration that is under way; raises UserError that names what is wrong."""
-        self.parameters = self.parameters.updated(changes)
+        self._own = self._own.updated(changes)
+        self._limits = {name: limit for name, limit in self._limits.items() if name not in changes}
+        self._use_parameters()
+
+    def limit(self, changes: dict[str, Any]) -> None:
+        """Other limits for the migration that is under way alone; raises UserError that names what is wrong."""
+        self.parameters.updated(changes)
+        if self.status.running:
+            self._limits |= changes
+            self._use_parameters()
+
+    def _use_parameters(self) -> None:
         if self._source is not None:
             self._source.set_parameters(self.parameters)
 
@@ -216,6 +245,7 @@ class MigrationControl:
         if self.status.running or self._in_doubt:
             raise UserError("There's a migration process in progress")
         self._enter(MigrationStatus.SETUP)
+        self._asked = host
         await self._want_move(host)
 
     def refused(self, reason: str) -> None:

@@ -8,14 +8,13 @@ import trio
 from protocol.declare import Call
 from protocol.errors import MalformedMessage, PefboxError
 from services.qemu.migration.channel import BulkChannel
-from services.qemu.migration.hello import printable
+from services.qemu.migration.hello import MAX_REASON_BYTES, printable
 from services.qemu.migration.kvm_port import KvmPort
 from services.qemu.migration.places import RECORD
 from services.qemu.migration.stream import Frame, FrameKind
 from shared.stream_buffer import StreamBuffer
 
 _GOODBYE_SECONDS = 1.0
-_MAX_REASON_CHARS = 256
 
 
 class Conversation:
@@ -53,7 +52,7 @@ class Conversation:
             try:
                 if word:
                     await self.send(FrameKind.STATEMENT, word)
-                await self.send(FrameKind.FAILED, reason[:_MAX_REASON_CHARS].encode())
+                await self.send(FrameKind.FAILED, reason.encode()[:MAX_REASON_BYTES])
             except PefboxError:
                 pass
         self._channel.close()

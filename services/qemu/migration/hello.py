@@ -12,6 +12,7 @@ from services.qemu.migration.stream import VERSION, Hello
 from shared.machine_type import VERSIONED_MACHINE
 from shared.terminal_text import one_line
 
+MAX_REASON_BYTES = 256
 _DIGEST_CHARS = 16
 
 
@@ -48,8 +49,8 @@ def why_not(theirs: Hello, ours: Hello, there: str = "at the source") -> str | N
 
 
 def printable(text: memoryview) -> str:
-    """A peer's text, for the operator."""
-    return one_line(str(text, errors="replace"))
+    """The beginning of a peer's text, for the operator."""
+    return one_line(str(text[:MAX_REASON_BYTES], errors="replace"))
 
 
 def _digest(struct: msgspec.Struct) -> str:

@@ -40,6 +40,8 @@ READY_SECONDS = 60.0
 """For the destination to load everything; until then the VM goes on here if it does not."""
 WORD_SECONDS = 20.0
 """For its word that the VM runs there; without it nobody here knows."""
+_OUT_OF_TURN = frozenset({"H_STATE", "U_STATE"})
+"""What kvm and ultravisor say to a step of a VM that is no more what it was when the migration began."""
 
 
 class MigrationFailed(PefboxError):
@@ -83,6 +85,7 @@ class SourceMigration:
         self._n_pages = machine.vm.memory_bytes // PAGE_BYTES
         self._precopy = Precopy(self._n_pages, PAGE_BYTES, parameters.downtime_limit, self.times.began)
         self._pacer = Pacer(parameters.max_bandwidth, self.times.began)
+        self._limits_changed = trio.Event()
         self._owed: list[int] = []
         """GFNs of the host's own pages that this round sends."""
         self._shared: set[int] = set()
@@ -109,6 +112,8 @@ class SourceMigration:
         self.parameters = parameters
         self._precopy.downtime_limit_ms = parameters.downtime_limit
         self._pacer.set_rate(parameters.max_bandwidth, time.monotonic_ns())
+        self._limits_changed.set()
+        self._limits_changed = trio.Event()
 
     async def run(self) -> None:
         """Move the VM; returns when it runs there.
@@ -128,6 +133,8 @@ class SourceMigration:
                 raise MigrationInDoubt(f"{error}") from None
             with trio.CancelScope(shield=True):
                 await self._take_back(str(error))
+            if isinstance(error, StepRefused) and error.code in _OUT_OF_TURN:
+                raise MigrationFailed(f"the VM was reset, or turns secure, meanwhile ({error})") from None
             raise
         finally:
             self.times.ended = time.monotonic_ns()
@@ -172,7 +179,9 @@ class SourceMigration:
         self._precopy.sent(n_bytes, zero_pages=n_zero, data_pages=n_data)
         wait_ns = self._pacer.spend(n_bytes, time.monotonic_ns())
         if wait_ns and not self._held:
-            await trio.sleep(wait_ns / NS)
+            # Under another limit nothing is owed.
+            with trio.move_on_after(wait_ns / NS):
+                await self._limits_changed.wait()
 
     async def _end_round(self, step: Call | None) -> int:
         """End a round of the ultravisor's by `step`; how many pages the next one owes, of both kinds."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from services.ultravisor.migration.ledger import Decision, Ledger
+from protocol.errors import HostFault
+from services.ultravisor.migration.ledger import Decision, FileLedger, Ledger
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
 from services.ultravisor.migration.statements import Word, sign
 
@@ -21,6 +23,18 @@ def word_of_source(ledger: Ledger, identity: Ed25519PrivateKey, session_id: byte
     if entry is None or entry.decision is not Decision.GIVEN:
         return None
     return sign(identity, Word.TOKEN, session_id)
+
+
+def close_earlier(ledger: FileLedger, vm: str) -> None:
+    """The VM is here and leaves anew: a token of before that nobody answered is given no more, as it tells nothing of
+    this migration. Raises MigrationRefused when that cannot be stored.
+    """
+    try:
+        for entry in ledger.of_vm(vm):
+            if entry.decision is Decision.GIVEN:
+                ledger.record(msgspec.structs.replace(entry, decision=Decision.CLOSED))
+    except HostFault as fault:
+        raise MigrationRefused(Reason.NOT_STORED, str(fault)) from None
 
 
 def word_of_destination(
