@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,24 @@ def test_logs_of_several_processes_come_in_order_of_time(tmp_path: Path) -> None
     assert log_files(tmp_path, "vm1/qemu") == [log / "vm1.qemu.log"]
     with pytest.raises(UserError, match="there are: vm1/guest, vm1/qemu"):
         log_files(tmp_path, "vm2")
+
+
+def test_ctrl_c_while_a_command_still_loads_ends_it_without_a_word() -> None:
+    program = """
+import os, signal, sys
+from deploy.entry import main
+
+class CtrlC:
+    def find_spec(self, name, path, target=None):
+        if name == "click":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC())
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", -signal.SIGINT)
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("doctor",)])
