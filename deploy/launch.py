@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import resource
 import shutil
 import signal
@@ -17,6 +18,7 @@ import trio
 from deploy import preflight
 from deploy.cluster_file import Cluster, check_cluster_name, read_cluster_file, resolve_state
 from deploy.cluster_run import ClusterRun, LaunchOptions
+from deploy.files import open_to_append
 from deploy.health import wait_until_started
 from deploy.manifest import clean_run_dir, new_manifest
 from deploy.migrate import asked_by_monitor
@@ -29,7 +31,7 @@ from deploy.stopping import remove_everything, stop_processes
 from deploy.supervise import heartbeat, watch_signals
 from protocol.errors import PefboxError, UserError
 from protocol.roles import Role
-from services.runtime.log import Log, log_to
+from services.runtime.log import Log, open_log
 
 _PR_SET_DUMPABLE = 4
 
@@ -196,7 +198,11 @@ def _remove_records(paths: Paths, targets: list[str]) -> None:
 
 
 def _open_log(paths: Paths) -> Log:
-    return log_to(paths.launcher_log.open("a", buffering=1), "launcher")
+    fd = open_to_append(paths.launcher_log)
+    try:
+        return open_log(fd, "launcher")
+    finally:
+        os.close(fd)
 
 
 def _protect_secrets(debug: bool) -> None:

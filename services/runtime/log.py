@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import MutableMapping
-from typing import Any, TextIO
+from typing import Any
 
 from services.runtime.absent_module import absent_module
 
@@ -16,15 +15,30 @@ with absent_module("rich"):
 Log = structlog.typing.FilteringBoundLogger
 
 
+class _LineFile:
+    """Lines at the end of a file. What a full disk does not take is lost: nobody ends for want of a log."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._is_cut = False
+
+    def msg(self, line: str) -> None:
+        """Write a line, and before it end one that was not written whole."""
+        data = f"{line}\n".encode(errors="backslashreplace")
+        if self._is_cut:
+            data = b"\n" + data
+        try:
+            self._is_cut = os.write(self._fd, data) < len(data)
+        except OSError:
+            return
+
+    debug = info = warning = error = critical = msg
+
+
 def open_log(fd: int, target: str) -> Log:
-    """A logger that writes JSON lines about `target` to descriptor `fd`."""
-    return log_to(io.TextIOWrapper(io.FileIO(os.dup(fd), "a"), write_through=True, errors="backslashreplace"), target)
-
-
-def log_to(stream: TextIO, target: str) -> Log:
-    """A logger that writes JSON lines about `target`."""
+    """A logger that writes JSON lines about `target` to a duplicate of descriptor `fd`."""
     log: Log = structlog.wrap_logger(
-        structlog.WriteLogger(stream),
+        _LineFile(os.dup(fd)),
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
