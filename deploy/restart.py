@@ -123,5 +123,7 @@ def _failing(run: ClusterRun, vms: list[VmRecord]) -> Iterator[None]:
         yield
     except PefboxError as error:
         for vm in vms:
+            # What ended it before is no longer the reason, and new processes of it may run.
+            vm.lost = False
             fail_vm(run, vm, str(error))
         raise

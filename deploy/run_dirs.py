@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,11 @@ class Paths:
     def manifest(self) -> Path:
         """What this cluster made on the machine."""
         return self.run_dir / MANIFEST_FILE
+
+    @property
+    def lock_file(self) -> Path:
+        """Locked as long as the cluster runs."""
+        return self.run_dir / LOCK_FILE
 
     @property
     def launcher_socket(self) -> Path:
@@ -138,6 +144,25 @@ class Lock:
     def release(self) -> None:
         """Let others have it."""
         os.close(self._fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Locks:
+    """What a cluster that runs holds."""
+
+    state: Lock
+    run: Lock
+
+
+@contextmanager
+def in_turn(root: Path) -> Iterator[None]:
+    """One after the other, among all who take or remove run directories below `root`."""
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def is_locked(path: Path) -> bool:

@@ -159,6 +159,9 @@ class FakeService:
                     "restoring": [vm.name for vm in config.vms if vm.restoring],
                     "open": sorted(os.listdir("/proc/self/fd"), key=int),
                 }
+            case "vm.status" if arguments["vm"] not in self.vms:
+                self.send(control.Answer(query.id, error=f"no VM {arguments['vm']}"))
+                return
             case "vm.status":
                 result = self.vms[arguments["vm"]] | (
                     {"last_esm": None} if "ultravisor" in self.configs[0].role else {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -329,18 +331,54 @@ async def test_service_that_cannot_be_imported_is_a_failed_start() -> None:
             pass
 
 
+@pytest.mark.parametrize("name", ["log", "lock", "log/launcher.log", "log/vm1.guest.log", "log/vm1.guest.stderr"])
+async def test_state_directory_that_cannot_be_used_is_named_and_nothing_is_left(
+    tmp_path: Path, own_directories: Path, name: str
+) -> None:
+    """A file where a directory belongs, or a directory where a file belongs."""
+    state = tmp_path / "used"
+    (state / name).parent.mkdir(parents=True)
+    if name == "log":
+        (state / name).touch()
+    else:
+        (state / name).mkdir()
+
+    with pytest.raises(UserError, match=rf"^{state / name}: (File exists|Is a directory)$"):
+        async with cluster(MINIMAL, service_module=FAKE_SERVICE, state_dir=state):
+            pass
+
+    assert list((own_directories / "pefbox").iterdir()) == []
+
+
+async def test_full_run_directory_ends_no_cluster_and_refuses_a_restart(fake_cluster: RunningCluster) -> None:
+    unwritable = fake_cluster.paths.manifest.with_suffix(".new")
+    unwritable.mkdir()
+    await fake_cluster.vm("vm1").guest.kill()
+    await fake_cluster.vm("vm1").wait_state("failed")
+
+    with pytest.raises(UserError, match=r"manifest\.json: cannot write"):
+        await fake_cluster.vm("vm1").restart()
+
+    row = await fake_cluster.vm("vm1").row()
+    assert "cannot write" in row.reason
+    await fake_cluster.vm("vm1").qemu.wait_state("gone")
+    unwritable.rmdir()
+    await fake_cluster.vm("vm1").restart()
+    await fake_cluster.vm("vm1").wait_state("running")
+
+
 async def test_two_clusters_run_side_by_side_and_a_name_runs_once() -> None:
-    async with cluster(MINIMAL, name="one", service_module=FAKE_SERVICE) as one:
-        async with cluster(MINIMAL, name="two", service_module=FAKE_SERVICE) as two:
-            assert running_clusters() == ["one", "two"]
-            assert (await two.status()).cluster == "two"
-            with pytest.raises(UserError, match='a cluster "one" runs already'):
-                async with cluster(MINIMAL, name="one", service_module=FAKE_SERVICE):
+    async with cluster(MINIMAL, name="first", service_module=FAKE_SERVICE) as one:
+        async with cluster(MINIMAL, name="second", service_module=FAKE_SERVICE) as two:
+            assert running_clusters() == ["first", "second"]
+            assert (await two.status()).cluster == "second"
+            with pytest.raises(UserError, match='a cluster "first" runs already'):
+                async with cluster(MINIMAL, name="first", service_module=FAKE_SERVICE):
                     pass
             status = await trio.to_thread.run_sync(pefbox, "status")
             assert (status.returncode, status.stderr) == (
                 1,
-                "pefbox: several clusters run, say which with --cluster: one, two\n",
+                "pefbox: several clusters run, say which with --cluster: first, second\n",
             )
         assert len(processes_of(await one.status())) == 4
 
@@ -425,3 +463,36 @@ async def test_an_order_without_the_token_of_the_run_directory_is_refused(fake_c
     assert "the token does not fit" in response.error
     assert fake_cluster.paths.token_file.stat().st_mode & 0o077 == 0
     assert (await fake_cluster.status()).healthy
+
+
+def test_cluster_in_the_foreground_goes_on_when_nobody_reads_its_output(own_directories: Path) -> None:
+    command = [sys.executable, "-m", "deploy.cli", "up", str(MINIMAL), "--name", "unread"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, text=True) as launcher:
+        os.close(writing)
+        assert launcher.stderr is not None
+        assert launcher.stderr.readline() == "Ctrl-C stops the cluster.\n"
+        assert json.loads(pefbox("status", "--json").stdout)["healthy"]
+        launcher.send_signal(signal.SIGINT)
+        assert "Traceback" not in launcher.stderr.read()
+    assert list((own_directories / "pefbox").iterdir()) == []
+
+
+async def test_launcher_that_breaks_says_so_in_one_line_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_directories: Path
+) -> None:
+    """Broken by what no code of its own expects."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import deploy.supervise as s\n"
+        "def broken(run, child):\n"
+        "    raise RuntimeError('unforeseen')\n"
+        "s._ready = broken\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
+
+    with pytest.raises(UserError, match=r"^the launcher broke: RuntimeError: unforeseen: see .*launcher\.log$"):
+        async with cluster(MINIMAL, service_module=FAKE_SERVICE):
+            pass
+
+    assert list((own_directories / "pefbox").iterdir()) == []

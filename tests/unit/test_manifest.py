@@ -12,7 +12,7 @@ import pytest
 from deploy.manifest import Manifest, clean_run_dir, is_alive, new_manifest, read_manifest, start_ticks
 from deploy.memory_segments import create_segment, segment_name, unlink_segment
 from deploy.run_dirs import LOCK_FILE, Lock, choose_cluster, is_locked, make_private_dir
-from protocol.errors import UserError
+from protocol.errors import HostFault, UserError
 
 
 def make_manifest(tmp_path: Path) -> Manifest:
@@ -129,3 +129,18 @@ def test_cluster_is_chosen_only_when_it_is_the_only_one(tmp_path: Path, monkeypa
     locks[0].release()
     assert choose_cluster(None) == "two"
     locks[1].release()
+
+
+def test_what_is_gone_may_stay_written_down_while_the_disk_is_full(tmp_path: Path) -> None:
+    manifest = make_manifest(tmp_path)
+    manifest.add_segment("pefbox-c-vm1-1")
+    (tmp_path / "c" / "manifest.new").mkdir()
+
+    with pytest.raises(HostFault, match=r"manifest\.json: cannot write"):
+        manifest.add_segment("pefbox-c-vm1-2")
+    manifest.drop_segment("pefbox-c-vm1-1")
+    manifest.drop_process(1)
+
+    data = read_manifest(tmp_path / "c" / "manifest.json")
+    assert data is not None
+    assert data.segments == ["pefbox-c-vm1-1"]
