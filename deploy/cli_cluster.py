@@ -12,7 +12,7 @@ import click
 
 from deploy.cli_support import cluster_option, json_option, printable
 from deploy.client import DetachedStart, LauncherClient, connect, start_detached, wait_until_down
-from deploy.run_dirs import in_turn, run_dirs, running_clusters, runtime_root
+from deploy.run_dirs import in_turn, killed_note, left_over_clusters, run_dirs, running_clusters, runtime_root
 from protocol.errors import UserError
 from protocol.vm_state import VmState
 
@@ -104,12 +104,14 @@ def _up_in_foreground(start: DetachedStart) -> None:
 @cluster_option
 @json_option
 def ps(cluster: str | None, as_json: bool) -> None:
-    """List the processes of all running clusters, or of one."""
+    """List the processes of all running clusters, or of one; killed ones that left something are named."""
     names = [cluster] if cluster is not None else running_clusters()
     clusters = []
     for name in names:
         with connect(name) as client:
             clusters.append(client.call("status", seconds=_STATUS_SECONDS))
+    for left in left_over_clusters() if cluster is None else []:
+        click.echo(f'cluster "{left}" was killed and left things behind: pefbox clean', err=True)
     if as_json:
         from deploy.tables import processes_of
 
@@ -155,10 +157,10 @@ def restart(name: str, cluster: str | None) -> None:
 def down(cluster: str | None) -> None:
     """Stop a cluster and remove all it made on this machine but its state directory. Nothing running is no error."""
     if cluster is None and not running_clusters():
-        click.echo("no cluster runs")
+        click.echo(f"no cluster runs{killed_note()}")
         return
     if cluster is not None and cluster not in running_clusters():
-        click.echo(f'cluster "{cluster}" does not run')
+        click.echo(f'cluster "{cluster}" does not run{killed_note()}')
         return
     with connect(cluster) as client:
         _order_stop(client)

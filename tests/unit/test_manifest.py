@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from deploy.manifest import Manifest, clean_run_dir, is_alive, new_manifest, read_manifest, start_ticks
 from deploy.memory_segments import create_segment, segment_name, unlink_segment
-from deploy.run_dirs import LOCK_FILE, Lock, choose_cluster, is_locked, make_private_dir
+from deploy.run_dirs import LOCK_FILE, Lock, choose_cluster, is_locked, left_over_clusters, make_private_dir
 from protocol.errors import HostFault, UserError
 
 
@@ -144,3 +145,29 @@ def test_what_is_gone_may_stay_written_down_while_the_disk_is_full(tmp_path: Pat
     data = read_manifest(tmp_path / "c" / "manifest.json")
     assert data is not None
     assert data.segments == ["pefbox-c-vm1-1"]
+
+
+def test_asking_whether_a_lock_is_held_keeps_nobody_from_taking_it(tmp_path: Path) -> None:
+    path = tmp_path / LOCK_FILE
+    path.touch()
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(lambda: [is_locked(path) for _ in range(3000)])
+        while not asked.done():
+            Lock(path, "somebody asked").release()
+        assert set(asked.result()) <= {True, False}
+
+
+def test_killed_cluster_is_named_until_it_is_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert left_over_clusters() == []
+    (tmp_path / "pefbox").mkdir()
+    make_manifest(tmp_path / "pefbox")
+    lock = Lock(tmp_path / "pefbox" / "c" / LOCK_FILE, "taken")
+    assert left_over_clusters() == []
+    lock.release()
+
+    assert left_over_clusters() == ["c"]
+    with pytest.raises(UserError, match=r"no cluster runs; killed, .*\(pefbox clean\): c; start one"):
+        choose_cluster(None)
+    assert clean_run_dir(tmp_path / "pefbox" / "c") is not None
+    assert left_over_clusters() == []
