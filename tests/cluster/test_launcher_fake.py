@@ -232,6 +232,20 @@ async def test_notice_of_a_failed_vm_ends_it_by_name(fake_cluster: RunningCluste
     assert (await fake_cluster.process("alpha/kvm").row()).state == "running"
 
 
+async def test_failed_vm_is_not_secure_and_has_no_pages_whatever_its_keepers_say(fake_cluster: RunningCluster) -> None:
+    values = {"secure": True, "pages": {"normal": 0, "secure": 256}}
+    await fake_cluster.process("alpha/ultravisor").query("set-vm", {"vm": "vm1", "values": values})
+    assert (await fake_cluster.vm("vm1").secure()).pages["secure"] == 256
+
+    await fake_cluster.vm("vm1").guest.kill()
+
+    row = await fake_cluster.vm("vm1").wait_state("failed")
+    assert not row.secure
+    assert set(row.pages.values()) == {None}
+    await fake_cluster.vm("vm1").restart()
+    assert (await fake_cluster.vm("vm1").wait_state("running")).pages["normal"] is not None
+
+
 async def test_failed_vm_runs_again_after_restart(fake_cluster: RunningCluster) -> None:
     await fake_cluster.vm("vm1").guest.kill()
     await fake_cluster.vm("vm1").wait_state("failed")
