@@ -269,6 +269,23 @@ async def test_host_restarts_only_when_its_kvm_or_ultravisor_is_gone(fake_cluste
     assert (await seen(fake_cluster, "alpha/kvm"))["keys"][0] == "alpha:ultravisor-kvm.2"
 
 
+async def test_host_whose_restart_broke_off_can_be_restarted_again(fake_cluster: RunningCluster) -> None:
+    await fake_cluster.process("alpha/kvm").kill()
+    await fake_cluster.vm("vm1").wait_state("failed")
+    log = fake_cluster.paths.log_file("vm1/qemu")
+    log.unlink()
+    log.mkdir()
+    with pytest.raises(UserError, match="Is a directory"):
+        await fake_cluster.restart("alpha")
+    states = {row.target: row.state for row in processes_of(await fake_cluster.status())}
+    assert set(states.values()) == {"gone"}
+    log.rmdir()
+
+    await fake_cluster.restart("alpha")
+
+    await fake_cluster.vm("vm1").wait_state("running")
+
+
 async def test_ultravisor_may_have_a_guest_killed_and_qemu_may_not(fake_cluster: RunningCluster) -> None:
     notice = {"what": "guest-must-die", "vm": "vm1", "detail": "no acknowledgement"}
     await fake_cluster.process("vm1/qemu").query("notice", notice)
