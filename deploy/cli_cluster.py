@@ -106,12 +106,23 @@ def _up_in_foreground(start: DetachedStart) -> None:
 def ps(cluster: str | None, as_json: bool) -> None:
     """List the processes of all running clusters, or of one; killed ones that left something are named."""
     names = [cluster] if cluster is not None else running_clusters()
-    clusters = []
+    clusters, problems = [], []
     for name in names:
-        with connect(name) as client:
-            clusters.append(client.call("status", seconds=_STATUS_SECONDS))
+        try:
+            with connect(name) as client:
+                clusters.append(client.call("status", seconds=_STATUS_SECONDS))
+        except UserError as error:
+            problems.append(str(error))
+    if clusters or not problems:
+        _print_processes(clusters, as_json=as_json)
     for left in left_over_clusters() if cluster is None else []:
         click.echo(f'cluster "{left}" was killed and left things behind: pefbox clean', err=True)
+    if problems:
+        # Told last: one that does not answer hides no other.
+        raise UserError("\n".join(problems))
+
+
+def _print_processes(clusters: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         from deploy.tables import processes_of
 

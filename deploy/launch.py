@@ -72,6 +72,7 @@ def prepare(request: LaunchRequest) -> tuple[ClusterRun, Locks]:
     paths = default_paths(cluster.name, request.state_dir)
     cluster = let_debuggers_in(resolve_state(cluster, paths.state_dir), request.options.debuggable)
     make_private_dir(paths.run_dir.parent)
+    _refuse_running(paths)
     _make_state_dirs(paths)
     with ExitStack() as undo:
         taken = f"{paths.state_dir} is the state directory of a cluster that runs"
@@ -222,14 +223,18 @@ def _make_state_dirs(paths: Paths) -> None:
 def _take_run_dir(paths: Paths) -> Lock:
     """The cluster's run directory, new and locked; what a killed cluster left there is removed first."""
     with in_turn(paths.run_dir.parent):
-        if is_locked(paths.lock_file):
-            raise UserError(f'a cluster "{paths.run_dir.name}" runs already: pefbox down, or up --name OTHER')
+        _refuse_running(paths)
         if paths.run_dir.exists() and clean_run_dir(paths.run_dir) is None:
             if any(entry.name != LOCK_FILE for entry in paths.run_dir.iterdir()):
                 raise UserError(f"{paths.run_dir}: holds no manifest that this version understands; remove it by hand")
             shutil.rmtree(paths.run_dir)
         make_private_dir(paths.run_dir)
         return Lock(paths.lock_file, f'a cluster "{paths.run_dir.name}" starts already')
+
+
+def _refuse_running(paths: Paths) -> None:
+    if is_locked(paths.lock_file):
+        raise UserError(f'a cluster "{paths.run_dir.name}" runs already: pefbox down, or up --name OTHER')
 
 
 def _remove_records(paths: Paths, targets: list[str]) -> None:

@@ -56,6 +56,9 @@ def main() -> NoReturn:
         if not ready.closed:
             say(Outcome(error=str(error)))
         leave(1)
+    if not ready.closed:
+        say(Outcome(error="the cluster was told to stop before it was up"))
+        leave(1)
     leave()
 
 

@@ -125,6 +125,8 @@ class FakeService:
         if "fail-" + config.target in os.environ.get("PEFBOX_FAKE", ""):
             self.send(control.Failed("told to fail"))
             raise SystemExit(1)
+        if "silent-" + config.target in os.environ.get("PEFBOX_FAKE", ""):
+            return
         for vm in config.vms:
             self.vms[vm.name] = {"state": "running", "secure": False, "pages": {"normal": vm.memory_bytes >> 16}}
             if vm.restoring and "restore-fails" in os.environ.get("PEFBOX_FAKE", ""):

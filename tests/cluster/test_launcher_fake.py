@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import trio
 
 from deploy.api import RunningCluster, cluster, processes_of
+from deploy.client import DetachedStart, start_detached
 from deploy.manifest import ManifestData, clean_run_dir, is_alive, read_manifest
 from deploy.operator_protocol import LENGTH, Request, Response, frame
 from deploy.run_dirs import running_clusters
@@ -412,6 +414,35 @@ async def test_two_clusters_run_side_by_side_and_a_name_runs_once() -> None:
                 "pefbox: several clusters run, say which with --cluster: first, second\n",
             )
         assert len(processes_of(await one.status())) == 4
+
+
+async def test_launcher_that_does_not_answer_hides_no_other_cluster(fake_cluster: RunningCluster) -> None:
+    async with cluster(MINIMAL, name="second", service_module=FAKE_SERVICE):
+        os.kill(fake_cluster.launcher_pid, signal.SIGSTOP)
+        try:
+            listed = await trio.to_thread.run_sync(pefbox, "ps", "--json")
+        finally:
+            os.kill(fake_cluster.launcher_pid, signal.SIGCONT)
+
+    assert {row["cluster"] for row in json.loads(listed.stdout)} == {"second"}
+    problem = f'pefbox: cluster "{fake_cluster.name}": its launcher did not answer in 0.9 s\n'
+    assert (listed.returncode, listed.stderr) == (1, problem)
+
+
+def test_cluster_that_is_stopped_before_it_is_up_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, own_directories: Path
+) -> None:
+    monkeypatch.setenv("PEFBOX_FAKE", "silent-vm1/guest")
+    start = DetachedStart(MINIMAL, "stopped", service_module=FAKE_SERVICE)
+    with ThreadPoolExecutor() as pool:
+        started = pool.submit(start_detached, start)
+        while "vm1/guest" not in pefbox("ps").stdout:
+            assert not started.done()
+        assert pefbox("down").returncode == 0
+
+        with pytest.raises(UserError, match=r"^the cluster was told to stop before it was up$"):
+            started.result()
+    assert list((own_directories / "pefbox").iterdir()) == []
 
 
 async def test_launcher_and_processes_start_no_resource_tracker(fake_cluster: RunningCluster) -> None:
