@@ -225,9 +225,7 @@ def _take_run_dir(paths: Paths) -> Lock:
     with in_turn(paths.run_dir.parent):
         _refuse_running(paths)
         if paths.run_dir.exists() and clean_run_dir(paths.run_dir) is None:
-            if any(entry.name != LOCK_FILE for entry in paths.run_dir.iterdir()):
-                raise UserError(f"{paths.run_dir}: holds no manifest that this version understands; remove it by hand")
-            shutil.rmtree(paths.run_dir)
+            raise UserError(f"{paths.run_dir}: holds no manifest that this version understands; remove it by hand")
         make_private_dir(paths.run_dir)
         return Lock(paths.lock_file, f'a cluster "{paths.run_dir.name}" starts already')
 

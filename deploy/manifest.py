@@ -137,10 +137,14 @@ def is_alive(process: ProcessRecord) -> bool:
 def clean_run_dir(run_dir: Path) -> list[str] | None:
     """Remove what a killed cluster left; returns what was removed.
 
-    None, and nothing touched, when the cluster runs or its manifest is missing or not understood.
+    None, and nothing touched, when the cluster runs, or has things but no manifest that is understood.
     """
     if is_locked(run_dir / LOCK_FILE):
         return None
+    if all(entry.name == LOCK_FILE for entry in run_dir.iterdir()):
+        # It was killed before it made anything.
+        shutil.rmtree(run_dir)
+        return [f"run directory {run_dir}"]
     data = read_manifest(run_dir / MANIFEST_FILE)
     if data is None:
         return None

@@ -429,6 +429,19 @@ async def test_launcher_that_does_not_answer_hides_no_other_cluster(fake_cluster
     assert (listed.returncode, listed.stderr) == (1, problem)
 
 
+async def test_launcher_that_hangs_is_killed_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, fake_cluster: RunningCluster
+) -> None:
+    monkeypatch.setattr("deploy.api._DOWN_SECONDS", 0.2)
+    os.kill(fake_cluster.launcher_pid, signal.SIGSTOP)
+
+    with trio.fail_after(5), pytest.raises(UserError, match="its launcher was killed: pefbox clean"):
+        await fake_cluster.down()
+
+    await fake_cluster.wait_launcher(5)
+    assert clean_run_dir(fake_cluster.paths.run_dir) is not None
+
+
 def test_cluster_that_is_stopped_before_it_is_up_is_one_line(
     monkeypatch: pytest.MonkeyPatch, own_directories: Path
 ) -> None:

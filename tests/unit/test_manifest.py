@@ -83,6 +83,16 @@ def test_clean_touches_neither_a_running_cluster_nor_a_foreign_directory(tmp_pat
     assert (tmp_path / "c").is_dir()
 
 
+@pytest.mark.parametrize("names", [[], [LOCK_FILE]])
+def test_clean_removes_what_was_killed_before_it_made_anything(tmp_path: Path, names: list[str]) -> None:
+    (tmp_path / "c").mkdir()
+    for name in names:
+        (tmp_path / "c" / name).touch()
+
+    assert clean_run_dir(tmp_path / "c") == [f"run directory {tmp_path / 'c'}"]
+    assert not (tmp_path / "c").exists()
+
+
 def test_segment_name_with_a_path_is_no_segment() -> None:
     assert not unlink_segment("../etc/passwd")
 
