@@ -442,6 +442,20 @@ async def test_launcher_that_hangs_is_killed_in_the_end(
     assert clean_run_dir(fake_cluster.paths.run_dir) is not None
 
 
+def test_start_that_is_broken_off_leaves_no_cluster(monkeypatch: pytest.MonkeyPatch, own_directories: Path) -> None:
+    monkeypatch.setenv("PEFBOX_FAKE", "silent-vm1/guest")
+    start = f"DetachedStart(Path({str(MINIMAL)!r}), 'stopped', service_module={FAKE_SERVICE!r})"
+    script = f"from pathlib import Path; from deploy.client import *; start_detached({start})"
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) as starting:
+        while "vm1/guest" not in pefbox("ps").stdout:
+            assert starting.poll() is None
+        starting.send_signal(signal.SIGINT)
+        _, errors = starting.communicate(timeout=20)
+
+    assert errors.endswith("KeyboardInterrupt\n")
+    assert list((own_directories / "pefbox").iterdir()) == []
+
+
 def test_cluster_that_is_stopped_before_it_is_up_is_one_line(
     monkeypatch: pytest.MonkeyPatch, own_directories: Path
 ) -> None:
