@@ -70,7 +70,7 @@ def start_time_limit(children: list[Child]) -> Iterator[None]:
     with told_by_line(), trio.move_on_after(START_SECONDS) as scope:
         yield
     if scope.cancelled_caught:
-        late = ", ".join(child.target for child in children if not child.ready.is_set())
+        late = ", ".join(f"{child.target} ({child.state.value})" for child in children if not child.ready.is_set())
         raise StartFailed(f"not ready after {START_SECONDS:g} s: {late}")
 
 
