@@ -298,9 +298,12 @@ class RunningCluster:
         except OSError as error:
             raise UserError(f'cluster "{self.name}": its launcher cannot be reached: {error.strerror}') from None
         async with stream:
-            await stream.send_all(frame(Request(token, what, arguments or {})))
-            (n_bytes,) = LENGTH.unpack(await self._read(stream, LENGTH.size))
-            response = msgspec.msgpack.decode(await self._read(stream, n_bytes), type=Response)
+            try:
+                await stream.send_all(frame(Request(token, what, arguments or {})))
+                (n_bytes,) = LENGTH.unpack(await self._read(stream, LENGTH.size))
+                response = msgspec.msgpack.decode(await self._read(stream, n_bytes), type=Response)
+            except trio.BrokenResourceError as error:
+                raise UserError(f'cluster "{self.name}": its launcher is gone ({error.__cause__ or error})') from None
         if response.error is not None:
             raise UserError(response.error)
         return response.result
@@ -337,13 +340,16 @@ class RunningCluster:
         """Stop the cluster; returns the launcher's exit status. Twice is no error. Raises UserError when it hangs."""
         if self._launcher.poll() is None:
             try:
-                await self.order("stop")
+                with trio.move_on_after(_DOWN_SECONDS):
+                    await self.order("stop")
             except UserError:
                 self._launcher.terminate()
-        status = await self.wait_launcher()
+        status = await self.wait_launcher(_DOWN_SECONDS)
         if status is None:
             self._launcher.kill()
-            raise UserError(f'cluster "{self.name}" was not down after {_DOWN_SECONDS:g} s; its launcher was killed')
+            raise UserError(
+                f'cluster "{self.name}" was not down after {_DOWN_SECONDS:g} s; its launcher was killed: pefbox clean'
+            )
         return status
 
     async def wait_launcher(self, seconds: float = _DOWN_SECONDS) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 
 from deploy.cli_support import cluster_option, json_option, printable
 from deploy.client import DetachedStart, LauncherClient, connect, start_detached, wait_until_down
-from deploy.run_dirs import run_dirs, running_clusters, runtime_root
+from deploy.run_dirs import in_turn, killed_note, left_over_clusters, run_dirs, running_clusters, runtime_root
 from protocol.errors import UserError
 from protocol.vm_state import VmState
 
@@ -84,25 +85,44 @@ def _up_in_foreground(start: DetachedStart) -> None:
     from deploy.status import status_now
 
     def healthy(run: ClusterRun) -> None:
-        _print_status(msgspec.to_builtins(status_now(run)))
-        click.echo("Ctrl-C stops the cluster.", err=True)
+        # A cluster does not end because nobody reads what is said of it; rich would end the process for that.
+        with suppress(OSError, SystemExit):
+            _print_status(msgspec.to_builtins(status_now(run)))
+        say("Ctrl-C stops the cluster.")
+
+    def say(text: str) -> None:
+        with suppress(OSError):
+            click.echo(text, err=True)
 
     options = LaunchOptions(record=start.record, debug=start.debug, debuggable=frozenset(start.debuggable))
     files = {vm: file.absolute() for vm, file in start.restore.items()}
     request = LaunchRequest(start.cluster_file, start.name, start.state_dir, options, restore=files)
-    launch(request, healthy, lambda text: click.echo(text, err=True))
+    launch(request, healthy, say)
 
 
 @click.command("ps")
 @cluster_option
 @json_option
 def ps(cluster: str | None, as_json: bool) -> None:
-    """List the processes of all running clusters, or of one."""
+    """List the processes of all running clusters, or of one; killed ones that left something are named."""
     names = [cluster] if cluster is not None else running_clusters()
-    clusters = []
+    clusters, problems = [], []
     for name in names:
-        with connect(name) as client:
-            clusters.append(client.call("status", seconds=_STATUS_SECONDS))
+        try:
+            with connect(name) as client:
+                clusters.append(client.call("status", seconds=_STATUS_SECONDS))
+        except UserError as error:
+            problems.append(str(error))
+    if clusters or not problems:
+        _print_processes(clusters, as_json=as_json)
+    for left in left_over_clusters() if cluster is None else []:
+        click.echo(f'cluster "{left}" was killed and left things behind: pefbox clean', err=True)
+    if problems:
+        # Told last: one that does not answer hides no other.
+        raise UserError("\n".join(problems))
+
+
+def _print_processes(clusters: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         from deploy.tables import processes_of
 
@@ -148,10 +168,10 @@ def restart(name: str, cluster: str | None) -> None:
 def down(cluster: str | None) -> None:
     """Stop a cluster and remove all it made on this machine but its state directory. Nothing running is no error."""
     if cluster is None and not running_clusters():
-        click.echo("no cluster runs")
+        click.echo(f"no cluster runs{killed_note()}")
         return
     if cluster is not None and cluster not in running_clusters():
-        click.echo(f'cluster "{cluster}" does not run')
+        click.echo(f'cluster "{cluster}" does not run{killed_note()}')
         return
     with connect(cluster) as client:
         _order_stop(client)
@@ -191,7 +211,8 @@ def clean(cluster: str | None) -> None:
     for run_dir in run_dirs(runtime_root()):
         if run_dir.name in running or cluster not in (None, run_dir.name):
             continue
-        removed = clean_run_dir(run_dir)
+        with in_turn(run_dir.parent):
+            removed = clean_run_dir(run_dir)
         if removed is None:
             click.echo(f"{run_dir}: left alone, it holds no manifest that this version understands", err=True)
             continue

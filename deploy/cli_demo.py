@@ -38,7 +38,10 @@ def demo(guest: str, json_file: Path | None, state_dir: Path | None) -> None:
     from deploy.demo_model import ModelGuest
     from deploy.demo_report import DemoGuest
     from deploy.tables import console
+    from protocol.errors import UserError
 
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json: {json_file.parent} is no directory")
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -46,14 +49,14 @@ def demo(guest: str, json_file: Path | None, state_dir: Path | None) -> None:
 
     kind: DemoGuest = LinuxGuest() if guest == "linux" else ModelGuest()
     report = trio.run(run_demo, kind, state_dir, say)
-    if json_file is not None:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     console().print(_table(report))
     for name, vm in report.vms.items():
         for problem in vm.problems:
             click.echo(f"{name}: {problem}", err=True)
     for what in report.not_searched:
         click.echo(f"not searched: {what}", err=True)
+    if json_file is not None:
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     click.echo(f"{'every check held' if report.ok else 'NOT every check held'} ({time.monotonic() - started:.1f} s)")
     raise SystemExit(0 if report.ok else 1)
 

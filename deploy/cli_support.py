@@ -105,8 +105,11 @@ def parse_size(text: str, option: str) -> int:
 
 
 def parse_number(text: str) -> int:
-    """A number as people type addresses: decimal or 0x...; raises UserError."""
+    """A number as people type addresses: decimal or 0x..., of 64 bits at most; raises UserError."""
     try:
-        return int(text, 0)
+        number = int(text, 0)
     except ValueError:
         raise UserError(f'"{text}" is no number: decimal, or hexadecimal with 0x') from None
+    if not 0 <= number < 1 << 64:
+        raise UserError(f"{text} is no address: it has more than 64 bits")
+    return number

@@ -172,7 +172,13 @@ def start_detached(start: DetachedStart) -> tuple[str, subprocess.Popen[bytes]]:
             )
         finally:
             os.close(writing)
-        data = pipe.read()
+        try:
+            data = pipe.read()
+        except BaseException:
+            # Who breaks the start off wants no cluster.
+            launcher.terminate()
+            launcher.wait()
+            raise
         if data:
             outcome = msgspec.msgpack.decode(data, type=Outcome)
             if outcome.cluster is not None:

@@ -23,6 +23,7 @@ from protocol.ethernet import DEFAULT_MTU, MAX_MTU, MIN_MTU
 from protocol.geometry import MAX_VM_BYTES, PAGE_BYTES
 from protocol.startup import DeviceEntry, DiskEntry, DmaMachine, GuestEntry
 from services.guest.model.image import OPTIONS
+from shared.boot_partition import MAX_COMMAND_LINE_BYTES
 from shared.dma_designs import DESIGNS, DmaDesign
 from shared.link_shape import PLAIN, LinkShape, fault_of
 from shared.migration_policy import PolicyFile
@@ -173,6 +174,9 @@ def parse_cluster(text: str, path: str, base: Path, default_name: str) -> Cluste
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"at line (\d+)", str(error))
         raise ClusterFileError(path, "", str(error), int(line[1]) if line else None) from None
+    except (ValueError, RecursionError) as error:
+        # An integer of thousands of digits, or lists in lists without end.
+        raise ClusterFileError(path, "", str(error)) from None
     top = Section(Document(path, text), (), values, TOP_KEYS)
     hosts = read_hosts(top.named_tables("hosts", HOST_KEYS, required=True))
     if not hosts:
@@ -360,12 +364,21 @@ def _guest(vm: Section, base: Path) -> GuestEntry:
         esm_blob=_path(guest, "esm_blob", base),
         firmware=_firmware(guest, base) if kernel == "machine" and boot in FIRMWARE_BOOTS else None,
         pci_nodes=guest.choice("pci_nodes", PCI_NODES, "qemu"),
-        command_line=guest.text("command_line", ""),
+        command_line=_command_line(guest),
         workload=guest.text("workload", "prompt"),
         dma=guest.choice("dma", tuple(DmaDesign), DmaDesign.QUIRK.value),
         old_firmware=guest.flag("old_firmware", False),
         options=_options(guest),
     )
+
+
+def _command_line(guest: Section) -> str:
+    text = guest.text("command_line", "")
+    if not (text.isascii() and text.isprintable()):
+        guest.fail("command_line", "must have printable ASCII characters only")
+    if len(text) > MAX_COMMAND_LINE_BYTES:
+        guest.fail("command_line", f"has {len(text)} characters; allowed: up to {MAX_COMMAND_LINE_BYTES}")
+    return text
 
 
 def _firmware(guest: Section, base: Path) -> str:
@@ -394,7 +407,10 @@ def _path(section: Section, name: str, base: Path) -> str | None:
         return path
     if not path:
         section.fail(name, "is empty; a file name is wanted")
-    return str(base / Path(path).expanduser())
+    try:
+        return str(base / Path(path).expanduser())
+    except RuntimeError:
+        section.fail(name, f'"{path}" begins with the home directory of a user that there is not')
 
 
 def _disks(vm: Section, base: Path) -> list[DiskEntry]:

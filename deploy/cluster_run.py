@@ -146,6 +146,8 @@ class ClusterRun:
         self.dead: list[Child] = []
         self.order = [process.target for process in cluster_processes(cluster)]
         self.stop_requested = trio.Event()
+        self.told_early = False
+        """Whether it was told to stop before the loop could hear of it."""
         self.healthy = False
         self.stopping = False
         self.restarting = trio.Lock()

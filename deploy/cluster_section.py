@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from deploy.toml_lines import KeyPath, LineIndex
 from protocol.errors import ClusterFileError
+from shared.terminal_text import one_line
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ class Document:
 
     def fail(self, key: KeyPath, problem: str) -> NoReturn:
         """Raise ClusterFileError for `key`."""
-        raise ClusterFileError(self.path, _dotted(key), problem, self.lines.line_of(key))
+        raise ClusterFileError(self.path, one_line(_dotted(key)), one_line(problem), self.lines.line_of(key))
 
 
 class Section:
@@ -93,7 +94,10 @@ class Section:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.fail(name, f"must be a number, not {_kind(value)}")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            self.fail(name, "is too large")
 
     def choice(self, name: str, allowed: Sequence[str], default: str | None = None) -> str:
         """One of `allowed`; required when `default` is None."""

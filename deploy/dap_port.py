@@ -25,6 +25,7 @@ MAX_HEADER_BYTES = 4096
 _LISTEN_SECONDS = 10.0
 _ANSWER_SECONDS = 1.0
 _READ_BYTES = 64 * 1024
+_BACKLOG = 1
 _END_OF_HEADER = b"\r\n\r\n"
 DISCONNECT = "disconnect"
 
@@ -151,7 +152,7 @@ async def open_port(run: ClusterRun, child: Child, port: int) -> DapPort:
 
 async def _make_port(run: ClusterRun, child: Child, port: int) -> DapPort:
     debuggable_child(run, child)
-    listener = _bind(port)
+    listener = listen(port, _BACKLOG)
     try:
         await note(run, child, "debugger-port", port=str(listener.getsockname()[1]))
         debuggable_child(run, child)
@@ -162,13 +163,6 @@ async def _make_port(run: ClusterRun, child: Child, port: int) -> DapPort:
     made = child.dap_port = DapPort(run, child, listener, stream)
     run.nursery.start_soon(made.serve)
     return made
-
-
-def _bind(port: int) -> socket.socket:
-    try:
-        return listen(port, 1)
-    except OSError as error:
-        raise UserError(f"port {port} of {LOOPBACK}: {error.strerror}; without --port a free one is taken") from None
 
 
 def _is_ours(editor: trio.SocketStream) -> bool:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from deploy.firmware import PACKAGE, find_firmware
 from deploy.preflight import ENGINE_PACKAGE, INSTALL_ENGINE
+from deploy.run_dirs import left_over_clusters
 
 _MIB = 1 << 20
 _SYS_USERFAULTFD = 323
@@ -191,6 +192,12 @@ def _gdb() -> Finding:
     return _program("gdb-multiarch", "no debugger at hand for POWER guests")
 
 
+def _left_over() -> Finding:
+    left = left_over_clusters()
+    detail = f"killed: {', '.join(left)}" if left else "nothing of killed clusters"
+    return Finding("left over", not left, detail, "their RAM stays in /dev/shm until: pefbox clean")
+
+
 CHECKS: tuple[Callable[[], Finding], ...] = (
     _python,
     _libraries,
@@ -206,4 +213,5 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _slof,
     _mke2fs,
     _gdb,
+    _left_over,
 )

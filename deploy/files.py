@@ -11,6 +11,21 @@ from pathlib import Path
 from protocol.errors import UserError
 
 
+@contextlib.contextmanager
+def told_by_line() -> Iterator[None]:
+    """What the machine refuses becomes the one line that the operator reads. Raises UserError for an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(refusal(error)) from None
+
+
+def refusal(error: OSError) -> str:
+    """The file that it is about, where it is about one, and why."""
+    reason = error.strerror or str(error)
+    return reason if error.filename is None else f"{error.filename}: {reason}"
+
+
 def open_to_append(path: Path) -> int:
     """Its descriptor; the file is made where there is none. Raises UserError."""
     try:

@@ -6,8 +6,6 @@ user of the machine goes nowhere.
 
 from __future__ import annotations
 
-import errno
-import os
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -84,12 +82,7 @@ class GdbPorts:
         return order if order in ("big", "little") else None
 
     def _listen(self, place: _Place, port: int) -> int:
-        try:
-            listening = listen(port, _BACKLOG)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise UserError(f"port {port} is in use: name another one, or none for any that is free") from None
-            raise UserError(f"port {port}: {os.strerror(error.errno or 0)}") from None
+        listening = listen(port, _BACKLOG)
         opened = self._ports[place] = int(listening.getsockname()[1])
         self._run.nursery.start_soon(self._serve, place, trio.SocketListener(trio.socket.from_stdlib_socket(listening)))
         return opened

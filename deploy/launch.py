@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 import trio
@@ -17,21 +20,33 @@ import trio
 from deploy import preflight
 from deploy.cluster_file import Cluster, check_cluster_name, read_cluster_file, resolve_state
 from deploy.cluster_run import ClusterRun, LaunchOptions
+from deploy.files import open_to_append, refusal, told_by_line
 from deploy.health import wait_until_started
 from deploy.manifest import clean_run_dir, new_manifest
 from deploy.migrate import asked_by_monitor
 from deploy.operator_socket import OperatorSocket
 from deploy.plan import cluster_processes
 from deploy.restore import close_all, load_all, open_all
-from deploy.run_dirs import LOCK_FILE, TRACE_SUFFIX, Lock, Paths, default_paths, is_locked, make_private_dir
+from deploy.run_dirs import (
+    LOCK_FILE,
+    TRACE_SUFFIX,
+    Lock,
+    Locks,
+    Paths,
+    default_paths,
+    in_turn,
+    is_locked,
+    make_private_dir,
+)
 from deploy.start import start_cluster
 from deploy.stopping import remove_everything, stop_processes
 from deploy.supervise import heartbeat, watch_signals
-from protocol.errors import PefboxError, UserError
+from protocol.errors import HostFault, PefboxError, UserError
 from protocol.roles import Role
-from services.runtime.log import Log, log_to
+from services.runtime.log import Log, open_log
 
 _PR_SET_DUMPABLE = 4
+_ORDERS_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +63,8 @@ class LaunchRequest:
     """VMs that do not boot but go on out of a snapshot, and its file."""
 
 
-def prepare(request: LaunchRequest) -> tuple[ClusterRun, list[Lock]]:
+@told_by_line()
+def prepare(request: LaunchRequest) -> tuple[ClusterRun, Locks]:
     """Check everything, take the cluster's name and directories; nothing is started. Raises UserError."""
     cluster = read_cluster_file(request.cluster_file)
     if request.name is not None:
@@ -56,19 +72,22 @@ def prepare(request: LaunchRequest) -> tuple[ClusterRun, list[Lock]]:
     paths = default_paths(cluster.name, request.state_dir)
     cluster = let_debuggers_in(resolve_state(cluster, paths.state_dir), request.options.debuggable)
     make_private_dir(paths.run_dir.parent)
+    _refuse_running(paths)
     _make_state_dirs(paths)
-    locks = [Lock(paths.state_dir / LOCK_FILE, f"{paths.state_dir} is the state directory of a cluster that runs")]
-    try:
+    with ExitStack() as undo:
+        taken = f"{paths.state_dir} is the state directory of a cluster that runs"
+        state_lock = Lock(paths.state_dir / LOCK_FILE, taken)
+        undo.callback(state_lock.release)
         _make_files(cluster, paths.state_dir)
         preflight.check(cluster, paths, preflight.Machine.here())
-        locks.append(_take_run_dir(paths))
-    except BaseException:
-        for lock in locks:
-            lock.release()
-        raise
-    _remove_records(paths, [process.target for process in cluster_processes(cluster)])
-    manifest = new_manifest(paths.manifest, cluster.name, paths.state_dir)
-    return ClusterRun(cluster, paths, request.options, manifest, _open_log(paths)), locks
+        run_lock = _take_run_dir(paths)
+        undo.callback(run_lock.release)
+        undo.callback(shutil.rmtree, paths.run_dir, ignore_errors=True)
+        _remove_records(paths, [process.target for process in cluster_processes(cluster)])
+        manifest = new_manifest(paths.manifest, cluster.name, paths.state_dir)
+        run = ClusterRun(cluster, paths, request.options, manifest, _open_log(paths))
+        undo.pop_all()
+    return run, Locks(state_lock, run_lock)
 
 
 def launch(request: LaunchRequest, on_healthy: Callable[[ClusterRun], None], on_event: Callable[[str], None]) -> None:
@@ -79,12 +98,37 @@ def launch(request: LaunchRequest, on_healthy: Callable[[ClusterRun], None], on_
     run, locks = prepare(request)
     run.on_event = on_event
     _protect_secrets(request.options.debug)
-    try:
-        failure = trio.run(_live, run, on_healthy, request)
-    finally:
-        remove_everything(run, locks)
+    with _orders_to_end_noted(run):
+        try:
+            failure = trio.run(_live, run, on_healthy, request)
+        except Exception as error:
+            run.log.error("the launcher broke", exc_info=error)
+            failure = HostFault(f"the launcher broke: {_innermost(error)}: see {run.paths.launcher_log}")
+        finally:
+            remove_everything(run, locks)
     if failure is not None:
         raise failure
+
+
+def _innermost(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return refusal(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _orders_to_end_noted(run: ClusterRun) -> Iterator[None]:
+    """A signal to end never breaks off what makes or removes things: the loop acts on it, as soon as it runs."""
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        run.told_early = True
+
+    earlier = {number: signal.signal(number, note) for number in _ORDERS_TO_END}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 async def _live(
@@ -134,8 +178,10 @@ async def _start(
 
 
 async def _watch_orders_to_end(run: ClusterRun, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+    with trio.open_signal_receiver(*_ORDERS_TO_END) as signals:
         task_status.started()
+        if run.told_early:
+            run.stop_requested.set()
         async for number in signals:
             run.log.info("told to stop", signal=signal.Signals(number).name)
             run.stop_requested.set()
@@ -176,14 +222,17 @@ def _make_state_dirs(paths: Paths) -> None:
 
 def _take_run_dir(paths: Paths) -> Lock:
     """The cluster's run directory, new and locked; what a killed cluster left there is removed first."""
-    if is_locked(paths.run_dir / LOCK_FILE):
-        raise UserError(f'a cluster "{paths.run_dir.name}" runs already: pefbox down, or up --name OTHER')
-    if paths.run_dir.exists() and clean_run_dir(paths.run_dir) is None:
-        if any(entry.name != LOCK_FILE for entry in paths.run_dir.iterdir()):
+    with in_turn(paths.run_dir.parent):
+        _refuse_running(paths)
+        if paths.run_dir.exists() and clean_run_dir(paths.run_dir) is None:
             raise UserError(f"{paths.run_dir}: holds no manifest that this version understands; remove it by hand")
-        shutil.rmtree(paths.run_dir)
-    make_private_dir(paths.run_dir)
-    return Lock(paths.run_dir / LOCK_FILE, f'a cluster "{paths.run_dir.name}" starts already')
+        make_private_dir(paths.run_dir)
+        return Lock(paths.lock_file, f'a cluster "{paths.run_dir.name}" starts already')
+
+
+def _refuse_running(paths: Paths) -> None:
+    if is_locked(paths.lock_file):
+        raise UserError(f'a cluster "{paths.run_dir.name}" runs already: pefbox down, or up --name OTHER')
 
 
 def _remove_records(paths: Paths, targets: list[str]) -> None:
@@ -196,7 +245,11 @@ def _remove_records(paths: Paths, targets: list[str]) -> None:
 
 
 def _open_log(paths: Paths) -> Log:
-    return log_to(paths.launcher_log.open("a", buffering=1), "launcher")
+    fd = open_to_append(paths.launcher_log)
+    try:
+        return open_log(fd, "launcher")
+    finally:
+        os.close(fd)
 
 
 def _protect_secrets(debug: bool) -> None:

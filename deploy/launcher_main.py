@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,13 +41,11 @@ def main() -> NoReturn:
         arguments.cluster_file, arguments.name, arguments.state, options, arguments.owner_fd, restore
     )
 
+    ready = os.fdopen(arguments.ready_fd, "wb", buffering=0)
+
     def say(outcome: Outcome) -> None:
-        try:
-            os.write(arguments.ready_fd, msgspec.msgpack.encode(outcome))
-        except BrokenPipeError:
-            return
-        finally:
-            os.close(arguments.ready_fd)
+        with ready, suppress(BrokenPipeError):
+            ready.write(msgspec.msgpack.encode(outcome))
 
     def healthy(run: ClusterRun) -> None:
         say(Outcome(cluster=run.cluster.name))
@@ -54,7 +53,11 @@ def main() -> NoReturn:
     try:
         launch(request, healthy, lambda text: None)
     except PefboxError as error:
-        say(Outcome(error=str(error)))
+        if not ready.closed:
+            say(Outcome(error=str(error)))
+        leave(1)
+    if not ready.closed:
+        say(Outcome(error="the cluster was told to stop before it was up"))
         leave(1)
     leave()
 

@@ -6,6 +6,7 @@ made a connection. Source: Linux `Documentation/networking/proc_net_tcp.rst`.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -22,7 +23,7 @@ _ESTABLISHED = "01"
 def listen(port: int, backlog: int) -> socket.socket:
     """A socket that listens, without waiting, on `port`, or with 0 on any that is free.
 
-    Raises OSError, and UserError for a number that no port has.
+    Raises UserError for a port that cannot be had, and for a number that no port has.
     """
     if not 0 <= port <= _MAX_PORT:
         raise UserError(f"port {port}: allowed are 1 to {_MAX_PORT}, and 0 for any that is free")
@@ -32,9 +33,11 @@ def listen(port: int, backlog: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((LOOPBACK, port))
         listening.listen(backlog)
-    except OSError:
+    except OSError as error:
         listening.close()
-        raise
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} is in use: name another one, or none for any that is free") from None
+        raise UserError(f"port {port}: {os.strerror(error.errno or 0)}") from None
     listening.setblocking(False)
     return listening
 

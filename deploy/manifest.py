@@ -6,6 +6,7 @@ ours only when its start time is the recorded one: pids are used again, start ti
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import msgspec
 
 from deploy.memory_segments import unlink_segment
 from deploy.run_dirs import LOCK_FILE, MANIFEST_FILE, Lock, is_locked
+from protocol.errors import HostFault
 
 VERSION = 1
 _KILL_WAIT_SECONDS = 2.0
@@ -45,7 +47,10 @@ class ManifestData(msgspec.Struct):
 
 
 class Manifest:
-    """The manifest of a running cluster; every change is on disk before the call returns."""
+    """The manifest of a running cluster. What is noted is on disk before the call returns, or HostFault is raised.
+
+    What is forgotten may stay there while the disk is full: to look for what is gone does no harm.
+    """
 
     def __init__(self, path: Path, data: ManifestData) -> None:
         self._path = path
@@ -60,7 +65,7 @@ class Manifest:
     def drop_segment(self, name: str) -> None:
         """Forget a RAM segment that is gone."""
         self.data.segments.remove(name)
-        self._write()
+        self._forget()
 
     def add_file(self, path: str) -> None:
         """Note a file that will be made, and has no use unless it is finished."""
@@ -70,7 +75,7 @@ class Manifest:
     def drop_file(self, path: str) -> None:
         """Forget one that is finished, or gone."""
         self.data.files.remove(path)
-        self._write()
+        self._forget()
 
     def add_process(self, target: str, pid: int) -> None:
         """Note a process that was just started."""
@@ -80,14 +85,21 @@ class Manifest:
     def drop_process(self, pid: int) -> None:
         """Forget a process that is gone."""
         self.data.processes = [process for process in self.data.processes if process.pid != pid]
-        self._write()
+        self._forget()
+
+    def _forget(self) -> None:
+        with contextlib.suppress(HostFault):
+            self._write()
 
     def _write(self) -> None:
         new = self._path.with_suffix(".new")
-        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(self.data)))
-        new.replace(self._path)
+        try:
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(self.data)))
+            new.replace(self._path)
+        except OSError as error:
+            raise HostFault(f"{self._path}: cannot write: {error.strerror}") from None
 
 
 def new_manifest(path: Path, cluster: str, state_dir: Path) -> Manifest:
@@ -125,10 +137,14 @@ def is_alive(process: ProcessRecord) -> bool:
 def clean_run_dir(run_dir: Path) -> list[str] | None:
     """Remove what a killed cluster left; returns what was removed.
 
-    None, and nothing touched, when the cluster runs or its manifest is missing or not understood.
+    None, and nothing touched, when the cluster runs, or has things but no manifest that is understood.
     """
     if is_locked(run_dir / LOCK_FILE):
         return None
+    if all(entry.name == LOCK_FILE for entry in run_dir.iterdir()):
+        # It was killed before it made anything.
+        shutil.rmtree(run_dir)
+        return [f"run directory {run_dir}"]
     data = read_manifest(run_dir / MANIFEST_FILE)
     if data is None:
         return None

@@ -98,7 +98,12 @@ async def _restart_host(run: ClusterRun, name: str) -> None:
         processes += plan.vm_processes(vm.spec, vm.move)
     links += network_links(run, {vm.spec.name: vm.newest + 1 for vm in vms})
     with _failing(run, vms):
-        await start_group(run, processes, [vm.spec.name for vm in vms], links)
+        try:
+            await start_group(run, processes, [vm.spec.name for vm in vms], links)
+        except PefboxError:
+            # A host with half of what it needs could neither be used nor restarted.
+            await end_all(run.host_children(name))
+            raise
         await wait_until_started(run, vms)
 
 
@@ -123,5 +128,7 @@ def _failing(run: ClusterRun, vms: list[VmRecord]) -> Iterator[None]:
         yield
     except PefboxError as error:
         for vm in vms:
+            # What ended it before is no longer the reason, and new processes of it may run.
+            vm.lost = False
             fail_vm(run, vm, str(error))
         raise

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ LAUNCHER_SOCKET = "launcher.sock"
 TOKEN_FILE = "token"
 LAUNCHER_LOG = "launcher.log"
 TRACE_SUFFIX = ".trace"
+_RECORD_LOCK = struct.Struct("hhqqi4x")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,11 @@ class Paths:
     def manifest(self) -> Path:
         """What this cluster made on the machine."""
         return self.run_dir / MANIFEST_FILE
+
+    @property
+    def lock_file(self) -> Path:
+        """Locked as long as the cluster runs."""
+        return self.run_dir / LOCK_FILE
 
     @property
     def launcher_socket(self) -> Path:
@@ -130,7 +138,7 @@ class Lock:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._fd = os.open(path, flags, 0o600)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _record_lock())
         except BlockingIOError:
             os.close(self._fd)
             raise UserError(taken) from None
@@ -140,19 +148,41 @@ class Lock:
         os.close(self._fd)
 
 
+@dataclass(frozen=True, slots=True)
+class Locks:
+    """What a cluster that runs holds."""
+
+    state: Lock
+    run: Lock
+
+
+@contextmanager
+def in_turn(root: Path) -> Iterator[None]:
+    """One after the other, among all who take or remove run directories below `root`."""
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def is_locked(path: Path) -> bool:
-    """Whether a live process holds the lock at `path`."""
+    """Whether a live process holds the lock at `path`; it is not taken to find out, for somebody may just take it."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _record_lock())
     finally:
         os.close(fd)
-    return False
+    return bool(_RECORD_LOCK.unpack(found)[0] != fcntl.F_UNLCK)
+
+
+def _record_lock() -> bytes:
+    """A struct flock of fcntl(2) for an exclusive lock on the whole file."""
+    return _RECORD_LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 def run_dirs(root: Path | None = None) -> list[Path]:
@@ -168,18 +198,34 @@ def running_clusters(root: Path | None = None) -> list[str]:
     return [path.name for path in run_dirs(root) if is_locked(path / LOCK_FILE)]
 
 
+def left_over_clusters(root: Path | None = None) -> list[str]:
+    """The names of the clusters that were killed and not cleaned up since."""
+    root = root if root is not None else runtime_root()
+    if not root.is_dir():
+        return []
+    with in_turn(root):
+        # Not one that is just taking its directory, or giving it up.
+        return [path.name for path in run_dirs(root) if not is_locked(path / LOCK_FILE)]
+
+
 def choose_cluster(name: str | None) -> str:
     """The cluster a command means: `name`, or the only running one; raises UserError otherwise."""
     running = running_clusters()
     if name is not None:
         if name in running:
             return name
-        raise UserError(f'no cluster "{name}" runs{_listed(running)}')
+        raise UserError(f'no cluster "{name}" runs{_listed(running)}{killed_note()}')
     if len(running) == 1:
         return running[0]
     if not running:
-        raise UserError("no cluster runs; start one with: pefbox up CLUSTER.toml")
+        raise UserError(f"no cluster runs{killed_note()}; start one with: pefbox up CLUSTER.toml")
     raise UserError(f"several clusters run, say which with --cluster: {', '.join(running)}")
+
+
+def killed_note() -> str:
+    """What was left by clusters that were killed, as the end of a line; nothing when nothing was."""
+    left = left_over_clusters()
+    return f"; killed, with things left behind (pefbox clean): {', '.join(left)}" if left else ""
 
 
 def _listed(running: list[str]) -> str:

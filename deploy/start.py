@@ -21,7 +21,7 @@ from deploy import plan
 from deploy.child import Child, spawn
 from deploy.cluster_file import VmSpec
 from deploy.cluster_run import ClusterRun, OpenFiles
-from deploy.files import open_to_append
+from deploy.files import open_to_append, told_by_line
 from deploy.gifts import release_held
 from deploy.identity_files import identity_of, open_ledger
 from deploy.link_orders import tell_links
@@ -65,26 +65,31 @@ async def start_group(run: ClusterRun, processes: list[ProcessPlan], vms: list[s
 
 @contextmanager
 def start_time_limit(children: list[Child]) -> Iterator[None]:
-    """Bound a start to START_SECONDS; raises StartFailed that names who is not ready."""
-    with trio.move_on_after(START_SECONDS) as scope:
+    """Bound a start to START_SECONDS; raises StartFailed that names who is not ready, UserError for what the machine
+    refuses."""
+    with told_by_line(), trio.move_on_after(START_SECONDS) as scope:
         yield
     if scope.cancelled_caught:
-        late = ", ".join(child.target for child in children if not child.ready.is_set())
+        late = ", ".join(f"{child.target} ({child.state.value})" for child in children if not child.ready.is_set())
         raise StartFailed(f"not ready after {START_SECONDS:g} s: {late}")
 
 
+@told_by_line()
 def spawn_all(run: ClusterRun, processes: Iterable[ProcessPlan], links: Iterable[LinkPlan]) -> list[Child]:
-    """Start the processes and serve their control sockets; each is in the manifest before it hears anything."""
+    """Start the processes and serve their control sockets; each is in the manifest before it hears anything.
+
+    Raises UserError; those that were started until then are known.
+    """
     children = []
     links = list(links)
     for process in processes:
         make_dir(run.paths.process_dir(process.place))
         child = spawn(process, run.paths, run.options.service_module)
-        run.manifest.add_process(process.target, child.pid)
         if is_incoming(run, process):
             run.incoming[child.target] = child
         else:
             run.adopt(child)
+        run.manifest.add_process(process.target, child.pid)
         run.nursery.start_soon(serve_child, run, child)
         children.append(child)
     prepare_links(run, links)

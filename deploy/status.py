@@ -107,8 +107,9 @@ class ProcessRow(msgspec.Struct, kw_only=True):
 
 
 class VmRow(msgspec.Struct, kw_only=True):
-    """A VM. `pages` counts are None until they were heard of; `reason` says why it failed; `balloon` is None where
-    it has none; `migration` while it is on its way, and `arriving` are its processes there, as `vm1/qemu@beta`."""
+    """A VM. `pages` counts are None until they were heard of, and when it is over; `reason` says why it failed;
+    `balloon` is None where it has none; `migration` while it is on its way, and `arriving` are its processes there, as
+    `vm1/qemu@beta`."""
 
     name: str
     lpid: int
@@ -221,7 +222,7 @@ async def _refresh_from_ultravisor(run: ClusterRun, vm: VmRecord) -> None:
         return
     vm.last_ultravisor = status.pages or {}
     vm.last_esm = status.last_esm
-    vm.secure = status.secure
+    vm.secure = status.secure and not vm.lost
     vm.last_memory_mode = status.memory_mode
 
 
@@ -284,7 +285,7 @@ def _host_row(run: ClusterRun, host: HostRecord) -> HostRow:
 
 def _vm_row(run: ClusterRun, vm: VmRecord) -> VmRow:
     qemu = plan.ProcessPlan(Role.QEMU, vm.spec.host, vm.spec.name, vm.move)
-    known = {**vm.last_kvm, **vm.last_ultravisor}
+    known = {} if vm.lost else {**vm.last_kvm, **vm.last_ultravisor}
     return VmRow(
         name=vm.spec.name,
         lpid=vm.spec.lpid,

@@ -11,7 +11,7 @@ import trio
 
 from deploy.child import Child
 from deploy.cluster_run import ClusterRun
-from deploy.run_dirs import Lock
+from deploy.run_dirs import Locks, in_turn
 from deploy.states import ProcessState
 from protocol import control
 from protocol.errors import PeerGone
@@ -53,7 +53,7 @@ async def _stop(child: Child) -> None:
     await child.exited.wait()
 
 
-def remove_everything(run: ClusterRun, locks: list[Lock]) -> None:
+def remove_everything(run: ClusterRun, locks: Locks) -> None:
     """Kill what still lives, unlink the segments, remove the run directory; the manifest goes last.
 
     Plain synchronous code: it runs on every way out of the launcher.
@@ -61,15 +61,19 @@ def remove_everything(run: ClusterRun, locks: list[Lock]) -> None:
     _kill_remaining(run.living())
     for name in list(run.manifest.data.segments):
         run.drop_segment(name)
+    last = (run.paths.manifest, run.paths.lock_file)
     for entry in sorted(run.paths.run_dir.iterdir()):
         if entry.is_dir():
             shutil.rmtree(entry)
-        elif entry != run.paths.manifest:
+        elif entry not in last:
             entry.unlink(missing_ok=True)
-    run.paths.manifest.unlink(missing_ok=True)
-    run.paths.run_dir.rmdir()
-    for lock in locks:
-        lock.release()
+    with in_turn(run.paths.run_dir.parent):
+        # Whoever waits for the end of this cluster waits for these two, and may then begin the next.
+        locks.state.release()
+        for entry in last:
+            entry.unlink(missing_ok=True)
+        run.paths.run_dir.rmdir()
+    locks.run.release()
 
 
 def _kill_remaining(children: list[Child]) -> None:

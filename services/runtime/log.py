@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, MutableMapping
 from time import monotonic
-from typing import Any, TextIO
+from typing import Any
 
 from services.runtime.absent_module import absent_module
 from services.runtime.line_limit import LineLimit
@@ -19,19 +18,42 @@ Log = structlog.typing.FilteringBoundLogger
 Processor = structlog.typing.Processor
 
 
-def open_log(fd: int, target: str) -> Log:
-    """The logger of a service: it writes JSON lines about `target` to descriptor `fd`.
+class _LineFile:
+    """Lines at the end of a file. What a full disk does not take is lost: nobody ends for want of a log."""
 
-    Most lines are caused by peers (S5): of each event of a VM or link no more are written than `LineLimit` admits.
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._is_cut = False
+
+    def msg(self, line: str) -> None:
+        """Write a line, and before it end one that was not written whole."""
+        data = f"{line}\n".encode(errors="backslashreplace")
+        if self._is_cut:
+            data = b"\n" + data
+        try:
+            self._is_cut = os.write(self._fd, data) < len(data)
+        except OSError:
+            return
+
+    debug = info = warning = error = critical = msg
+
+
+def open_service_log(fd: int, target: str) -> Log:
+    """As `open_log`, for a service.
+
+    Most of its lines are caused by peers (S5): of each event of a VM or link only as many are written as `LineLimit`
+    admits.
     """
-    stream = io.TextIOWrapper(io.FileIO(os.dup(fd), "a"), write_through=True, errors="backslashreplace")
-    return log_to(stream, target, Limiter(monotonic))
+    return open_log(fd, target, Limiter(monotonic))
 
 
-def log_to(stream: TextIO, target: str, *first: Processor) -> Log:
-    """A logger that writes JSON lines about `target`; `first` may drop or change them."""
+def open_log(fd: int, target: str, *first: Processor) -> Log:
+    """A logger that writes JSON lines about `target` to a duplicate of descriptor `fd`.
+
+    `first` may drop or change them.
+    """
     log: Log = structlog.wrap_logger(
-        structlog.WriteLogger(stream),
+        _LineFile(os.dup(fd)),
         processors=[
             *first,
             structlog.processors.add_log_level,

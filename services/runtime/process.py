@@ -25,7 +25,7 @@ from services.runtime.channel import ZmqChannel
 from services.runtime.confine import confine, die_with_parent
 from services.runtime.control import ControlEnd, LauncherGone
 from services.runtime.link import Link
-from services.runtime.log import Log, open_log
+from services.runtime.log import Log, open_service_log
 from services.runtime.sockets import bind_socket, connect_socket
 from services.runtime.tracer import FLUSH_SECONDS, Tracer
 from services.runtime.watch import Watch, WatchedEnd
@@ -250,7 +250,7 @@ class _Shell:
             raise HostFault("the launcher did not begin with the start configuration of this role")
         config = start.config
         files = dict(zip(config.descriptors, descriptors, strict=True))
-        log = open_log(files["log"], config.target)
+        log = open_service_log(files["log"], config.target)
         self._prepare(config)
         if config.debuggable:
             # They take as long to import as all else here, and hardly a process needs them.

@@ -125,6 +125,8 @@ class FakeService:
         if "fail-" + config.target in os.environ.get("PEFBOX_FAKE", ""):
             self.send(control.Failed("told to fail"))
             raise SystemExit(1)
+        if "silent-" + config.target in os.environ.get("PEFBOX_FAKE", ""):
+            return
         for vm in config.vms:
             self.vms[vm.name] = {"state": "running", "secure": False, "pages": {"normal": vm.memory_bytes >> 16}}
             if vm.restoring and "restore-fails" in os.environ.get("PEFBOX_FAKE", ""):
@@ -159,6 +161,9 @@ class FakeService:
                     "restoring": [vm.name for vm in config.vms if vm.restoring],
                     "open": sorted(os.listdir("/proc/self/fd"), key=int),
                 }
+            case "vm.status" if arguments["vm"] not in self.vms:
+                self.send(control.Answer(query.id, error=f"no VM {arguments['vm']}"))
+                return
             case "vm.status":
                 result = self.vms[arguments["vm"]] | (
                     {"last_esm": None} if "ultravisor" in self.configs[0].role else {}

@@ -213,7 +213,7 @@ async def test_who_is_not_let_in_is_told_why_and_how_he_would_be(tmp_path: Path)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             taken = listener.getsockname()[1]
             refused = refusal_of(running, "debug-port", {"target": KVM, "port": taken})
-            assert refused == f"port {taken} of 127.0.0.1: Address already in use; without --port a free one is taken"
+            assert refused == f"port {taken} is in use: name another one, or none for any that is free"
         await running.process("vm1/guest").stop()
         await running.process("vm1/guest").wait_state("stopped")
         assert "vm1/guest is stopped" in refusal_of(running, "debug", {"target": "vm1/guest"})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 import trio
 
 from deploy.api import RunningCluster, cluster, processes_of
+from deploy.client import DetachedStart, start_detached
 from deploy.manifest import ManifestData, clean_run_dir, is_alive, read_manifest
 from deploy.operator_protocol import LENGTH, Request, Response, frame
 from deploy.run_dirs import running_clusters
@@ -230,6 +234,20 @@ async def test_notice_of_a_failed_vm_ends_it_by_name(fake_cluster: RunningCluste
     assert (await fake_cluster.process("alpha/kvm").row()).state == "running"
 
 
+async def test_failed_vm_is_not_secure_and_has_no_pages_whatever_its_keepers_say(fake_cluster: RunningCluster) -> None:
+    values = {"secure": True, "pages": {"normal": 0, "secure": 256}}
+    await fake_cluster.process("alpha/ultravisor").query("set-vm", {"vm": "vm1", "values": values})
+    assert (await fake_cluster.vm("vm1").secure()).pages["secure"] == 256
+
+    await fake_cluster.vm("vm1").guest.kill()
+
+    row = await fake_cluster.vm("vm1").wait_state("failed")
+    assert not row.secure
+    assert set(row.pages.values()) == {None}
+    await fake_cluster.vm("vm1").restart()
+    assert (await fake_cluster.vm("vm1").wait_state("running")).pages["normal"] is not None
+
+
 async def test_failed_vm_runs_again_after_restart(fake_cluster: RunningCluster) -> None:
     await fake_cluster.vm("vm1").guest.kill()
     await fake_cluster.vm("vm1").wait_state("failed")
@@ -251,6 +269,23 @@ async def test_host_restarts_only_when_its_kvm_or_ultravisor_is_gone(fake_cluste
 
     await fake_cluster.vm("vm1").wait_state("running")
     assert (await seen(fake_cluster, "alpha/kvm"))["keys"][0] == "alpha:ultravisor-kvm.2"
+
+
+async def test_host_whose_restart_broke_off_can_be_restarted_again(fake_cluster: RunningCluster) -> None:
+    await fake_cluster.process("alpha/kvm").kill()
+    await fake_cluster.vm("vm1").wait_state("failed")
+    log = fake_cluster.paths.log_file("vm1/qemu")
+    log.unlink()
+    log.mkdir()
+    with pytest.raises(UserError, match="Is a directory"):
+        await fake_cluster.restart("alpha")
+    states = {row.target: row.state for row in processes_of(await fake_cluster.status())}
+    assert set(states.values()) == {"gone"}
+    log.rmdir()
+
+    await fake_cluster.restart("alpha")
+
+    await fake_cluster.vm("vm1").wait_state("running")
 
 
 async def test_ultravisor_may_have_a_guest_killed_and_qemu_may_not(fake_cluster: RunningCluster) -> None:
@@ -329,20 +364,112 @@ async def test_service_that_cannot_be_imported_is_a_failed_start() -> None:
             pass
 
 
+@pytest.mark.parametrize("name", ["log", "lock", "log/launcher.log", "log/vm1.guest.log", "log/vm1.guest.stderr"])
+async def test_state_directory_that_cannot_be_used_is_named_and_nothing_is_left(
+    tmp_path: Path, own_directories: Path, name: str
+) -> None:
+    """A file where a directory belongs, or a directory where a file belongs."""
+    state = tmp_path / "used"
+    (state / name).parent.mkdir(parents=True)
+    if name == "log":
+        (state / name).touch()
+    else:
+        (state / name).mkdir()
+
+    with pytest.raises(UserError, match=rf"^{state / name}: (File exists|Is a directory)$"):
+        async with cluster(MINIMAL, service_module=FAKE_SERVICE, state_dir=state):
+            pass
+
+    assert list((own_directories / "pefbox").iterdir()) == []
+
+
+async def test_full_run_directory_ends_no_cluster_and_refuses_a_restart(fake_cluster: RunningCluster) -> None:
+    unwritable = fake_cluster.paths.manifest.with_suffix(".new")
+    unwritable.mkdir()
+    await fake_cluster.vm("vm1").guest.kill()
+    await fake_cluster.vm("vm1").wait_state("failed")
+
+    with pytest.raises(UserError, match=r"manifest\.json: cannot write"):
+        await fake_cluster.vm("vm1").restart()
+
+    row = await fake_cluster.vm("vm1").row()
+    assert "cannot write" in row.reason
+    await fake_cluster.vm("vm1").qemu.wait_state("gone")
+    unwritable.rmdir()
+    await fake_cluster.vm("vm1").restart()
+    await fake_cluster.vm("vm1").wait_state("running")
+
+
 async def test_two_clusters_run_side_by_side_and_a_name_runs_once() -> None:
-    async with cluster(MINIMAL, name="one", service_module=FAKE_SERVICE) as one:
-        async with cluster(MINIMAL, name="two", service_module=FAKE_SERVICE) as two:
-            assert running_clusters() == ["one", "two"]
-            assert (await two.status()).cluster == "two"
-            with pytest.raises(UserError, match='a cluster "one" runs already'):
-                async with cluster(MINIMAL, name="one", service_module=FAKE_SERVICE):
+    async with cluster(MINIMAL, name="first", service_module=FAKE_SERVICE) as one:
+        async with cluster(MINIMAL, name="second", service_module=FAKE_SERVICE) as two:
+            assert running_clusters() == ["first", "second"]
+            assert (await two.status()).cluster == "second"
+            with pytest.raises(UserError, match='a cluster "first" runs already'):
+                async with cluster(MINIMAL, name="first", service_module=FAKE_SERVICE):
                     pass
             status = await trio.to_thread.run_sync(pefbox, "status")
             assert (status.returncode, status.stderr) == (
                 1,
-                "pefbox: several clusters run, say which with --cluster: one, two\n",
+                "pefbox: several clusters run, say which with --cluster: first, second\n",
             )
         assert len(processes_of(await one.status())) == 4
+
+
+async def test_launcher_that_does_not_answer_hides_no_other_cluster(fake_cluster: RunningCluster) -> None:
+    async with cluster(MINIMAL, name="second", service_module=FAKE_SERVICE):
+        os.kill(fake_cluster.launcher_pid, signal.SIGSTOP)
+        try:
+            listed = await trio.to_thread.run_sync(pefbox, "ps", "--json")
+        finally:
+            os.kill(fake_cluster.launcher_pid, signal.SIGCONT)
+
+    assert {row["cluster"] for row in json.loads(listed.stdout)} == {"second"}
+    problem = f'pefbox: cluster "{fake_cluster.name}": its launcher did not answer in 0.9 s\n'
+    assert (listed.returncode, listed.stderr) == (1, problem)
+
+
+async def test_launcher_that_hangs_is_killed_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, fake_cluster: RunningCluster
+) -> None:
+    monkeypatch.setattr("deploy.api._DOWN_SECONDS", 0.2)
+    os.kill(fake_cluster.launcher_pid, signal.SIGSTOP)
+
+    with trio.fail_after(5), pytest.raises(UserError, match="its launcher was killed: pefbox clean"):
+        await fake_cluster.down()
+
+    await fake_cluster.wait_launcher(5)
+    assert clean_run_dir(fake_cluster.paths.run_dir) is not None
+
+
+def test_start_that_is_broken_off_leaves_no_cluster(monkeypatch: pytest.MonkeyPatch, own_directories: Path) -> None:
+    monkeypatch.setenv("PEFBOX_FAKE", "silent-vm1/guest")
+    start = f"DetachedStart(Path({str(MINIMAL)!r}), 'stopped', service_module={FAKE_SERVICE!r})"
+    script = f"from pathlib import Path; from deploy.client import *; start_detached({start})"
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) as starting:
+        while "vm1/guest" not in pefbox("ps").stdout:
+            assert starting.poll() is None
+        starting.send_signal(signal.SIGINT)
+        _, errors = starting.communicate(timeout=20)
+
+    assert errors.endswith("KeyboardInterrupt\n")
+    assert list((own_directories / "pefbox").iterdir()) == []
+
+
+def test_cluster_that_is_stopped_before_it_is_up_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, own_directories: Path
+) -> None:
+    monkeypatch.setenv("PEFBOX_FAKE", "silent-vm1/guest")
+    start = DetachedStart(MINIMAL, "stopped", service_module=FAKE_SERVICE)
+    with ThreadPoolExecutor() as pool:
+        started = pool.submit(start_detached, start)
+        while "vm1/guest" not in pefbox("ps").stdout:
+            assert not started.done()
+        assert pefbox("down").returncode == 0
+
+        with pytest.raises(UserError, match=r"^the cluster was told to stop before it was up$"):
+            started.result()
+    assert list((own_directories / "pefbox").iterdir()) == []
 
 
 async def test_launcher_and_processes_start_no_resource_tracker(fake_cluster: RunningCluster) -> None:
@@ -425,3 +552,36 @@ async def test_an_order_without_the_token_of_the_run_directory_is_refused(fake_c
     assert "the token does not fit" in response.error
     assert fake_cluster.paths.token_file.stat().st_mode & 0o077 == 0
     assert (await fake_cluster.status()).healthy
+
+
+def test_cluster_in_the_foreground_goes_on_when_nobody_reads_its_output(own_directories: Path) -> None:
+    command = [sys.executable, "-m", "deploy.cli", "up", str(MINIMAL), "--name", "unread"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, text=True) as launcher:
+        os.close(writing)
+        assert launcher.stderr is not None
+        assert launcher.stderr.readline() == "Ctrl-C stops the cluster.\n"
+        assert json.loads(pefbox("status", "--json").stdout)["healthy"]
+        launcher.send_signal(signal.SIGINT)
+        assert "Traceback" not in launcher.stderr.read()
+    assert list((own_directories / "pefbox").iterdir()) == []
+
+
+async def test_launcher_that_breaks_says_so_in_one_line_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_directories: Path
+) -> None:
+    """Broken by what no code of its own expects."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import deploy.supervise as s\n"
+        "def broken(run, child):\n"
+        "    raise RuntimeError('unforeseen')\n"
+        "s._ready = broken\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
+
+    with pytest.raises(UserError, match=r"^the launcher broke: RuntimeError: unforeseen: see .*launcher\.log$"):
+        async with cluster(MINIMAL, service_module=FAKE_SERVICE):
+            pass
+
+    assert list((own_directories / "pefbox").iterdir()) == []

@@ -51,6 +51,8 @@ def test_every_command_can_be_imported_and_explains_itself(name: str) -> None:
         (["clean"], 0, ""),
         (["stauts"], 2, 'Error: no command "stauts", did you mean "status"?\n'),
         (["logs"], 2, "Error: Missing argument 'TARGET'.\n"),
+        (["page", "vm1", "0x10000000000000000"], 1, "has more than 64 bits\n"),
+        (["demo", "--json", "/nowhere/report.json"], 1, "pefbox: --json: /nowhere is no directory\n"),
         (["trace", "show", "/nowhere"], 1, "pefbox: /nowhere: there is no such file or directory\n"),
         (["trace", "show", "--call", "H_CEDEE"], 1, "or page, interrupt, request, migration\n"),
         (["trace", "stats", "--result", "H_BUZY"], 1, "or a number that has no name\n"),

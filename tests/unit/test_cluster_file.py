@@ -79,6 +79,12 @@ def test_shipped_cluster_files_are_read(name: str) -> None:
         ("[vms.vm1.guest]", "[vms.vm1.gast]", 8, "vms.vm1.gast", 'did you mean "guest"?'),
         ('host = "alpha"', 'host = "alpha"\nlpid = 0', 6, "vms.vm1.lpid", "allowed: 1 to 255"),
         ('host = "alpha"', 'host = "alpha"\nsecure = "yes"', 6, "vms.vm1.secure", "must be true or false"),
+        ('boot = "disk"', f'command_line = "{"x" * 2049}"', 9, "vms.vm1.guest.command_line", "allowed: up to 2048"),
+        ('boot = "disk"', 'command_line = "é"', 9, "vms.vm1.guest.command_line", "printable ASCII"),
+        ('boot = "disk"', 'command_line = "a\\nb"', 9, "vms.vm1.guest.command_line", "printable ASCII"),
+        ('boot = "disk"', 'image = "~nobody-here/x"', 9, "vms.vm1.guest.image", "home directory of a user"),
+        ('boot = "disk"', 'boot = "\\u001b[31m"', 9, "vms.vm1.guest.boot", '"?[31m" is not possible'),
+        ('boot = "disk"', '"a\\nb" = 1', 8, "vms.vm1.guest.a?b", "unknown key"),
     ],
 )
 def test_mistake_names_file_line_key_and_what_is_allowed(old: str, new: str, line: int, key: str, problem: str) -> None:
@@ -172,6 +178,7 @@ def test_a_link_has_a_shape_and_none_unless_it_says_so() -> None:
     ("line", "problem"),
     [
         ("latency = -1", "-1 is out of range; allowed: 0 to 10000 milliseconds"),
+        (f"latency = {'9' * 400}", "is too large"),
         ("latency = nan", "nan is out of range; allowed: 0 to 10000 milliseconds"),
         ('latency = "50ms"', "must be a number, not a string"),
         ("jitter = true", "must be a number, not a boolean"),
@@ -187,6 +194,12 @@ def test_a_shape_that_is_not_possible_is_refused_with_its_line(line: str, proble
 
     assert caught.value.key == f"links[0].{line.split()[0]}"
     assert caught.value.line == len(TWO_HOSTS.splitlines()) + 1
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000 + "]" * 5000], ids=["digits", "lists"])
+def test_what_the_reader_of_toml_gives_up_on_is_a_mistake_in_the_file(value: str) -> None:
+    with pytest.raises(ClusterFileError):
+        parse(f"seed = {value}\n{GOOD}")
 
 
 def test_two_hosts_have_one_link() -> None:

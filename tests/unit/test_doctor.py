@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +41,12 @@ def test_looking_leaves_no_descriptor_open() -> None:
 
     # What other tests left may be collected meanwhile.
     assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+
+def test_what_a_killed_cluster_left_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "pefbox" / "old").mkdir(parents=True)
+
+    finding = next(finding for finding in doctor.examine() if finding.name == "left over")
+
+    assert (finding.ok, finding.required, finding.detail) == (False, False, "killed: old")

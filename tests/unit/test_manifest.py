@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from deploy.manifest import Manifest, clean_run_dir, is_alive, new_manifest, read_manifest, start_ticks
 from deploy.memory_segments import create_segment, segment_name, unlink_segment
-from deploy.run_dirs import LOCK_FILE, Lock, choose_cluster, is_locked, make_private_dir
-from protocol.errors import UserError
+from deploy.run_dirs import LOCK_FILE, Lock, choose_cluster, is_locked, left_over_clusters, make_private_dir
+from protocol.errors import HostFault, UserError
 
 
 def make_manifest(tmp_path: Path) -> Manifest:
@@ -82,6 +83,16 @@ def test_clean_touches_neither_a_running_cluster_nor_a_foreign_directory(tmp_pat
     assert (tmp_path / "c").is_dir()
 
 
+@pytest.mark.parametrize("names", [[], [LOCK_FILE]])
+def test_clean_removes_what_was_killed_before_it_made_anything(tmp_path: Path, names: list[str]) -> None:
+    (tmp_path / "c").mkdir()
+    for name in names:
+        (tmp_path / "c" / name).touch()
+
+    assert clean_run_dir(tmp_path / "c") == [f"run directory {tmp_path / 'c'}"]
+    assert not (tmp_path / "c").exists()
+
+
 def test_segment_name_with_a_path_is_no_segment() -> None:
     assert not unlink_segment("../etc/passwd")
 
@@ -129,3 +140,44 @@ def test_cluster_is_chosen_only_when_it_is_the_only_one(tmp_path: Path, monkeypa
     locks[0].release()
     assert choose_cluster(None) == "two"
     locks[1].release()
+
+
+def test_what_is_gone_may_stay_written_down_while_the_disk_is_full(tmp_path: Path) -> None:
+    manifest = make_manifest(tmp_path)
+    manifest.add_segment("pefbox-c-vm1-1")
+    (tmp_path / "c" / "manifest.new").mkdir()
+
+    with pytest.raises(HostFault, match=r"manifest\.json: cannot write"):
+        manifest.add_segment("pefbox-c-vm1-2")
+    manifest.drop_segment("pefbox-c-vm1-1")
+    manifest.drop_process(1)
+
+    data = read_manifest(tmp_path / "c" / "manifest.json")
+    assert data is not None
+    assert data.segments == ["pefbox-c-vm1-1"]
+
+
+def test_asking_whether_a_lock_is_held_keeps_nobody_from_taking_it(tmp_path: Path) -> None:
+    path = tmp_path / LOCK_FILE
+    path.touch()
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(lambda: [is_locked(path) for _ in range(3000)])
+        while not asked.done():
+            Lock(path, "somebody asked").release()
+        assert set(asked.result()) <= {True, False}
+
+
+def test_killed_cluster_is_named_until_it_is_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert left_over_clusters() == []
+    (tmp_path / "pefbox").mkdir()
+    make_manifest(tmp_path / "pefbox")
+    lock = Lock(tmp_path / "pefbox" / "c" / LOCK_FILE, "taken")
+    assert left_over_clusters() == []
+    lock.release()
+
+    assert left_over_clusters() == ["c"]
+    with pytest.raises(UserError, match=r"no cluster runs; killed, .*\(pefbox clean\): c; start one"):
+        choose_cluster(None)
+    assert clean_run_dir(tmp_path / "pefbox" / "c") is not None
+    assert left_over_clusters() == []
