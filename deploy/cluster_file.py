@@ -23,7 +23,7 @@ from protocol.ethernet import DEFAULT_MTU, MAX_MTU, MIN_MTU
 from protocol.geometry import MAX_VM_BYTES, PAGE_BYTES
 from protocol.startup import DeviceEntry, DiskEntry, DmaMachine, GuestEntry
 from services.guest.model.image import OPTIONS
-from shared.boot_partition import MAX_COMMAND_LINE_BYTES
+from shared.boot_partition import command_line_fault
 from shared.dma_designs import DESIGNS, DmaDesign
 from shared.link_shape import PLAIN, LinkShape, fault_of
 from shared.migration_policy import PolicyFile
@@ -374,10 +374,9 @@ def _guest(vm: Section, base: Path) -> GuestEntry:
 
 def _command_line(guest: Section) -> str:
     text = guest.text("command_line", "")
-    if not (text.isascii() and text.isprintable()):
-        guest.fail("command_line", "must have printable ASCII characters only")
-    if len(text) > MAX_COMMAND_LINE_BYTES:
-        guest.fail("command_line", f"has {len(text)} characters; allowed: up to {MAX_COMMAND_LINE_BYTES}")
+    fault = command_line_fault(text)
+    if fault is not None:
+        guest.fail("command_line", fault)
     return text
 
 

@@ -17,6 +17,7 @@ from deploy.trace.counts import count_calls
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES
 from services.runtime.first_error import first_error_nursery
+from shared.boot_partition import command_line_fault
 from shared.elf_program import Program
 from shared.terminal_text import one_line
 
@@ -95,13 +96,15 @@ def run_program(order: RunOrder, out: Out) -> RunReport:
 
 
 def _check_texts(order: RunOrder) -> None:
-    """Cluster files and device trees hold UTF-8; raises UserError."""
-    paths = [path.absolute() for path in (order.program, order.initrd) if path is not None]
-    for what, text in (("--append", order.command_line), *((one_line(str(path)), str(path)) for path in paths)):
+    """What the cluster file of a run takes; raises UserError."""
+    fault = command_line_fault(order.command_line)
+    if fault is not None:
+        raise UserError(f"--append: {fault}")
+    for path in (str(path.absolute()) for path in (order.program, order.initrd) if path is not None):
         try:
-            text.encode()
+            path.encode()
         except UnicodeEncodeError:
-            raise UserError(f"{what}: is no UTF-8 text") from None
+            raise UserError(f"{one_line(path)}: is no UTF-8 text") from None
 
 
 def cluster_text(order: RunOrder, blob: Path | None) -> str:

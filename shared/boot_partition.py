@@ -38,6 +38,15 @@ _MBR_ENTRY = struct.Struct("<B3sB3sII")
 _MBR_SIGNATURE = b"\x55\xaa"
 
 
+def command_line_fault(text: str) -> str | None:
+    """None, or why a guest cannot be given this command line."""
+    if not (text.isascii() and text.isprintable()):
+        return "must have printable ASCII characters only"
+    if len(text) > MAX_COMMAND_LINE_BYTES:
+        return f"has {len(text)} characters; allowed: up to {MAX_COMMAND_LINE_BYTES}"
+    return None
+
+
 class PartitionType(IntEnum):
     """MBR partition types used here."""
 

@@ -177,7 +177,7 @@ async def test_a_vm_whose_blob_does_not_fit_never_starts_its_program(tmp_path: P
 
 
 def test_the_cluster_file_of_a_run_takes_any_text(tmp_path: Path) -> None:
-    order = RunOrder(program=tmp_path / 'a "quoted" \\ name.elf', command_line='say="x\ty" \u2603')
+    order = RunOrder(program=tmp_path / 'a "quoted" \\ \u2603.elf', command_line='say="x y" \\ #1')
 
     cluster = parse_cluster(cluster_text(order, None), "run.toml", tmp_path, "run")
 
