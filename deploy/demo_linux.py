@@ -50,8 +50,7 @@ class LinuxGuest:
         """As DemoGuest."""
         shell = self._shells[vm.name] = LinuxShell(vm)
         await shell.until_prompt()
-        # A message of the kernel in the middle of an output would spoil it.
-        await shell.run("dmesg -n 1")
+        await shell.silence_kernel()
         if await shell.run("cat /sys/devices/system/cpu/svm") != "1":
             raise UserError(f"{vm.name}: Linux does not believe itself secure")
         report.disk_bytes = int(await shell.run("cat /sys/block/vda/size")) * _SECTOR_BYTES

@@ -33,6 +33,10 @@ class LinuxShell:
         self._since = since
         return await self._read_until(lambda text: PROMPT in text, "its shell's prompt", BOOT_SECONDS)
 
+    async def silence_kernel(self) -> None:
+        """Keep the kernel's messages off the terminal: in the middle of an output one would spoil it."""
+        await self.run("dmesg -n 1")
+
     async def run(self, command: str) -> str:
         """The output of one command line; raises UserError when it does not end."""
         number = next(self._numbers)

@@ -192,6 +192,7 @@ async def test_s5_l1_lies_and_floods_of_a_qemu_are_counted_and_the_others_talk_o
 
 async def boot(shell: LinuxShell, address: str) -> None:
     await shell.until_prompt()
+    await shell.silence_kernel()
     await shell.run(f"ip addr add {address}/24 dev eth0; ip link set eth0 up")
 
 

@@ -255,6 +255,9 @@ class Stage:
             allowed = GOOD[run.op] | (ENDED[run.op] if ops & ENDING else set())
             if Op.ESM in ops and run.op is not Op.ESM:
                 allowed |= ENDED[run.op]
+            if run.op is Op.UNSHARE and RTAS_GFN in run.gfns:
+                # The ultravisor shares that page, not the guest: once the VM is secure it is not the guest's to take.
+                allowed |= {UCode.U_P2}
             assert run.result in allowed, f"{run.op.value} returned {run.result} in {[r.op.value for r in runs]}"
 
     async def _settle_ended(self, ops: set[Op]) -> None:

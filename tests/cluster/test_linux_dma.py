@@ -116,6 +116,7 @@ async def test_a_normal_linux_maps_ram_once_or_with_disable_ddw_what_each_reques
         for one, has_window in ((wide, True), (narrow, False)):
             shell = LinuxShell(one.vm)
             await shell.until_prompt()
+            await shell.silence_kernel()
             nodes = await shell.run("ls /proc/device-tree/pci*")
             assert ("linux,direct64-ddr-window-info" in nodes) is has_window
             assert (await shell.run("sha256sum /dev/vda")).split()[0] == one.digest

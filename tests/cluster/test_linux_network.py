@@ -91,6 +91,7 @@ async def test_a_normal_and_a_secure_linux_talk_and_one_goes_on_without_the_othe
 
 async def boot(shell: LinuxShell, address: str) -> None:
     await shell.until_prompt()
+    await shell.silence_kernel()
     await shell.run(f"ip addr add {address}/24 dev eth0; ip link set eth0 up")
 
 

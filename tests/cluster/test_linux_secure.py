@@ -58,6 +58,7 @@ async def test_linux_turns_itself_secure_and_its_host_sees_nothing_of_it(tmp_pat
     async with linux(tmp_path) as (running, shell):
         vm = running.vm("vm1")
         text = await shell.until_prompt()
+        await shell.silence_kernel()
 
         assert "Switching to secure mode." in text
         assert "Memory encryption is active and system is using DMA bounce buffers" in text
@@ -164,6 +165,7 @@ async def check_a_reboot(vm: Vm, shell: LinuxShell) -> None:
     assert (row.state, row.secure) == ("running", False)
 
     text = await shell.until_prompt(since)
+    await shell.silence_kernel()
     assert "Switching to secure mode." in text
     await expect_secure(vm, shell)
     assert await shell.run("ls /tmp/file") == "ls: /tmp/file: No such file or directory"
@@ -182,6 +184,7 @@ async def test_the_host_finds_what_a_normal_vm_wrote(tmp_path: Path) -> None:
     async with cluster(tmp_path / "linux.toml", state_dir=tmp_path) as running:
         shell = LinuxShell(running.vm("program"))
         await shell.until_prompt()
+        await shell.silence_kernel()
         await shell.run(PLANT)
 
         assert found(normal_ram(running, "program")) >= 3
