@@ -13,12 +13,10 @@ from deploy.cli_support import cluster_option, json_option, printable
 from deploy.client import LauncherClient, connect
 from deploy.progress import Facts, Followed, follow, is_over
 from protocol.errors import UserError
+from services.qemu.migration.parameters import MAX_BANDWIDTH, MAX_DOWNTIME_MS
 
 _ACCEPT_SECONDS = 45.0
 _RECOVER_SECONDS = 90.0
-_MAX_DOWNTIME_MS = 2_000_000
-_MAX_BANDWIDTH = 1 << 60
-"""What a migration takes (MigrationParameters), said before it becomes a message."""
 _MAX_SHOWN_CHARS = 80
 
 
@@ -27,7 +25,7 @@ _MAX_SHOWN_CHARS = 80
 @click.argument("host", required=False)
 @click.option("--bandwidth", metavar="SIZE/s", help="At most so much, such as 64M/s; 0 is no limit.")
 @click.option(
-    "--downtime-limit", metavar="MS", type=click.IntRange(0, _MAX_DOWNTIME_MS), help="How long the VM may stand still."
+    "--downtime-limit", metavar="MS", type=click.IntRange(0, MAX_DOWNTIME_MS), help="How long the VM may stand still."
 )
 @click.option("--cancel", is_flag=True, help="Let a VM that is on its way stay where it is.")
 @click.option("--detach", is_flag=True, help="Return when it is under way (see `jobinfo`).")
@@ -89,7 +87,7 @@ def parse_bandwidth(text: str) -> int:
     from deploy.cluster_section import size_of
 
     n_bytes = size_of(text.removesuffix("/s"))
-    if n_bytes is None or n_bytes > _MAX_BANDWIDTH:
+    if n_bytes is None or n_bytes > MAX_BANDWIDTH:
         allowed = "bytes a second, or a text such as 64M/s; 0: no limit"
         raise UserError(f'--bandwidth: "{text[:_MAX_SHOWN_CHARS]}" is none; allowed: {allowed}')
     return n_bytes

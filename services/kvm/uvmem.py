@@ -7,15 +7,16 @@ it gets H_BUSY and comes again, so nobody holds one page while waiting for anoth
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
+from typing import TypeVar
 
 import trio
 
 from protocol.codes import HCode, UCode
-from protocol.declare import Call
 from protocol.errors import HostFault
 from protocol.geometry import PAGE_SHIFT, gfn_of, gpa_of
 from protocol.hcalls import H_PAGE_IN_NONSHARED, H_PAGE_IN_SHARED
@@ -126,8 +127,7 @@ class SecurePages:
             return HCode.H_STATE
         deadline = trio.current_time() + _SERVED_SECONDS
         for gfn in self._memory.in_state(KvmState.SECURE, KvmState.SHARED):
-            # A call that may be served yet is not made a second time, which would zero the frame.
-            await _until_served(self._ultravisor.ucall_lasting, UV_PAGE_OUT, self._page_args(gfn), cause, deadline)
+            await _while_busy(functools.partial(self._give_back, gfn, cause), deadline)
             if self.switch is not Switch.START:
                 # A reset or the end of the VM came between: the frames are no longer this switch's.
                 return HCode.H_STATE
@@ -155,9 +155,15 @@ class SecurePages:
         self._memory.forget_secure()
         return code == UCode.U_SUCCESS
 
+    async def _give_back(self, gfn: int, cause: int) -> int:
+        # A call that may be served yet is not made a second time, which would zero the frame.
+        return (await self._ultravisor.ucall_lasting(UV_PAGE_OUT, self._page_args(gfn), cause))[0]
+
     async def _terminate(self, cause: int, patience_s: float) -> int:
-        deadline = trio.current_time() + patience_s
-        return await _until_served(self._ultravisor.ucall, UV_SVM_TERMINATE, [self._lpid], cause, deadline)
+        async def terminate() -> int:
+            return (await self._ultravisor.ucall(UV_SVM_TERMINATE, [self._lpid], cause))[0]
+
+        return await _while_busy(terminate, trio.current_time() + patience_s)
 
     # -- page in, asked by the ultravisor ---------------------------------------------------------------------
 
@@ -223,13 +229,8 @@ class SecurePages:
         """The host wants to touch these frames: have the ultravisor put their images there."""
         deadline = trio.current_time() + _RETRY_LIMIT_SECONDS
         for gfn in gfns:
-            pause = _RETRY_SECONDS
-            while (code := await self.page_out(gfn, cause)) == HCode.H_BUSY:
-                if trio.current_time() > deadline:
-                    return HCode.H_BUSY
-                # The ultravisor wants the page too, and has a guest waiting: the host gives way.
-                await trio.sleep(pause * random.uniform(0.5, 1.5))
-                pause = min(2 * pause, _MAX_RETRY_SECONDS)
+            # When the ultravisor wants the page too, and has a guest waiting, the host gives way.
+            code = await _while_busy(functools.partial(self.page_out, gfn, cause), deadline)
             if code != HCode.H_SUCCESS:
                 return code
         return HCode.H_SUCCESS
@@ -363,19 +364,14 @@ class SecurePages:
         return [self._lpid, real_address(self._lpid, gpa), gpa, 0, PAGE_SHIFT]
 
 
-_BUSY = frozenset({UCode.U_RETRY, UCode.U_BUSY})
+_BUSY: frozenset[int] = frozenset({UCode.U_RETRY, UCode.U_BUSY, HCode.H_BUSY})
+_CodeT = TypeVar("_CodeT", bound=int)
 
 
-async def _until_served(
-    ucall: Callable[[Call, list[int], int], Awaitable[list[int]]],
-    call: Call,
-    args: list[int],
-    cause: int,
-    deadline: float,
-) -> int:
-    """The code of an ultracall, which an ultravisor that is busy with others gets again until `deadline`."""
+async def _while_busy(ask: Callable[[], Awaitable[_CodeT]], deadline: float) -> _CodeT:
+    """The code that `ask` gives, asked again while that says busy, until `deadline`."""
     pause = _RETRY_SECONDS
-    while (code := (await ucall(call, args, cause))[0]) in _BUSY and trio.current_time() < deadline:
+    while (code := await ask()) in _BUSY and trio.current_time() < deadline:
         await trio.sleep(pause * random.uniform(0.5, 1.5))
         pause = min(2 * pause, _MAX_RETRY_SECONDS)
     return code

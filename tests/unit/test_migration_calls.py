@@ -457,16 +457,22 @@ async def test_a_vm_whose_token_may_have_been_stored_comes_back_by_the_word_of_a
     await step(pair.source, u.UV_EXPORT_CANCEL, 0)
 
 
-async def test_s6_a_token_of_an_earlier_migration_says_nothing_about_this_one(
-    pair: Pair, hosts: tuple[Host, Host]
-) -> None:
-    """Nobody closed that one at its source, and its destination had started the VM; this one never gets so far."""
-    earlier = bytes(32)
+def earlier_migration(pair: Pair, hosts: tuple[Host, Host]) -> bytes:
+    """One that both ledgers still have, whose token nobody answered; its session."""
+    session = bytes(32)
     for rig, host, decision in (
         (pair.source, hosts[1], Decision.GIVEN),
         (pair.destination, hosts[0], Decision.STARTED),
     ):
-        rig.ledger.record(Entry.of(earlier, "vm1", host.identity.public_key().public_bytes_raw(), decision))
+        rig.ledger.record(Entry.of(session, "vm1", host.identity.public_key().public_bytes_raw(), decision))
+    return session
+
+
+async def test_s6_a_token_of_an_earlier_migration_says_nothing_about_this_one(
+    pair: Pair, hosts: tuple[Host, Host]
+) -> None:
+    """Nobody closed that one at its source, and its destination had started the VM; this one never gets so far."""
+    earlier = earlier_migration(pair, hosts)
     await pair.until_ready()
     await pair.source.kvm.terminate()
     source = pair.queries(pair.source, hosts[0]).queries()
@@ -485,12 +491,7 @@ async def test_s6_a_source_that_crashed_gives_no_token_of_an_earlier_migration(
     pair: Pair, hosts: tuple[Host, Host]
 ) -> None:
     """All that it has left is its ledger, with a token that nobody answered before the VM came back."""
-    earlier = bytes(32)
-    for rig, host, decision in (
-        (pair.source, hosts[1], Decision.GIVEN),
-        (pair.destination, hosts[0], Decision.STARTED),
-    ):
-        rig.ledger.record(Entry.of(earlier, "vm1", host.identity.public_key().public_bytes_raw(), decision))
+    earlier_migration(pair, hosts)
     await pair.until_ready()
     pair.source.partition.migration = None
     source = pair.queries(pair.source, hosts[0]).queries()

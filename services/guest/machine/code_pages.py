@@ -37,7 +37,6 @@ _MFSPURR = 0x7C144AA6
 _MFPURR = 0x7C154AA6
 _MTPIDR = 0x7C100BA6
 _NO_STOPS: frozenset[int] = frozenset()
-_STOPS_KEY = -1
 
 
 class ShadowsFull(Exception):
@@ -106,6 +105,8 @@ class CodePages:
         self._written: set[int] = set()
         """Frames that a device wrote since `clear`."""
         self.n_shadows = 0
+        self._stops: int | None = None
+        """The page of `stops`, where there is one."""
 
     def clear(self) -> None:
         """The engine has dropped every translation, and its TLB."""
@@ -117,6 +118,7 @@ class CodePages:
         self._plain.clear()
         self._writable.clear()
         self.n_shadows = 0
+        self._stops = None
 
     def tlb_flushed(self) -> None:
         """No page is writable in the TLB any more."""
@@ -161,11 +163,9 @@ class CodePages:
 
     def stops(self) -> int:
         """The engine-physical address of a page where a debugger stops everywhere. Raises ShadowsFull."""
-        slots = self._shadows.setdefault(_STOPS_KEY, {})
-        slot = slots.get((False, _NO_STOPS))
-        if slot is None:
-            slot = slots[False, _NO_STOPS] = self._take_slot(_STOP * (CODE_PAGE_BYTES // 4))
-        return slot
+        if self._stops is None:
+            self._stops = self._take_slot(_STOP * (CODE_PAGE_BYTES // 4))
+        return self._stops
 
     def _keep(self, page: int, key: tuple[bool, frozenset[int] | int], slot: int) -> int:
         self._shadows.setdefault(page, {})[key] = slot

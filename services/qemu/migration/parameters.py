@@ -14,13 +14,15 @@ from msgspec import Meta
 from protocol.errors import UserError
 
 MIB = 1 << 20
+MAX_BANDWIDTH = 1 << 60
+MAX_DOWNTIME_MS = 2_000_000
 
 
 class MigrationParameters(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
     """`max_bandwidth` in bytes a second (0: no limit); `downtime_limit` and times of announcements in milliseconds."""
 
-    max_bandwidth: Annotated[int, Meta(ge=0, le=1 << 60)] = 128 * MIB
-    downtime_limit: Annotated[int, Meta(ge=0, le=2_000_000)] = 300
+    max_bandwidth: Annotated[int, Meta(ge=0, le=MAX_BANDWIDTH)] = 128 * MIB
+    downtime_limit: Annotated[int, Meta(ge=0, le=MAX_DOWNTIME_MS)] = 300
     announce_initial: Annotated[int, Meta(ge=0, le=100_000)] = 50
     announce_max: Annotated[int, Meta(ge=0, le=100_000)] = 550
     announce_rounds: Annotated[int, Meta(ge=0, le=1000)] = 5
