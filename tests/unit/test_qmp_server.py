@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import stat
-import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -30,7 +29,7 @@ from services.qemu.qmp import (
     open_monitor_socket,
     serve_monitors,
 )
-from services.qemu.qmp.session import MAX_WAITING_LINES
+from services.qemu.qmp.session import MAX_WAITING_LINES, READ_BYTES
 
 JsonObject = dict[str, Any]
 
@@ -257,24 +256,26 @@ async def test_a_flood_of_requests_that_nobody_reads_stops_being_served_and_lose
 
 
 async def test_a_flood_leaves_the_rest_of_the_process_its_turn(tmp_path: Path) -> None:
-    turns_cpu_seconds: list[float] = []
+    flood = b'{"execute":"x"' + b'[]""' * 500_000 + b"}"
+    turns = 0
 
     async def other_work() -> None:
+        nonlocal turns
         while True:
-            start = time.process_time()
             await trio.lowlevel.checkpoint()
-            turns_cpu_seconds.append(time.process_time() - start)
+            turns += 1
 
     async with serving(tmp_path) as served, client(served.user) as user:
         await user.negotiate()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other_work)
-            await user.stream.send_all(b'{"execute":"x"' + b'[]""' * 500_000 + b"}")
+            await user.stream.send_all(flood)
             assert "error" in await user.line()
             assert await user.ask("query-name") == {"return": {"name": "vm1"}}
             nursery.cancel_scope.cancel()
 
-    assert max(turns_cpu_seconds) < 0.05
+    # Counted, not timed: how long a turn takes says more of the machine and of the collector than of the monitor.
+    assert turns > len(flood) // READ_BYTES
 
 
 async def test_a_client_that_does_not_read_its_events_is_cut_off(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ MAX_WAITING_LINES = 256
 """Events that a client may leave unread beyond what the socket holds, before its session is ended."""
 LAST_WORDS_SECONDS = 0.5
 """How long an ending session may take to answer and to send what waits."""
-_READ_BYTES = 4096
+READ_BYTES = 4096
+"""How much one turn takes from a client: other work gets its own turn after each."""
 
 Frame = bytes | Malformed
 
@@ -32,7 +33,7 @@ class MonitorSession(AsyncProtocol[Frame]):
     """One session with one client. Inbound frames are messages or errors in their place, outbound ones are lines."""
 
     def __init__(self, name: str, dialogue: Dialogue) -> None:
-        super().__init__(name, readbuflen=_READ_BYTES)
+        super().__init__(name, readbuflen=READ_BYTES)
         self._dialogue = dialogue
         self._framer = Framer()
         self._listening = False
@@ -99,7 +100,7 @@ class MonitorSession(AsyncProtocol[Frame]):
         while (message := self._framer.next_message()) is None:
             # A full buffer is read without waiting: give way, or a flood would keep the loop for itself.
             await asyncio.sleep(0)
-            piece = await self._reader.read(_READ_BYTES)
+            piece = await self._reader.read(READ_BYTES)
             if not piece:
                 raise EOFError
             self._framer.feed(piece)
