@@ -6,18 +6,21 @@ the load address of a segment (`p_paddr`), not where the program believes itself
 
 from __future__ import annotations
 
+import importlib
 import io
 from dataclasses import dataclass, replace
 from typing import Any
-
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
 
 MAX_PROGRAM_BYTES = 1 << 30
 
 ELF_MAGIC = b"\x7fELF"
 _INSTRUCTION_BYTES = 4
 _MACHINE = "EM_PPC64"
+
+
+def import_reader() -> None:
+    """What `read_program` imports, for a process that may soon open no file: it is more than most programs need."""
+    importlib.import_module("elftools.elf.elffile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,9 @@ class Program:
 
 def read_program(data: bytes) -> Program:
     """The program in an ELF file; raises ValueError with the reason in a few words."""
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+
     if not data.startswith(ELF_MAGIC):
         raise ValueError("is no ELF file")
     try:

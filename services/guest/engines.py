@@ -1,7 +1,7 @@
 """Which engine the `kernel` setting of a VM means.
 
-The machine engine comes from a package that an installation may lack, and costs every process that imports it: it is
-imported for VMs that use it alone, before the process is confined.
+Every engine costs the process that imports it, and the machine engine comes from a package that an installation may
+lack: an engine is imported for VMs that use it alone, before the process is confined.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ import importlib
 from protocol.errors import HostFault
 from protocol.startup import ProcessConfig, VmEntry
 from services.guest.address_space import AddressSpace
-from services.guest.bench_engine import BenchEngine
 from services.guest.clock import GuestClock
 from services.guest.engine import Engine
-from services.guest.model.engine import ModelEngine
 from services.runtime.log import Log
 
 MACHINE = "machine"
-_MODULE = "services.guest.machine.engine"
+BENCH = "bench"
+_MODEL = "services.guest.model.engine"
+_MODULES = {MACHINE: "services.guest.machine.engine", BENCH: "services.guest.bench_engine"}
+"""Where the engine of a kernel is; every other kernel is the model's."""
 _kept: list[object] = []
 """What must live as long as the process."""
 
 
 def import_engines(config: ProcessConfig) -> None:
     """Everything that the VMs of this process need, while files can still be opened; raises HostFault."""
-    if any(vm.guest.kernel == MACHINE for vm in config.vms):
+    for kernel in {vm.guest.kernel for vm in config.vms}:
         try:
-            importlib.import_module(_MODULE)
+            importlib.import_module(_MODULES.get(kernel, _MODEL))
         except ImportError as error:
-            raise HostFault(f'kernel = "machine" needs the Python package unicorn: {error}') from None
+            raise HostFault(f'kernel = "{kernel}" needs a Python package: {error}') from None
 
 
 def make_engine(vm: VmEntry, space: AddressSpace, clock: GuestClock, log: Log) -> Engine:
@@ -40,6 +41,10 @@ def make_engine(vm: VmEntry, space: AddressSpace, clock: GuestClock, log: Log) -
         engine = make_machine_engine(space, clock, log)
         _kept.append(report_crash(engine, log))
         return engine
-    if vm.guest.kernel == "bench":
+    if vm.guest.kernel == BENCH:
+        from services.guest.bench_engine import BenchEngine
+
         return BenchEngine(space, clock)
+    from services.guest.model.engine import ModelEngine
+
     return ModelEngine(space, clock, old_firmware=vm.guest.old_firmware)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import trio
 
@@ -16,10 +16,9 @@ from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
 from protocol.links import KVM_GUEST, LINK_KINDS, ULTRAVISOR_GUEST
 from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
 from services.guest.address_space import AddressSpace
-from services.guest.bench_engine import BenchEngine
 from services.guest.clock import GuestClock, make_clock
 from services.guest.engine import Engine
-from services.guest.engines import make_engine
+from services.guest.engines import BENCH, make_engine
 from services.guest.in_processor import in_processor
 from services.guest.link_end import LinkEnd
 from services.guest.owner_target import OwnerTarget
@@ -31,6 +30,9 @@ from services.runtime.gdb.server import Debuggers
 from services.runtime.process import Query, Runtime
 from services.runtime.sockets import connect_socket
 from shared.memfd import map_sealed
+
+if TYPE_CHECKING:
+    from services.guest.bench_engine import BenchEngine
 
 _JOIN_SECONDS = 1.0
 _QUERY_SECONDS = 1.0
@@ -235,8 +237,9 @@ class Guest:
     async def _bench(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         """Have a debuggable VM's bench kernel do a job; its outcome."""
         engine, vm = self._engine, self._vm
-        if vm is None or not vm.debuggable or not isinstance(engine, BenchEngine):
+        if vm is None or not vm.debuggable or vm.guest.kernel != BENCH:
             raise UserError('jobs are for a VM with guest.kernel = "bench" and `debuggable = true`')
+        bench = cast("BenchEngine", engine)
         done = trio.Event()
         outcome: list[Any] = []
         token = trio.lowlevel.current_trio_token()
@@ -245,8 +248,8 @@ class Guest:
             outcome.append(result)
             token.run_sync_soon(done.set)
 
-        job = engine.job(str(arguments["job"]), arguments, take_outcome)
-        await self._in_processor(lambda: engine.take(job))
+        job = bench.job(str(arguments["job"]), arguments, take_outcome)
+        await self._in_processor(lambda: bench.take(job))
         with trio.move_on_after(_JOB_SECONDS):
             await done.wait()
         if not outcome:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from protocol.roles import Role
+from services.qemu.loader import import_loaders
 from services.qemu.service import Qemu
 from services.runtime.process import run_service
 
 if __name__ == "__main__":
-    run_service(Role.QEMU, Qemu, landlock_dirs=lambda config: [config.run_dir])
+    run_service(Role.QEMU, Qemu, landlock_dirs=lambda config: [config.run_dir], prepare=import_loaders)

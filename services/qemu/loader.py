@@ -16,10 +16,12 @@ from collections.abc import Mapping
 
 from protocol.errors import HostFault, UserError
 from protocol.geometry import PAGE_BYTES
+from protocol.startup import ProcessConfig
 from services.qemu.board import Board
 from services.qemu.device_tree import BootFacts, PciNodes
 from services.qemu.firmware import FirmwareLoad
 from services.qemu.program import ProgramLoad
+from shared.elf_program import import_reader
 from shared.guest_ram import GuestRam
 from shared.newc import prepend_blob
 
@@ -29,6 +31,12 @@ BOOT_FILES = ("image", "initrd", "esm_blob", "firmware")
 KERNEL_BASE = 16 << 20
 _TREE_LIMIT = 256 << 20
 _TREE_ROOM_BYTES = 1 << 20
+
+
+def import_loaders(config: ProcessConfig) -> None:
+    """What loading the VMs of this process needs, while files can still be opened."""
+    if any(vm.guest.kernel == "machine" for vm in config.vms):
+        import_reader()
 
 
 async def load_machine(board: Board, ram: GuestRam, files: Mapping[str, int]) -> tuple[int, dict[int, int]]:

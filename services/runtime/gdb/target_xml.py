@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xml.sax.saxutils import quoteattr
+from html import escape
 
 from shared.gdb_registers import Description, Feature, Register
 
@@ -19,12 +19,17 @@ def target_xml(description: Description) -> bytes:
 
 
 def _feature(feature: Feature) -> str:
-    lines = [f"<feature name={quoteattr(feature.name)}>"]
+    lines = [f"<feature {_attribute('name', feature.name)}>"]
     lines += [feature.types] if feature.types else []
     lines += [_register(register) for register in feature.registers]
     return "\n".join([*lines, "</feature>"])
 
 
 def _register(register: Register) -> str:
-    group = f" group={quoteattr(register.group)}" if register.group else ""
-    return f'<reg name={quoteattr(register.name)} bitsize="{register.bits}" type={quoteattr(register.kind)}{group}/>'
+    group = f" {_attribute('group', register.group)}" if register.group else ""
+    name, kind = _attribute("name", register.name), _attribute("type", register.kind)
+    return f'<reg {name} bitsize="{register.bits}" {kind}{group}/>'
+
+
+def _attribute(name: str, value: str) -> str:
+    return f'{name}="{escape(value)}"'
