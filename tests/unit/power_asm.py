@@ -11,6 +11,7 @@ NOP = 0x60000000
 SC0, SC1, SC2 = 0x44000002, 0x44000022, 0x44000042
 RFID = 0x4C000024
 BLR = 0x4E800020
+BLRL = 0x4E800021
 TRAP = 0x7FE00008
 ISYNC = 0x4C00012C
 PTESYNC = 0x7C4004AC
@@ -151,9 +152,22 @@ def bdnz(n_words: int) -> int:
     return 16 << 26 | 16 << 21 | n_words * 4 & 0xFFFC
 
 
-def tlbie(rb: int, rs: int) -> int:
-    """Invalidate the translation of a page of a process, radix (RIC 0, PRS 1, R 1)."""
-    return _x(306, rs, 3, rb)
+def tlbie(rb: int, rs: int, *, ric: int = 0, prs: int = 1, radix: int = 1) -> int:
+    """Invalidate translations: by default that of a page of a process, of a radix tree."""
+    return _x(306, rs, ric << 2 | prs << 1 | radix, rb)
+
+
+def tlbiel(rb: int, rs: int, *, ric: int = 0, prs: int = 1, radix: int = 1) -> int:
+    """The same on this processor alone."""
+    return _x(274, rs, ric << 2 | prs << 1 | radix, rb)
+
+
+def mr(ra: int, rs: int) -> int:
+    """Move a register; to itself it is a hint, for some of them a priority of the thread."""
+    return _x(444, rs, ra, rs)
+
+
+SLBIA = 0x7C0003E4
 
 
 def scv(level: int) -> int:

@@ -11,7 +11,7 @@ from protocol.messages import Access
 from protocol.ucalls import UV_SHARE_PAGE
 from services.guest.clock import WallClock
 from services.guest.exits import Crash, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
-from services.guest.machine.interrupts import RELOCATED_BASE, Vector
+from services.guest.machine.interrupts import RELOCATED_BASE, InterruptMode, Vector
 from services.guest.machine.registers import Fscr, Msr, Spr, Srr1
 from services.guest.machine.slices import NS_PER_INSTRUCTION, SLICE_INSTRUCTIONS
 from services.guest.machine.time_base import TICKS_PER_US
@@ -589,11 +589,32 @@ def test_scv_goes_to_its_own_vector_and_rfscv_returns() -> None:
     assert rig.gpr[R9 : R10 + 1] == [9, 10]
 
 
+def test_a_program_that_is_copied_over_another_one_runs_whole() -> None:
+    """The engine drops the translations that the first store hits, and misses the next one. As firmware loads."""
+    rig = MachineRig()
+    first, second = ENTRY + 0x2000, ENTRY + 0x2040
+    rig.put(first, asm.li(R3, 1), asm.BLR)
+    rig.put(second, asm.li(R4, 1), asm.BLR)
+    calls = [
+        word
+        for at in (first, second)
+        for word in (*asm.load64(R9, at), asm.mtspr(Spr.LR, R9), asm.BLRL)
+    ]  # fmt: skip
+    stores = [
+        word
+        for at, instruction in ((first, asm.li(R3, 2)), (second, asm.li(R4, 2)))
+        for word in (*asm.load64(R9, at), *asm.load64(R10, instruction), asm.stw(R10, 0, R9))
+    ]  # fmt: skip
+    rig.run(*calls, *stores, *calls, DONE)
+
+    assert (rig.gpr[R3], rig.gpr[R4]) == (2, 2)
+
+
 def test_scv_in_real_mode_goes_to_its_real_vector_whatever_ail_says() -> None:
     rig = MachineRig()
     rig.put(0x17000, DONE)
     rig.begin(*asm.load64(R4, Fscr.SCV), asm.mtspr(Spr.FSCR, R4), asm.scv(0))
-    rig.engine._interrupts.ail = 3
+    rig.engine._interrupts.mode = InterruptMode(ail=3)
     rig.engine.run(SLICE_NS)
 
     assert rig.engine._registers.pc == 0x17004
@@ -800,10 +821,10 @@ def test_a_start_forgets_everything() -> None:
 
 def test_a_relocated_interrupt_keeps_translation_on() -> None:
     rig = MachineRig()
-    rig.engine._interrupts.ail = 3
+    rig.engine._interrupts.mode = InterruptMode(ail=3)
     registers = rig.engine._registers
     rig.begin(asm.NOP)
-    rig.engine._interrupts.ail = 3
+    rig.engine._interrupts.mode = InterruptMode(ail=3)
     registers.msr = Msr.SF | Msr.ME | Msr.IR | Msr.DR
     rig.engine._interrupts.deliver(Vector.PROGRAM, 0x1234)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import unicorn as uc
@@ -15,10 +16,14 @@ from services.guest.machine.second_level_tlb import N_SETS, SecondLevelTlb, Watc
 
 KERNEL = 0xC000_0000_0000_0000
 # Pages that share a set, of both quadrants, and a few that do not.
-PAGES = [base + page * 4096 for base in (0, KERNEL) for page in (0, 1, N_SETS, N_SETS + 1, 8, 16)]
+PAGES = [base + page * 4096 for base in (0, KERNEL) for page in (0, 1, N_SETS // 2, N_SETS + 1, 8, 16)]
+PLACES = [0x10000, 0x11000, 0x20000]
+SHIFTS = [12, 16, 21, 30]
 KINDS = [uc.UC_MEM_READ, uc.UC_MEM_WRITE, uc.UC_MEM_FETCH]
 MSRS = [0, *(int(bit) for bit in (Msr.IR | Msr.DR, Msr.IR | Msr.DR | Msr.PR, Msr.LE, Msr.EE | Msr.FP))]
 PIDS = [0, 1, 2, 1 << 20, 1 << 32]
+Key = tuple[int, int, int, int]
+"""Page, kind of access, MSR and process."""
 ANY_MSR = int(Msr.IR | Msr.DR | Msr.PR | Msr.LE)
 
 
@@ -35,8 +40,10 @@ class Misses(RuleBasedStateMachine):
         watched = Watched(*(ctypes.addressof(each) for each in (self.flushes, self.msr, self.pidr)))
         self.tlb = SecondLevelTlb(watched, self.miss)
         self.fill = FILL_CALLBACK(self.tlb.callback)
-        self.known: dict[tuple[int, int, int, int], tuple[int, int]] = {}
+        self.known: dict[Key, tuple[int, int]] = {}
         self.n_answers = 0
+        self.place = PLACES[0]
+        self.places: dict[Key, int] = {}
 
     def on_miss(self, _engine: int, address: int, kind: int, entry: Any, _data: int) -> bool:  # noqa: ANN401
         self.asked += 1
@@ -44,11 +51,16 @@ class Misses(RuleBasedStateMachine):
         if self.answer is None:
             return False
         entry[0].paddr, entry[0].perms = self.answer
+        self.tlb.note(address, kind, self.place)
         return True
 
-    def key(self, address: int, kind: int) -> tuple[int, int, int, int]:
+    def key(self, address: int, kind: int) -> Key:
         pid = 0 if address >> 63 else self.pidr.value & 0xFFFF_FFFF
         return address >> 12, kind, self.msr.value & ANY_MSR, pid
+
+    @rule(place=st.sampled_from(PLACES))
+    def what_follows_leads_to(self, place: int) -> None:
+        self.place = place
 
     @rule(page=st.sampled_from(PAGES), offset=st.integers(0, 4095), kind=st.sampled_from(KINDS), refused=st.booleans())
     def miss_of_the_engine(self, page: int, offset: int, kind: int, *, refused: bool) -> None:
@@ -66,6 +78,7 @@ class Misses(RuleBasedStateMachine):
         else:
             assert (entry.paddr, entry.perms) == self.answer
             self.known[key] = self.answer
+            self.places[key] = self.place
 
     @rule(page=st.sampled_from(PAGES), kind=st.sampled_from(KINDS))
     def the_same_miss_twice_asks_once(self, page: int, kind: int) -> None:
@@ -80,6 +93,52 @@ class Misses(RuleBasedStateMachine):
     def the_guest_invalidates(self, which: int, by: int) -> None:
         self.flushes[which] += by
         self.known.clear()
+
+    def only_those_hold(self, holds: Callable[[Key], bool]) -> None:
+        gone = [key for key in self.known if not holds(key)]
+        for key in gone:
+            del self.known[key]
+            assert self.asks(key)
+
+    def asks(self, key: Key) -> bool:
+        """Whether a miss of this kind comes to Python."""
+        page, kind, msr, pid = key
+        before = self.msr.value, self.pidr.value, self.answer
+        self.msr.value, self.pidr.value, self.answer, self.asked = msr, pid, None, 0
+        assert not self.fill(None, page << 12, kind, ctypes.pointer(TlbEntry()), self.tlb.data) or not self.asked
+        self.msr.value, self.pidr.value, self.answer = before
+        return self.asked == 1
+
+    @rule(page=st.sampled_from(PAGES), shift=st.sampled_from(SHIFTS), pid=st.sampled_from(PIDS))
+    def the_guest_invalidates_a_page(self, page: int, shift: int, pid: int) -> None:
+        start, pid = page >> shift << shift, 0 if page >> 63 else pid & 0xFFFF_FFFF
+        self.tlb.forget_page(start, shift, pid)
+        self.only_those_hold(lambda key: key[0] << 12 >> shift != page >> shift or key[3] != pid)
+
+    @rule(pid=st.sampled_from(PIDS[1:-1]))
+    def the_guest_invalidates_a_process(self, pid: int) -> None:
+        self.tlb.forget_process(pid)
+        self.only_those_hold(lambda key: key[3] != pid)
+
+    @rule(page=st.sampled_from(PAGES), kind=st.sampled_from(KINDS), pid=st.sampled_from(PIDS[1:-1]))
+    def a_page_goes_with_its_process(self, page: int, kind: int, pid: int) -> None:
+        self.another_process(pid)
+        self.miss_of_the_engine(page, 0, kind, refused=False)
+        self.the_guest_invalidates_a_process(pid)
+
+    @rule(place=st.sampled_from(PLACES))
+    def memory_changes(self, place: int) -> None:
+        self.tlb.forget_place(place)
+        self.only_those_hold(lambda key: self.places[key] != place)
+
+    @rule(page=st.sampled_from(PAGES), other=st.sampled_from(PAGES), kind=st.sampled_from(KINDS))
+    def a_page_survives_when_another_is_invalidated(self, page: int, other: int, kind: int) -> None:
+        self.miss_of_the_engine(page, 0, kind, refused=False)
+        pid = self.key(other, kind)[3]
+        self.the_guest_invalidates_a_page(other, 12, pid)
+        if page == other:
+            return
+        assert not self.asks(self.key(page, kind))
 
     @rule()
     def the_map_changes(self) -> None:

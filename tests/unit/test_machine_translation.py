@@ -7,65 +7,27 @@ import pytest
 from protocol.geometry import PAGE_SHIFT
 from protocol.hcalls import H_REGISTER_PROC_TBL
 from protocol.messages import Access
-from services.guest.clock import GuestClock
-from services.guest.exits import Exit, Hypercall
 from services.guest.machine import mmu
-from services.guest.machine.interrupts import RELOCATED_BASE, Vector
-from services.guest.machine.registers import Dsisr, Msr, Spr, Srr1
+from services.guest.machine.interrupts import RELOCATED_BASE, InterruptMode, Vector
+from services.guest.machine.registers import Dsisr, Spr, Srr1
 from tests.unit import power_asm as asm
-from tests.unit.machine_rig import MachineRig
-from tests.unit.power_asm import R3, R4, R5, R6, R7, R8, R9
+from tests.unit.power_asm import R3, R4, R5, R6, R7, R8, R9, R10
 from tests.unit.radix_tree import RadixTree
-
-PROCESS_TABLE = 0x40_0000
-TREES = 0x50_0000
-CODE, DATA, HOLE = 0x10000, 0x20000, 0x30000
-CODE_AT, DATA_AT, KERNEL_AT = 0x8_0000, 0x9_0000, 0xA_0000
-KERNEL = 0xC000_0000_0000_0000
-PID = 3
-ALL = mmu.READ | mmu.WRITE | mmu.EXECUTE
-USER_MSR = Msr.SF | Msr.ME | Msr.EE | Msr.PR | Msr.IR | Msr.DR
-KERNEL_MSR = Msr.SF | Msr.ME | Msr.IR | Msr.DR
-
-
-class Translated:
-    """A rig whose process table is registered, with a user's code and data page, and one of the kernel's code."""
-
-    def __init__(self, clock: GuestClock | None = None) -> None:
-        self.rig = MachineRig(clock)
-        self.user = RadixTree(self.store, TREES)
-        self.kernel = RadixTree(self.store, TREES + (8 << 20))
-        self.store(PROCESS_TABLE, self.kernel.row())
-        self.store(PROCESS_TABLE + PID * mmu.ROW_BYTES, self.user.row())
-        self.user.map(CODE, CODE_AT, mmu.READ | mmu.EXECUTE)
-        self.user.map(DATA, DATA_AT, mmu.READ | mmu.WRITE)
-        self.kernel.map(RELOCATED_BASE & -4096, KERNEL_AT, ALL | mmu.PRIVILEGED)
-        for vector in Vector:
-            self.rig.put(vector, asm.SC1)
-
-    def store(self, gpa: int, value: int) -> None:
-        self.rig.ram[gpa : gpa + 8] = value.to_bytes(8, "big")
-
-    def pte(self, ea: int) -> int:
-        at = self.user.leaves[ea]
-        return int.from_bytes(self.rig.ram[at : at + 8], "big")
-
-    def run(self, *words: int, msr: int = USER_MSR, at: int = CODE) -> Exit:
-        """Register the table, then jump to `words`, which lie in the user's code page, with `msr`."""
-        self.rig.put(CODE_AT + (at & 0xFFF), *words)
-        exit_ = self.rig.run(
-            *asm.load64(R3, H_REGISTER_PROC_TBL.number), asm.li(R4, 0x1C), *asm.load64(R5, PROCESS_TABLE),
-            asm.li(R6, 0), asm.li(R7, 0), asm.SC1, asm.li(R8, PID), asm.mtspr(Spr.PIDR, R8), *asm.load64(R9, msr),
-            asm.mtspr(Spr.SRR1, R9), *asm.load64(R9, at), asm.mtspr(Spr.SRR0, R9), asm.RFID,
-        )  # fmt: skip
-        assert exit_ == Hypercall(H_REGISTER_PROC_TBL.number, (0x1C, PROCESS_TABLE, 0, 0))
-        self.rig.engine.resume([0])
-        return self.rig.until_exit()
-
-    @property
-    def vector(self) -> int:
-        """Where the processor stands, when it stopped in the first instruction of a handler."""
-        return self.rig.engine._registers.pc - 4
+from tests.unit.translated_rig import (
+    ALL,
+    CODE,
+    CODE_AT,
+    DATA,
+    DATA_AT,
+    HOLE,
+    KERNEL_AT,
+    KERNEL_MSR,
+    PID,
+    PROCESS_TABLE,
+    TREES,
+    USER_MSR,
+    Translated,
+)
 
 
 @pytest.fixture
@@ -167,7 +129,7 @@ def test_an_address_of_no_quadrant_is_a_segment_interrupt(world: Translated, add
 def test_with_ail_3_the_kernel_gets_its_interrupts_translated(world: Translated) -> None:
     world.rig.put(KERNEL_AT + Vector.SYSTEM_CALL, asm.li(R9, 7), asm.SC1)
     world.run(asm.SC0)
-    world.rig.engine._interrupts.ail = 3
+    world.rig.engine._interrupts.mode = InterruptMode(ail=3)
     world.rig.engine.resume([0])
     registers = world.rig.engine._registers
     world.rig.put(CODE_AT + 0x100, asm.SC0)
@@ -232,6 +194,99 @@ def test_an_invalidated_translation_is_looked_up_anew(world: Translated) -> None
     world.rig.until_exit()
 
     assert world.rig.gpr[R5] == 2
+
+
+def fills_of(world: Translated, *words: int) -> int:
+    """Misses that reach Python in `words`, which the kernel runs after a first look at the data page."""
+    world.run(asm.lis(R4, DATA >> 16), asm.sldi32(R7, R8), asm.lbz(R5, 0, R4), asm.SC1, msr=KERNEL_MSR)
+    translator = world.rig.engine._translator
+    before = translator.n_fills
+    world.rig.engine.resume([0])
+    world.rig.put(CODE_AT + 0x100, *words, asm.SC1)
+    world.rig.engine._registers.pc = CODE + 0x100
+    world.rig.until_exit()
+    return translator.n_fills - before
+
+
+INVALIDATE_ANOTHER_PAGE = [asm.li(R5, 0x7000), asm.tlbie(R5, R7), asm.PTESYNC]
+INVALIDATE_ANOTHER_PROCESS = [
+    asm.li(R5, 1 << 10), asm.li(R6, PID + 1), asm.sldi32(R6, R6), asm.tlbiel(R5, R6), asm.PTESYNC,
+]  # fmt: skip
+INVALIDATE_OTHER_SETS = [asm.li(R5, 1 << 10 | 1 << 12), asm.tlbiel(R5, R7), asm.SLBIA, asm.PTESYNC]
+
+
+@pytest.mark.parametrize("invalidation", [INVALIDATE_ANOTHER_PAGE, INVALIDATE_ANOTHER_PROCESS, INVALIDATE_OTHER_SETS])
+def test_what_is_not_invalidated_is_not_asked_for_again(world: Translated, invalidation: list[int]) -> None:
+    # The code page changes once, as the words are put there; then nothing is new but the first invalidation's trap.
+    once = fills_of(Translated(), *invalidation, asm.lbz(R5, 0, R4))
+    often = fills_of(
+        world,
+        asm.li(R9, 100),
+        asm.mtspr(Spr.CTR, R9),
+        *invalidation,
+        asm.lbz(R5, 0, R4),
+        asm.bdnz(-len(invalidation) - 1),
+    )
+
+    assert often <= once + 1
+
+
+def test_the_pages_of_a_process_that_is_invalidated_are_looked_up_anew(world: Translated) -> None:
+    world.rig.ram[DATA_AT], world.rig.ram[DATA_AT + 0x1000] = 1, 2
+    world.run(asm.lis(R4, DATA >> 16), asm.lbz(R5, 0, R4), asm.SC1, msr=KERNEL_MSR)
+
+    world.user.map(DATA, DATA_AT + 0x1000, mmu.READ | mmu.WRITE)
+    world.rig.engine.resume([0])
+    world.rig.put(
+        CODE_AT + 0x100, asm.sldi32(R7, R8), asm.li(R5, 1 << 10), asm.tlbiel(R5, R7), asm.PTESYNC,
+        asm.lbz(R5, 0, R4), asm.SC1,
+    )  # fmt: skip
+    world.rig.engine._registers.pc = CODE + 0x100
+    world.rig.until_exit()
+
+    assert world.rig.gpr[R5] == 2
+
+
+@pytest.mark.parametrize("instruction", [asm.tlbie(R4, R7), asm.tlbiel(R4, R7), asm.SLBIA])
+def test_a_process_may_invalidate_nothing(world: Translated, instruction: int) -> None:
+    world.run(asm.NOP, instruction)
+
+    assert world.vector == Vector.PROGRAM
+    assert world.rig.spr(Spr.SRR0) == CODE + 4
+
+
+def test_code_that_was_changed_through_another_address_runs_after_any_invalidation(world: Translated) -> None:
+    """As Linux patches itself: the address that it stores through is not the one that it runs at."""
+    alias, other = HOLE, 0x4_0000
+    world.user.map(alias, CODE_AT + 0x1000, mmu.READ | mmu.WRITE)
+    world.user.map(other, CODE_AT + 0x1000, mmu.READ | mmu.EXECUTE)
+    world.rig.put(CODE_AT + 0x1000, asm.li(R3, 1), asm.BLR)
+    new = asm.li(R3, 2)
+    call = [*asm.load64(R9, other), asm.mtspr(Spr.LR, R9), asm.BLRL]
+    world.run(
+        asm.lis(R4, alias >> 16), asm.sldi32(R7, R8),
+        # The alias is stored to before the code is translated, so that the engine no longer watches it.
+        *asm.load64(R5, asm.li(R3, 1)), asm.stw(R5, 0, R4), *call, asm.mr(R10, R3),
+        *asm.load64(R5, new), asm.stw(R5, 0, R4), asm.tlbie(R4, R7), asm.PTESYNC, *call, asm.SC1, msr=KERNEL_MSR,
+    )  # fmt: skip
+
+    assert (world.rig.gpr[R10], world.rig.gpr[R3]) == (1, 2)
+
+
+def test_a_hint_does_not_leave_the_engine(world: Translated, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, n_executions = world.rig.engine, 0
+    execute = engine._execute
+
+    def counted() -> int:
+        nonlocal n_executions
+        n_executions += 1
+        return execute()
+
+    monkeypatch.setattr(engine, "_execute", counted)
+    loop = [asm.mr(2, 2), asm.mr(1, 1), asm.bdnz(-2)]
+    world.run(asm.li(R9, 1000), asm.mtspr(Spr.CTR, R9), *loop, asm.SC1, msr=KERNEL_MSR)
+
+    assert n_executions < 10
 
 
 def test_another_process_table_holds_at_once(world: Translated) -> None:

@@ -7,6 +7,7 @@ Source: PAPR 14.5 for the registers, 14.5.4.3.6 (H_SET_MODE), 14.5.3.9 (H_SIGNAL
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from protocol.codes import HCode
 from protocol.declare import CallTable
@@ -88,9 +89,9 @@ class Calls:
 
     def _set_mode(self, flags: int, resource: int) -> None:
         if resource == SetModeResource.ADDRESS_TRANSLATION_MODE:
-            self._interrupts.ail = flags & 3
+            self._interrupts.mode = replace(self._interrupts.mode, ail=flags & 3)
         elif resource == SetModeResource.LITTLE_ENDIAN:
-            self._interrupts.little_endian = bool(flags & 1)
+            self._interrupts.mode = replace(self._interrupts.mode, little_endian=bool(flags & 1))
 
     def _register_table(self, flags: int, base: int, _page_size: int, table_size: int) -> None:
         if not flags & PROC_TABLE_MODIFY:

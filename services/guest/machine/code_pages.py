@@ -2,40 +2,33 @@
 
 A shadow stands in for a code page that the engine would run wrongly:
 
-- it reads a register that the engine gets wrong (MSR in a secure VM, since the engine cannot hold MSR.S; PURR and
-  SPURR), or writes PIDR, of which we have to hear: in the copy each such instruction is a trap, `sc` with a level that
-  nothing else uses, and the handler looks up the true instruction in the true page;
-- it changed since the engine translated it. A store of the guest's own drops the translations, but one by a device or
-  the hypervisor does not: the copy has a fresh engine-physical address, so they are never met again;
+- it has instructions in whose place others must stand (`replaced.py`);
+- it changed since the engine translated it: the copy has a fresh engine-physical address, so the old translations are
+  never met again. Of a store of the guest's own the engine drops only those that it hits first, of one through another
+  effective address or by a device none;
 - a debugger wants to stop in it (`debug.py`).
 
-Data accesses always see the true page. A page with a shadow is not writable in the engine's TLB: the first store drops
-the shadow, the next fetch makes another one.
+Data accesses always see the true page. A code page is not writable in the engine's TLB: with the first store it stops
+being one, and the next fetch makes it one again, which is slow where code and data that changes share a page.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
 
 from protocol.geometry import PAGE_SHIFT
 from services.guest.machine.engine_memory import SHADOW_BYTES, EngineMemory
 from services.guest.machine.partition import SHADOW_BASE
+from services.guest.machine.registers import WORD_BYTES
+from services.guest.machine.replaced import Replacement, needed, useful
 
 CODE_PAGE_BYTES = 4096
-TRAP_LEVEL = 5
-TRAP_WORD = 0x44000002 | TRAP_LEVEL << 5
 STOP_WORD = 0x0FE0E00F
 """Where a debugger stops: `twi 31,r0,-8177`, whose bytes say the same in either order of them. For no other trap: the
 rest of its block was counted when it began, and what leaves the engine is counted anew."""
 _STOP = STOP_WORD.to_bytes(4)
 N_SLOTS = SHADOW_BYTES // CODE_PAGE_BYTES
 
-_REGISTER_MASK = 0xFC1FFFFF
-_MFMSR = 0x7C0000A6
-_MFSPURR = 0x7C144AA6
-_MFPURR = 0x7C154AA6
-_MTPIDR = 0x7C100BA6
 _NO_STOPS: frozenset[int] = frozenset()
 
 
@@ -43,52 +36,15 @@ class ShadowsFull(Exception):
     """Every slot was used once: the engine's translations have to be dropped before one is used again."""
 
 
-def is_mfmsr(word: int) -> bool:
-    """Whether an instruction word reads the MSR."""
-    return word & _REGISTER_MASK == _MFMSR
-
-
-def is_mfpurr(word: int) -> bool:
-    """Whether an instruction word reads PURR or SPURR."""
-    return word & _REGISTER_MASK in (_MFPURR, _MFSPURR)
-
-
-def is_mtpidr(word: int) -> bool:
-    """Whether an instruction word writes PIDR."""
-    return word & _REGISTER_MASK == _MTPIDR
-
-
-def trap_places(page: bytes, *, little_endian: bool, hide_msr: bool) -> list[int]:
-    """Offsets of the instructions of a code page that must be traps; `mfmsr` is one when `hide_msr` is set."""
-    places = _places(page, _MFPURR, is_mfpurr, little_endian)
-    places += _places(page, _MTPIDR, is_mtpidr, little_endian)
-    return places + _places(page, _MFMSR, is_mfmsr, little_endian) if hide_msr else places
-
-
-def _places(page: bytes, word: int, is_one: Callable[[int], bool], little_endian: bool) -> list[int]:
-    order: Literal["little", "big"] = "little" if little_endian else "big"
-    # The low half of the word does not depend on the register: searching for it passes over nearly everything.
-    half = (word & 0xFFFF).to_bytes(2, order)
-    within = 0 if little_endian else 2
-    places = []
-    at = page.find(half)
-    while at >= 0:
-        start = at - within
-        if start % 4 == 0 and is_one(int.from_bytes(page[start : start + 4], order)):
-            places.append(start)
-        at = page.find(half, at + 1)
-    return places
-
-
 class CodePages:
     """The code pages of one engine, by engine-physical address of the true page.
 
-    `flush_tlb` makes the engine ask again for every page it uses.
+    `ask_again` makes the engine ask again for each of these pages that it uses.
     """
 
-    def __init__(self, memory: EngineMemory, flush_tlb: Callable[[], None]) -> None:
+    def __init__(self, memory: EngineMemory, ask_again: Callable[[Iterable[int]], None]) -> None:
         self._memory = memory
-        self._flush_tlb = flush_tlb
+        self._ask_again = ask_again
         self.hide_msr = False
         self._content: dict[int, bytes] = {}
         self._shadows: dict[int, dict[tuple[bool, frozenset[int] | int], int]] = {}
@@ -101,6 +57,7 @@ class CodePages:
         self._plain: set[tuple[int, bool]] = set()
         """Pages of `_content` that need no shadow, by byte order."""
         self._writable: set[int] = set()
+        """Pages that may be writable in the TLB, none of which is in `_content`."""
         self._marks: memoryview | None = None
         self._written: set[int] = set()
         """Frames that a device wrote since `clear`."""
@@ -136,15 +93,15 @@ class CodePages:
         if slot is not None:
             return slot
         # The guest may change its byte order within a page, and the engine asks for no page because of that.
-        other = trap_places(content, little_endian=not little_endian, hide_msr=self.hide_msr)
-        places = trap_places(content, little_endian=little_endian, hide_msr=self.hide_msr)
-        if not places and not other and not stops and page not in self._stale:
+        found = needed(content, little_endian=not little_endian, hide_msr=self.hide_msr)
+        found += needed(content, little_endian=little_endian, hide_msr=self.hide_msr)
+        found += useful(content, little_endian=little_endian)
+        if not found and not stops and page not in self._stale:
             self._plain.add((page, little_endian))
             return page
         copy = bytearray(content)
-        _put(copy, other, _trap(not little_endian))
-        _put(copy, places, _trap(little_endian))
-        _put(copy, stops, _STOP)
+        _put(copy, found)
+        _put(copy, ((stop, _STOP) for stop in stops))
         return self._keep(page, (little_endian, stops), self._take_slot(copy))
 
     def fetch_one(self, page: int, offset: int, *, little_endian: bool) -> int:
@@ -155,33 +112,39 @@ class CodePages:
         slot = self._shadows.get(page, {}).get((little_endian, offset))
         if slot is not None:
             return slot
-        copy = bytearray(_STOP * (CODE_PAGE_BYTES // 4))
-        word = content[offset : offset + 4]
-        is_trap = trap_places(word, little_endian=little_endian, hide_msr=self.hide_msr)
-        copy[offset : offset + 4] = _trap(little_endian) if is_trap else word
+        copy = bytearray(_STOP * (CODE_PAGE_BYTES // WORD_BYTES))
+        word = content[offset : offset + WORD_BYTES]
+        found = needed(word, little_endian=little_endian, hide_msr=self.hide_msr)
+        copy[offset : offset + WORD_BYTES] = found[0][1] if found else word
         return self._keep(page, (little_endian, offset), self._take_slot(copy))
 
     def stops(self) -> int:
         """The engine-physical address of a page where a debugger stops everywhere. Raises ShadowsFull."""
         if self._stops is None:
-            self._stops = self._take_slot(_STOP * (CODE_PAGE_BYTES // 4))
+            self._stops = self._take_slot(_STOP * (CODE_PAGE_BYTES // WORD_BYTES))
         return self._stops
 
     def _keep(self, page: int, key: tuple[bool, frozenset[int] | int], slot: int) -> int:
         self._shadows.setdefault(page, {})[key] = slot
-        if page in self._writable:
-            self._flush_tlb()
         return slot
 
     def _note(self, page: int, content: bytes) -> None:
         """`page` is new here, or holds something else than it did."""
         if page in self._content:
-            self._stale.add(page)
-            self._shadows.pop(page, None)
-            self._plain -= {(page, False), (page, True)}
-        else:
-            self._by_frame.setdefault(page >> PAGE_SHIFT, set()).add(page)
+            self._drop(page)
         self._content[page] = content
+        self._by_frame.setdefault(page >> PAGE_SHIFT, set()).add(page)
+        if page in self._writable:
+            self._writable.discard(page)
+            self._ask_again([page])
+
+    def _drop(self, page: int) -> None:
+        """`page` is code no longer: its translations are of older content."""
+        self._stale.add(page)
+        self._shadows.pop(page, None)
+        self._plain -= {(page, False), (page, True)}
+        self._by_frame[page >> PAGE_SHIFT].discard(page)
+        del self._content[page]
 
     def watch(self, marks: memoryview) -> None:
         """Devices set a byte of `marks`, one a frame, before they write it and again with each later write."""
@@ -204,16 +167,19 @@ class CodePages:
             self._written.add(frame)
             frame = marked.find(1, frame + 1)
         pages = (page for frame in self._written & self._by_frame.keys() for page in self._by_frame[frame])
-        if any(self._memory.read(page, CODE_PAGE_BYTES) != self._content[page] for page in pages):
-            self._flush_tlb()
+        changed = [page for page in pages if self._memory.read(page, CODE_PAGE_BYTES) != self._content[page]]
+        for page in changed:
+            self._drop(page)
+        if changed:
+            self._ask_again(changed)
 
     def may_write(self, page: int, *, storing: bool) -> bool:
         """Whether the TLB may hold write permission for `page`, which the guest stores to now or may later."""
-        if page in self._shadows:
+        if page in self._content:
             if not storing:
                 return False
-            del self._shadows[page]
-            self._flush_tlb()
+            self._drop(page)
+            self._ask_again([page])
         self._writable.add(page)
         return True
 
@@ -226,10 +192,6 @@ class CodePages:
         return SHADOW_BASE + start
 
 
-def _put(copy: bytearray, places: Iterable[int], word: bytes) -> None:
-    for place in places:
-        copy[place : place + 4] = word
-
-
-def _trap(little_endian: bool) -> bytes:
-    return TRAP_WORD.to_bytes(4, "little" if little_endian else "big")
+def _put(copy: bytearray, words: Iterable[Replacement]) -> None:
+    for place, word in words:
+        copy[place : place + WORD_BYTES] = word

@@ -5,10 +5,9 @@ from __future__ import annotations
 from services.guest.exits import MmioLoad, MmioStore
 from services.guest.machine import accesses
 from services.guest.machine.code_pages import CODE_PAGE_BYTES
-from services.guest.machine.instructions import WORD_BYTES
 from services.guest.machine.interrupts import Interrupts
 from services.guest.machine.register_file import RegisterFile
-from services.guest.machine.registers import Msr
+from services.guest.machine.registers import WORD_BYTES, Msr
 from services.guest.machine.translator import Stop, Translator
 
 _PAGE_MASK = CODE_PAGE_BYTES - 1

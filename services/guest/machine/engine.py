@@ -9,7 +9,7 @@ counts instructions the engine is stopped by its count alone, so that every exit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import unicorn as uc
@@ -20,21 +20,24 @@ from services.guest.address_space import AddressSpace
 from services.guest.clock import GuestClock
 from services.guest.exits import Crash, Exit, Hypercall, Idle, MmioLoad, MmioStore, Pause, Ultracall
 from services.guest.machine.calls import Calls
-from services.guest.machine.code_pages import TRAP_LEVEL, CodePages, ShadowsFull
+from services.guest.machine.code_pages import CodePages, ShadowsFull
 from services.guest.machine.crash_report import CrashReport
 from services.guest.machine.debug import DebugFetches, Watched
 from services.guest.machine.debug_unit import EngineSteps, MachineDebug
 from services.guest.machine.devices import DeviceAccesses
 from services.guest.machine.engine_memory import EngineMemory
-from services.guest.machine.hooks import EXCEPTION_CALLBACK, FILL_CALLBACK, TLB_FLUSH, add_hook, address_of
-from services.guest.machine.instructions import WORD_BYTES, EngineException, Instructions
-from services.guest.machine.interrupts import Interrupts, Vector
+from services.guest.machine.hooks import EXCEPTION_CALLBACK, FILL_CALLBACK, TLB_FLUSH, add_hook
+from services.guest.machine.instructions import EngineException, Instructions
+from services.guest.machine.interrupts import InterruptMode, Interrupts, Vector
+from services.guest.machine.invalidation import Invalidation, OfPage, OfProcess, Whole
 from services.guest.machine.layout import probe, stop_between_blocks_only
 from services.guest.machine.mmu import Mmu, ProcessTable, SegmentFault, StorageFault, Use
+from services.guest.machine.native_exceptions import NativeExceptions
 from services.guest.machine.partition import Absent, OutsideRam, Partition
 from services.guest.machine.power_registers import PowerRegisters
 from services.guest.machine.register_file import RegisterFile
-from services.guest.machine.registers import EVERY_FACILITY, Dsisr, Lpcr, Msr, Spr, Srr1
+from services.guest.machine.registers import EVERY_FACILITY, WORD_BYTES, Dsisr, Lpcr, Msr, Spr, Srr1
+from services.guest.machine.replaced import is_trap_level
 from services.guest.machine.second_level_tlb import SecondLevelTlb
 from services.guest.machine.slices import make_slices
 from services.guest.machine.state import VERSION, MachineState, TableState, TrailState, decode_state, encode_state
@@ -72,13 +75,16 @@ class MachineEngine:
             stop_between_blocks_only(self._uc, layout.no_exit_request)
         self._partition = Partition(memory)
         self._mmu = Mmu(self._partition.load_u64, self._partition.store_u64)
-        self._code = CodePages(self._memory, self._flush_tlb)
+        self._code = CodePages(self._memory, self._ask_again)
         self._slices = make_slices(self._uc, clock)
-        self._translator = Translator(self._registers, self._mmu, self._partition, self._code)
+        self._callbacks = FILL_CALLBACK(self._on_miss), EXCEPTION_CALLBACK(self._on_exception)
+        self._second_level = SecondLevelTlb(self._registers.watched(layout), self._callbacks[0])
+        self._translator = Translator(self._registers, self._mmu, self._partition, self._code, self._second_level)
         self._time = TimeBase(clock, self._registers)
         self._interrupts = Interrupts(self._registers)
+        self._exceptions = NativeExceptions(self._registers.of_exceptions(), self._interrupts, self._callbacks[1])
         self._instructions = Instructions(
-            self._registers, self._interrupts, self._time, self._translator.instruction, lacking, self._switch_process
+            self._registers, self._interrupts, self._time, self._translator.instruction, lacking, self
         )
         self._calls = Calls(self._registers, self._interrupts, self._mmu, self._flush_tlb)
         self._devices = DeviceAccesses(self._registers, self._interrupts, self._translator)
@@ -97,29 +103,29 @@ class MachineEngine:
         self._exception: int | None = None
         self._trail = Trail()
         memory.on_map = self._follow_space
-        self._callbacks = FILL_CALLBACK(self._on_miss), EXCEPTION_CALLBACK(self._on_exception)
-        self._second_level = SecondLevelTlb(self._registers.watched(layout), self._callbacks[0])
         self._install_hooks()
 
     def _install_hooks(self) -> None:
         self._uc.ctl_set_tlb_mode(uc.UC_TLB_VIRTUAL)
         self._uc.ctl_exits_enabled(True)
         add_hook(self._uc, uc.UC_HOOK_TLB_FILL, self._second_level.callback, self._second_level.data)
-        add_hook(self._uc, uc.UC_HOOK_INTR, address_of(self._callbacks[1]))
+        add_hook(self._uc, uc.UC_HOOK_INTR, self._exceptions.callback, self._exceptions.data)
 
     def _on_miss(self, _engine: int, address: int, kind: int, entry: Any, _data: int) -> bool:  # noqa: ANN401
         self._second_level.notice_flushes()
         return self._translator.fill(address, kind, entry)
 
     def _on_exception(self, _engine: int, number: int, _data: int) -> None:
-        # Two are frequent enough to be served without leaving the engine.
+        # System calls are frequent enough to be served without leaving the engine.
         if number == EngineException.SYSTEM_CALL:
             level = self._registers.error_code
             if level == 0:
                 self._interrupts.deliver(Vector.SYSTEM_CALL, self._registers.pc)
                 return
-            if level == TRAP_LEVEL and self._serve_trap():
+            if is_trap_level(level) and self._is_done(self._instructions.serve_trap):
                 return
+        elif number == EngineException.ILLEGAL and self._is_done(self._instructions.emulate):
+            return
         elif number == EngineException.PROGRAM and self._is_debug_trap():
             self._registers.pc -= WORD_BYTES
             number = _DEBUG_TRAP
@@ -129,10 +135,11 @@ class MachineEngine:
     def _is_debug_trap(self) -> bool:
         return self._translator.debug is not None and self._fetches.stops_at(self._registers.pc - WORD_BYTES)
 
-    def _serve_trap(self) -> bool:
+    @staticmethod
+    def _is_done(emulate: Callable[[], bool]) -> bool:
         """False to look at it again outside the engine, into which nothing may be raised."""
         try:
-            return self._instructions.serve_trap()
+            return emulate()
         except BaseException:
             return False
 
@@ -141,10 +148,35 @@ class MachineEngine:
         self._code.tlb_flushed()
         self._second_level.forget()
 
-    def _switch_process(self, pid: int) -> None:
-        """A store to PIDR; what the second-level TLB holds names its process."""
+    def switch_process(self, pid: int) -> None:
+        """As Translations: what the second-level TLB holds names its process."""
         self._registers.spr[Spr.PIDR] = pid
         self._second_level.notice_flushes()
+        self._flush_first_level()
+
+    def invalidate(self, what: Invalidation) -> None:
+        """As Translations."""
+        if what is Whole.NOTHING:
+            return
+        if what is Whole.EVERYTHING:
+            self._flush_tlb()
+            return
+        second = self._second_level
+        second.notice_flushes()
+        if isinstance(what, OfPage):
+            second.forget_page(what.address, what.shift, what.pid)
+        elif isinstance(what, OfProcess):
+            second.forget_process(what.pid)
+        self._flush_first_level()
+
+    def _ask_again(self, pages: Iterable[int]) -> None:
+        """What leads to these engine-physical pages has changed."""
+        self._second_level.notice_flushes()
+        for page in pages:
+            self._second_level.forget_place(page)
+        self._flush_first_level()
+
+    def _flush_first_level(self) -> None:
         uclib.uc_ctl(self._uc._uch, TLB_FLUSH)
         self._second_level.expect_flush()
 
@@ -173,7 +205,7 @@ class MachineEngine:
             registers.gpr[number] = value
         registers.pc = pc
         self._mmu.table = None
-        self._interrupts.reset(secure=secure)
+        self._interrupts.mode = InterruptMode(secure=secure)
         self._time.reset()
         self._code.hide_msr = secure
         self._trail = Trail()
@@ -246,10 +278,10 @@ class MachineEngine:
         return encode_state(
             MachineState(
                 version=VERSION,
-                secure=self._interrupts.secure,
+                secure=self._interrupts.mode.secure,
                 line=self._line,
-                ail=self._interrupts.ail,
-                little_endian_interrupts=self._interrupts.little_endian,
+                ail=self._interrupts.mode.ail,
+                little_endian_interrupts=self._interrupts.mode.little_endian,
                 table=None if table is None else TableState(table.gpa, table.size_bytes),
                 ticks=self._time.ticks(),
                 deadline=self._time.deadline,
@@ -267,8 +299,7 @@ class MachineEngine:
         loaded = decode_state(state)
         self.start(loaded.registers.pc, {}, secure=loaded.secure)
         self._registers.load(loaded.registers)
-        self._interrupts.ail = loaded.ail
-        self._interrupts.little_endian = loaded.little_endian_interrupts
+        self._interrupts.mode = InterruptMode(loaded.ail, loaded.little_endian_interrupts, loaded.secure)
         table = loaded.table
         self._mmu.table = None if table is None else ProcessTable(table.gpa, table.size_bytes)
         self._line = loaded.line
@@ -282,7 +313,7 @@ class MachineEngine:
     @property
     def secure(self) -> bool:
         """MSR.S."""
-        return self._interrupts.secure
+        return self._interrupts.mode.secure
 
     @property
     def n_instructions(self) -> int | None:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
+from typing import Protocol
 
 from services.guest.machine.accesses import effective_address
-from services.guest.machine.code_pages import TRAP_LEVEL, is_mfmsr, is_mfpurr, is_mtpidr
 from services.guest.machine.interrupts import Interrupts, Vector
+from services.guest.machine.invalidation import Invalidation, invalidation
 from services.guest.machine.register_file import RegisterFile
-from services.guest.machine.registers import Dsisr, Fscr, Msr, Spr, Srr1
+from services.guest.machine.registers import WORD_BYTES, Dsisr, Fscr, Msr, Spr, Srr1
+from services.guest.machine.replaced import MFMSR, MTPIDR, SLBIA, TLBIE, TLBIEL, is_trap_level, is_trapped
 from services.guest.machine.time_base import TimeBase
 
-WORD_BYTES = 4
 _MASK64 = (1 << 64) - 1
 _MASK32 = (1 << 32) - 1
 _SCV = 0x44000001
@@ -69,9 +70,19 @@ _UNAVAILABLE = {
 }
 
 
+class Translations(Protocol):
+    """What keeps translations has to hear."""
+
+    def switch_process(self, pid: int) -> None:
+        """A store to PIDR."""
+
+    def invalidate(self, what: Invalidation) -> None:
+        """A tlbie or tlbiel."""
+
+
 class Instructions:
     """Serves exceptions. `word_at(address)` reads the true instruction; `lacking(what, address)` tells the operator of
-    one that the engine does not have; `switch_process(pid)` is what a store to PIDR does."""
+    one that the engine does not have."""
 
     def __init__(
         self,
@@ -80,14 +91,14 @@ class Instructions:
         time_base: TimeBase,
         word_at: Callable[[int], int],
         lacking: Callable[[int, int], None],
-        switch_process: Callable[[int], None],
+        translations: Translations,
     ) -> None:
         self._registers = registers
         self._interrupts = interrupts
         self._time = time_base
         self._word_at = word_at
         self._lacking = lacking
-        self._switch_process = switch_process
+        self._translations = translations
 
     def serve(self, number: int) -> bool:
         """Serve any exception but `sc` with levels 1 and 2; False when `number` is unknown."""
@@ -117,25 +128,34 @@ class Instructions:
         at = self._registers.pc - WORD_BYTES
         return self._emulate_trapped(self._word_at(at), at)
 
+    def emulate(self) -> bool:
+        """Do an instruction that the engine calls illegal and this class has. Raises as `serve_trap`."""
+        at = self._registers.pc - WORD_BYTES
+        return self._emulate(self._word_at(at), at)
+
     def _system_call(self, at: int) -> None:
-        if self._registers.error_code == TRAP_LEVEL and self.serve_trap():
+        if is_trap_level(self._registers.error_code) and self.serve_trap():
             return
         self._interrupts.deliver(Vector.SYSTEM_CALL, at + WORD_BYTES)
 
     def _emulate_trapped(self, word: int, at: int) -> bool:
         """What a shadow page has a trap for."""
-        if not (is_mfmsr(word) or is_mfpurr(word) or is_mtpidr(word)):
+        if not is_trapped(word):
             return False
+        if self._emulate(word, at):
+            return True
         registers = self._registers
         msr = registers.msr
         if msr & Msr.PR:
             self._interrupts.deliver(Vector.PROGRAM, at, Srr1.PRIVILEGED)
             return True
-        if is_mtpidr(word):
-            self._switch_process(registers.gpr[word >> 21 & 31] & _MASK32)
-        elif is_mfmsr(word):
-            registers.gpr[word >> 21 & 31] = msr | (Msr.S if self._interrupts.secure else 0)
-        else:
+        if TLBIEL.matches(word) or TLBIE.matches(word):
+            self._translations.invalidate(invalidation(word, registers.gpr))
+        elif MTPIDR.matches(word):
+            self._translations.switch_process(registers.gpr[word >> 21 & 31] & _MASK32)
+        elif MFMSR.matches(word):
+            registers.gpr[word >> 21 & 31] = msr | (Msr.S if self._interrupts.mode.secure else 0)
+        elif not SLBIA.matches(word):
             registers.gpr[word >> 21 & 31] = self._time.ticks() & _MASK64
         self._interrupts.done_outside()
         return True

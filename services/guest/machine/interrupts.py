@@ -5,6 +5,8 @@ Source: Power ISA 3.0B, book III, chapter 6; PAPR 14.5.4.3.6 for what H_SET_MODE
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 
 from services.guest.machine.register_file import RegisterFile
@@ -41,35 +43,76 @@ SCV_STEP = 0x20
 
 _RELOCATION = Msr.IR | Msr.DR
 _ALWAYS = int(Msr.SF)
-_KEPT = Msr.ME | Msr.HV
-_KEPT_BY_SCV = _KEPT | Msr.EE | Msr.RI
+KEPT = int(Msr.ME | Msr.HV)
+"""The MSR bits that stay as they are."""
+KEPT_BY_SCV = KEPT | Msr.EE | Msr.RI
 _LE = int(Msr.LE)
 _S = int(Msr.S)
 _SE = int(Msr.SE)
 
 
+@dataclass(frozen=True, slots=True)
+class InterruptMode:
+    """`ail` and `little_endian` are what H_SET_MODE last said; `secure` is MSR.S, which nothing changes."""
+
+    ail: int = 0
+    little_endian: bool = False
+    secure: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where an interrupt goes: the MSR beside what is kept of the old one, and the program counter."""
+
+    msr: int
+    pc: int
+
+
 class Interrupts:
-    """Delivers to `registers`. `ail` and `little_endian` are what H_SET_MODE last said."""
+    """Delivers to `registers`. `on_mode` is called after each change of `mode`."""
 
     def __init__(self, registers: RegisterFile) -> None:
         self._registers = registers
-        self.ail = 0
-        self.little_endian = False
-        self.secure = False
+        self._mode = InterruptMode()
+        self.on_mode: Callable[[], None] = _nothing
 
-    def reset(self, *, secure: bool) -> None:
-        """As at power on."""
-        self.ail, self.little_endian, self.secure = 0, False, secure
+    @property
+    def mode(self) -> InterruptMode:
+        """How interrupts are delivered."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: InterruptMode) -> None:
+        self._mode = mode
+        self.on_mode()
+
+    def entry(self, vector: Vector, *, translated: bool) -> Entry:
+        """Of an interrupt, which comes while addresses are `translated` or not."""
+        relocated = self._relocates(translated) and vector not in _NEVER_RELOCATED
+        return Entry(self._new_msr(relocated), RELOCATED_BASE + vector if relocated else vector)
+
+    def scv_entry(self, level: int, *, translated: bool) -> Entry:
+        """The same of scv."""
+        relocated = self._relocates(translated)
+        return Entry(self._new_msr(relocated), (SCV_RELOCATED_BASE if relocated else SCV_BASE) + level * SCV_STEP)
+
+    def _relocates(self, translated: bool) -> bool:
+        return translated and self._mode.ail == AIL_RELOCATED
+
+    def _new_msr(self, relocated: bool) -> int:
+        return _ALWAYS | (_RELOCATION if relocated else 0) | (_LE if self._mode.little_endian else 0)
 
     def deliver(self, vector: Vector, srr0: int, cause: int = 0) -> None:
         """Go to `vector`; `srr0` is where the handler returns to, `cause` the bits that SRR1 has beside the MSR's."""
         registers = self._registers
         msr = registers.msr
         registers.spr[Spr.SRR0] = srr0
-        registers.spr[Spr.SRR1] = msr & SRR1_FROM_MSR | cause | (_S if self.secure else 0)
-        relocated = self.ail == AIL_RELOCATED and msr & _RELOCATION == _RELOCATION and vector not in _NEVER_RELOCATED
-        registers.msr = self._new_msr(msr & _KEPT, relocated)
-        registers.pc = RELOCATED_BASE + vector if relocated else vector
+        registers.spr[Spr.SRR1] = msr & SRR1_FROM_MSR | cause | (_S if self._mode.secure else 0)
+        self._enter(self.entry(vector, translated=msr & _RELOCATION == _RELOCATION), msr & KEPT)
+
+    def _enter(self, entry: Entry, kept: int) -> None:
+        self._registers.msr = kept | entry.msr
+        self._registers.pc = entry.pc
 
     def done_outside(self) -> None:
         """An instruction was done by us, behind which the engine would have a trace interrupt."""
@@ -103,10 +146,9 @@ class Interrupts:
         registers = self._registers
         msr = registers.msr
         registers.lr = after
-        registers.ctr = msr & SRR1_FROM_MSR | (_S if self.secure else 0)
-        relocated = self.ail == AIL_RELOCATED and msr & _RELOCATION == _RELOCATION
-        registers.msr = self._new_msr(msr & _KEPT_BY_SCV, relocated)
-        registers.pc = (SCV_RELOCATED_BASE if relocated else SCV_BASE) + level * SCV_STEP
+        registers.ctr = msr & SRR1_FROM_MSR | (_S if self._mode.secure else 0)
+        self._enter(self.scv_entry(level, translated=msr & _RELOCATION == _RELOCATION), msr & KEPT_BY_SCV)
 
-    def _new_msr(self, kept: int, relocated: bool) -> int:
-        return kept | _ALWAYS | (_RELOCATION if relocated else 0) | (_LE if self.little_endian else 0)
+
+def _nothing() -> None:
+    """Nobody follows the mode."""

@@ -38,7 +38,7 @@ class PowerRegisters:
     @property
     def msr(self) -> int:
         """With S, which the engine does not hold."""
-        return self._registers.msr | (Msr.S if self._interrupts.secure else 0)
+        return self._registers.msr | (Msr.S if self._interrupts.mode.secure else 0)
 
     def values(self) -> Values:
         """All of them. Nobody knows where the engine keeps VSCR."""

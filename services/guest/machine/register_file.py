@@ -7,6 +7,7 @@ engine, go through its interface. Only while the engine does not run.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 from unicorn import ppc_const
@@ -21,6 +22,18 @@ from services.guest.machine.state import N_GPRS, N_SPRS, VSR_BYTES, VSRS_BYTES, 
 _PROBE_VALUE = 0x1122_3344_5566_7788
 _TIME_BASE_BYTES = 4096
 _ALL_XER_FLAGS = sum(XER_FLAGS)
+
+
+@dataclass(frozen=True, slots=True)
+class ExceptionRegisters:
+    """Addresses of what an engine has that its exceptions are about."""
+
+    level: int
+    """Of the last system call, 32 bits."""
+    msr: int
+    pc: int
+    gprs: int
+    sprs: int
 
 
 class RegisterFile:
@@ -151,6 +164,11 @@ class RegisterFile:
         """What the second-level TLB has to look at."""
         pidr = ctypes.addressof(self.spr) + int(Spr.PIDR) * ctypes.sizeof(ctypes.c_uint64)
         return Watched(self._processor + layout.flushes, ctypes.addressof(self._msr), pidr)
+
+    def of_exceptions(self) -> ExceptionRegisters:
+        """What machine code for exceptions works on."""
+        registers = (self._error_code, self._msr, self._pc, self.gpr, self.spr)
+        return ExceptionRegisters(*(ctypes.addressof(each) for each in registers))
 
     def save(self) -> RegisterState:
         """A copy of everything."""

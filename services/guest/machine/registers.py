@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+WORD_BYTES = 4
+"""An instruction."""
+
 
 class Msr(IntEnum):
     """Bits of the machine state register."""

@@ -6,27 +6,44 @@ place of the Python callback (x86-64, which `doctor` asks for); what it does not
 
 When it has to forget:
 
-- the guest invalidates translations (tlbie): the engine counts its flushes, and a count that nobody here knows of means
-  that all entries are of an older generation;
-- the partition-scoped map or a shadow page changes: `forget`;
-- another process (mtspr PIDR) is no reason: entries of the lower quadrant name their process. The engine flushes all
-  the same, so that instruction is a trap (`code_pages.py`), whose flush is `expected`.
+- the guest invalidates translations (tlbie, tlbiel): those that it names, `forget_page` and `forget_process`;
+- a code page or its shadow changes: what leads there, `forget_place`;
+- the partition-scoped map changes: everything, `forget`;
+- another process (mtspr PIDR) is no reason: entries of the lower quadrant name their process.
+
+The engine flushes its own TLB for each of these instructions, so they are traps (`replaced.py`), whose flush is
+`expected`. It counts its flushes: a count that nobody here knows of means that all entries are of an older generation.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 from services.guest.machine.hooks import address_of, executable
 
-N_SETS = 4096
+N_SETS = 16384
+"""The kernel's pages and those of processes have half of them each."""
+_HALF_OF_SETS = N_SETS // 2
 _N_WAYS = 4
 """One for loads, one for stores, one for fetches, and one that makes an index a shift."""
 _ENTRY_BYTES = 32
 """Page and use, context, engine-physical page, permissions."""
+_ENTRY_WORDS = _ENTRY_BYTES // 8
+_PAGE_SHIFT = 12
+_MASK32 = (1 << 32) - 1
+_KERNEL = 1 << 63
+_KERNEL_PAGE = _KERNEL >> _PAGE_SHIFT
+_PID_HASH_SHIFT = 3
+_PID_SHIFT = 16
+"""In a context."""
+_FIRST_USE = 16
+"""UC_MEM_READ; stores and fetches follow."""
 _GENERATION_STEP = 1 << 48
+_MAX_PAGES = 1 << 9
+"""Larger pages are not looked for one by one: everything is forgotten instead."""
 _CODE = bytes.fromhex(
     # An answer that is here and holds is given at once.
     "498b00"  #           mov rax, [r8]          the engine's three counts of flushes
@@ -73,13 +90,17 @@ _CODE = bytes.fromhex(
     "498b4018"  # place:  mov rax, [r8+24]       PIDR
     "448b10"  #           mov r10d, [rax]
     "4885f6"  #           test rsi, rsi          an address of the kernel?
-    "7903"  #             jns .+3
+    "7903"  #             jns lower
     "4531d2"  #           xor r10d, r10d         is of process 0
-    "4989f1"  #           mov r9, rsi
+    "4989f1"  # lower:    mov r9, rsi
     "49c1e90c"  #         shr r9, 12
     "428d04d500000000"  # lea eax, [r10*8]
     "4131c1"  #           xor r9d, eax
-    "4181e1ff0f0000"  #   and r9d, N_SETS - 1
+    "4181e1ff1f0000"  #   and r9d, N_SETS / 2 - 1
+    "4989f3"  #           mov r11, rsi           the upper half is for the kernel
+    "49c1eb3f"  #         shr r11, 63
+    "41c1e30d"  #         shl r11d, 13
+    "4509d9"  #           or r9d, r11d
     "8d42f0"  #           lea eax, [rdx-16]      the use: UC_MEM_READ is 16
     "4e8d0c88"  #         lea r9, [rax+r9*4]
     "49c1e105"  #         shl r9, 5
@@ -89,7 +110,7 @@ _CODE = bytes.fromhex(
     "4909c3"  #           or r11, rax
     "498b4010"  #         mov rax, [r8+16]       MSR
     "8b00"  #             mov eax, [rax]
-    "2531400000"  #       and eax, IR|DR|PR|LE
+    "2531400000"  #       and eax, MSR_BITS      IR, DR, PR and LE
     "49c1e210"  #         shl r10, 16
     "4c09d0"  #           or rax, r10
     "49034020"  #         add rax, [r8+32]       generation
@@ -128,6 +149,12 @@ class SecondLevelTlb:
         self._code = executable(_CODE)
         self._entries = bytearray(N_SETS * _N_WAYS * _ENTRY_BYTES)
         self._pin_entries = ctypes.c_char.from_buffer(self._entries)
+        self._pid = ctypes.c_uint32.from_address(watched.pidr)
+        self._words = memoryview(self._entries).cast("Q")
+        self._of_process: defaultdict[int, set[int]] = defaultdict(set)
+        """Where entries of a process may be, as indices into `_words`."""
+        self._of_place: defaultdict[int, set[int]] = defaultdict(set)
+        """The same by engine-physical page: the true one, not its shadow."""
         self._counts = memoryview((ctypes.c_uint64 * 3).from_address(watched.flushes)).cast("B").cast("Q")
         self._state = _State(watched.flushes, msr=watched.msr, pidr=watched.pidr, miss=address_of(miss))
         self._state.entries = ctypes.addressof(self._pin_entries)
@@ -153,7 +180,42 @@ class SecondLevelTlb:
             self._entries[:] = bytes(len(self._entries))
             self._generation = _GENERATION_STEP
         self._state.generation = self._generation
+        self._of_process.clear()
+        self._of_place.clear()
         self.expect_flush()
+
+    def note(self, address: int, kind: int, page: int) -> None:
+        """A miss of `kind` at `address` gets the engine-physical `page` or its shadow, and the answer will be kept."""
+        pid = 0 if address & _KERNEL else self._pid.value
+        at = _entry_at(address >> _PAGE_SHIFT, kind - _FIRST_USE, pid)
+        self._of_place[page].add(at)
+        if pid:
+            self._of_process[pid].add(at)
+
+    def forget_page(self, address: int, shift: int, pid: int) -> None:
+        """No entry of the 1 << `shift` bytes from `address` on, of process `pid`, holds any more."""
+        n_pages = 1 << (shift - _PAGE_SHIFT)
+        if n_pages > _MAX_PAGES:
+            self.forget()
+            return
+        words, first = self._words, address >> _PAGE_SHIFT
+        for page in range(first, first + n_pages):
+            at = _entry_at(page, 0, pid)
+            for way in range(at, at + _N_WAYS * _ENTRY_WORDS, _ENTRY_WORDS):
+                if words[way] >> _PAGE_SHIFT == page:
+                    words[way + 1] = 0
+
+    def forget_process(self, pid: int) -> None:
+        """No entry of process `pid`, which is not the kernel's, holds any more."""
+        words = self._words
+        for at in self._of_process.pop(pid, ()):
+            if words[at + 1] >> _PID_SHIFT & _MASK32 == pid:
+                words[at + 1] = 0
+
+    def forget_place(self, page: int) -> None:
+        """No entry that leads to the engine-physical `page` or its shadow holds any more."""
+        for at in self._of_place.pop(page, ()):
+            self._words[at + 1] = 0
 
     def expect_flush(self) -> None:
         """The engine has flushed its TLB for a reason that is none here."""
@@ -164,3 +226,9 @@ class SecondLevelTlb:
         answer to a miss, and before a flush that is expected."""
         if sum(self._counts) != self._expected:
             self.forget()
+
+
+def _entry_at(page: int, way: int, pid: int) -> int:
+    """As the machine code finds it."""
+    half = _HALF_OF_SETS if page & _KERNEL_PAGE else 0
+    return (((page ^ pid << _PID_HASH_SHIFT) % _HALF_OF_SETS | half) * _N_WAYS + way) * _ENTRY_WORDS

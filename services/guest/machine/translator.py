@@ -19,6 +19,7 @@ from services.guest.machine.mmu import REAL_MASK, Mmu, StorageFault, Use
 from services.guest.machine.partition import OutsideRam, Partition
 from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import Dsisr, Msr, Spr
+from services.guest.machine.second_level_tlb import SecondLevelTlb
 
 _PAGE_MASK = CODE_PAGE_BYTES - 1
 _MASK64, _MASK32 = (1 << 64) - 1, (1 << 32) - 1
@@ -29,6 +30,10 @@ _USES = {
 }
 _IR, _DR, _PR, _LE = int(Msr.IR), int(Msr.DR), int(Msr.PR), int(Msr.LE)
 _PIDR = int(Spr.PIDR)
+_READ: int = uc.UC_PROT_READ
+_READ_WRITE: int = uc.UC_PROT_READ | uc.UC_PROT_WRITE
+_EXECUTE: int = uc.UC_PROT_EXEC
+_EXECUTE_READ: int = uc.UC_PROT_EXEC | uc.UC_PROT_READ
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +48,14 @@ class Stop:
 class Translator:
     """Of one engine."""
 
-    def __init__(self, registers: RegisterFile, mmu: Mmu, partition: Partition, code: CodePages) -> None:
+    def __init__(
+        self, registers: RegisterFile, mmu: Mmu, partition: Partition, code: CodePages, second_level: SecondLevelTlb
+    ) -> None:
         self._registers = registers
         self._mmu = mmu
         self._partition = partition
         self._code = code
+        self._second_level = second_level
         self.stop: Stop | None = None
         self.debug: DebugFetches | None = None
         """While a debugger has points or steps."""
@@ -58,34 +66,36 @@ class Translator:
         use, access = _USES[kind]
         self.n_fills += 1
         try:
-            page = entry[0]
-            page.paddr, page.perms = self._page(address, use, access)
+            answer = entry[0]
+            place, answer.paddr, answer.perms = self._page(address, use, access)
+            self._second_level.note(address, kind, place)
         except BaseException as reason:
             self.stop = Stop(reason, address, use)
             return False
         return True
 
-    def _page(self, address: int, use: Use, access: Access) -> tuple[int, int]:
+    def _page(self, address: int, use: Use, access: Access) -> tuple[int, int, int]:
+        """The page that `address` leads to, the one that the engine gets for it, and what it may do there."""
         debug = self.debug
         if debug is not None:
             instead = debug.instead(address, use)
             if instead is not None:
-                return instead, uc.UC_PROT_EXEC
+                return instead, instead, _EXECUTE
         gpa, more = self._guest_real(address, use)
         place, partition_more = self._partition.place(gpa, access)
         page = place & ~_PAGE_MASK
         if use is Use.FETCH:
             little_endian = bool(self._registers.msr & _LE)
             if debug is not None:
-                return debug.fetch(address, page, little_endian=little_endian), uc.UC_PROT_EXEC
+                return page, debug.fetch(address, page, little_endian=little_endian), _EXECUTE
             fetched = self._code.fetch(page, little_endian=little_endian)
             # Code has constants and tables beside it: were fetches and loads to take the entry from each other, each
             # change between them would be a miss. A shadow is for fetches alone.
             readable = more and partition_more and fetched == page
-            return fetched, uc.UC_PROT_EXEC | uc.UC_PROT_READ if readable else uc.UC_PROT_EXEC
+            return page, fetched, _EXECUTE_READ if readable else _EXECUTE
         if more and partition_more and self._code.may_write(page, storing=use is Use.STORE):
-            return page, uc.UC_PROT_READ | uc.UC_PROT_WRITE
-        return page, uc.UC_PROT_READ
+            return page, page, _READ_WRITE
+        return page, page, _READ
 
     def _guest_real(self, address: int, use: Use) -> tuple[int, bool]:
         """The guest real address, and whether the guest's own translation lets it be written, or read by a fetch."""
