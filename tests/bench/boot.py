@@ -1,4 +1,4 @@
-"""`boot_normal`, `boot_secure`, `guest_sha256`: the same firmware, kernel and initial RAM disk under pefbox and QEMU.
+"""`boot_normal`, `boot_secure`, `guest_...`: the same firmware, kernel and initial RAM disk under pefbox and QEMU.
 
 All are started from nothing, in turn, and timed by the wall clock of whoever waits for the shell. QEMU translates
 instructions too (`-accel tcg`) and has the same RAM, one processor, a disk and the paravirtual terminal; it has no
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import trio
 
-from deploy.api import cluster
+from deploy.api import Vm, cluster
 from deploy.cluster_file import read_cluster_file, resolve_state
 from deploy.firmware import PACKAGE, find_firmware
 from deploy.linux.store import LinuxImage, built_image, default_cache
@@ -39,9 +39,7 @@ BOOT_SECONDS = 300.0
 NORMAL_LIMIT = 1.2
 SECURE_LIMIT = 2.0
 MAX_PAIRS = 5
-SHA256_MIB = 32
 _DONE = "done\r\n"
-_SHA256 = f"dd if=/dev/zero bs=65536 count={SHA256_MIB * 16} 2>/dev/null | sha256sum; echo do''ne\r"
 _CHUNK_BYTES = 4096
 _CLUSTER = """
 [hosts.alpha]
@@ -68,11 +66,33 @@ access_platform = {secure}
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What the shell of the normal VM does: `amount` of `unit` times seconds."""
+
+    figure: str
+    unit: str
+    amount: int
+    command: str
+
+    @property
+    def typed(self) -> bytes:
+        """The line, behind which the shell prints `_DONE`; the echo of the line has no such text."""
+        return f"{self.command}; echo do''ne\r".encode()
+
+
+WORKS = (
+    Work("guest_sha256", "MiB/s", 32, "dd if=/dev/zero bs=65536 count=512 2>/dev/null | sha256sum"),
+    Work("guest_processes", "1/s", 200, "i=0; while [ $i -lt 200 ]; do /bin/busybox true; i=$((i+1)); done"),
+    Work("guest_syscalls", "1/s", 200_000, "dd if=/dev/zero of=/dev/null bs=1 count=100000 2>/dev/null"),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds from the start to the shell, and of the digest."""
+    """Seconds from the start to the shell, and of each of WORKS."""
 
     boot: float
-    digest: float
+    works: list[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +109,7 @@ async def measure(n_rounds: int) -> list[Figure]:
     image, firmware = _needed()
     normal: list[Round] = []
     secure: list[Round] = []
-    digests: list[Round] = []
+    works: list[list[Round]] = [[] for _ in WORKS]
     with tempfile.TemporaryDirectory(prefix="pefbox-boot-") as name:
         directory = Path(name)
         machines = [_machine(image, firmware, directory, secure=secure) for secure in (False, True)]
@@ -102,12 +122,13 @@ async def measure(n_rounds: int) -> list[Figure]:
             theirs = first or await _qemu(command, disk)
             normal.append(Round(of_normal.boot, theirs.boot))
             secure.append(Round(of_secure.boot, theirs.boot))
-            digests.append(Round(SHA256_MIB / of_normal.digest, SHA256_MIB / theirs.digest))
+            for work, rounds, ours, floor in zip(WORKS, works, of_normal.works, theirs.works, strict=True):
+                rounds.append(Round(work.amount / ours, work.amount / floor))
     beside = shlex.join(command)
     return [
         Figure("boot_normal", "s", normal, Budget(Kind.RATIO_AT_MOST, NORMAL_LIMIT), beside),
         Figure("boot_secure", "s", secure, Budget(Kind.RATIO_AT_MOST, SECURE_LIMIT), beside),
-        Figure("guest_sha256", "MiB/s", digests, None, beside),
+        *(Figure(work.figure, work.unit, rounds, None, beside) for work, rounds in zip(WORKS, works, strict=True)),
     ]
 
 
@@ -163,11 +184,15 @@ async def _pefbox(machine: Machine, directory: Path) -> Times:
         row = await vm.row()
         if row.secure != machine.secure:
             raise RuntimeError(f"{machine.file}: the VM is secure: {row.secure}; last ESM: {row.last_esm}")
-        since = await console_end(vm)
-        started = time.perf_counter()
-        await vm.console_write(_SHA256.encode())
-        await console_until(vm, _DONE, since=since, seconds=BOOT_SECONDS)
-        return Times(booted, time.perf_counter() - started)
+        return Times(booted, [] if machine.secure else [await _work_seconds(vm, work) for work in WORKS])
+
+
+async def _work_seconds(vm: Vm, work: Work) -> float:
+    since = await console_end(vm)
+    started = time.perf_counter()
+    await vm.console_write(work.typed)
+    await console_until(vm, _DONE, since=since, seconds=BOOT_SECONDS)
+    return time.perf_counter() - started
 
 
 async def _qemu(command: list[str], disk: Path) -> Times:
@@ -177,21 +202,25 @@ async def _qemu(command: list[str], disk: Path) -> Times:
 
 
 def qemu_times(command: list[str]) -> Times:
-    """Boot, digest, kill. Raises RuntimeError when QEMU ends by itself."""
+    """Boot, do all of WORKS, kill. Raises RuntimeError when QEMU ends by itself."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         read_until(process, PROMPT)
         booted = time.perf_counter() - started
-        started = time.perf_counter()
-        assert process.stdin is not None
-        process.stdin.write(_SHA256.encode())
-        process.stdin.flush()
-        read_until(process, _DONE)
-        return Times(booted, time.perf_counter() - started)
+        return Times(booted, [_qemu_work_seconds(process, work) for work in WORKS])
     finally:
         process.kill()
         process.communicate()
+
+
+def _qemu_work_seconds(process: subprocess.Popen[bytes], work: Work) -> float:
+    assert process.stdin is not None
+    started = time.perf_counter()
+    process.stdin.write(work.typed)
+    process.stdin.flush()
+    read_until(process, _DONE)
+    return time.perf_counter() - started
 
 
 def read_until(process: subprocess.Popen[bytes], mark: str) -> None:
