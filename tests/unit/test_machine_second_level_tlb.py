@@ -164,6 +164,15 @@ class Misses(RuleBasedStateMachine):
         self.known.clear()
 
     @invariant()
+    def remembers_no_more_than_there_are_entries(self) -> None:
+        kept = self.tlb._kept
+        for sets, index in ((self.tlb._of_place, 0), (self.tlb._of_process, 1)):
+            assert all(sets.values())
+            assert {(key, at) for key, members in sets.items() for at in members} == {
+                (owner[index], at) for at, owner in kept.items()
+            }
+
+    @invariant()
     def expects_no_flush_that_it_does_not_know(self) -> None:
         assert self.tlb._state.expected == self.tlb._expected
 

@@ -28,6 +28,8 @@ STOP_WORD = 0x0FE0E00F
 rest of its block was counted when it began, and what leaves the engine is counted anew."""
 _STOP = STOP_WORD.to_bytes(4)
 N_SLOTS = SHADOW_BYTES // CODE_PAGE_BYTES
+MAX_WRITABLE = 1 << 16
+"""Pages that are known to be writable in the TLB, before it has to ask for all of them again."""
 
 _NO_STOPS: frozenset[int] = frozenset()
 
@@ -180,6 +182,9 @@ class CodePages:
                 return False
             self._drop(page)
             self._ask_again([page])
+        if len(self._writable) == MAX_WRITABLE:
+            self._ask_again(self._writable)
+            self._writable.clear()
         self._writable.add(page)
         return True
 

@@ -33,12 +33,9 @@ _ENTRY_BYTES = 32
 """Page and use, context, engine-physical page, permissions."""
 _ENTRY_WORDS = _ENTRY_BYTES // 8
 _PAGE_SHIFT = 12
-_MASK32 = (1 << 32) - 1
 _KERNEL = 1 << 63
 _KERNEL_PAGE = _KERNEL >> _PAGE_SHIFT
 _PID_HASH_SHIFT = 3
-_PID_SHIFT = 16
-"""In a context."""
 _FIRST_USE = 16
 """UC_MEM_READ; stores and fetches follow."""
 _GENERATION_STEP = 1 << 48
@@ -151,10 +148,12 @@ class SecondLevelTlb:
         self._pin_entries = ctypes.c_char.from_buffer(self._entries)
         self._pid = ctypes.c_uint32.from_address(watched.pidr)
         self._words = memoryview(self._entries).cast("Q")
+        self._kept: dict[int, tuple[int, int]] = {}
+        """What the entry at an index into `_words` was last noted for: engine-physical page and process. The two that
+        follow are the same the other way round, so that all three are bounded, whatever a guest does."""
         self._of_process: defaultdict[int, set[int]] = defaultdict(set)
-        """Where entries of a process may be, as indices into `_words`."""
         self._of_place: defaultdict[int, set[int]] = defaultdict(set)
-        """The same by engine-physical page: the true one, not its shadow."""
+        """The true page, not its shadow."""
         self._counts = memoryview((ctypes.c_uint64 * 3).from_address(watched.flushes)).cast("B").cast("Q")
         self._state = _State(watched.flushes, msr=watched.msr, pidr=watched.pidr, miss=address_of(miss))
         self._state.entries = ctypes.addressof(self._pin_entries)
@@ -182,15 +181,22 @@ class SecondLevelTlb:
         self._state.generation = self._generation
         self._of_process.clear()
         self._of_place.clear()
+        self._kept.clear()
         self.expect_flush()
 
     def note(self, address: int, kind: int, page: int) -> None:
         """A miss of `kind` at `address` gets the engine-physical `page` or its shadow, and the answer will be kept."""
         pid = 0 if address & _KERNEL else self._pid.value
         at = _entry_at(address >> _PAGE_SHIFT, kind - _FIRST_USE, pid)
+        before = self._kept.get(at)
+        if before == (page, pid):
+            return
+        if before is not None:
+            _take_out(self._of_place, before[0], at)
+            _take_out(self._of_process, before[1], at)
+        self._kept[at] = page, pid
         self._of_place[page].add(at)
-        if pid:
-            self._of_process[pid].add(at)
+        self._of_process[pid].add(at)
 
     def forget_page(self, address: int, shift: int, pid: int) -> None:
         """No entry of the 1 << `shift` bytes from `address` on, of process `pid`, holds any more."""
@@ -209,13 +215,14 @@ class SecondLevelTlb:
         """No entry of process `pid`, which is not the kernel's, holds any more."""
         words = self._words
         for at in self._of_process.pop(pid, ()):
-            if words[at + 1] >> _PID_SHIFT & _MASK32 == pid:
-                words[at + 1] = 0
+            words[at + 1] = 0
+            _take_out(self._of_place, self._kept.pop(at)[0], at)
 
     def forget_place(self, page: int) -> None:
         """No entry that leads to the engine-physical `page` or its shadow holds any more."""
         for at in self._of_place.pop(page, ()):
             self._words[at + 1] = 0
+            _take_out(self._of_process, self._kept.pop(at)[1], at)
 
     def expect_flush(self) -> None:
         """The engine has flushed its TLB for a reason that is none here."""
@@ -226,6 +233,13 @@ class SecondLevelTlb:
         answer to a miss, and before a flush that is expected."""
         if sum(self._counts) != self._expected:
             self.forget()
+
+
+def _take_out(sets: dict[int, set[int]], key: int, at: int) -> None:
+    members = sets[key]
+    members.discard(at)
+    if not members:
+        del sets[key]
 
 
 def _entry_at(page: int, way: int, pid: int) -> int:

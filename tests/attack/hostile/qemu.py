@@ -19,6 +19,7 @@ from protocol.geometry import PAGE_SHIFT
 from protocol.roles import Role
 from services.qemu import service, virtio_device
 from services.qemu.board import Board
+from services.qemu.loader import import_loaders
 from services.qemu.service import Qemu
 from services.qemu.virtqueue import Chain, Virtqueue
 from services.runtime.channel import MAX_BACKLOG
@@ -206,4 +207,4 @@ class HostileQemu(Qemu):
 if __name__ == "__main__":
     vars(virtio_device)["Virtqueue"] = LyingQueue
     vars(service)["Board"] = LyingBoard
-    run_service(Role.QEMU, HostileQemu, landlock_dirs=lambda config: [config.run_dir])
+    run_service(Role.QEMU, HostileQemu, landlock_dirs=lambda config: [config.run_dir], prepare=import_loaders)

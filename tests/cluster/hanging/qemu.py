@@ -7,6 +7,7 @@ import signal
 from typing import Any
 
 from protocol.roles import Role
+from services.qemu.loader import import_loaders
 from services.qemu.migration import source
 from services.qemu.migration.channel import BulkChannel
 from services.qemu.migration.destination import DestinationMigration
@@ -48,4 +49,4 @@ async def _stop_at_token(_arguments: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_service(Role.QEMU, HangingQemu, landlock_dirs=lambda config: [config.run_dir])
+    run_service(Role.QEMU, HangingQemu, landlock_dirs=lambda config: [config.run_dir], prepare=import_loaders)
