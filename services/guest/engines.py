@@ -30,7 +30,9 @@ def import_engines(config: ProcessConfig) -> None:
         try:
             importlib.import_module(_MODULES.get(kernel, _MODEL))
         except ImportError as error:
-            raise HostFault(f'kernel = "{kernel}" needs a Python package: {error}') from None
+            if kernel != MACHINE:
+                raise
+            raise HostFault(f'kernel = "machine" needs the Python package unicorn: {error}') from None
 
 
 def make_engine(vm: VmEntry, space: AddressSpace, clock: GuestClock, log: Log) -> Engine:

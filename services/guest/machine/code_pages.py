@@ -117,6 +117,7 @@ class CodePages:
         copy = bytearray(_STOP * (CODE_PAGE_BYTES // WORD_BYTES))
         word = content[offset : offset + WORD_BYTES]
         found = needed(word, little_endian=little_endian, hide_msr=self.hide_msr)
+        found += useful(word, little_endian=little_endian)
         copy[offset : offset + WORD_BYTES] = found[0][1] if found else word
         return self._keep(page, (little_endian, offset), self._take_slot(copy))
 

@@ -123,8 +123,8 @@ class Instructions:
         return True
 
     def serve_trap(self) -> bool:
-        """Serve a trap of a shadow page; False when the guest made that system call by itself. Raises what stands
-        against reading the instruction."""
+        """Serve a trap of a shadow page; False when the guest made that system call by itself, as far as machine code
+        let it come here. Raises what stands against reading the instruction."""
         at = self._registers.pc - WORD_BYTES
         return self._emulate_trapped(self._word_at(at), at)
 

@@ -8,9 +8,9 @@ Traps:
 - slbia: it flushes the TLB as well, and with radix trees has nothing to do;
 - scv 0 and rfscv, which the engine does not know.
 
-A trap is `sc` with a level that nothing else uses. Its handler looks up the true instruction in the true page. Those
-that are frequent have levels of their own, by which machine code knows what to do (`native_exceptions.py`); of a tlbiel
-it needs to know the register with the operand too.
+A trap is `sc` with a level that is reserved, and that no kernel and no program uses. Its handler looks up the true
+instruction in the true page. Those that are frequent have levels of their own, by which machine code knows what to do
+(`native_exceptions.py`); of a tlbiel it needs to know the register with the operand too.
 
 No-operations: the hints to other threads of the core (`or` of a register with itself), of which there are none. Linux
 gives two or three on the way into its kernel and back, and the engine leaves its loop for each. So they do not change
