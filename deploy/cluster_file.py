@@ -21,7 +21,7 @@ from deploy.firmware import PACKAGE, find_firmware
 from protocol.errors import ClusterFileError, UserError
 from protocol.ethernet import DEFAULT_MTU, MAX_MTU, MIN_MTU
 from protocol.geometry import MAX_VM_BYTES, PAGE_BYTES
-from protocol.startup import DeviceEntry, DiskEntry, DmaMachine, GuestEntry
+from protocol.startup import BENCH_KERNEL, MACHINE_KERNEL, DeviceEntry, DiskEntry, DmaMachine, GuestEntry
 from services.guest.model.image import OPTIONS
 from shared.boot_partition import command_line_fault
 from shared.dma_designs import DESIGNS, DmaDesign
@@ -65,7 +65,7 @@ DISK_KEYS = ("path", "readonly", "format")
 LINK_KEYS = ("between", "latency", "jitter", "bandwidth", "loss", "down")
 
 TIMES = ("wall", "instructions")
-KERNELS = ("model", "bench", "machine")
+KERNELS = ("model", BENCH_KERNEL, MACHINE_KERNEL)
 BOOTS = ("disk", "kernel", "program")
 FIRMWARE_BOOTS = ("disk", "kernel")
 """Ways in which a machine starts in its firmware."""
@@ -362,7 +362,7 @@ def _guest(vm: Section, base: Path) -> GuestEntry:
         image=_path(guest, "image", base),
         initrd=_path(guest, "initrd", base),
         esm_blob=_path(guest, "esm_blob", base),
-        firmware=_firmware(guest, base) if kernel == "machine" and boot in FIRMWARE_BOOTS else None,
+        firmware=_firmware(guest, base) if kernel == MACHINE_KERNEL and boot in FIRMWARE_BOOTS else None,
         pci_nodes=guest.choice("pci_nodes", PCI_NODES, "qemu"),
         command_line=_command_line(guest),
         workload=guest.text("workload", "prompt"),

@@ -20,7 +20,7 @@ from deploy.boot_parts import BootParts, parts_blob, policy_file, read_program_f
 from deploy.cluster_file import Cluster, VmSpec
 from deploy.linux.store import LinuxImage, built_image, default_cache
 from protocol.errors import UserError
-from protocol.startup import GuestEntry
+from protocol.startup import MACHINE_KERNEL, GuestEntry
 from services.ultravisor.identity import ensure_keys, public_key_of
 
 DISK_BYTES = 16 << 20
@@ -31,7 +31,7 @@ _CHUNK_BYTES = 1 << 20
 def make_linux_files(cluster: Cluster, state_dir: Path) -> None:
     """Make what is missing or out of date; raises UserError."""
     for vm in cluster.vms:
-        if vm.guest.kernel != "machine" or vm.guest.boot != "kernel" or vm.guest.image is None:
+        if vm.guest.kernel != MACHINE_KERNEL or vm.guest.boot != "kernel" or vm.guest.image is None:
             raise UserError(
                 f'{cluster.path}: make = "linux" makes the files of VMs with guest.kernel = "machine", '
                 f'guest.boot = "kernel" and guest.image; vms.{vm.name} is none'

@@ -20,11 +20,11 @@ from deploy.run_dirs import Paths
 from protocol.control import MAX_DESCRIPTORS
 from protocol.errors import UserError
 from protocol.roles import Role
+from protocol.startup import MACHINE_KERNEL
 
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path of sockaddr_un holds 108 bytes with its terminating zero (unix(7))."""
 
-MACHINE = "machine"
 ENGINE_PACKAGE = "unicorn"
 INSTALL_ENGINE = "pip install 'pefbox[machine]'"
 
@@ -154,7 +154,7 @@ def file_findings(cluster: Cluster) -> list[str]:
 
 def engine_findings(cluster: Cluster) -> list[str]:
     """The package that runs real POWER code is installed when a VM needs it."""
-    users = [vm.name for vm in cluster.vms if vm.guest.kernel == MACHINE]
+    users = [vm.name for vm in cluster.vms if vm.guest.kernel == MACHINE_KERNEL]
     if not users or importlib.util.find_spec(ENGINE_PACKAGE) is not None:
         return []
     return [

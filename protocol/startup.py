@@ -95,6 +95,10 @@ class DeviceEntry(Struct, frozen=True):
     dma_bits: int = DEFAULT_DMA_BITS
 
 
+MACHINE_KERNEL = "machine"
+BENCH_KERNEL = "bench"
+
+
 class GuestEntry(Struct, frozen=True):
     """The guest kernel of a VM.
 

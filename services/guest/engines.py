@@ -9,16 +9,14 @@ from __future__ import annotations
 import importlib
 
 from protocol.errors import HostFault
-from protocol.startup import ProcessConfig, VmEntry
+from protocol.startup import BENCH_KERNEL, MACHINE_KERNEL, ProcessConfig, VmEntry
 from services.guest.address_space import AddressSpace
 from services.guest.clock import GuestClock
 from services.guest.engine import Engine
 from services.runtime.log import Log
 
-MACHINE = "machine"
-BENCH = "bench"
 _MODEL = "services.guest.model.engine"
-_MODULES = {MACHINE: "services.guest.machine.engine", BENCH: "services.guest.bench_engine"}
+_MODULES = {MACHINE_KERNEL: "services.guest.machine.engine", BENCH_KERNEL: "services.guest.bench_engine"}
 """Where the engine of a kernel is; every other kernel is the model's."""
 _kept: list[object] = []
 """What must live as long as the process."""
@@ -30,20 +28,20 @@ def import_engines(config: ProcessConfig) -> None:
         try:
             importlib.import_module(_MODULES.get(kernel, _MODEL))
         except ImportError as error:
-            if kernel != MACHINE:
+            if kernel != MACHINE_KERNEL:
                 raise
             raise HostFault(f'kernel = "machine" needs the Python package unicorn: {error}') from None
 
 
 def make_engine(vm: VmEntry, space: AddressSpace, clock: GuestClock, log: Log) -> Engine:
     """The engine of `vm` on its memory; raises HostFault."""
-    if vm.guest.kernel == MACHINE:
+    if vm.guest.kernel == MACHINE_KERNEL:
         from services.guest.machine.engine import make_machine_engine, report_crash
 
         engine = make_machine_engine(space, clock, log)
         _kept.append(report_crash(engine, log))
         return engine
-    if vm.guest.kernel == BENCH:
+    if vm.guest.kernel == BENCH_KERNEL:
         from services.guest.bench_engine import BenchEngine
 
         return BenchEngine(space, clock)

@@ -14,11 +14,11 @@ from protocol.control import GDB_TAG, KILLED_BY_DEBUGGER
 from protocol.errors import GuestFault, HostFault, UserError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
 from protocol.links import KVM_GUEST, LINK_KINDS, ULTRAVISOR_GUEST
-from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
+from protocol.startup import BENCH_KERNEL, Keys, LinkEntry, LinkKey, VmEntry
 from services.guest.address_space import AddressSpace
 from services.guest.clock import GuestClock, make_clock
 from services.guest.engine import Engine
-from services.guest.engines import BENCH, make_engine
+from services.guest.engines import make_engine
 from services.guest.in_processor import in_processor
 from services.guest.link_end import LinkEnd
 from services.guest.owner_target import OwnerTarget
@@ -237,7 +237,7 @@ class Guest:
     async def _bench(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         """Have a debuggable VM's bench kernel do a job; its outcome."""
         engine, vm = self._engine, self._vm
-        if vm is None or not vm.debuggable or vm.guest.kernel != BENCH:
+        if vm is None or not vm.debuggable or vm.guest.kernel != BENCH_KERNEL:
             raise UserError('jobs are for a VM with guest.kernel = "bench" and `debuggable = true`')
         bench = cast("BenchEngine", engine)
         done = trio.Event()

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from protocol.errors import HostFault, UserError
 from protocol.geometry import PAGE_BYTES
-from protocol.startup import ProcessConfig
+from protocol.startup import MACHINE_KERNEL, ProcessConfig
 from services.qemu.board import Board
 from services.qemu.device_tree import BootFacts, PciNodes
 from services.qemu.firmware import FirmwareLoad
@@ -35,7 +35,7 @@ _TREE_ROOM_BYTES = 1 << 20
 
 def import_loaders(config: ProcessConfig) -> None:
     """What loading the VMs of this process needs, while files can still be opened."""
-    if any(vm.guest.kernel == "machine" for vm in config.vms):
+    if any(vm.guest.kernel == MACHINE_KERNEL for vm in config.vms):
         import_reader()
 
 

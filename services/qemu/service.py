@@ -15,7 +15,7 @@ from protocol.control import GDB_TAG
 from protocol.errors import HostFault, PefboxError, UserError
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gfn_of, gpa_of
 from protocol.links import KVM_QEMU, QEMU_MIGRATION, QEMU_QEMU
-from protocol.startup import Keys, LinkEntry, LinkKey, VmEntry
+from protocol.startup import MACHINE_KERNEL, Keys, LinkEntry, LinkKey, VmEntry
 from services.qemu.board import Board
 from services.qemu.description import describe_machine
 from services.qemu.dma_windows import DmaWindows
@@ -130,7 +130,7 @@ class Qemu:
         await self._has_view.wait()
         assert self._host_view is not None
         marks = [await self._give_marks("device-dirty-map", "pefbox-dirty-device", vm)]
-        if vm.guest.kernel == "machine":
+        if vm.guest.kernel == MACHINE_KERNEL:
             marks.append(await self._give_marks("device-writes", "pefbox-written-device", vm))
         ram_fd = files[f"ram:{vm.name}"]
         memory = memoryview(self._map_ram(ram_fd, vm.memory_bytes))
@@ -159,7 +159,7 @@ class Qemu:
         assert self._ram is not None
         assert self._host_view is not None
         assert self._vm is not None
-        description = POWER if self._vm.guest.kernel == "machine" else MODEL
+        description = POWER if self._vm.guest.kernel == MACHINE_KERNEL else MODEL
         return HostTarget(self._machine, self._link, self._ram, self._host_view, description)
 
     def _make_migrations(

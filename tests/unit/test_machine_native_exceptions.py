@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.guest.machine.hooks import address_of
 from services.guest.machine.interrupts import AIL_RELOCATED, InterruptMode, Vector
-from services.guest.machine.native_exceptions import NativeExceptions
 from services.guest.machine.registers import Fscr, Msr, Spr
 from services.guest.machine.state import RegisterState
 from tests.unit import power_asm as asm
@@ -37,19 +38,11 @@ SCV_AT_REAL = 0x17000
 SCV_VECTORS_WORDS = 24
 
 
-class PythonAlone(NativeExceptions):
-    """The callback of last resort for everything."""
+class PythonAlone:
+    """In the place of NativeExceptions: the callback of last resort for everything."""
 
     def __init__(self, _registers: object, _interrupts: object, python: object) -> None:
-        self._python = python
-
-    @property
-    def callback(self) -> int:
-        return address_of(self._python)
-
-    @property
-    def data(self) -> int:
-        return 0
+        self.native = SimpleNamespace(address=address_of(python), data=0)
 
 
 def outcome(words: tuple[int, ...], msr: int, mode: InterruptMode, operand: int, scv: bool) -> RegisterState:

@@ -39,7 +39,7 @@ class Misses(RuleBasedStateMachine):
         self.miss = FILL_CALLBACK(self.on_miss)
         watched = Watched(*(ctypes.addressof(each) for each in (self.flushes, self.msr, self.pidr)))
         self.tlb = SecondLevelTlb(watched, self.miss)
-        self.fill = FILL_CALLBACK(self.tlb.callback)
+        self.fill = FILL_CALLBACK(self.tlb.native.address)
         self.known: dict[Key, tuple[int, int]] = {}
         self.n_answers = 0
         self.place = PLACES[0]
@@ -68,7 +68,7 @@ class Misses(RuleBasedStateMachine):
         self.answer = None if refused else (self.n_answers << 12, uc.UC_PROT_READ)
         self.asked = 0
         entry = TlbEntry()
-        given = self.fill(None, page + offset, kind, ctypes.pointer(entry), self.tlb.data)
+        given = self.fill(None, page + offset, kind, ctypes.pointer(entry), self.tlb.native.data)
         key = self.key(page, kind)
         if not self.asked:
             assert given
@@ -85,7 +85,7 @@ class Misses(RuleBasedStateMachine):
         self.miss_of_the_engine(page, 0, kind, refused=False)
         self.asked = 0
         entry = TlbEntry()
-        assert self.fill(None, page, kind, ctypes.pointer(entry), self.tlb.data)
+        assert self.fill(None, page, kind, ctypes.pointer(entry), self.tlb.native.data)
         assert not self.asked
         assert (entry.paddr, entry.perms) == self.known[self.key(page, kind)]
 
@@ -105,7 +105,7 @@ class Misses(RuleBasedStateMachine):
         page, kind, msr, pid = key
         before = self.msr.value, self.pidr.value, self.answer
         self.msr.value, self.pidr.value, self.answer, self.asked = msr, pid, None, 0
-        assert not self.fill(None, page << 12, kind, ctypes.pointer(TlbEntry()), self.tlb.data) or not self.asked
+        assert not self.fill(None, page << 12, kind, ctypes.pointer(TlbEntry()), self.tlb.native.data) or not self.asked
         self.msr.value, self.pidr.value, self.answer = before
         return self.asked == 1
 

@@ -16,11 +16,11 @@ from typing import Any
 import unicorn as uc
 from unicorn.unicorn_py3.unicorn import uclib
 
-from services.guest.machine.hooks import add_hook, executable
+from services.guest.machine.hooks import NativeCallback, add_hook, address_of, executable
+from services.guest.machine.registers import WORD_BYTES
 
 MAX_BLOCK_INSTRUCTIONS = 1024
 """Blocks end with their page of 4 KiB: a slice stops at most so many instructions before its limit."""
-_WORD_BYTES = 4
 _CALLBACK = bytes.fromhex(
     "48897108"  # mov [rcx+8], rsi     the block's address
     "c1ea02"  #   shr edx, 2
@@ -52,9 +52,9 @@ class BlockCounter:
     """Of one engine, which it outlives."""
 
     def __init__(self, engine: Any) -> None:  # noqa: ANN401
-        self._code = executable(_CALLBACK)
-        self._counts = _Counts(stop=ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p).value)
-        add_hook(engine, uc.UC_HOOK_BLOCK, ctypes.addressof(self._code), ctypes.addressof(self._counts))
+        self._counts = _Counts(stop=address_of(uclib.uc_emu_stop))
+        self._native = NativeCallback(executable(_CALLBACK), self._counts)
+        add_hook(engine, uc.UC_HOOK_BLOCK, self._native)
 
     def begin(self, limit: int) -> None:
         """The engine is about to run at most `limit` instructions. The last address stays: a fault may ask for it."""
@@ -82,5 +82,5 @@ class BlockCounter:
         if self.stopped:
             return before
         # A block that a branch left is whole: only one that `pc` lies in, or just behind, was cut short.
-        into = (pc - counts.address) // _WORD_BYTES
+        into = (pc - counts.address) // WORD_BYTES
         return before + into if 0 <= into <= counts.size else begun

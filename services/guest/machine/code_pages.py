@@ -138,7 +138,7 @@ class CodePages:
         self._content[page] = content
         self._by_frame.setdefault(page >> PAGE_SHIFT, set()).add(page)
         if page in self._writable:
-            self._writable.discard(page)
+            self._writable.remove(page)
             self._ask_again([page])
 
     def _drop(self, page: int) -> None:

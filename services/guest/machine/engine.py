@@ -108,8 +108,8 @@ class MachineEngine:
     def _install_hooks(self) -> None:
         self._uc.ctl_set_tlb_mode(uc.UC_TLB_VIRTUAL)
         self._uc.ctl_exits_enabled(True)
-        add_hook(self._uc, uc.UC_HOOK_TLB_FILL, self._second_level.callback, self._second_level.data)
-        add_hook(self._uc, uc.UC_HOOK_INTR, self._exceptions.callback, self._exceptions.data)
+        add_hook(self._uc, uc.UC_HOOK_TLB_FILL, self._second_level.native)
+        add_hook(self._uc, uc.UC_HOOK_INTR, self._exceptions.native)
 
     def _on_miss(self, _engine: int, address: int, kind: int, entry: Any, _data: int) -> bool:  # noqa: ANN401
         self._second_level.notice_flushes()

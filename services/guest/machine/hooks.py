@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from dataclasses import dataclass
 from typing import Any
 
 from unicorn.unicorn_py3.unicorn import uclib
@@ -41,10 +42,29 @@ def address_of(callback: Any) -> int:  # noqa: ANN401
     return address
 
 
-def add_hook(engine: Any, kind: int, function: int, data: int = 0) -> None:  # noqa: ANN401
-    """Have the engine call `function` with `data` as its last argument. Raises HostFault."""
+@dataclass(frozen=True, slots=True)
+class NativeCallback:
+    """Machine code, and the structure that it gets as its last argument. Kept by the caller as long as the engine."""
+
+    code: ctypes.c_char
+    """Its first byte, of `executable`."""
+    state: ctypes.Structure
+
+    @property
+    def address(self) -> int:
+        """What the engine has to call."""
+        return ctypes.addressof(self.code)
+
+    @property
+    def data(self) -> int:
+        """The callback's last argument."""
+        return ctypes.addressof(self.state)
+
+
+def add_hook(engine: Any, kind: int, callback: NativeCallback) -> None:  # noqa: ANN401
+    """Have the engine call `callback`. Raises HostFault."""
     handle = ctypes.c_size_t()
-    pointers = ctypes.c_void_p(function), ctypes.c_void_p(data)
+    pointers = ctypes.c_void_p(callback.address), ctypes.c_void_p(callback.data)
     status = uclib.uc_hook_add(engine._uch, ctypes.byref(handle), kind, *pointers, *_ALL_ADDRESSES)
     if status:
         raise HostFault(f"the engine takes no callback of kind {kind}: error {status}")

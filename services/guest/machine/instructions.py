@@ -14,14 +14,13 @@ from services.guest.machine.interrupts import Interrupts, Vector
 from services.guest.machine.invalidation import Invalidation, invalidation
 from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import WORD_BYTES, Dsisr, Fscr, Msr, Spr, Srr1
-from services.guest.machine.replaced import MFMSR, MTPIDR, SLBIA, TLBIE, TLBIEL, is_trap_level, is_trapped
+from services.guest.machine.replaced import MFMSR, MTPIDR, RFSCV, SCV, SLBIA, TLBIE, TLBIEL, is_trap_level, is_trapped
 from services.guest.machine.time_base import TimeBase
 
 _MASK64 = (1 << 64) - 1
 _MASK32 = (1 << 32) - 1
-_SCV = 0x44000001
 _SCV_MASK = 0xFFFFF01F
-_RFSCV = 0x4C0000A4
+"""Of any level."""
 _MFSPR = 0x7C0002A6
 _MTSPR = 0x7C0003A6
 _SPR_MASK = 0xFC0007FF
@@ -172,9 +171,9 @@ class Instructions:
         self._interrupts.deliver(Vector.PROGRAM, at, cause or Srr1.ILLEGAL)
 
     def _emulate(self, word: int, at: int) -> bool:
-        if word & _SCV_MASK == _SCV:
+        if word & _SCV_MASK == SCV.value:
             self._scv(word >> 5 & 0x7F, at)
-        elif word == _RFSCV:
+        elif RFSCV.matches(word):
             self._rfscv(at)
         elif word & _SPR_MASK in (_MFSPR, _MTSPR) and _spr(word) == _USER_DSCR:
             self._user_dscr(word, at)

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from services.guest.machine.mmu import KERNEL
+from services.guest.machine.registers import RB_SHIFT
 from services.guest.machine.replaced import TLBIEL
 
-_RB_SHIFT, _RS_SHIFT = 11, 21
+_RS_SHIFT = 21
 _RIC_SHIFT, _PRS_BIT, _R_BIT = 18, 1 << 17, 1 << 16
 _RIC_TLB, _RIC_WALKS, _RIC_ALL = 0, 1, 2
 _IS_SHIFT, _AP_SHIFT, _SET_MASK = 10, 5, 0xFFF << 12
 _IS_ADDRESS, _IS_PROCESS = 0, 1
 _PID_SHIFT = 32
 _ADDRESS_MASK = ((1 << 64) - 1) & -(1 << 12)
-_KERNEL = 1 << 63
 _PAGE_SHIFTS = {0b000: 12, 0b101: 16, 0b001: 21, 0b010: 30}
 """By actual page size (AP)."""
 
@@ -58,7 +59,7 @@ class Gprs(Protocol):
 
 def invalidation(word: int, gprs: Gprs) -> Invalidation:
     """Of the instruction `word`, a tlbie or tlbiel, with these general registers. Never less than it says."""
-    rb, rs = gprs[word >> _RB_SHIFT & 31], gprs[word >> _RS_SHIFT & 31]
+    rb, rs = gprs[word >> RB_SHIFT & 31], gprs[word >> _RS_SHIFT & 31]
     ric, scope = word >> _RIC_SHIFT & 3, rb >> _IS_SHIFT & 3
     if ric == _RIC_WALKS:
         return Whole.NOTHING
@@ -74,4 +75,4 @@ def invalidation(word: int, gprs: Gprs) -> Invalidation:
     if scope != _IS_ADDRESS or shift is None:
         return Whole.EVERYTHING
     address = rb & _ADDRESS_MASK & -(1 << shift)
-    return OfPage(address, shift, 0 if address & _KERNEL else pid)
+    return OfPage(address, shift, 0 if address & KERNEL else pid)

@@ -18,6 +18,8 @@ REAL_MASK = (1 << 60) - 1
 """In real mode the four highest address bits are ignored."""
 EA_BITS = 52
 """What a radix tree of Linux translates of a quadrant."""
+KERNEL = 1 << 63
+"""Addresses with this bit are the kernel's: the same in every process, those of process 0."""
 _QUADRANT_SHIFT = 62
 _OUTSIDE_MASK = (1 << _QUADRANT_SHIFT) - (1 << EA_BITS)
 _EA_MASK = (1 << EA_BITS) - 1

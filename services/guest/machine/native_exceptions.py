@@ -15,7 +15,7 @@ from typing import Any
 
 from unicorn.unicorn_py3.unicorn import uclib
 
-from services.guest.machine.hooks import address_of, executable
+from services.guest.machine.hooks import NativeCallback, address_of, executable
 from services.guest.machine.interrupts import KEPT, KEPT_BY_SCV, Entry, Interrupts, Vector
 from services.guest.machine.register_file import ExceptionRegisters
 from services.guest.machine.registers import SRR1_FROM_MSR, Msr
@@ -172,7 +172,6 @@ class NativeExceptions:
     """Of one engine; `python` is the callback for all else. The caller keeps both for as long as the engine."""
 
     def __init__(self, registers: ExceptionRegisters, interrupts: Interrupts, python: Any) -> None:  # noqa: ANN401
-        self._code = executable(_CODE)
         self._interrupts = interrupts
         self._state = _State(
             registers.level,
@@ -187,6 +186,8 @@ class NativeExceptions:
             kept_by_sc=KEPT,
             kept_by_scv=KEPT_BY_SCV,
         )
+        self.native = NativeCallback(executable(_CODE), self._state)
+        """What the engine has to call for an exception."""
         interrupts.on_mode = self._follow
         self._follow()
 
@@ -197,16 +198,6 @@ class NativeExceptions:
         for relocated in (False, True):
             state.sc_entry[relocated] = _entry(interrupts.entry(Vector.SYSTEM_CALL, translated=relocated))
             state.scv_entry[relocated] = _entry(interrupts.scv_entry(0, translated=relocated))
-
-    @property
-    def callback(self) -> int:
-        """What the engine has to call for an exception, with `data` as the callback's last argument."""
-        return ctypes.addressof(self._code)
-
-    @property
-    def data(self) -> int:
-        """See `callback`."""
-        return ctypes.addressof(self._state)
 
 
 def _entry(entry: Entry) -> _Entry:

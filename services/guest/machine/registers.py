@@ -9,6 +9,8 @@ from enum import IntEnum
 
 WORD_BYTES = 4
 """An instruction."""
+RB_SHIFT = 11
+"""Of the five bits in an instruction that name the register RB."""
 
 
 class Msr(IntEnum):

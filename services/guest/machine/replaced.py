@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from services.guest.machine.registers import WORD_BYTES
+from services.guest.machine.registers import RB_SHIFT, WORD_BYTES
 
 _SC = 0x44000002
 _LEVEL_SHIFT = 5
@@ -34,7 +34,6 @@ _RFSCV_LEVEL = 8
 _LEVELS = range(_LEVEL, _RFSCV_LEVEL + 1)
 _TLBIEL_LEVELS = range(32, 64)
 """One for each general register that may hold its operand RB."""
-_RB_SHIFT = 11
 _HALF = 0xFFFF
 _BYTE = 0xFF
 _NOP = 0x60000000
@@ -136,5 +135,5 @@ def _finds(data: bytes, part: bytes) -> Iterator[int]:
 
 def _level(word: int) -> int:
     if TLBIEL.matches(word):
-        return _TLBIEL_LEVELS[word >> _RB_SHIFT & 31]
+        return _TLBIEL_LEVELS[word >> RB_SHIFT & 31]
     return next((level for pattern, level in _OWN_LEVELS if pattern.matches(word)), _LEVEL)

@@ -22,7 +22,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from services.guest.machine.hooks import address_of, executable
+from services.guest.machine.hooks import NativeCallback, address_of, executable
+from services.guest.machine.mmu import KERNEL
 
 N_SETS = 16384
 """The kernel's pages and those of processes have half of them each."""
@@ -33,8 +34,7 @@ _ENTRY_BYTES = 32
 """Page and use, context, engine-physical page, permissions."""
 _ENTRY_WORDS = _ENTRY_BYTES // 8
 _PAGE_SHIFT = 12
-_KERNEL = 1 << 63
-_KERNEL_PAGE = _KERNEL >> _PAGE_SHIFT
+_KERNEL_PAGE = KERNEL >> _PAGE_SHIFT
 _PID_HASH_SHIFT = 3
 _FIRST_USE = 16
 """UC_MEM_READ; stores and fetches follow."""
@@ -143,7 +143,6 @@ class SecondLevelTlb:
     """Of one engine; `miss` is the callback for what is not here. The caller keeps both for as long as the engine."""
 
     def __init__(self, watched: Watched, miss: Any) -> None:  # noqa: ANN401
-        self._code = executable(_CODE)
         self._entries = bytearray(N_SETS * _N_WAYS * _ENTRY_BYTES)
         self._pin_entries = ctypes.c_char.from_buffer(self._entries)
         self._pid = ctypes.c_uint32.from_address(watched.pidr)
@@ -157,19 +156,11 @@ class SecondLevelTlb:
         self._counts = memoryview((ctypes.c_uint64 * 3).from_address(watched.flushes)).cast("B").cast("Q")
         self._state = _State(watched.flushes, msr=watched.msr, pidr=watched.pidr, miss=address_of(miss))
         self._state.entries = ctypes.addressof(self._pin_entries)
+        self.native = NativeCallback(executable(_CODE), self._state)
+        """What the engine has to call for a miss."""
         self._expected = 0
         self._generation = 0
         self.forget()
-
-    @property
-    def callback(self) -> int:
-        """What the engine has to call for a miss, with `data` as the callback's last argument."""
-        return ctypes.addressof(self._code)
-
-    @property
-    def data(self) -> int:
-        """See `callback`."""
-        return ctypes.addressof(self._state)
 
     def forget(self) -> None:
         """No entry holds any more."""
@@ -186,7 +177,7 @@ class SecondLevelTlb:
 
     def note(self, address: int, kind: int, page: int) -> None:
         """A miss of `kind` at `address` gets the engine-physical `page` or its shadow, and the answer will be kept."""
-        pid = 0 if address & _KERNEL else self._pid.value
+        pid = 0 if address & KERNEL else self._pid.value
         at = _entry_at(address >> _PAGE_SHIFT, kind - _FIRST_USE, pid)
         before = self._kept.get(at)
         if before == (page, pid):
