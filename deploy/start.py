@@ -27,6 +27,7 @@ from deploy.identity_files import identity_of, open_ledger
 from deploy.link_orders import tell_links
 from deploy.plan import KeyRing, LinkPlan, ProcessPlan
 from deploy.recorders import tell_recording
+from deploy.states import ProcessState
 from deploy.supervise import serve_child
 from deploy.trace.appending import open_appending
 from protocol import control
@@ -263,7 +264,20 @@ async def _wait(run: ClusterRun, child: Child, event: trio.Event) -> None:
         await event.wait()
         nursery.cancel_scope.cancel()
     if not event.is_set():
-        raise StartFailed(f"{child.target} did not start: {child.detail}{_stderr_tail(run, child)}")
+        raise StartFailed(_why_not_started(run, child))
+
+
+def _why_not_started(run: ClusterRun, child: Child) -> str:
+    """A process that was ended because another failed may be looked at before that one: the other is named."""
+    near = [other for other in run.host_children(child.plan.host) if other.plan.vm in (None, child.plan.vm)]
+    failed = [other for other in near if other.state is ProcessState.FAILED]
+    if not child.exit_expected or not failed:
+        return f"{child.target} did not start: {child.detail}{_stderr_tail(run, child)}"
+    first = min(failed, key=lambda other: other.since_s)
+    reason = f"{first.detail}{_stderr_tail(run, first)}"
+    if first.ready.is_set():
+        return f"{child.target} did not start: {first.target} failed: {reason}"
+    return f"{first.target} did not start: {reason}"
 
 
 def _stderr_tail(run: ClusterRun, child: Child) -> str:

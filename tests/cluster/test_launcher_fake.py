@@ -364,6 +364,23 @@ async def test_service_that_cannot_be_imported_is_a_failed_start() -> None:
             pass
 
 
+async def test_start_that_failed_names_who_failed_and_not_who_was_ended_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kvm is over while the rest is being started: of the many that are ended for it, none is to blame."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "service_of_kvm.py").write_text("import no_such_module")
+    for role in ("ultravisor", "qemu", "guest"):
+        (tmp_path / f"service_of_{role}.py").write_text("import time; time.sleep(60)")
+    vms = "".join(f'[vms.vm{n}]\nhost = "alpha"\nmemory = "16M"\nguest.boot = "kernel"\n' for n in range(24))
+    many = tmp_path / "many.toml"
+    many.write_text(f'[hosts.alpha]\nsecure_memory = "64M"\n{vms}')
+
+    with pytest.raises(UserError, match=r"alpha/kvm did not start: exit status 1: .*No module named 'no_such_module'"):
+        async with cluster(many, service_module="service_of_{role}"):
+            pass
+
+
 @pytest.mark.parametrize("name", ["log", "lock", "log/launcher.log", "log/vm1.guest.log", "log/vm1.guest.stderr"])
 async def test_state_directory_that_cannot_be_used_is_named_and_nothing_is_left(
     tmp_path: Path, own_directories: Path, name: str
