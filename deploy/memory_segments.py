@@ -15,6 +15,7 @@ from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 from protocol.errors import HostFault
+from shared.touched import data_ranges
 
 SHM_DIR = Path("/dev/shm")
 
@@ -33,6 +34,19 @@ def create_segment(name: str, size_bytes: int) -> int:
         return os.open(SHM_DIR / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise HostFault(f"cannot make RAM segment {name} of {size_bytes} bytes: {error.strerror}") from None
+
+
+def reserve_as_used(fd: int, used: str) -> None:
+    """Have those parts of a segment take memory that segment `used` has in use, so that a store to them finds some.
+
+    Raises HostFault when there is not so much.
+    """
+    try:
+        with open(SHM_DIR / used, "rb", buffering=0) as file:
+            for offset, n_bytes in data_ranges(file.fileno(), os.fstat(fd).st_size):
+                os.posix_fallocate(fd, offset, n_bytes)
+    except OSError as error:
+        raise HostFault(f"{SHM_DIR}: no room for the RAM that the VM uses: {error.strerror}") from None
 
 
 def unlink_segment(name: str) -> bool:

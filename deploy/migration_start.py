@@ -17,6 +17,7 @@ from deploy.child import Child
 from deploy.cluster_run import ClusterRun, OpenFiles, VmRecord
 from deploy.keepers import add_vm
 from deploy.link_orders import tell_links
+from deploy.memory_segments import reserve_as_used
 from deploy.migration_record import DiskHold, Migration, Phase
 from deploy.plan import LinkPlan, ProcessPlan
 from deploy.start import (
@@ -34,6 +35,7 @@ from protocol import control
 from protocol.errors import HostFault, UserError
 from protocol.roles import Role
 from services.qemu.migration.status import MigrationStatus
+from services.runtime.first_error import first_error_nursery
 
 SOURCE_GIFT, DESTINATION_GIFT = "migration-source", "migration-destination"
 _CHANNEL_BYTES = 4 << 20
@@ -57,7 +59,9 @@ async def start(run: ClusterRun, vm: VmRecord, move: Migration) -> None:
         await open_process_files(run, processes, files)
         _hold_disks(vm, move, f"{vm.spec.name}/{Role.QEMU.value}", files)
         ring = make_keys(links)
-        await configure(run, children, ring, files)
+        async with first_error_nursery() as nursery:
+            nursery.start_soon(_reserve_memory, vm, files)
+            await configure(run, children, ring, files)
         await add_vm(run, move.host, vm.spec.name, ring, files)
         await hand_over_keys(run, children, ring)
     incoming = next(child for child in children if child.plan.role is Role.QEMU)
@@ -103,6 +107,11 @@ def _prepare_memory(run: ClusterRun, vm: VmRecord, move: Migration, files: OpenF
     move.segment, fd = run.make_segment(vm)
     files.add(f"ram:{vm.spec.name}", fd)
     add_shared_files(vm.spec.name, files)
+
+
+async def _reserve_memory(vm: VmRecord, files: OpenFiles) -> None:
+    """While the processes start: what does not fit is found before anything is sent, and is made before it comes."""
+    await trio.to_thread.run_sync(reserve_as_used, files[f"ram:{vm.spec.name}"], vm.segment)
 
 
 def _hold_disks(vm: VmRecord, move: Migration, target: str, files: OpenFiles) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from protocol.errors import PeerError
 from protocol.geometry import STREAM_BUFFER_BYTES
 from shared.memfd import SealedMemory, map_sealed
+from shared.room import Room
 
 
 def make_stream_buffer(vm: str) -> SealedMemory:
@@ -21,11 +22,25 @@ class StreamBuffer:
 
     def __init__(self, fd: int) -> None:
         self._mapping = map_sealed(fd, STREAM_BUFFER_BYTES, writable=True)
+        self._room = Room()
 
     def read(self, offset: int, n_bytes: int) -> bytes:
         """A copy; raises PeerError for a place outside."""
         self._check(offset, n_bytes)
         return self._mapping[offset : offset + n_bytes]
+
+    def borrow(self, offset: int, n_bytes: int) -> memoryview:
+        """As `read`, good until the next one is borrowed."""
+        self._check(offset, n_bytes)
+        copy = self._room.of(n_bytes)
+        with memoryview(self._mapping) as whole:
+            copy[:] = whole[offset : offset + n_bytes]
+        return copy
+
+    def view(self, offset: int, n_bytes: int) -> memoryview:
+        """The place itself, for who passes it on unseen; raises PeerError for a place outside."""
+        self._check(offset, n_bytes)
+        return memoryview(self._mapping)[offset : offset + n_bytes]
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Put `data`; raises PeerError for a place outside."""

@@ -156,7 +156,7 @@ class MigrationCalls(StepCalls):
 
     def uv_import_record(self, at: StepCall) -> list[int]:
         """UV_IMPORT_RECORD."""
-        return [int(_party(at.partition, Import).take_record(at.take(MAX_RECORD_BYTES)))]
+        return [int(_party(at.partition, Import).take_record(at.borrow(MAX_RECORD_BYTES)))]
 
     async def uv_import_ready(self, at: StepCall) -> list[int]:
         """UV_IMPORT_READY."""

@@ -89,8 +89,9 @@ class SecureMemory:
     def touch(self, gfns: Sequence[int]) -> None:
         """Have the kernel make these pages, which are written next; what they hold stays."""
         if isinstance(self._file, SecretMemory):
-            self._threads = self._threads or ThreadPoolExecutor(os.cpu_count(), "touch")
-            touch(self.buffer, self._threads, gfns)
+            n_threads = os.cpu_count() or 1
+            self._threads = self._threads or ThreadPoolExecutor(n_threads, "touch")
+            touch(self.buffer, self._threads, gfns, -(-len(gfns) // n_threads))
 
     def close(self) -> None:
         """Unmap and close; the memory is gone when the guest has dropped it too."""

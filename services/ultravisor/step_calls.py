@@ -35,12 +35,19 @@ class StepCall:
 
     def take(self, max_bytes: int) -> bytes:
         """What the other ultravisor said; raises MigrationRefused when it is too long, PeerError for a bad place."""
+        return self.stream.read(*self._place(max_bytes))
+
+    def borrow(self, max_bytes: int) -> memoryview:
+        """As `take`, good until the next step."""
+        return self.stream.borrow(*self._place(max_bytes))
+
+    def _place(self, max_bytes: int) -> tuple[int, int]:
         offset, n_bytes = self.args[:2]
         if n_bytes > max_bytes:
             raise MigrationRefused(Reason.MALFORMED, f"{n_bytes} bytes where at most {max_bytes} are meant")
-        return self.stream.read(offset, n_bytes)
+        return offset, n_bytes
 
-    def put(self, data: bytes) -> list[int]:
+    def put(self, data: bytes | memoryview) -> list[int]:
         """For the other ultravisor; returns the result that says how long it is. Raises PeerError."""
         self.stream.write(self.args[0], data)
         return [len(data)]

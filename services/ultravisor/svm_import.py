@@ -80,7 +80,7 @@ class Import:
 
     # -- what comes -------------------------------------------------------------------------------------------
 
-    def take_record(self, raw: bytes) -> bool:
+    def take_record(self, raw: bytes | memoryview) -> bool:
         """The next record; whether all is here now. Raises MigrationRefused: nothing of it is kept then."""
         importer = self._begun()
         importer.take(raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -37,12 +38,19 @@ class DebuggedThread(threading.Thread):
         self._on_held = on_held
 
     def __enter__(self) -> DebuggedThread:
+        self._said_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._is_over = True
         self.join(SECONDS)
+        sys.unraisablehook = self._said_before
+
+    def _unraisable(self, what: sys.UnraisableHookArgs) -> None:
+        """Ctrl-C may come while a finalizer runs, where Python drops it: it is lost, as the operator sees."""
+        if what.exc_type is not KeyboardInterrupt:
+            self._said_before(what)
 
     def run(self) -> None:
         """As Thread."""

@@ -80,20 +80,22 @@ class SymbolicAead:
     def __init__(self, key: bytes) -> None:
         self._key = key
 
-    def encrypt(self, nonce: bytes, data: bytes, associated_data: bytes | None, /) -> bytes:
-        sealed = (self._key, nonce, data, associated_data or b"")
+    def encrypt_into(self, nonce: bytes, data: memoryview, associated_data: bytes | None, into: memoryview, /) -> int:
+        sealed = (self._key, nonce, bytes(data), associated_data or b"")
         name = hashlib.sha256(pickle.dumps(sealed)).digest()[:TAG_BYTES]
         self._vault[name] = sealed
-        return name.ljust(len(data) + TAG_BYTES, b"\0")
+        into[:] = name.ljust(len(data) + TAG_BYTES, b"\0")
+        return len(into)
 
-    def decrypt(self, nonce: bytes, data: bytes, associated_data: bytes | None, /) -> bytes:
+    def decrypt_into(self, nonce: bytes, data: memoryview, associated_data: bytes | None, into: memoryview, /) -> int:
         sealed = self._vault.get(bytes(data[:TAG_BYTES]))
         if sealed is None or any(data[TAG_BYTES:]):
             raise InvalidTag
         key, nonce_then, content, associated_then = sealed
         if (key, nonce_then, associated_then) != (self._key, nonce, associated_data or b""):
             raise InvalidTag
-        return content
+        into[:] = content
+        return len(into)
 
 
 @functools.lru_cache
@@ -657,7 +659,7 @@ class World:
         _, epoch, sequence, _ = HEADER.unpack_from(self.to_d[0][1])
         sealer = self.parts.sealer(b"o" * 32, OTHER_SESSION_ID, Direction.TO_DESTINATION, aead=SymbolicAead)
         sealer._sequence = sequence
-        record = sealer.seal(RecordKind.PAGES, epoch, b"".join(encode_pages([Page(0, b"x" * PAGE_BYTES)])))
+        record = bytes(sealer.seal(RecordKind.PAGES, epoch, *encode_pages([Page(0, b"x" * PAGE_BYTES)])))
         self.to_d[0] = (False, record)
 
     def _do_tamper_forge_word(self, _: int) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from deploy.manifest import Manifest, clean_run_dir, is_alive, new_manifest, read_manifest, start_ticks
-from deploy.memory_segments import create_segment, segment_name, unlink_segment
+from deploy.memory_segments import create_segment, reserve_as_used, segment_name, unlink_segment
 from deploy.run_dirs import LOCK_FILE, Lock, choose_cluster, is_locked, left_over_clusters, make_private_dir
 from protocol.errors import HostFault, UserError
+from shared.touched import data_ranges
 
 
 def make_manifest(tmp_path: Path) -> Manifest:
@@ -107,6 +108,26 @@ def test_segment_is_zeroed_and_has_the_asked_size() -> None:
     finally:
         os.close(fd)
         assert unlink_segment(name)
+
+
+def test_a_segment_takes_as_much_memory_as_another_that_is_in_use() -> None:
+    names = [segment_name("c", "vm1"), segment_name("c", "vm1")]
+    used, fd = (create_segment(name, 1 << 20) for name in names)
+    try:
+        for offset in (3 << 16, 9 << 16, (1 << 20) - 1):
+            os.pwrite(used, b"x", offset)
+
+        reserve_as_used(fd, names[0])
+
+        assert os.fstat(fd).st_blocks == os.fstat(used).st_blocks
+        assert list(data_ranges(fd, 1 << 20)) == [], "what nobody wrote counts as written"
+        assert os.pread(fd, 1 << 20, 0) == bytes(1 << 20)
+        with pytest.raises(HostFault, match="no room for the RAM that the VM uses: No such file"):
+            reserve_as_used(fd, names[0] + "gone")
+    finally:
+        for name, opened in zip(names, (used, fd), strict=True):
+            os.close(opened)
+            assert unlink_segment(name)
 
 
 def test_start_time_of_no_process_is_none() -> None:

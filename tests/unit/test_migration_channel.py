@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import MalformedMessage
 from services.qemu.migration.channel import KEY_BYTES, BulkChannel, ChannelLost, End
-from services.qemu.migration.stream import MAX_PAYLOAD_BYTES, FrameKind
+from services.qemu.migration.stream import HEADER, MAX_PAYLOAD_BYTES, FrameKind
 
 KEY = bytes(range(KEY_BYTES))
 LENGTH_BYTES = 4
@@ -39,11 +39,64 @@ async def test_frames_arrive_in_order_and_whole_in_both_directions(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
-        frames = [await destination.receive() for _ in range(1 + len(payloads))]
+        came = [bytes((await destination.receive()).payload) for _ in range(1 + len(payloads))]
     await destination.send(FrameKind.HELLO, b"back")
 
-    assert [bytes(frame.payload) for frame in frames[1:]] == payloads
+    assert came[1:] == payloads
     assert bytes((await source.receive()).payload) == b"back"
+
+
+async def test_records_travel_as_their_ultravisor_sealed_them_among_sealed_frames(
+    sockets: tuple[socket.socket, socket.socket],
+) -> None:
+    records = [os.urandom(MAX_PAYLOAD_BYTES), b"", b"short"]
+    source = BulkChannel(sockets[0], KEY, End.SOURCE)
+    tap, far = socket.socketpair()
+    destination = BulkChannel(far, KEY, End.DESTINATION)
+    seen = bytearray()
+
+    async def send() -> None:
+        await source.send(FrameKind.HELLO, b"h")
+        for record in records:
+            await source.send(FrameKind.RECORD, record[:3], memoryview(record)[3:])
+        await source.send(FrameKind.ROUND_END, b"in a chunk")
+        source.close()
+
+    def carry() -> None:
+        with tap:
+            while data := sockets[1].recv(1 << 20):
+                seen.extend(data)
+                tap.sendall(data)
+
+    sockets[1].setblocking(True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        nursery.start_soon(trio.to_thread.run_sync, carry)
+        frames = []
+        for _ in range(len(records) + 2):
+            frame = await destination.receive()
+            frames.append((frame.kind, bytes(frame.payload)))
+    destination.close()
+
+    assert frames[1:] == [*((FrameKind.RECORD, record) for record in records), (FrameKind.ROUND_END, b"in a chunk")]
+    assert len(seen) == source.sent_bytes
+    assert records[0] in seen
+    assert b"in a chunk" not in seen
+
+
+async def test_a_record_that_is_longer_than_one_may_be_is_not_waited_for(
+    sockets: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a hostile qemu says it, who has the keys."""
+    source, destination = BulkChannel(sockets[0], KEY, End.SOURCE), BulkChannel(sockets[1], KEY, End.DESTINATION)
+    await source.send(FrameKind.HELLO, b"h")
+    await destination.receive()
+    too_long = HEADER.pack(FrameKind.RECORD, 0, 0, MAX_PAYLOAD_BYTES + 1)
+    monkeypatch.setattr("services.qemu.migration.channel.header_of", lambda kind, n_bytes: too_long)
+    await source.send(FrameKind.RECORD, b"begins")
+
+    with pytest.raises(MalformedMessage, match="a frame of 1179649 bytes"):
+        await destination.receive()
 
 
 async def test_the_end_of_a_peer_is_told_as_such(sockets: tuple[socket.socket, socket.socket]) -> None:

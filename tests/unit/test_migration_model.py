@@ -134,7 +134,7 @@ class KeepsWhatCame(Importer):
 
 
 class AnySequence(RecordOpener):
-    def open(self, raw: bytes) -> Record:
+    def open(self, raw: bytes | memoryview) -> Record:
         self._sequence = int.from_bytes(raw[8:16], "little")
         return super().open(raw)
 

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protocol.errors import HostFault
 from protocol.geometry import PAGE_BYTES
 from services.ultravisor.secure_memory import SecretMemory
 from shared.memfd import SealedMemory
-from shared.touched import touch, touched_in_file, touched_in_locked
+from shared.touched import runs_of, touch, touched_in_file, touched_in_locked
 
 N_PAGES = 64
 
@@ -63,9 +65,17 @@ def test_touching_secret_pages_makes_them_and_keeps_what_they_hold() -> None:
     memory.buffer[5 * PAGE_BYTES + 7] = 0x5A
 
     with ThreadPoolExecutor(2) as threads:
-        touch(memory.buffer, threads, [2, 5, 9])
+        touch(memory.buffer, threads, [2, 5, 9, 10, 11], 2)
 
-    assert [gfn for gfn, mark in enumerate(touched_in_locked(memory.buffer)) if mark] == [2, 5, 9]
+    assert [gfn for gfn, mark in enumerate(touched_in_locked(memory.buffer)) if mark] == [2, 5, 9, 10, 11]
     assert memory.buffer[5 * PAGE_BYTES + 7] == 0x5A
     assert not any(memory.buffer[2 * PAGE_BYTES : 3 * PAGE_BYTES])
     memory.close()
+
+
+@given(st.lists(st.integers(0, 50)), st.integers(1, 5))
+def test_runs_are_the_same_gfns_in_the_same_order(gfns: list[int], longest: int) -> None:
+    runs = runs_of(gfns, longest)
+
+    assert [gfn for run in runs for gfn in run] == gfns
+    assert all(1 <= len(run) <= longest for run in runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from protocol import ucalls as u
 from protocol.geometry import PAGE_BYTES
 from services.qemu.migration.kvm_port import KvmPort
 from services.qemu.migration.machine import MovableMachine
-from services.qemu.migration.places import KVM_STATE, KVM_STATE_ROOM_BYTES, RECORD
+from services.qemu.migration.places import KVM_STATE, KVM_STATE_ROOM_BYTES, NEXT_RECORD, RECORD
 from services.qemu.migration.stream import FrameKind, parts_of
 from services.runtime.first_error import first_error_nursery
 from shared.host_view import HostState
@@ -62,7 +63,7 @@ class Outflow:
 
     async def send_secure_pages(self) -> None:
         """All that the ultravisor owes now. While a record is on its way the ultravisor makes the next one."""
-        send, receive = trio.open_memory_channel[tuple[bytes, int, int]](1)
+        send, receive = trio.open_memory_channel[tuple[memoryview, int, int]](0)
         async with first_error_nursery() as nursery:
             nursery.start_soon(self._fetch_records, send)
             async with receive:
@@ -87,10 +88,11 @@ class Outflow:
         n_bytes = await self._sink.send(FrameKind.PAGES, *encode_pages(batch))
         await self._spent(n_bytes, len(batch) - n_data, n_data)
 
-    async def _fetch_records(self, send: trio.MemorySendChannel[tuple[bytes, int, int]]) -> None:
+    async def _fetch_records(self, send: trio.MemorySendChannel[tuple[memoryview, int, int]]) -> None:
         async with send:
-            while True:
-                n_bytes, n_zero, n_data, _ = await self._kvm.ucall(u.UV_EXPORT_PAGES, RECORD)
+            # One is taken only when the one before it has left, so the place before that one is free.
+            for place in itertools.cycle((RECORD, NEXT_RECORD)):
+                n_bytes, n_zero, n_data, _ = await self._kvm.ucall(u.UV_EXPORT_PAGES, place)
                 if not n_bytes:
                     return
-                await send.send((self._stream.read(RECORD, n_bytes), n_zero, n_data))
+                await send.send((self._stream.view(place, n_bytes), n_zero, n_data))

@@ -24,7 +24,7 @@ MAX_PAYLOAD_BYTES = (1 << 20) + (128 << 10)
 STATE_PART_BYTES = 1 << 20
 MAX_STATE_BYTES = 64 << 20
 """Of all parts of one name."""
-VERSION = 1
+VERSION = 2
 MAGIC = "pefbox-migration"
 
 
@@ -129,13 +129,22 @@ def header_of(kind: FrameKind, n_bytes: int, flags: int = 0) -> bytes:
     return HEADER.pack(kind, 0, flags, n_bytes)
 
 
+def record_bytes_behind(frame: memoryview) -> int:
+    """How long the record is whose frame has come as far as its header; 0 when it is no such frame, or too long."""
+    if len(frame) != HEADER.size:
+        return 0
+    kind, _, _, n_bytes = HEADER.unpack(frame)
+    is_readable = kind == FrameKind.RECORD and n_bytes <= MAX_PAYLOAD_BYTES
+    return int(n_bytes) if is_readable else 0
+
+
 class FrameReader:
-    """Takes whole chunks as they come, each of one frame."""
+    """Takes whole frames as they come."""
 
     def __init__(self) -> None:
         self._began = False
 
-    def read(self, chunk: bytes) -> Frame | None:
+    def read(self, chunk: bytes | memoryview) -> Frame | None:
         """The frame of a chunk, None for one that is to be skipped; raises MalformedMessage, which ends the stream.
 
         The payload is a view of `chunk`.

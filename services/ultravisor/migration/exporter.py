@@ -41,9 +41,9 @@ ReadPage = Callable[[int], memoryview]
 
 
 class Batch(NamedTuple):
-    """A record of pages, and how many of each kind are in it."""
+    """A record of pages, good until the next one is made, and how many of each kind are in it."""
 
-    record: bytes
+    record: memoryview
     zero_pages: int
     data_pages: int
 
@@ -106,7 +106,7 @@ class Exporter(Side):
         self._expect(ExportPhase.COPYING, ExportPhase.STOPPED)
         if len(gfns) > MAX_PAGES or any(gfn >= len(self._versions) for gfn in gfns):
             raise MigrationRefused(Reason.MALFORMED, f"{len(gfns)} pages, or one outside the VM, for one record")
-        return self._seal_pages([self._page(gfn) for gfn in gfns])
+        return bytes(self._seal_pages([self._page(gfn) for gfn in gfns]))
 
     def next_pages(self, queue: deque[int]) -> Batch:
         """As `pages`, of as many from the front of `queue` as a record holds; these are taken out of it."""
@@ -123,8 +123,8 @@ class Exporter(Side):
             n_data += bool(page.content)
         return Batch(self._seal_pages(pages), len(pages) - n_data, n_data)
 
-    def _seal_pages(self, pages: Sequence[Page]) -> bytes:
-        record = self._sealer.seal(RecordKind.PAGES, self.epoch, b"".join(encode_pages(pages)))
+    def _seal_pages(self, pages: Sequence[Page]) -> memoryview:
+        record = self._sealer.seal(RecordKind.PAGES, self.epoch, *encode_pages(pages))
         for page in pages:
             self._owed.discard(page.gfn)
             self._versions.came(page.gfn, self.epoch)
@@ -133,7 +133,7 @@ class Exporter(Side):
     def end_epoch(self) -> bytes:
         """The record that ends a round; pages sent from here on belong to the next."""
         self._expect(ExportPhase.COPYING, ExportPhase.STOPPED)
-        record = self._sealer.seal(RecordKind.EPOCH_END, self.epoch, b"")
+        record = bytes(self._sealer.seal(RecordKind.EPOCH_END, self.epoch))
         self.epoch += 1
         return record
 
@@ -147,7 +147,7 @@ class Exporter(Side):
         self._expect(ExportPhase.STOPPED)
         self._add_state(data)
         parts = [data[at : at + MAX_PAYLOAD_BYTES] for at in range(0, len(data), MAX_PAYLOAD_BYTES)]
-        return [self._sealer.seal(RecordKind.STATE, self.epoch, part) for part in parts]
+        return [bytes(self._sealer.seal(RecordKind.STATE, self.epoch, part)) for part in parts]
 
     def finish(self, states: bytes) -> bytes:
         """The last record. `states`: of each frame, as ARRIVES_AS says.
@@ -163,7 +163,7 @@ class Exporter(Side):
         state = hashlib.sha256(self._state).digest()
         final = Final(states, self._versions.digest(states), len(self._state), state)
         self.phase = ExportPhase.FINISHED
-        return self._sealer.seal(RecordKind.FINAL, self.epoch, msgspec.msgpack.encode(final))
+        return bytes(self._sealer.seal(RecordKind.FINAL, self.epoch, msgspec.msgpack.encode(final)))
 
     def take_ready(self, raw: bytes) -> bytes:
         """The destination has everything: the start token, which is out from here on.

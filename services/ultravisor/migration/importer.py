@@ -96,7 +96,7 @@ class Importer(Side):
         """What came that is no page; empty before CHECKED."""
         return b"" if self.phase is ImportPhase.RECEIVING else bytes(self._state)
 
-    def take(self, raw: bytes) -> None:
+    def take(self, raw: bytes | memoryview) -> None:
         """The next record. Raises MigrationRefused; the import is ABANDONED then."""
         self._expect(ImportPhase.RECEIVING)
         try:
@@ -113,7 +113,7 @@ class Importer(Side):
         """The record that tells the source: everything is here and loaded."""
         self._expect(ImportPhase.CHECKED)
         self.phase = ImportPhase.READY
-        return self._sealer.seal(RecordKind.READY, self.epoch, b"")
+        return bytes(self._sealer.seal(RecordKind.READY, self.epoch))
 
     def take_token(self, raw: bytes) -> bytes:
         """The start token: the VM may run here from now on. Returns the word for the source.

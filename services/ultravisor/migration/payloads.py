@@ -55,7 +55,7 @@ class Final(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=
     state: Digest
 
 
-def pages_of(payload: bytes, page_bytes: int) -> Iterator[Page]:
+def pages_of(payload: bytes | memoryview, page_bytes: int) -> Iterator[Page]:
     """The pages of a PAGES record; raises MigrationRefused when it is none."""
     try:
         yield from decode_pages(payload, page_bytes)
@@ -63,7 +63,7 @@ def pages_of(payload: bytes, page_bytes: int) -> Iterator[Page]:
         raise MigrationRefused(Reason.MALFORMED, str(error)) from None
 
 
-def decode_final(payload: bytes) -> Final:
+def decode_final(payload: bytes | memoryview) -> Final:
     """The Final of a payload; raises MigrationRefused."""
     try:
         return msgspec.msgpack.decode(payload, type=Final)

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from services.ultravisor.migration.handshake import Session
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
+from shared.room import Room
 
 HEADER = Struct("<B3xIQI")
 TAG_BYTES = 16
@@ -49,21 +50,21 @@ class Direction(IntEnum):
 
 
 class Record(NamedTuple):
-    """An opened record."""
+    """An opened record; `payload` is good until the next one is opened."""
 
     kind: RecordKind
     epoch: int
-    payload: bytes
+    payload: memoryview
 
 
 class Aead(Protocol):
     """An authenticated cipher under one key (AESGCM; a test brings a symbolic one)."""
 
-    def encrypt(self, nonce: bytes, data: bytes, associated_data: bytes | None, /) -> bytes:
-        """Ciphertext and tag."""
+    def encrypt_into(self, nonce: bytes, data: memoryview, associated_data: bytes | None, into: memoryview, /) -> int:
+        """Put ciphertext and tag into all of `into`."""
 
-    def decrypt(self, nonce: bytes, data: bytes, associated_data: bytes | None, /) -> bytes:
-        """What was encrypted; raises InvalidTag."""
+    def decrypt_into(self, nonce: bytes, data: memoryview, associated_data: bytes | None, into: memoryview, /) -> int:
+        """Put what was encrypted into all of `into`; raises InvalidTag."""
 
 
 MakeAead = Callable[[bytes], Aead]
@@ -77,15 +78,27 @@ class RecordSealer:
         self._aead = aead(key)
         self._bound = session_id + bytes([direction])
         self._sequence = 0
+        self._plain, self._sealed = Room(), Room()
 
-    def seal(self, kind: RecordKind, epoch: int, payload: bytes) -> bytes:
-        """The next record; raises MigrationRefused when `payload` is longer than a record may be."""
-        if len(payload) > MAX_SEALED_BYTES - TAG_BYTES:
-            raise MigrationRefused(Reason.MALFORMED, f"{len(payload)} bytes for one record")
-        header = HEADER.pack(kind, epoch, self._sequence, len(payload) + TAG_BYTES)
-        sealed = self._aead.encrypt(_NONCE.pack(_STREAM, self._sequence), payload, self._bound + header)
+    def seal(self, kind: RecordKind, epoch: int, *parts: bytes | memoryview) -> memoryview:
+        """The next record, whose payload is all `parts`; good until the one after it.
+
+        Raises MigrationRefused when the payload is longer than a record may be.
+        """
+        n_bytes = sum(map(len, parts))
+        if n_bytes > MAX_SEALED_BYTES - TAG_BYTES:
+            raise MigrationRefused(Reason.MALFORMED, f"{n_bytes} bytes for one record")
+        plain, record = self._plain.of(n_bytes), self._sealed.of(HEADER.size + n_bytes + TAG_BYTES)
+        at = 0
+        for part in parts:
+            plain[at : at + len(part)] = part
+            at += len(part)
+        header = HEADER.pack(kind, epoch, self._sequence, n_bytes + TAG_BYTES)
+        record[: HEADER.size] = header
+        nonce = _NONCE.pack(_STREAM, self._sequence)
+        self._aead.encrypt_into(nonce, plain, self._bound + header, record[HEADER.size :])
         self._sequence += 1
-        return header + sealed
+        return record
 
 
 class RecordOpener:
@@ -95,19 +108,22 @@ class RecordOpener:
         self._aead = aead(key)
         self._bound = session_id + bytes([direction])
         self._sequence = 0
+        self._plain = Room()
 
-    def open(self, raw: bytes) -> Record:
+    def open(self, raw: bytes | memoryview) -> Record:
         """The record, which must be the next one; raises MigrationRefused, after which the direction is of no use."""
         if not HEADER.size + TAG_BYTES <= len(raw) <= MAX_RECORD_BYTES:
             raise MigrationRefused(Reason.MALFORMED, f"a record of {len(raw)} bytes")
-        header = raw[: HEADER.size]
+        header = bytes(raw[: HEADER.size])
         kind, epoch, sequence, n_bytes = HEADER.unpack(header)
         if n_bytes != len(raw) - HEADER.size:
             raise MigrationRefused(Reason.MALFORMED, "a record of another length than it says")
         if sequence != self._sequence:
             raise MigrationRefused(Reason.NOT_NEXT, f"record {sequence}, expected {self._sequence}")
+        payload = self._plain.of(n_bytes - TAG_BYTES)
+        nonce, sealed = _NONCE.pack(_STREAM, sequence), memoryview(raw)[HEADER.size :]
         try:
-            payload = self._aead.decrypt(_NONCE.pack(_STREAM, sequence), raw[HEADER.size :], self._bound + header)
+            self._aead.decrypt_into(nonce, sealed, self._bound + header, payload)
         except InvalidTag:
             raise MigrationRefused(Reason.NOT_GENUINE, f"record {sequence}") from None
         if kind not in _KINDS:

@@ -65,7 +65,7 @@ class Side:
         """What the other side says; raises MigrationRefused when it is not its word about this migration."""
         return check(raw, self._session.session_id, self._session.peer.identity)
 
-    def _add_state(self, data: bytes) -> None:
+    def _add_state(self, data: bytes | memoryview) -> None:
         if len(self._state) + len(data) > MAX_STATE_BYTES:
             raise MigrationRefused(Reason.MALFORMED, f"more than {MAX_STATE_BYTES} bytes of state")
         self._state += data
