@@ -42,6 +42,8 @@ from protocol.errors import UserError
 from shared.typed_text import TypedText
 
 _POLL_SECONDS = 0.02
+_MIGRATION_POLL_SECONDS = 0.1
+"""Each look costs the processes that move a VM some milliseconds."""
 _DOWN_SECONDS = 20.0
 _PROMPT_QUIET_SECONDS = 0.2
 
@@ -161,7 +163,7 @@ class Vm:
         """
         await self.begin_migration(host, bandwidth=bandwidth, downtime_limit=downtime_limit)
         problem = f"{self.name} is not on {host}"
-        facts = await _until(self.job_info, is_over, problem, seconds)
+        facts = await _until(self.job_info, is_over, problem, seconds, _MIGRATION_POLL_SECONDS)
         if facts["phase"] != Phase.DONE:
             raise UserError(f"{self.name} does not run on {host}: {facts['reason'] or facts['phase']}")
         return facts
@@ -444,12 +446,16 @@ Value = TypeVar("Value")
 
 
 async def _until(
-    ask: Callable[[], Awaitable[Value]], holds: Callable[[Value], bool], problem: str, seconds: float
+    ask: Callable[[], Awaitable[Value]],
+    holds: Callable[[Value], bool],
+    problem: str,
+    seconds: float,
+    poll_seconds: float = _POLL_SECONDS,
 ) -> Value:
     with trio.move_on_after(seconds):
         while True:
             value = await ask()
             if holds(value):
                 return value
-            await trio.sleep(_POLL_SECONDS)
+            await trio.sleep(poll_seconds)
     raise UserError(f"{problem} after {seconds:g} s")

@@ -59,10 +59,11 @@ async def start(run: ClusterRun, vm: VmRecord, move: Migration) -> None:
         await open_process_files(run, processes, files)
         _hold_disks(vm, move, f"{vm.spec.name}/{Role.QEMU.value}", files)
         ring = make_keys(links)
+        await add_vm(run, move.host, vm.spec.name, ring, files)
         async with first_error_nursery() as nursery:
             nursery.start_soon(_reserve_memory, vm, files)
+            nursery.start_soon(_expect_pages, run, vm, move)
             await configure(run, children, ring, files)
-        await add_vm(run, move.host, vm.spec.name, ring, files)
         await hand_over_keys(run, children, ring)
     incoming = next(child for child in children if child.plan.role is Role.QEMU)
     await _until_built(move, incoming)
@@ -112,6 +113,16 @@ def _prepare_memory(run: ClusterRun, vm: VmRecord, move: Migration, files: OpenF
 async def _reserve_memory(vm: VmRecord, files: OpenFiles) -> None:
     """While the processes start: what does not fit is found before anything is sent, and is made before it comes."""
     await trio.to_thread.run_sync(reserve_as_used, files[f"ram:{vm.spec.name}"], vm.segment)
+
+
+async def _expect_pages(run: ClusterRun, vm: VmRecord, move: Migration) -> None:
+    """The same for secure memory, as far as the two ultravisors say: it is made in the background."""
+    if not move.secure:
+        return
+    touched = await ask(run.child(vm.spec.host, Role.ULTRAVISOR), "migration.pages", {"vm": vm.spec.name})
+    if isinstance(touched, dict):
+        arguments = {"vm": vm.spec.name, **touched}
+        await ask(run.child(move.host, Role.ULTRAVISOR), "migration.expect", arguments)
 
 
 def _hold_disks(vm: VmRecord, move: Migration, target: str, files: OpenFiles) -> None:

@@ -11,7 +11,6 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
 
@@ -57,21 +56,15 @@ def touched_in_locked(mapping: memoryview) -> bytearray:
     )
 
 
-def touch(mapping: memoryview, threads: ThreadPoolExecutor, gfns: Sequence[int], longest_run: int) -> None:
-    """Have the kernel make these pages of mapped secret memory before they are written; what they hold stays.
+def touch(mapping: memoryview, run: range) -> None:
+    """Have the kernel make the pages of a run of GFNs of mapped secret memory before they are written.
 
-    It makes each of their small pages alone, and much of that is waiting: several threads are as many times as fast.
-    A thread takes ascending GFNs of `gfns` that follow each other together, at most `longest_run`.
+    What they hold stays. The kernel makes each of their small pages alone, and much of that is waiting: several threads
+    are as many times as fast.
     """
-    address = _address_of(mapping)
-
-    def touch_run(run: range) -> None:
-        # Reads all of it, without the interpreter's lock, unless it finds a 1, which untouched pages do not hold.
-        start = ctypes.c_void_p(address + gpa_of(run.start))
-        _libc.memchr(start, 1, ctypes.c_size_t(len(run) << PAGE_SHIFT))
-
-    for _ in threads.map(touch_run, runs_of(gfns, longest_run)):
-        pass
+    # Reads all of it, without the interpreter's lock, unless it finds a 1, which untouched pages do not hold.
+    start = ctypes.c_void_p(_address_of(mapping) + gpa_of(run.start))
+    _libc.memchr(start, 1, ctypes.c_size_t(len(run) << PAGE_SHIFT))
 
 
 def runs_of(gfns: Sequence[int], longest: int) -> list[range]:

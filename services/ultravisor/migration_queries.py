@@ -11,6 +11,7 @@ import msgspec
 
 from protocol.decoding import DECODE_ERRORS
 from protocol.errors import HostFault, UserError
+from protocol.geometry import PAGE_SHIFT
 from services.runtime.process import Query
 from services.ultravisor.arrival import Arrival
 from services.ultravisor.departure import Departure
@@ -25,6 +26,7 @@ from services.ultravisor.migration.statements import Word, check, session_of
 from services.ultravisor.migration_calls import MigrationCalls
 from services.ultravisor.migration_host import policy_of
 from services.ultravisor.partition import Partition
+from shared.touched import runs_of
 
 
 class MigrationQueries:
@@ -46,6 +48,8 @@ class MigrationQueries:
         return {
             "migration.certificate": self._certificate,
             "migration.check": self._check,
+            "migration.pages": self._pages,
+            "migration.expect": self._expect,
             "migration.status": self._status,
             "migration.word": self._word,
             "migration.take": self._take,
@@ -84,6 +88,25 @@ class MigrationQueries:
         if arguments["as"] == "source":
             policy = policy_of(self._life.files.get(self._named(arguments).lpid))
             policy.check(certificate, debuggable=bool(peer["debuggable"]))
+
+    async def _pages(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Which pages of secure memory the VM has touched: runs of GFNs, first and number."""
+        partition = self._named(arguments)
+        if not partition.secure or partition.svm is None:
+            return {"runs": []}
+        touched = partition.svm.memory.touched()
+        runs = runs_of([gfn for gfn, mark in enumerate(touched) if mark], partition.svm.n_pages)
+        return {"runs": [[run.start, len(run)] for run in runs]}
+
+    async def _expect(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A VM with such pages, as `migration.pages` says, will arrive here: whether memory is being made for it."""
+        partition = self._named(arguments)
+        if not partition.entry.incoming or self._calls.account.free_bytes < partition.ram.size_bytes:
+            return {"expected": False}
+        n_pages = partition.ram.size_bytes >> PAGE_SHIFT
+        runs = (range(first, min(first + n, n_pages)) for first, n in arguments["runs"])
+        partition.expect_pages([gfn for run in runs for gfn in run])
+        return {"expected": True}
 
     # -- during and after -------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -19,7 +19,7 @@ from services.runtime.link import Link
 from services.runtime.tracer import UNTRACED, Tracer
 from services.ultravisor.invalidation import ACKNOWLEDGE_SECONDS, Invalidator
 from services.ultravisor.normal_ram import NormalRam
-from services.ultravisor.secure_memory import SecureAccount
+from services.ultravisor.secure_memory import SecureAccount, SecureMemory
 from services.ultravisor.svm import Svm, SvmPhase
 from shared.dirty_map import DirtyMap
 from shared.stream_buffer import StreamBuffer
@@ -74,6 +74,8 @@ class Partition:
         self.migration_refusal: str | None = None
         """Why the last step of one was refused, for the operator."""
         self.last_esm: EsmOutcome | None = None
+        self._expected: SecureMemory | None = None
+        """Memory of a VM that is to arrive, made before it does."""
         self.failure: str | None = None
         self.invalidator = Invalidator(guest)
         self.secure_since: float | None = None
@@ -107,7 +109,20 @@ class Partition:
 
     def make_svm(self, account: SecureAccount) -> Svm:
         """A secure side, which is not the VM's yet; raises HostFault when there is no memory for it."""
-        return Svm(self.name, self.lpid, self.entry.incarnation, self.ram, account, self._tracer)
+        memory, self._expected = self._expected, None
+        return Svm(self.name, self.lpid, self.entry.incarnation, self.ram, account, self._tracer, memory)
+
+    def expect_pages(self, gfns: Sequence[int]) -> None:
+        """A secure VM that has these pages will arrive here: have them made meanwhile. Raises HostFault."""
+        if self._expected is None and self.svm is None:
+            self._expected = SecureMemory(self.name, self.ram.size_bytes)
+            self._expected.touch_ahead(gfns)
+
+    def drop_expected(self) -> None:
+        """It does not arrive: give back what was made for it."""
+        if self._expected is not None:
+            self._expected.close()
+            self._expected = None
 
     async def operation(self, work: Awaitable[list[int]]) -> list[int]:
         """Run a call of this VM; the end of the VM wins over it and answers U_STATE."""
@@ -179,6 +194,7 @@ class Partition:
     def close(self) -> None:
         """Release what belongs to the VM itself."""
         self.private.close()
+        self.drop_expected()
         if self.dirty is not None:
             self.dirty.close()
             self.dirty = None

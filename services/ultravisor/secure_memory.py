@@ -8,19 +8,23 @@ and a sealed ordinary memory file otherwise.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import resource
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from protocol.errors import HostFault
-from protocol.geometry import PAGE_SHIFT
+from protocol.geometry import PAGE_SHIFT, gpa_of
 from shared.memfd import SealedMemory
-from shared.touched import touch, touched_in_file, touched_in_locked
+from shared.touched import runs_of, touch, touched_in_file, touched_in_locked
 
 _SYS_MEMFD_SECRET = 447
 _CAP_IPC_LOCK = 14
+_RUN_PAGES = 16
+"""What one thread makes before it looks whether it is to end: about a millisecond each, at 50 us a page."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -78,7 +82,11 @@ class SecureMemory:
         self.mode = "memfd_secret" if isinstance(self._file, SecretMemory) else "memfd"
         self.fd = self._file.fd
         self.buffer = self._file.buffer
+        self._n_threads = os.cpu_count() or 1
         self._threads: ThreadPoolExecutor | None = None
+        self._ahead: frozenset[int] = frozenset()
+        """GFNs whose pages are being made, or are by now."""
+        self._closing = False
 
     def touched(self) -> bytearray:
         """A byte a page: 0 for one that nobody ever touched, which holds zeros."""
@@ -88,16 +96,50 @@ class SecureMemory:
 
     def touch(self, gfns: Sequence[int]) -> None:
         """Have the kernel make these pages, which are written next; what they hold stays."""
-        if isinstance(self._file, SecretMemory):
-            n_threads = os.cpu_count() or 1
-            self._threads = self._threads or ThreadPoolExecutor(n_threads, "touch")
-            touch(self.buffer, self._threads, gfns, -(-len(gfns) // n_threads))
+        if not isinstance(self._file, SecretMemory):
+            return
+        missing = [gfn for gfn in gfns if gfn not in self._ahead]
+        share = -(-len(missing) // self._n_threads)
+        for _ in self._pool().map(functools.partial(touch, self.buffer), runs_of(missing, share)):
+            pass
+
+    def touch_ahead(self, gfns: Sequence[int]) -> None:
+        """As `touch`, once and in the background: it goes on while they are written."""
+        self._ahead = frozenset(gfns)
+        runs = iter(runs_of(gfns, _RUN_PAGES))
+        for _ in range(self._n_threads):
+            self._pool().submit(self._make_ahead, runs)
+
+    def _make_ahead(self, runs: Iterator[range]) -> None:
+        make = self._touch_secret if isinstance(self._file, SecretMemory) else self._allocate
+        for run in runs:
+            if self._closing or not make(run):
+                return
+
+    def _touch_secret(self, run: range) -> bool:
+        touch(self.buffer, run)
+        return True
+
+    def _allocate(self, run: range) -> bool:
+        try:
+            os.posix_fallocate(self.fd, gpa_of(run.start), len(run) << PAGE_SHIFT)
+        except OSError:
+            # There is not so much memory: whoever writes there is told.
+            return False
+        return True
+
+    def _pool(self) -> ThreadPoolExecutor:
+        self._threads = self._threads or ThreadPoolExecutor(self._n_threads, "touch")
+        return self._threads
 
     def close(self) -> None:
-        """Unmap and close; the memory is gone when the guest has dropped it too."""
+        """Unmap and close; views taken from `buffer` must be gone. The memory is, when the guest has dropped it too."""
+        self._closing = True
         if self._threads is not None:
             self._threads.shutdown()
-        self._file.close()
+        self.buffer.release()
+        # The system zeroes it and puts it back page by page, which nobody else's call is to wait for.
+        threading.Thread(target=self._file.close, name="release", daemon=True).start()
 
 
 class SecretMemory:

@@ -59,6 +59,7 @@ class Svm:
         ram: NormalRam,
         account: SecureAccount,
         tracer: Tracer = UNTRACED,
+        memory: SecureMemory | None = None,
     ) -> None:
         self._tracer = tracer
         self.name = name
@@ -68,7 +69,7 @@ class Svm:
         self.slots: dict[int, Slot] = {}
         self.n_pages = ram.size_bytes >> PAGE_SHIFT
         self.states = PageStates(self.n_pages)
-        self.memory = SecureMemory(name, ram.size_bytes)
+        self.memory = memory or SecureMemory(name, ram.size_bytes)
         self._account = account
         self._charged_bytes = 0
         self._sealer = PageSealer(lpid, incarnation)

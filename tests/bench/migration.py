@@ -1,7 +1,8 @@
 """`migrate_secure`, `migrate_normal` and `migrate_downtime`: VMs of 256 MiB, most of it random, between two hosts.
 
 A rate is the content of all pages that are not zero by the time from the order to the end, the launcher's work to make
-the destination's processes left out. The floor copies as many bytes through a socket to another process.
+the destination's processes, and what memory is made meanwhile, left out. The floor copies as many bytes through a
+socket to another process.
 """
 
 from __future__ import annotations

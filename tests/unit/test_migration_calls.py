@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -25,6 +26,7 @@ from services.ultravisor.migration.ledger import Decision, Entry, FileLedger, Le
 from services.ultravisor.migration.statements import Word, sign
 from services.ultravisor.migration_queries import MigrationQueries
 from services.ultravisor.page_state import PageEvent
+from services.ultravisor.secure_memory import SecureMemory
 from services.ultravisor.svm import SvmPhase
 from shared.memfd import SealedMemory
 from shared.migration_policy import POLICY_FILE
@@ -156,6 +158,66 @@ async def pair(
         yield Pair(source, destination, marks)
         marks.close()
         other.close()
+
+
+# -- before ------------------------------------------------------------------------------------------------------
+
+
+async def test_memory_for_the_pages_that_a_vm_has_is_made_before_it_arrives(
+    pair: Pair, hosts: tuple[Host, Host]
+) -> None:
+    at_source = pair.queries(pair.source, hosts[0]).queries()
+    destination = pair.destination
+    at_destination = pair.queries(destination, hosts[1]).queries()
+    destination.partition.entry = msgspec.structs.replace(destination.partition.entry, incoming=True)
+
+    pages = await at_source["migration.pages"]({"vm": "vm1"})
+    assert await at_destination["migration.expect"]({"vm": "vm1", **pages}) == {"expected": True}
+    assert await at_destination["migration.expect"]({"vm": "vm1", **pages}) == {"expected": True}, "asked twice"
+    expected, left = destination.partition._expected, pair.source.partition.svm
+    assert expected is not None
+    assert left is not None
+    with trio.fail_after(5):
+        while gfns_touched(expected) != gfns_touched(left.memory):  # noqa: ASYNC110
+            await trio.sleep(0.002)
+    await pair.move()
+
+    assert destination.partition.svm is not None
+    assert destination.partition.svm.memory is expected
+    assert bytes(destination.page(SECRET_GFN)[:6]) == b"secret"
+
+
+async def test_nothing_is_made_for_a_vm_that_does_not_arrive_or_has_no_room(
+    pair: Pair, hosts: tuple[Host, Host]
+) -> None:
+    destination = pair.destination
+    expect = pair.queries(destination, hosts[1]).queries()["migration.expect"]
+    runs = [[0, N_PAGES]]
+    assert await expect({"vm": "vm1", "runs": runs}) == {"expected": False}, "it starts here"
+
+    destination.partition.entry = msgspec.structs.replace(destination.partition.entry, incoming=True)
+    assert destination.migrations.account.charge(destination.migrations.account.free_bytes)
+    assert await expect({"vm": "vm1", "runs": runs}) == {"expected": False}, "there is no room"
+    assert destination.partition._expected is None
+
+
+async def test_what_was_made_for_a_vm_that_never_came_is_released_with_it(pair: Pair, hosts: tuple[Host, Host]) -> None:
+    partition = pair.destination.partition
+    partition.entry = msgspec.structs.replace(partition.entry, incoming=True)
+    expect = pair.queries(pair.destination, hosts[1]).queries()["migration.expect"]
+    assert await expect({"vm": "vm1", "runs": [[0, N_PAGES * 1000], [N_PAGES * 5, 3]]}) == {"expected": True}
+    assert partition._expected is not None
+    memory = partition._expected
+
+    partition.drop_expected()
+
+    assert partition._expected is None
+    with pytest.raises(ValueError, match="released"):
+        memory.buffer[0] = 1
+
+
+def gfns_touched(memory: SecureMemory) -> list[int]:
+    return [gfn for gfn, mark in enumerate(memory.touched()) if mark]
 
 
 # -- all goes well -----------------------------------------------------------------------------------------------
