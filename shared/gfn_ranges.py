@@ -23,6 +23,15 @@ def ranges_of(gfns: Iterable[int]) -> list[Range]:
     return ranges
 
 
+def runs_of(gfns: Iterable[int], longest: int) -> list[range]:
+    """As `ranges_of`, each of at most `longest`."""
+    return [
+        range(first, min(first + longest, whole.gfn + whole.n))
+        for whole in ranges_of(gfns)
+        for first in range(whole.gfn, whole.gfn + whole.n, longest)
+    ]
+
+
 def invalidations_of(gfns: Iterable[int]) -> Iterator[InvalidateBody]:
     """The MAP_INVALIDATEs that name all `gfns`, each within its limit of ranges."""
     ranges = ranges_of(gfns)

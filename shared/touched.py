@@ -10,7 +10,7 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
 
@@ -65,17 +65,6 @@ def touch(mapping: memoryview, run: range) -> None:
     # Reads all of it, without the interpreter's lock, unless it finds a 1, which untouched pages do not hold.
     start = ctypes.c_void_p(_address_of(mapping) + gpa_of(run.start))
     _libc.memchr(start, 1, ctypes.c_size_t(len(run) << PAGE_SHIFT))
-
-
-def runs_of(gfns: Sequence[int], longest: int) -> list[range]:
-    """The runs of ascending GFNs, each of at most `longest`."""
-    runs: list[range] = []
-    for gfn in gfns:
-        if runs and runs[-1].stop == gfn and len(runs[-1]) < longest:
-            runs[-1] = range(runs[-1].start, gfn + 1)
-        else:
-            runs.append(range(gfn, gfn + 1))
-    return runs
 
 
 def _address_of(mapping: memoryview) -> int:

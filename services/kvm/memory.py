@@ -10,6 +10,7 @@ import msgspec
 from protocol.errors import HostFault
 from protocol.geometry import PAGE_BYTES, PAGE_SHIFT, gpa_of
 from services.kvm.page_state import KvmState
+from shared.gfn_ranges import ranges_of
 from shared.host_view import HostState
 from shared.memfd import SealedMemory
 from shared.partition_map import ENTRY_BYTES, MapKind, PartitionMap
@@ -133,8 +134,8 @@ class VmMemory:
 
     def punch_all(self, gfns: Iterable[int]) -> None:
         """As `punch`, for ascending GFNs: a run is one system call."""
-        for first, length in _runs(gfns):
-            self.punch(first, length)
+        for run in ranges_of(gfns):
+            self.punch(run.gfn, run.n)
 
     def map_around(self, gfn: int) -> None:
         """Map `gfn` of a normal VM, and its neighbours in the same slot."""
@@ -150,16 +151,16 @@ class VmMemory:
 
     def drop_secure(self, gfns: Iterable[int]) -> None:
         """The VM is secure: these frames are hidden, punched and SECURE. Raises HostFault."""
-        for first, length in _runs(gfns):
-            for gfn in range(first, first + length):
+        for run in ranges_of(gfns):
+            for gfn in range(run.gfn, run.gfn + run.n):
                 self.set_state(gfn, KvmState.SECURE)
-            self.punch(first, length)
+            self.punch(run.gfn, run.n)
 
     def discard(self, gfns: Iterable[int]) -> None:
         """Of a normal VM, ascending: hidden, punched and DISCARDED; nobody has a translation. Raises HostFault."""
-        for first, length in _runs(gfns):
-            self.punch(first, length)
-            for gfn in range(first, first + length):
+        for run in ranges_of(gfns):
+            self.punch(run.gfn, run.n)
+            for gfn in range(run.gfn, run.gfn + run.n):
                 self.set_state(gfn, KvmState.DISCARDED)
 
     def bring_back(self, gfns: Iterable[int]) -> None:
@@ -195,13 +196,3 @@ class VmMemory:
 
 
 _BY_VALUE = list(KvmState)
-
-
-def _runs(gfns: Iterable[int]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for gfn in gfns:
-        if runs and runs[-1][0] + runs[-1][1] == gfn:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((gfn, 1))
-    return runs

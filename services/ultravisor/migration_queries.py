@@ -26,7 +26,7 @@ from services.ultravisor.migration.statements import Word, check, session_of
 from services.ultravisor.migration_calls import MigrationCalls
 from services.ultravisor.migration_host import policy_of
 from services.ultravisor.partition import Partition
-from shared.touched import runs_of
+from shared.gfn_bitmap import bitmap_of_marks, gfns_of
 
 
 class MigrationQueries:
@@ -90,22 +90,22 @@ class MigrationQueries:
             policy.check(certificate, debuggable=bool(peer["debuggable"]))
 
     async def _pages(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Which pages of secure memory the VM has touched: runs of GFNs, first and number."""
+        """Which pages of secure memory the VM has touched, as a bitmap; raises UserError when it is no secure one."""
         partition = self._named(arguments)
         if not partition.secure or partition.svm is None:
-            return {"runs": []}
-        touched = partition.svm.memory.touched()
-        runs = runs_of([gfn for gfn, mark in enumerate(touched) if mark], partition.svm.n_pages)
-        return {"runs": [[run.start, len(run)] for run in runs]}
+            raise UserError(f"{partition.name} is no secure VM")
+        return {"touched": bitmap_of_marks(bytes(partition.svm.memory.touched()))}
 
     async def _expect(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """A VM with such pages, as `migration.pages` says, will arrive here: whether memory is being made for it."""
+        """A VM with such pages, as `migration.pages` of another ultravisor says, will arrive here: whether memory is
+        being made for it. Raises UserError for a bitmap of another VM than this."""
         partition = self._named(arguments)
         if not partition.entry.incoming or self._calls.account.free_bytes < partition.ram.size_bytes:
             return {"expected": False}
-        n_pages = partition.ram.size_bytes >> PAGE_SHIFT
-        runs = (range(first, min(first + n, n_pages)) for first, n in arguments["runs"])
-        partition.expect_pages([gfn for run in runs for gfn in run])
+        n_pages, touched = partition.ram.size_bytes >> PAGE_SHIFT, arguments["touched"]
+        if not isinstance(touched, bytes) or len(touched) != (n_pages + 7) // 8:
+            raise UserError(f"no bitmap of the {n_pages} pages of {partition.name}")
+        partition.expect_pages([gfn for gfn in gfns_of(touched) if gfn < n_pages])
         return {"expected": True}
 
     # -- during and after -------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from protocol.errors import HostFault
 from protocol.geometry import PAGE_SHIFT, gpa_of
+from shared.gfn_ranges import runs_of
 from shared.memfd import SealedMemory
-from shared.touched import runs_of, touch, touched_in_file, touched_in_locked
+from shared.touched import touch, touched_in_file, touched_in_locked
 
 _SYS_MEMFD_SECRET = 447
 _CAP_IPC_LOCK = 14

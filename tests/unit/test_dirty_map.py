@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protocol import messages as m
 from protocol.codes import HCode
@@ -16,7 +18,7 @@ from protocol.errors import HostFault, PeerGone
 from services.kvm.dirty import DEVICE_MAP, GUEST_MAP, DirtyPages
 from services.runtime.link import Link
 from shared.dirty_map import DirtyMap
-from shared.gfn_ranges import invalidations_of
+from shared.gfn_ranges import invalidations_of, runs_of
 from shared.memfd import SealedMemory
 
 N_PAGES = 64
@@ -127,6 +129,14 @@ def test_an_invalidation_names_no_more_ranges_than_it_may() -> None:
 
     assert [len(body.ranges) for body in bodies] == [m.MAX_INVALIDATION_RANGES] * 2
     assert [part.gfn for body in bodies for part in body.ranges] == list(gfns)
+
+
+@given(st.lists(st.integers(0, 50)), st.integers(1, 5))
+def test_runs_are_the_same_gfns_in_order_and_none_is_too_long(gfns: list[int], longest: int) -> None:
+    runs = runs_of(gfns, longest)
+
+    assert [gfn for run in runs for gfn in run] == sorted(set(gfns))
+    assert all(1 <= len(run) <= longest for run in runs)
 
 
 # -- kvm --------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from protocol import messages as m
 from protocol import ucalls as u
 from protocol.codes import HCode, UCode
 from protocol.declare import Call
-from protocol.errors import HostFault
+from protocol.errors import HostFault, UserError
 from protocol.geometry import PAGE_BYTES, STREAM_BUFFER_BYTES
 from services.testing.image import PlayedImage
 from services.ultravisor.arrival import Arrival
@@ -28,6 +28,7 @@ from services.ultravisor.migration_queries import MigrationQueries
 from services.ultravisor.page_state import PageEvent
 from services.ultravisor.secure_memory import SecureMemory
 from services.ultravisor.svm import SvmPhase
+from shared.gfn_bitmap import bitmap_of
 from shared.memfd import SealedMemory
 from shared.migration_policy import POLICY_FILE
 from tests.unit.migration_pair import make_host
@@ -192,12 +193,12 @@ async def test_nothing_is_made_for_a_vm_that_does_not_arrive_or_has_no_room(
 ) -> None:
     destination = pair.destination
     expect = pair.queries(destination, hosts[1]).queries()["migration.expect"]
-    runs = [[0, N_PAGES]]
-    assert await expect({"vm": "vm1", "runs": runs}) == {"expected": False}, "it starts here"
+    touched = bitmap_of(range(N_PAGES), N_PAGES)
+    assert await expect({"vm": "vm1", "touched": touched}) == {"expected": False}, "it starts here"
 
     destination.partition.entry = msgspec.structs.replace(destination.partition.entry, incoming=True)
     assert destination.migrations.account.charge(destination.migrations.account.free_bytes)
-    assert await expect({"vm": "vm1", "runs": runs}) == {"expected": False}, "there is no room"
+    assert await expect({"vm": "vm1", "touched": touched}) == {"expected": False}, "there is no room"
     assert destination.partition._expected is None
 
 
@@ -205,7 +206,7 @@ async def test_what_was_made_for_a_vm_that_never_came_is_released_with_it(pair: 
     partition = pair.destination.partition
     partition.entry = msgspec.structs.replace(partition.entry, incoming=True)
     expect = pair.queries(pair.destination, hosts[1]).queries()["migration.expect"]
-    assert await expect({"vm": "vm1", "runs": [[0, N_PAGES * 1000], [N_PAGES * 5, 3]]}) == {"expected": True}
+    assert await expect({"vm": "vm1", "touched": bitmap_of([3, N_PAGES - 1], N_PAGES)}) == {"expected": True}
     assert partition._expected is not None
     memory = partition._expected
 
@@ -214,6 +215,21 @@ async def test_what_was_made_for_a_vm_that_never_came_is_released_with_it(pair: 
     assert partition._expected is None
     with pytest.raises(ValueError, match="released"):
         memory.buffer[0] = 1
+
+
+@pytest.mark.parametrize(
+    "touched", [b"", bytes(N_PAGES // 8 + 1), bytes(1 << 17), "0" * (N_PAGES // 8), [[-5, 3]], None]
+)
+async def test_s7_what_another_ultravisor_says_of_its_pages_is_checked(
+    pair: Pair, hosts: tuple[Host, Host], touched: object
+) -> None:
+    partition = pair.destination.partition
+    partition.entry = msgspec.structs.replace(partition.entry, incoming=True)
+    expect = pair.queries(pair.destination, hosts[1]).queries()["migration.expect"]
+
+    with pytest.raises(UserError, match=f"no bitmap of the {N_PAGES} pages of vm1"):
+        await expect({"vm": "vm1", "touched": touched})
+    assert partition._expected is None
 
 
 def gfns_touched(memory: SecureMemory) -> list[int]:

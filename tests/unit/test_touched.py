@@ -6,14 +6,12 @@ import os
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from protocol.errors import HostFault
 from protocol.geometry import PAGE_BYTES
 from services.ultravisor.secure_memory import SecretMemory
 from shared.memfd import SealedMemory
-from shared.touched import runs_of, touch, touched_in_file, touched_in_locked
+from shared.touched import touch, touched_in_file, touched_in_locked
 
 N_PAGES = 64
 
@@ -70,11 +68,3 @@ def test_touching_secret_pages_makes_them_and_keeps_what_they_hold() -> None:
     assert memory.buffer[5 * PAGE_BYTES + 7] == 0x5A
     assert not any(memory.buffer[2 * PAGE_BYTES : 3 * PAGE_BYTES])
     memory.close()
-
-
-@given(st.lists(st.integers(0, 50)), st.integers(1, 5))
-def test_runs_are_the_same_gfns_in_the_same_order(gfns: list[int], longest: int) -> None:
-    runs = runs_of(gfns, longest)
-
-    assert [gfn for run in runs for gfn in run] == gfns
-    assert all(1 <= len(run) <= longest for run in runs)

@@ -76,12 +76,11 @@ class BulkChannel:
     async def send(self, kind: FrameKind, *parts: bytes | memoryview) -> int:
         """Send one frame, whose payload is all `parts`; how many bytes that was. One at a time. Raises ChannelLost."""
         n_before = self.sent_bytes
-        if kind is FrameKind.RECORD:
-            await self._send_all(self._seal(header_of(kind, sum(map(len, parts))), ()))
-            for part in parts:
-                await self._send_all(memoryview(part))
-        else:
-            await self._send_all(self._seal(header_of(kind, sum(map(len, parts))), parts))
+        header = header_of(kind, sum(map(len, parts)))
+        sealed, as_it_is = ((), parts) if kind is FrameKind.RECORD else (parts, ())
+        await self._send_all(self._seal(header, sealed))
+        for part in as_it_is:
+            await self._send_all(memoryview(part))
         return self.sent_bytes - n_before
 
     async def receive(self) -> Frame:
