@@ -36,6 +36,7 @@ from deploy.restart import restart
 from deploy.restore import restore
 from deploy.snapshot import cancel_snapshot, snapshot, snapshot_info
 from deploy.status import gather_status
+from deploy.supervise import look_for_changes
 from deploy.vm_description import describe_vm
 from protocol.decoding import DECODE_ERRORS
 from protocol.errors import PefboxError, UserError
@@ -253,6 +254,8 @@ class OperatorSocket:
         if not child.is_running:
             raise UserError(f"{child.target} is {child.state.value}")
         child.kill(signal.Signals(int(arguments["signal"])))
+        # The next order may ask a process that goes on from here: SIGCHLD waits until that process has run.
+        look_for_changes(self._run)
 
     async def _stop(self, _arguments: dict[str, Any]) -> None:
         self._run.stop_requested.set()

@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,31 @@ async def test_stopped_process_is_shown_and_told_and_comes_back(fake_cluster: Ru
     await kvm.resume()
     await kvm.wait_state("running")
     await until_event(fake_cluster, "vm1/guest", "alpha/kvm running")
+
+
+async def test_process_that_goes_on_is_asked_at_once(fake_cluster: RunningCluster) -> None:
+    kvm = fake_cluster.process("alpha/kvm")
+    with kept_waiting((await kvm.row()).pid):
+        for _ in range(5):
+            await kvm.stop()
+            await kvm.wait_state("stopped")
+            await kvm.resume()
+            await kvm.query("seen")
+
+
+@contextmanager
+def kept_waiting(pid: int | None) -> Iterator[None]:
+    """The process gets its processor last: another never lets go of it."""
+    assert pid is not None
+    cpu = {min(os.sched_getaffinity(0))}
+    os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+    os.sched_setaffinity(pid, cpu)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            os.sched_setaffinity(busy.pid, cpu)
+            yield
+        finally:
+            busy.kill()
 
 
 async def test_hanging_process_is_unresponsive_within_two_seconds_and_is_not_killed(
