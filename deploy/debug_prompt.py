@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import queue
 import signal
 import socket
 import sys
 import threading
+import time
+from types import FrameType
 
 from deploy.cli_support import printable
 from deploy.client import LauncherClient
@@ -16,6 +19,8 @@ from protocol import debugging as said
 from protocol.errors import MalformedMessage
 
 _READ_BYTES = 64 * 1024
+_LOOK_SECONDS = 0.05
+"""After which who types is told once more that the stream has ended."""
 
 
 def attach(client: LauncherClient, target: str) -> None:
@@ -24,33 +29,50 @@ def attach(client: LauncherClient, target: str) -> None:
     if sys.stdin.isatty():
         # Editing of the line, for terminals of any size.
         import readline  # noqa: F401
-    _Operator(client.take_over(), place).run()
+    Operator(client.take_over(), place).run()
 
 
-class _Operator:
+class _Wanted(enum.Enum):
+    """What the main thread finds in its queue beside what the process says."""
+
+    INTERRUPT = enum.auto()
+    """Ctrl-C while nothing is typed."""
+    NOTHING = enum.auto()
+    """A signal came, whose handler runs as soon as the main thread no longer waits."""
+
+
+class Operator:
     """The main thread types and shows; another one reads the stream, whose end must be seen at the prompt too."""
 
     def __init__(self, stream: socket.socket, target: str) -> None:
         self._stream = stream
         self._target = target
-        self._said: queue.SimpleQueue[said.FromProcess | None] = queue.SimpleQueue()
+        self._said: queue.SimpleQueue[said.FromProcess | _Wanted | None] = queue.SimpleQueue()
         self._is_typing = False
         self._is_over = False
         self._left = False
 
     def run(self) -> None:
         """Until the process goes on without debugger, or is gone."""
+        signal.signal(signal.SIGINT, self._ctrl_c)
+        threading.Thread(target=self._wake, args=[_signal_bytes()], daemon=True).start()
         threading.Thread(target=self._read, daemon=True).start()
-        while True:
-            try:
-                message = self._said.get()
-                if message is None:
-                    break
-                self._take(message)
-            except KeyboardInterrupt:
-                if not self._is_over:
-                    self._send(said.Interrupt())
+        while (message := self._said.get()) is not None:
+            self._take(message)
         sys.stderr.write(f"{self._target}: the session is over\n")
+
+    def _ctrl_c(self, _number: int, _frame: FrameType | None) -> None:
+        if not self._is_typing:
+            self._said.put(_Wanted.INTERRUPT)
+            return
+        # One only: what comes while this one is on its way is not for the line that it clears.
+        self._is_typing = False
+        raise KeyboardInterrupt
+
+    def _wake(self, signals: socket.socket) -> None:
+        """A signal that comes just before the main thread waits would be heard with what comes next only."""
+        while signals.recv(1):
+            self._said.put(_Wanted.NOTHING)
 
     def _read(self) -> None:
         frames = said.Frames()
@@ -62,11 +84,14 @@ class _Operator:
             pass
         self._is_over = True
         self._said.put(None)
-        if self._is_typing:
+        while self._is_typing:
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(_LOOK_SECONDS)
 
-    def _take(self, message: said.FromProcess) -> None:
-        if isinstance(message, said.Output):
+    def _take(self, message: said.FromProcess | _Wanted) -> None:
+        if message is _Wanted.INTERRUPT:
+            self._send(said.Interrupt())
+        elif isinstance(message, said.Output):
             sys.stdout.write(printable(message.text))
             sys.stdout.flush()
         elif isinstance(message, said.Prompt) and not self._left:
@@ -75,22 +100,29 @@ class _Operator:
     def _ask(self, prompt: str) -> None:
         while not self._is_over:
             try:
-                self._is_typing = True
-                line = input(printable(prompt)) if sys.stdin.isatty() else _next_line(prompt)
+                line = self._typed(prompt)
             except KeyboardInterrupt:
                 sys.stdout.write("\n")
                 continue
             except EOFError:
                 self._leave()
                 return
-            finally:
-                self._is_typing = False
             self._send(said.Line(line[: said.MAX_TEXT_CHARS]))
             if not sys.stdin.isatty():
                 # What came from a file is shown as if it had been typed.
                 sys.stdout.write(f"{printable(line)}\n")
                 sys.stdout.flush()
             return
+
+    def _typed(self, prompt: str) -> str:
+        """One line; raises EOFError at the end of input, KeyboardInterrupt for Ctrl-C and for the end of the stream."""
+        self._is_typing = True
+        try:
+            if self._is_over:
+                raise KeyboardInterrupt
+            return input(printable(prompt)) if sys.stdin.isatty() else _next_line(prompt)
+        finally:
+            self._is_typing = False
 
     def _leave(self) -> None:
         """The process hears the end of the stream, and closes it when it goes on."""
@@ -107,6 +139,14 @@ class _Operator:
         except OSError:
             # What ended the session is told by the stream's end.
             return
+
+
+def _signal_bytes() -> socket.socket:
+    """Has a byte for each signal that arrives, also while its handler cannot run."""
+    ours, of_handler = socket.socketpair()
+    of_handler.setblocking(False)
+    signal.set_wakeup_fd(of_handler.detach(), warn_on_full_buffer=False)
+    return ours
 
 
 def _next_line(prompt: str) -> str:

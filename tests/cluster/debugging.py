@@ -58,7 +58,7 @@ class Operator:
 
     async def interrupt(self) -> None:
         """Ctrl-C."""
-        await interrupt(self.process)
+        self.process.send_signal(signal.SIGINT)
 
     async def leave(self) -> None:
         """`detach`, which ends the command."""
@@ -68,7 +68,7 @@ class Operator:
 
 
 async def interrupt(process: trio.Process) -> None:
-    """SIGINT to a command that waits: one that comes just before it waits is seen only with what comes next."""
+    """SIGINT to a command at its terminal: readline sees one that comes just before it waits only with the next key."""
     await until(lambda: process_state(process.pid) == "S", "the command waits")
     process.send_signal(signal.SIGINT)
 
