@@ -13,11 +13,14 @@ from typing import NoReturn
 
 import msgspec
 
-from deploy.child import SERVICE_MODULE
-from deploy.cluster_run import ClusterRun, LaunchOptions
-from deploy.launch import LaunchRequest, launch
-from protocol.errors import PefboxError
 from shared.process_end import leave
+from shared.quick_imports import quick_imports
+
+with quick_imports():
+    from deploy.child import SERVICE_MODULE
+    from deploy.cluster_run import ClusterRun, LaunchOptions
+    from deploy.launch import LaunchRequest, launch
+    from protocol.errors import PefboxError
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from protocol.roles import Role
-from services.kvm.service import Kvm
-from services.runtime.process import run_service
+from shared.quick_imports import quick_imports
+
+with quick_imports():
+    from protocol.roles import Role
+    from services.kvm.service import Kvm
+    from services.runtime.process import run_service
 
 if __name__ == "__main__":
     run_service(Role.KVM, Kvm, landlock_dirs=lambda config: [config.run_dir])

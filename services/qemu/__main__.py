@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from protocol.roles import Role
-from services.qemu.loader import import_loaders
-from services.qemu.service import Qemu
-from services.runtime.process import run_service
+from shared.quick_imports import quick_imports
+
+with quick_imports():
+    from protocol.roles import Role
+    from services.qemu.loader import import_loaders
+    from services.qemu.service import Qemu
+    from services.runtime.process import run_service
 
 if __name__ == "__main__":
     run_service(Role.QEMU, Qemu, landlock_dirs=lambda config: [config.run_dir], prepare=import_loaders)

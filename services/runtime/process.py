@@ -31,6 +31,7 @@ from services.runtime.tracer import FLUSH_SECONDS, Tracer
 from services.runtime.watch import Watch, WatchedEnd
 from services.runtime.zap import ZapServer
 from shared.process_end import leave
+from shared.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from services.runtime.breakpoints import Breakpoints
@@ -251,7 +252,8 @@ class _Shell:
         config = start.config
         files = dict(zip(config.descriptors, descriptors, strict=True))
         log = open_service_log(files["log"], config.target)
-        self._prepare(config)
+        with quick_imports():
+            self._prepare(config)
         if config.debuggable:
             # They take as long to import as all else here, and hardly a process needs them.
             from services.runtime.breakpoints import Breakpoints
