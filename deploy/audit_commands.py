@@ -46,7 +46,12 @@ def show_audit(state_dir: Path, vm: str | None, as_json: bool = False) -> None:
         if problem is not None:
             broken = True
             click.echo(problem, err=True)
-        found += [(host, line) for line in _lines(audit_path(state_dir, host), vm)]
+        found += [(host, line) for line in _lines(audit_path(state_dir, host))]
+    named = {line.vm for _, line in found if line.vm}
+    found = [(host, line) for host, line in found if vm is None or line.vm == vm]
+    if not found and vm is not None:
+        known = ", ".join(one_line(name) for name in sorted(named))
+        click.echo(f"nothing was noted about {vm}; the logs are about {known or 'no VM yet'}", err=True)
     for host, line in sorted(found, key=lambda pair: (pair[1].time, pair[0], pair[1].sequence)):
         click.echo(_as_json(host, line) if as_json else _as_text(host, line))
     if broken:
@@ -91,10 +96,10 @@ def audit(vm: str | None, state_dir: Path, as_json: bool) -> None:
     show_audit(state_dir, vm, as_json)
 
 
-def _lines(path: Path, vm: str | None) -> list[AuditLine]:
+def _lines(path: Path) -> list[AuditLine]:
     try:
         with path.open("rb") as log:
-            return [line for line in read_lines(log) if vm is None or line.vm == vm]
+            return list(read_lines(log))
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
 

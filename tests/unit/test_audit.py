@@ -309,6 +309,18 @@ def test_the_command_shows_the_lines_of_a_vm_from_all_hosts(tmp_path: Path) -> N
     assert [json.loads(line)["host"] for line in every.stdout.splitlines()] == ["beta", "beta", "alpha", "alpha"]
 
 
+def test_of_a_vm_about_which_nothing_was_noted_the_command_says_so(reopen: Opener, tmp_path: Path) -> None:
+    log = reopen()
+    before = CliRunner().invoke(audit, ["vm9", "--state", str(tmp_path)])
+    log.write("vm2", "esm", {})
+    log.write("vm1", "esm", {})
+    after = CliRunner().invoke(audit, ["vm9", "--state", str(tmp_path)])
+
+    assert before.stderr == "nothing was noted about vm9; the logs are about no VM yet\n"
+    assert after.stderr == "nothing was noted about vm9; the logs are about vm1, vm2\n"
+    assert (after.stdout, after.exit_code) == ("", 0)
+
+
 def test_the_command_tells_of_a_changed_log_and_still_shows_it(reopen: Opener, tmp_path: Path) -> None:
     log = reopen()
     log.write("vm1", "share", {"gfn": 1})

@@ -41,6 +41,8 @@ def refused(data: bytes | None, tmp_path: Path, *words: str) -> Result:
         (elf_file(), ("--append", "\udcff", "--secure"), "--append: must have printable ASCII characters only"),
         (elf_file(), ("--append", "x" * 2049), "--append: has 2049 characters; allowed: up to 2048"),
         (elf_file(), ("--initrd", "disk-\udcff"), "disk-?: is no UTF-8 text"),
+        (elf_file(), ("--initrd", "/no/disk"), "pefbox: /no/disk: No such file or directory"),
+        (elf_file(), ("--initrd", "/"), "pefbox: /: Is a directory"),
         (SMALL_PAGES, ("--secure",), "no CONFIG_PPC_64K_PAGES: it counts pages of 4 KiB"),
     ],
 )
