@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from deploy.cli_support import cluster_option, json_option, printable, state_dir_of, state_option
+from deploy.cli_support import cluster_option, json_option, printable, state_dir_of, state_option, tell_down
 from deploy.cli_trace import tell_unreadable
 from deploy.cli_vm import host_of
 from deploy.client import connect
@@ -45,8 +45,9 @@ def logs(target: str, follow: bool, cluster: str | None, state_dir: Path | None,
     show()
     for path in files:
         _show_stderr(path.with_suffix(".stderr"))
-    if follow:
-        _repeat(show)
+    while follow:
+        time.sleep(_POLL_SECONDS)
+        show()
 
 
 def _show_stderr(path: Path) -> None:
@@ -74,7 +75,10 @@ def calls(vm: str, follow: bool, cluster: str | None, state_dir: Path | None, as
             tail = Tail(trace)
             for target in targets:
                 begin(client, target)
-            _repeat(lambda: _show_calls(tail.settled(time.monotonic_ns()), vm, trace, as_json=as_json))
+            while not client.is_gone_within(_POLL_SECONDS):
+                _show_calls(tail.settled(time.monotonic_ns()), vm, trace, as_json=as_json)
+            tell_down(client.run_dir.name)
+            return
         flush(client)
         if not any(paths.trace_file(target).stat().st_size for target in targets):
             raise UserError("nothing was recorded: start with `up --record`, or see live calls with -f")
@@ -102,9 +106,3 @@ def _line(row: dict[str, Any]) -> str:
     took = f"  {row['took_us']:.0f} us" if "took_us" in row else ""
     cause = f"  cause {row['cause']:#x}" if row["cause"] else ""
     return f"{row['t_ns'] / 1e9:.6f} {row['link']:<26} {arrow} {row['text']}{took}{cause}"
-
-
-def _repeat(show: Callable[[], None]) -> None:
-    while True:
-        show()
-        time.sleep(_POLL_SECONDS)

@@ -113,3 +113,8 @@ def parse_number(text: str) -> int:
     if not 0 <= number < 1 << 64:
         raise UserError(f"{text} is no address: it has more than 64 bits")
     return number
+
+
+def tell_down(cluster: str) -> None:
+    """To who followed it."""
+    click.echo(f'pefbox: cluster "{cluster}" is down', err=True)

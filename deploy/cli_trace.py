@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from deploy.cli_support import NumberRange, cluster_option, json_option, state_dir_of, state_option
-from deploy.client import connect
+from deploy.cli_support import NumberRange, cluster_option, json_option, state_dir_of, state_option, tell_down
+from deploy.client import LauncherClient, connect
 from deploy.run_dirs import Paths, choose_cluster, runtime_root
 from deploy.trace.filters import Filter, check_names, make_filter
 from protocol.errors import UserError
@@ -78,8 +77,10 @@ def record(directory: Path, seconds: float | None, process: str | None, cluster:
         _tell_silent(begun["silent"])
         how_long = "Ctrl-C ends it" if seconds is None else f"{seconds:g} s"
         click.echo(f"recording {len(begun['targets'])} processes: {how_long}", err=True)
-        _wait(seconds)
-        flush(client)
+        if _goes_on(client, seconds):
+            flush(client)
+        else:
+            tell_down(client.run_dir.name)
         copies = window.copy_to(directory, files_of(trace_dir, process))
     n_bytes = sum(copy.stat().st_size for copy in copies)
     click.echo(f"{directory}: {n_bytes} bytes of {len(copies)} processes")
@@ -90,15 +91,12 @@ def _tell_silent(targets: list[str]) -> None:
         click.echo(f"pefbox: {target} does not answer: it records when it does", err=True)
 
 
-def _wait(seconds: float | None) -> None:
-    """Ctrl-C ends it, and the recording is kept."""
+def _goes_on(client: LauncherClient, seconds: float | None) -> bool:
+    """Whether the cluster still runs at the end of `seconds`, or at Ctrl-C: then the recording is kept, too."""
     try:
-        if seconds is not None:
-            time.sleep(seconds)
-        else:
-            signal.pause()
+        return not client.is_gone_within(seconds)
     except KeyboardInterrupt:
-        return
+        return True
 
 
 @trace.command("show")
@@ -147,7 +145,7 @@ def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
         tail = Tail(trace)
         begun = begin(client, filter_.process)
         _tell_silent(begun["silent"])
-        while True:
+        while not client.is_gone_within(POLL_SECONDS):
             trace.add(files_of(trace_dir, filter_.process))
             events = iter(tail.settled(time.monotonic_ns()))
             for event in each_message_once(events, filter_):
@@ -155,7 +153,7 @@ def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
                     _print(event, as_json=as_json)
             sys.stdout.flush()
             tell_unreadable(trace.newly_unreadable())
-            time.sleep(POLL_SECONDS)
+        tell_down(client.run_dir.name)
 
 
 def _targets(status: dict[str, Any]) -> list[str]:

@@ -86,6 +86,16 @@ class LauncherClient:
         order = {"target": target, "query": query, "arguments": arguments, "seconds": seconds}
         return self.call("query", order, seconds + _CALL_SECONDS)
 
+    def is_gone_within(self, seconds: float | None) -> bool:
+        """Whether the launcher ends the connection in that time, None for any: its cluster is down then."""
+        self._socket.settimeout(seconds)
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except (TimeoutError, BlockingIOError):
+            return False
+        except OSError:
+            return True
+
     def take_over(self) -> socket.socket:
         """The connection itself, after an order that turned it into a stream; the caller owns it."""
         self._socket.settimeout(None)

@@ -273,3 +273,43 @@ async def test_a_migration_is_one_cause_on_both_hosts(tmp_path: Path) -> None:
         "beta/ultravisor SVM_LOAD",
         "beta/ultravisor SVM_THAW",
     }
+
+
+async def test_who_follows_a_cluster_hears_when_it_is_down(minimal_cluster: RunningCluster, tmp_path: Path) -> None:
+    recorder = await begin_recording(tmp_path / "recorded")
+    following = [await begin_following(minimal_cluster, *words) for words in (("calls", "vm1"), ("trace", "show"))]
+    with trio.fail_after(30):
+        assert await minimal_cluster.down() == 0
+        for process in (recorder, *following):
+            assert await last_words(process) == f'pefbox: cluster "{minimal_cluster.name}" is down\n'
+
+    assert Survey(trace_files(tmp_path / "recorded")).began.keys() == PROCESSES
+
+
+async def begin_following(running: RunningCluster, *words: str) -> trio.Process:
+    """`pefbox WORDS -f`, as soon as it shows something."""
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-m", "deploy.cli", *words, "-f"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    with trio.fail_after(30):
+        while True:
+            await running.vm("vm1").console_command("pages")
+            with trio.move_on_after(0.5):
+                assert await process.stdout.receive_some()
+                return process
+
+
+async def last_words(process: trio.Process) -> str:
+    """What it says on standard error, having read all that it shows, when it ends in good order."""
+    async with trio.open_nursery() as nursery:
+        if process.stdout is not None:
+            nursery.start_soon(read_all, process.stdout)
+        assert process.stderr is not None
+        said = await read_all(process.stderr)
+    assert await process.wait() == 0
+    return said
+
+
+async def read_all(stream: trio.abc.ReceiveStream) -> str:
+    return b"".join([piece async for piece in stream]).decode()
