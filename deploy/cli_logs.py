@@ -58,7 +58,7 @@ def _show_stderr(path: Path) -> None:
 
 @click.command("calls")
 @click.argument("vm")
-@click.option("-f", "--follow", is_flag=True, help="Show calls as they happen, until Ctrl-C.")
+@click.option("-f", "--follow", is_flag=True, help="Show calls as they happen, until Ctrl-C or the end of the cluster.")
 @cluster_option
 @state_option
 @json_option
@@ -77,6 +77,7 @@ def calls(vm: str, follow: bool, cluster: str | None, state_dir: Path | None, as
                 begin(client, target)
             while not client.is_gone_within(_POLL_SECONDS):
                 _show_calls(tail.settled(time.monotonic_ns()), vm, trace, as_json=as_json)
+            _show_calls(tail.rest(), vm, trace, as_json=as_json)
             tell_down(client.run_dir.name)
             return
         flush(client)

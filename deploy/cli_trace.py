@@ -58,7 +58,11 @@ def trace() -> None:
 
 @trace.command("record")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--seconds", type=NumberRange(min=0.0), help="Record for so long; default: until Ctrl-C.")
+@click.option(
+    "--seconds",
+    type=NumberRange(min=0.0, max=1_000_000.0),
+    help="Record for so long; default: until Ctrl-C, or until the cluster is down.",
+)
 @click.option("--process", metavar="NAME", help="Only this process, or those of a host or VM.")
 @cluster_option
 def record(directory: Path, seconds: float | None, process: str | None, cluster: str | None) -> None:
@@ -76,8 +80,7 @@ def record(directory: Path, seconds: float | None, process: str | None, cluster:
         window.take_whole([*begun["before"], *begun["silent"]])
         _tell_silent(begun["silent"])
         how_long = "Ctrl-C ends it" if seconds is None else f"{seconds:g} s"
-        click.echo(f"recording {len(begun['targets'])} processes: {how_long}", err=True)
-        if _goes_on(client, seconds):
+        if _goes_on(client, seconds, f"recording {len(begun['targets'])} processes: {how_long}"):
             flush(client)
         else:
             tell_down(client.run_dir.name)
@@ -91,9 +94,11 @@ def _tell_silent(targets: list[str]) -> None:
         click.echo(f"pefbox: {target} does not answer: it records when it does", err=True)
 
 
-def _goes_on(client: LauncherClient, seconds: float | None) -> bool:
-    """Whether the cluster still runs at the end of `seconds`, or at Ctrl-C: then the recording is kept, too."""
+def _goes_on(client: LauncherClient, seconds: float | None, line: str) -> bool:
+    """Whether the cluster still runs at the end of `seconds`, or at Ctrl-C, which may come as soon as `line` is shown:
+    then the recording is kept, too."""
     try:
+        click.echo(line, err=True)
         return not client.is_gone_within(seconds)
     except KeyboardInterrupt:
         return True
@@ -101,7 +106,9 @@ def _goes_on(client: LauncherClient, seconds: float | None) -> bool:
 
 @trace.command("show")
 @_trace_argument
-@click.option("-f", "--follow", is_flag=True, help="Go on with what happens from now on, until Ctrl-C.")
+@click.option(
+    "-f", "--follow", is_flag=True, help="Go on with what happens from now on, until Ctrl-C or the end of the cluster."
+)
 @_filter_options
 @cluster_option
 @state_option
@@ -145,14 +152,18 @@ def _follow(cluster: str | None, filter_: Filter, *, as_json: bool) -> None:
         tail = Tail(trace)
         begun = begin(client, filter_.process)
         _tell_silent(begun["silent"])
-        while not client.is_gone_within(POLL_SECONDS):
-            trace.add(files_of(trace_dir, filter_.process))
-            events = iter(tail.settled(time.monotonic_ns()))
-            for event in each_message_once(events, filter_):
+
+        def print_all(events: list[Event]) -> None:
+            for event in each_message_once(iter(events), filter_):
                 if filter_.passes(event):
                     _print(event, as_json=as_json)
             sys.stdout.flush()
             tell_unreadable(trace.newly_unreadable())
+
+        while not client.is_gone_within(POLL_SECONDS):
+            trace.add(files_of(trace_dir, filter_.process))
+            print_all(tail.settled(time.monotonic_ns()))
+        print_all(tail.rest())
         tell_down(client.run_dir.name)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import os
 import queue
 import signal
@@ -32,22 +31,21 @@ def attach(client: LauncherClient, target: str) -> None:
     Operator(client.take_over(), place).run()
 
 
-class _Wanted(enum.Enum):
-    """What the main thread finds in its queue beside what the process says."""
-
-    INTERRUPT = enum.auto()
-    """Ctrl-C while nothing is typed."""
-    NOTHING = enum.auto()
-    """A signal came, whose handler runs as soon as the main thread no longer waits."""
+_SIGNAL_CAME = said.Output("")
+"""Nothing to show: it ends the wait of the main thread, so that the handler of the signal runs."""
 
 
 class Operator:
-    """The main thread types and shows; another one reads the stream, whose end must be seen at the prompt too."""
+    """The main thread types and shows. One thread reads the stream, whose end must be seen at the prompt too; another
+    one sends each Ctrl-C at once, also while the main thread shows what came before.
+    """
 
     def __init__(self, stream: socket.socket, target: str) -> None:
         self._stream = stream
         self._target = target
-        self._said: queue.SimpleQueue[said.FromProcess | _Wanted | None] = queue.SimpleQueue()
+        self._said: queue.SimpleQueue[said.FromProcess | None] = queue.SimpleQueue()
+        self._interrupts: queue.SimpleQueue[said.Interrupt] = queue.SimpleQueue()
+        self._sending = threading.Lock()
         self._is_typing = False
         self._is_over = False
         self._left = False
@@ -56,23 +54,28 @@ class Operator:
         """Until the process goes on without debugger, or is gone."""
         signal.signal(signal.SIGINT, self._ctrl_c)
         threading.Thread(target=self._wake, args=[_signal_bytes()], daemon=True).start()
-        threading.Thread(target=self._read, daemon=True).start()
+        for work in (self._send_interrupts, self._read):
+            threading.Thread(target=work, daemon=True).start()
         while (message := self._said.get()) is not None:
             self._take(message)
         sys.stderr.write(f"{self._target}: the session is over\n")
 
     def _ctrl_c(self, _number: int, _frame: FrameType | None) -> None:
         if not self._is_typing:
-            self._said.put(_Wanted.INTERRUPT)
+            self._interrupts.put(said.Interrupt())
             return
-        # One only: what comes while this one is on its way is not for the line that it clears.
+        # One only: the line is cleared by it, and the process is held whatever comes until the next one is typed.
         self._is_typing = False
         raise KeyboardInterrupt
 
     def _wake(self, signals: socket.socket) -> None:
         """A signal that comes just before the main thread waits would be heard with what comes next only."""
         while signals.recv(1):
-            self._said.put(_Wanted.NOTHING)
+            self._said.put(_SIGNAL_CAME)
+
+    def _send_interrupts(self) -> None:
+        while True:
+            self._send(self._interrupts.get())
 
     def _read(self) -> None:
         frames = said.Frames()
@@ -88,10 +91,8 @@ class Operator:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(_LOOK_SECONDS)
 
-    def _take(self, message: said.FromProcess | _Wanted) -> None:
-        if message is _Wanted.INTERRUPT:
-            self._send(said.Interrupt())
-        elif isinstance(message, said.Output):
+    def _take(self, message: said.FromProcess) -> None:
+        if isinstance(message, said.Output):
             sys.stdout.write(printable(message.text))
             sys.stdout.flush()
         elif isinstance(message, said.Prompt) and not self._left:
@@ -135,7 +136,8 @@ class Operator:
 
     def _send(self, message: said.ToProcess) -> None:
         try:
-            self._stream.sendall(said.frame(message))
+            with self._sending:
+                self._stream.sendall(said.frame(message))
         except OSError:
             # What ended the session is told by the stream's end.
             return

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import msgspec
 
+from deploy.launch_outcome import Outcome
 from shared.process_end import leave
 from shared.quick_imports import quick_imports
 
@@ -21,13 +22,6 @@ with quick_imports():
     from deploy.cluster_run import ClusterRun, LaunchOptions
     from deploy.launch import LaunchRequest, launch
     from protocol.errors import PefboxError
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """What the launcher says once: the cluster's name when it is up, else the one line that says why not."""
-
-    cluster: str | None = None
-    error: str | None = None
 
 
 def main() -> NoReturn:

@@ -39,7 +39,9 @@ def data_ranges(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
                 return
             raise
         at = min(os.lseek(fd, start, os.SEEK_HOLE), size_bytes)
-        yield start, at - start
+        # What was punched between both looks is data no more.
+        if at > start:
+            yield start, at - start
 
 
 def touched_in_locked(mapping: memoryview) -> bytearray:
@@ -62,9 +64,10 @@ def touch(mapping: memoryview, run: range) -> None:
     What they hold stays. The kernel makes each of their small pages alone, and much of that is waiting: several threads
     are as many times as fast.
     """
-    # Reads all of it, without the interpreter's lock, unless it finds a 1, which untouched pages do not hold.
-    start = ctypes.c_void_p(_address_of(mapping) + gpa_of(run.start))
-    _libc.memchr(start, 1, ctypes.c_size_t(len(run) << PAGE_SHIFT))
+    address = _address_of(mapping)
+    for gfn in run:
+        # Reads all of the page, without the interpreter's lock, unless it finds a 1, which no untouched one holds.
+        _libc.memchr(ctypes.c_void_p(address + gpa_of(gfn)), 1, ctypes.c_size_t(PAGE_BYTES))
 
 
 def _address_of(mapping: memoryview) -> int:

@@ -60,6 +60,9 @@ class Trace:
         return untold
 
 
+_NEVER_NS = 1 << 63
+
+
 class Tail:
     """The events of files that grow, in order: one is kept back until no process can have an earlier one to write."""
 
@@ -77,6 +80,10 @@ class Tail:
         for event in events[:n]:
             self._pairing.take(event)
         return list(self._pairing.settled(now_ns - self._age_ns - WINDOW_NS))
+
+    def rest(self) -> list[Event]:
+        """All that is left, once no process writes any more."""
+        return self.settled(_NEVER_NS)
 
 
 class Survey:

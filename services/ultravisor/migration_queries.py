@@ -20,6 +20,7 @@ from services.ultravisor.migration.certificates import HostCertificate
 from services.ultravisor.migration.exporter import ExportPhase
 from services.ultravisor.migration.handshake import VERSION, Host
 from services.ultravisor.migration.ledger import Decision, Entry, FileLedger
+from services.ultravisor.migration.payloads import MAX_FINAL_PAGES
 from services.ultravisor.migration.recovery import word_of_destination, word_of_source
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
 from services.ultravisor.migration.statements import Word, check, session_of
@@ -94,6 +95,8 @@ class MigrationQueries:
         partition = self._named(arguments)
         if not partition.secure or partition.svm is None:
             raise UserError(f"{partition.name} is no secure VM")
+        if partition.svm.n_pages > MAX_FINAL_PAGES:
+            raise UserError(f"{partition.name} has {partition.svm.n_pages} pages; at most {MAX_FINAL_PAGES} move")
         return {"touched": bitmap_of_marks(bytes(partition.svm.memory.touched()))}
 
     async def _expect(self, arguments: dict[str, Any]) -> dict[str, Any]:

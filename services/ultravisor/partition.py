@@ -114,7 +114,7 @@ class Partition:
 
     def expect_pages(self, gfns: Sequence[int]) -> None:
         """A secure VM that has these pages will arrive here: have them made meanwhile. Raises HostFault."""
-        if self._expected is None and self.svm is None:
+        if self._expected is None and self.svm is None and self.migration is None:
             self._expected = SecureMemory(self.name, self.ram.size_bytes)
             self._expected.touch_ahead(gfns)
 

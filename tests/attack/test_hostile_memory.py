@@ -21,7 +21,7 @@ import trio
 from deploy.api import RunningCluster
 from deploy.child import child_environment
 from deploy.client import DetachedStart
-from deploy.launcher_main import Outcome
+from deploy.launch_outcome import Outcome
 from deploy.memory_segments import SHM_DIR
 from deploy.run_dirs import Paths, runtime_root
 from protocol.errors import UserError

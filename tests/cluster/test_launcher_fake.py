@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -158,12 +159,14 @@ async def test_stopped_process_is_shown_and_told_and_comes_back(fake_cluster: Ru
 
 async def test_process_that_goes_on_is_asked_at_once(fake_cluster: RunningCluster) -> None:
     kvm = fake_cluster.process("alpha/kvm")
-    with kept_waiting((await kvm.row()).pid):
-        for _ in range(5):
-            await kvm.stop()
-            await kvm.wait_state("stopped")
-            await kvm.resume()
-            await kvm.query("seen")
+    for _ in range(5):
+        await kvm.stop()
+        await kvm.wait_state("stopped")
+        async with trio.open_nursery() as nursery:
+            with kept_waiting((await kvm.row()).pid):
+                await kvm.resume()
+                nursery.start_soon(functools.partial(kvm.query, "seen", seconds=10.0))
+                await trio.sleep(0.1)
 
 
 @contextmanager

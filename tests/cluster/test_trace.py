@@ -279,9 +279,12 @@ async def test_who_follows_a_cluster_hears_when_it_is_down(minimal_cluster: Runn
     recorder = await begin_recording(tmp_path / "recorded")
     following = [await begin_following(minimal_cluster, *words) for words in (("calls", "vm1"), ("trace", "show"))]
     with trio.fail_after(30):
+        await minimal_cluster.vm("vm1").console_command("last")
         assert await minimal_cluster.down() == 0
         for process in (recorder, *following):
-            assert await last_words(process) == f'pefbox: cluster "{minimal_cluster.name}" is down\n'
+            shown, said = await last_words(process)
+            assert said == f'pefbox: cluster "{minimal_cluster.name}" is down\n'
+            assert process is recorder or f"char0_7=0x{b'last'.hex()}" in shown
 
     assert Survey(trace_files(tmp_path / "recorded")).began.keys() == PROCESSES
 
@@ -300,16 +303,17 @@ async def begin_following(running: RunningCluster, *words: str) -> trio.Process:
                 return process
 
 
-async def last_words(process: trio.Process) -> str:
-    """What it says on standard error, having read all that it shows, when it ends in good order."""
+async def last_words(process: trio.Process) -> tuple[str, str]:
+    """What it still shows, and what it says on standard error, when it ends in good order."""
+    shown, said = bytearray(), bytearray()
+
+    async def read_all(stream: trio.abc.ReceiveStream, text: bytearray) -> None:
+        async for piece in stream:
+            text += piece
+
     async with trio.open_nursery() as nursery:
-        if process.stdout is not None:
-            nursery.start_soon(read_all, process.stdout)
-        assert process.stderr is not None
-        said = await read_all(process.stderr)
+        for stream, text in ((process.stdout, shown), (process.stderr, said)):
+            if stream is not None:
+                nursery.start_soon(read_all, stream, text)
     assert await process.wait() == 0
-    return said
-
-
-async def read_all(stream: trio.abc.ReceiveStream) -> str:
-    return b"".join([piece async for piece in stream]).decode()
+    return shown.decode(), said.decode()

@@ -51,14 +51,14 @@ class Debuggee:
 
 
 @contextmanager
-def debuggee() -> Iterator[Debuggee]:
+def debuggee(stdout: int = subprocess.DEVNULL) -> Iterator[Debuggee]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         command = subprocess.Popen(
             [sys.executable, "-c", _COMMAND, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=stdout,
             stderr=subprocess.PIPE,
         )
         with command:
@@ -79,6 +79,26 @@ def test_ctrl_c_right_after_a_line_is_heard_though_nothing_else_is_said() -> Non
             time.sleep(choice.choice((0, choice.random() * 0.001)))
             process.ctrl_c()
             assert process.hear() == said.Interrupt()
+
+
+def test_ctrl_c_is_heard_while_nobody_reads_what_is_shown() -> None:
+    with debuggee(stdout=subprocess.PIPE) as process:
+        for _ in range(64):
+            process.say(said.Output("much to show\n" * 1000))
+        time.sleep(0.3)
+        process.ctrl_c()
+        assert process.hear() == said.Interrupt()
+
+
+def test_ctrl_c_comes_before_what_is_typed_after_it() -> None:
+    with debuggee() as process:
+        for _ in range(64):
+            process.say(said.Output("much to show\n" * 1000))
+        process.ctrl_c()
+        process.say(said.Prompt("(alpha/kvm) "))
+        process.type("continue")
+        assert process.hear() == said.Interrupt()
+        assert process.hear() == said.Line("continue")
 
 
 def test_a_hail_of_ctrl_c_does_not_end_the_command() -> None:

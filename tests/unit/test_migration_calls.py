@@ -19,6 +19,7 @@ from protocol.declare import Call
 from protocol.errors import HostFault, UserError
 from protocol.geometry import PAGE_BYTES, STREAM_BUFFER_BYTES
 from services.testing.image import PlayedImage
+from services.ultravisor import migration_queries
 from services.ultravisor.arrival import Arrival
 from services.ultravisor.departure import Departure
 from services.ultravisor.migration.handshake import Host
@@ -200,6 +201,29 @@ async def test_nothing_is_made_for_a_vm_that_does_not_arrive_or_has_no_room(
     assert destination.migrations.account.charge(destination.migrations.account.free_bytes)
     assert await expect({"vm": "vm1", "touched": touched}) == {"expected": False}, "there is no room"
     assert destination.partition._expected is None
+
+
+async def test_nothing_more_is_made_for_a_vm_that_is_arriving(pair: Pair, hosts: tuple[Host, Host]) -> None:
+    """Its ultravisor was held up, and hears late what it is to expect."""
+    destination = pair.destination
+    expect = pair.queries(destination, hosts[1]).queries()["migration.expect"]
+    destination.partition.entry = msgspec.structs.replace(destination.partition.entry, incoming=True)
+    await pair.shake_hands()
+
+    await expect({"vm": "vm1", "touched": bitmap_of([3], N_PAGES)})
+
+    assert destination.partition.migration is not None
+    assert destination.partition._expected is None
+
+
+async def test_of_a_vm_that_is_too_large_to_move_no_bitmap_is_made(
+    pair: Pair, hosts: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migration_queries, "MAX_FINAL_PAGES", N_PAGES - 1)
+    pages = pair.queries(pair.source, hosts[0]).queries()["migration.pages"]
+
+    with pytest.raises(UserError, match=f"vm1 has {N_PAGES} pages; at most {N_PAGES - 1} move"):
+        await pages({"vm": "vm1"})
 
 
 async def test_what_was_made_for_a_vm_that_never_came_is_released_with_it(pair: Pair, hosts: tuple[Host, Host]) -> None:

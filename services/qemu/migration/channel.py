@@ -2,7 +2,7 @@
 
 A chunk is a length (little-endian u32) and a frame under AES-256-GCM; the nonce is the chunk's number in its
 direction, the associated data the length. The keys of both directions are derived from one that went over the CURVE
-control link, so whoever sits on the socket can cut it, and nothing else.
+control link, so whoever sits on the socket can end it, and nothing else.
 
 Of a record of an ultravisor the chunk has the header only, and the record follows as it is: its ultravisor has sealed
 it for the other one, who refuses it when a bit of it is another on the way. To seal it once more would cost as much.
@@ -71,7 +71,7 @@ class BulkChannel:
         self._received_frame = memoryview(bytearray(HEADER.size + MAX_PAYLOAD_BYTES))
         self._received_chunk = memoryview(bytearray(_MAX_CHUNK_BYTES))
         self.sent_bytes = 0
-        """All that went out, sealed."""
+        """All that went out."""
 
     async def send(self, kind: FrameKind, *parts: bytes | memoryview) -> int:
         """Send one frame, whose payload is all `parts`; how many bytes that was. One at a time. Raises ChannelLost."""
