@@ -44,7 +44,8 @@ class Operator:
         self._stream = stream
         self._target = target
         self._said: queue.SimpleQueue[said.FromProcess | None] = queue.SimpleQueue()
-        self._interrupts: queue.SimpleQueue[said.Interrupt] = queue.SimpleQueue()
+        self._interrupts: queue.SimpleQueue[said.ToProcess] = queue.SimpleQueue()
+        self._rung: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self._is_typing = False
         self._is_over = False
@@ -63,6 +64,7 @@ class Operator:
     def _ctrl_c(self, _number: int, _frame: FrameType | None) -> None:
         if not self._is_typing:
             self._interrupts.put(said.Interrupt())
+            self._rung.put(None)
             return
         # One only: the line is cleared by it, and the process is held whatever comes until the next one is typed.
         self._is_typing = False
@@ -75,7 +77,8 @@ class Operator:
 
     def _send_interrupts(self) -> None:
         while True:
-            self._send(self._interrupts.get())
+            self._rung.get()
+            self._send()
 
     def _read(self) -> None:
         frames = said.Frames()
@@ -134,10 +137,14 @@ class Operator:
         except OSError:
             return
 
-    def _send(self, message: said.ToProcess) -> None:
+    def _send(self, *messages: said.ToProcess) -> None:
+        """Each Ctrl-C of before, then `messages`: it must not break off what was typed after it."""
         try:
             with self._sending:
-                self._stream.sendall(said.frame(message))
+                while not self._interrupts.empty():
+                    self._stream.sendall(said.frame(self._interrupts.get()))
+                for message in messages:
+                    self._stream.sendall(said.frame(message))
         except OSError:
             # What ended the session is told by the stream's end.
             return

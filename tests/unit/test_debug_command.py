@@ -64,7 +64,11 @@ def debuggee(stdout: int = subprocess.DEVNULL) -> Iterator[Debuggee]:
         with command:
             theirs.close()
             try:
-                yield Debuggee(ours, command)
+                process = Debuggee(ours, command)
+                process.say(said.Prompt("(alpha/kvm) "))
+                process.type("it runs")
+                assert process.hear() == said.Line("it runs")
+                yield process
             finally:
                 command.kill()
 
@@ -85,7 +89,6 @@ def test_ctrl_c_is_heard_while_nobody_reads_what_is_shown() -> None:
     with debuggee(stdout=subprocess.PIPE) as process:
         for _ in range(64):
             process.say(said.Output("much to show\n" * 1000))
-        time.sleep(0.3)
         process.ctrl_c()
         assert process.hear() == said.Interrupt()
 
