@@ -38,14 +38,6 @@ def read_file(path: Path) -> bytes:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def check_readable(path: Path) -> None:
-    """Raises UserError for a user's file that cannot be read."""
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
 def read_program_file(path: Path) -> Program:
     """The program in the file; raises UserError with the one line that says what is wrong with it."""
     try:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from deploy.trace.reader import TraceUnreadable
 
 POLL_SECONDS = 0.1
+_LONGEST_SECONDS = 1_000_000.0
+"""Of one wait on a socket, which takes not much more."""
 _trace_argument = click.argument("trace", required=False, type=click.Path(path_type=Path))
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -60,7 +62,7 @@ def trace() -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
     "--seconds",
-    type=NumberRange(min=0.0, max=1_000_000.0),
+    type=NumberRange(min=0.0, max=_LONGEST_SECONDS),
     help="Record for so long; default: until Ctrl-C, or until the cluster is down.",
 )
 @click.option("--process", metavar="NAME", help="Only this process, or those of a host or VM.")

@@ -20,6 +20,8 @@ from protocol.errors import MalformedMessage
 _READ_BYTES = 64 * 1024
 _LOOK_SECONDS = 0.05
 """After which who types is told once more that the stream has ended."""
+_SIGNAL_CAME = said.Output("")
+"""Nothing to show: it ends the wait of the main thread, so that the handler of the signal runs."""
 
 
 def attach(client: LauncherClient, target: str) -> None:
@@ -29,10 +31,6 @@ def attach(client: LauncherClient, target: str) -> None:
         # Editing of the line, for terminals of any size.
         import readline  # noqa: F401
     Operator(client.take_over(), place).run()
-
-
-_SIGNAL_CAME = said.Output("")
-"""Nothing to show: it ends the wait of the main thread, so that the handler of the signal runs."""
 
 
 class Operator:

@@ -12,7 +12,8 @@ import msgspec
 import trio
 
 from deploy.api import RunningCluster, cluster
-from deploy.boot_parts import BootParts, check_readable, parts_blob, read_program_file
+from deploy.boot_parts import BootParts, parts_blob, read_program_file
+from deploy.files import told_by_line
 from deploy.trace.counts import count_calls
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES
@@ -88,7 +89,8 @@ def run_program(order: RunOrder, out: Out) -> RunReport:
     program = check_program(order.program, order.memory_bytes)
     _check_texts(order)
     if order.initrd is not None:
-        check_readable(order.initrd)
+        with told_by_line():
+            order.initrd.open("rb").close()
     with tempfile.TemporaryDirectory(prefix="pefbox-run-") as directory:
         state_dir = Path(directory)
         blob = program_blob(program, order, state_dir) if order.secure else None

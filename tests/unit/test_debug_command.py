@@ -89,6 +89,8 @@ def test_ctrl_c_is_heard_while_nobody_reads_what_is_shown() -> None:
     with debuggee(stdout=subprocess.PIPE) as process:
         for _ in range(64):
             process.say(said.Output("much to show\n" * 1000))
+        # Until it waits for a reader: Python lets a signal that comes just before a write wait for the write's end.
+        time.sleep(0.5)
         process.ctrl_c()
         assert process.hear() == said.Interrupt()
 
