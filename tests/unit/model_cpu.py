@@ -25,7 +25,12 @@ class StillClock:
 
 def make_cpu() -> Cpu:
     """A processor with RAM_BYTES of memory."""
-    n_pages = RAM_BYTES >> PAGE_SHIFT
+    return cpu_over(bytearray(RAM_BYTES))
+
+
+def cpu_over(ram: bytearray) -> Cpu:
+    """A processor with `ram`, whole pages, which a device may share."""
+    n_pages = len(ram) >> PAGE_SHIFT
     entries = PartitionMap(memoryview(bytearray(n_pages * ENTRY_BYTES)))
     for gfn in range(n_pages):
         entries.set(gfn, MapKind.NORMAL, gfn)
@@ -33,6 +38,6 @@ def make_cpu() -> Cpu:
     def fault(gfn: int, access: Access) -> None:
         raise GuestFault(f"{gfn:#x} {access}")
 
-    memory = AddressSpace(memoryview(bytearray(RAM_BYTES)), memoryview(bytearray(n_pages)), fault)
+    memory = AddressSpace(memoryview(ram), memoryview(bytearray(n_pages)), fault)
     memory.use_map(entries, None)
     return Cpu(memory, StillClock(), Machine(), Calls())

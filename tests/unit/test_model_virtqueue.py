@@ -9,11 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.geometry import PAGE_BYTES
-from services.guest.address_space import AddressSpace
-from services.guest.model.cpu import Cpu
-from services.guest.model.state import Calls, Machine, Queue
+from services.guest.model.state import Queue
 from services.guest.model.virtqueue import QueueBroken, QueueError, Virtqueue
-from shared.partition_map import ENTRY_BYTES, MapKind, PartitionMap
+from tests.unit.model_cpu import cpu_over
 
 SIZE = 8
 RING = 0x100
@@ -21,26 +19,12 @@ ADDR = 0x40000000
 TABLE = 0x8000
 
 
-class StillClock:
-    """Time that does not pass."""
-
-    def now_ns(self) -> int:
-        return 0
-
-    def charge(self, cost: int) -> None:
-        pass
-
-
 class Device:
     """Writes what it likes into the used ring."""
 
     def __init__(self, *, indirect: bool = True, event_idx: bool = True) -> None:
         self.ram = bytearray(PAGE_BYTES)
-        entries = PartitionMap(memoryview(bytearray(ENTRY_BYTES)))
-        entries.set(0, MapKind.NORMAL, 0)
-        memory = AddressSpace(memoryview(self.ram), memoryview(bytearray(1)), lambda gfn, access: None)
-        memory.use_map(entries, None)
-        self.queue = Virtqueue(Cpu(memory, StillClock(), Machine(), Calls()), Queue())
+        self.queue = Virtqueue(cpu_over(self.ram), Queue())
         self.queue.set_up(SIZE, RING, ADDR, indirect=indirect, event_idx=event_idx)
         self.used_idx = 0
 
