@@ -1,23 +1,18 @@
-"""One process of the cluster as the launcher sees it: started, asked, watched."""
+"""One process of the cluster as the launcher sees it: asked and watched."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from deploy.control_channel import ControlChannel
 from deploy.plan import ProcessPlan
-from deploy.run_dirs import Paths
 from deploy.states import ProcessState, printable
 from protocol import control
 from protocol.errors import PeerGone, UserError
@@ -26,9 +21,6 @@ from shared.link_shape import LinkShapes
 if TYPE_CHECKING:
     from deploy.dap_port import DapPort
     from deploy.debug_session import DebugSession
-
-SERVICE_MODULE = "services.{role}"
-"""What `python -m` runs for a role."""
 
 QUERY_SECONDS = 0.5
 _ORDER_SECONDS = 2.0
@@ -41,10 +33,10 @@ class QueryRefused(UserError):
 class Child:
     """A started process. Its row in `status` stays when it is dead."""
 
-    def __init__(self, plan: ProcessPlan, popen: subprocess.Popen[bytes], channel: ControlChannel) -> None:
+    def __init__(self, plan: ProcessPlan, pid: int, channel: ControlChannel) -> None:
         self.plan = plan
         self.target = plan.target
-        self.pid = popen.pid
+        self.pid = pid
         self.channel = channel
         self.state = ProcessState.STARTING
         self.since_s = time.time()
@@ -69,7 +61,6 @@ class Child:
         self.exited = trio.Event()
         self.pings: dict[int, tuple[float, trio.Event]] = {}
         self.held: list[tuple[control.Gift, int]] = []
-        self._popen = popen
         self._ping_numbers = itertools.count(1)
         self._query_ids = itertools.count(1)
         self._queries: dict[int, tuple[trio.Event, list[control.Answer]]] = {}
@@ -116,7 +107,6 @@ class Child:
 
     def gone(self, status: int, code: int) -> None:
         """The kernel reported its end: `code` and `status` as in waitid(2)."""
-        self.reaped(status, code)
         self.detail = self.detail or _exit_text(status, code)
         ended = ProcessState.GONE if self.exit_expected else ProcessState.FAILED
         self.change(ended, self.detail)
@@ -152,10 +142,6 @@ class Child:
         """Send a signal, when the process still exists."""
         if self.is_running:
             os.kill(self.pid, number)
-
-    def reaped(self, status: int, code: int) -> None:
-        """waitid took the exit status, so `subprocess` must not look for it."""
-        self._popen.returncode = status if code == os.CLD_EXITED else -status
 
     async def query(self, what: str, arguments: dict[str, Any], seconds: float = QUERY_SECONDS) -> Any:  # noqa: ANN401
         """Ask the process; raises QueryRefused for its refusal, PeerGone when it does not answer in `seconds`."""
@@ -206,42 +192,6 @@ class Child:
         if waiting is not None:
             waiting[1].append(answer)
             waiting[0].set()
-
-
-def spawn(plan: ProcessPlan, paths: Paths, module: str = SERVICE_MODULE) -> Child:
-    """Start the process of `plan`. Called in the launcher's main thread, which PR_SET_PDEATHSIG watches."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        fd = theirs.fileno()
-        arguments = [sys.executable, "-P", "-m", module.format(role=plan.role.value), "--control-fd", str(fd)]
-        stderr = os.open(paths.stderr_file(plan.place), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            popen = subprocess.Popen(
-                arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=stderr,
-                stderr=stderr,
-                pass_fds=(fd,),
-                start_new_session=True,
-                cwd="/",
-                env=child_environment(os.environ),
-            )
-        finally:
-            os.close(stderr)
-    except OSError:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-    ours.setblocking(False)
-    return Child(plan, popen, ControlChannel(ours, plan.target))
-
-
-def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` with this checkout first on Python's path: `-P` keeps the caller's directory off it."""
-    root = str(Path(__file__).resolve().parent.parent)
-    path = environment.get("PYTHONPATH")
-    return {**environment, "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
 
 
 def _exit_text(status: int, code: int) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from deploy.client import DetachedStart, LauncherClient, connect, start_detached
 from deploy.run_dirs import in_turn, killed_note, left_over_clusters, run_dirs, running_clusters, runtime_root
 from protocol.errors import UserError
 from protocol.vm_state import VmState
+
+if TYPE_CHECKING:
+    from deploy.template import Templates
 
 BUILTIN = Path(__file__).parent / "clusters"
 _STATUS_SECONDS = 0.9
@@ -78,6 +81,13 @@ def refuse_unrestored(answer: dict[str, Any], restore: Mapping[str, Path]) -> No
 
 def _up_in_foreground(start: DetachedStart) -> None:
     # The launcher's libraries take a while to import; the other commands need none of them.
+    from deploy.template import Templates
+
+    with Templates() as templates:
+        _launch_here(start, templates)
+
+
+def _launch_here(start: DetachedStart, templates: Templates) -> None:
     import msgspec
 
     from deploy.cluster_run import ClusterRun, LaunchOptions
@@ -94,7 +104,9 @@ def _up_in_foreground(start: DetachedStart) -> None:
         with suppress(OSError):
             click.echo(text, err=True)
 
-    options = LaunchOptions(record=start.record, debug=start.debug, debuggable=frozenset(start.debuggable))
+    options = LaunchOptions(
+        record=start.record, debug=start.debug, debuggable=frozenset(start.debuggable), templates=templates
+    )
     files = {vm: file.absolute() for vm, file in start.restore.items()}
     request = LaunchRequest(start.cluster_file, start.name, start.state_dir, options, restore=files)
     launch(request, healthy, say)

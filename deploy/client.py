@@ -164,8 +164,8 @@ def start_detached(start: DetachedStart) -> tuple[str, subprocess.Popen[bytes]]:
     Raises UserError with the launcher's own line when the cluster did not come up.
     """
     # Here, not above: a launched service environment and a command that only asks need nothing of this.
-    from deploy.child import child_environment
     from deploy.launch_outcome import Outcome
+    from deploy.python_process import child_environment
 
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as pipe, tempfile.TemporaryFile() as errors:

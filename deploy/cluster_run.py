@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from deploy.child import SERVICE_MODULE, Child
+from deploy.child import Child
 from deploy.cluster_file import Cluster, VmSpec
 from deploy.cluster_hosts import HostSpec
 from deploy.host_links import HostLinks
@@ -22,7 +22,9 @@ from deploy.plan import ConfigFrame, ProcessPlan, cluster_processes, is_debuggab
 from deploy.recorders import Recorders
 from deploy.run_dirs import Paths
 from deploy.snapshot_job import SnapshotFacts, SnapshotJob
+from deploy.spawn import SERVICE_MODULE, Spawner
 from deploy.states import printable
+from deploy.template import Templates
 from protocol.errors import UserError
 from protocol.roles import Role
 from protocol.vm_state import VmState
@@ -35,12 +37,18 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class LaunchOptions:
     """How a cluster is started. `debug` lets debuggers into every host process and qemu, `debuggable` into those named;
-    `service_module` names what `python -m` runs for a role."""
+    processes are forked from `templates`, or run the `service_module` of their role."""
 
     record: bool = False
     debug: bool = False
     debuggable: frozenset[str] = frozenset()
     service_module: str = SERVICE_MODULE
+    templates: Templates | None = None
+
+    @property
+    def template_pids(self) -> list[int]:
+        """The processes that others are forked from."""
+        return self.templates.pids if self.templates is not None else []
 
 
 @dataclass(slots=True)
@@ -135,6 +143,7 @@ class ClusterRun:
         self.on_migrate: Callable[[VmRecord, str], None] = lambda vm, host: None
         """A VM's monitor was told to move it to a host."""
         self.log = log
+        self.spawner = Spawner(options.service_module, options.templates, log)
         self.recorders = Recorders(always=options.record)
         self.frame = ConfigFrame(cluster, paths, options.record, options.debug, options.debuggable)
         self.hosts = {host.name: HostRecord(host) for host in cluster.hosts}

@@ -85,6 +85,8 @@ def prepare(request: LaunchRequest) -> tuple[ClusterRun, Locks]:
         undo.callback(shutil.rmtree, paths.run_dir, ignore_errors=True)
         _remove_records(paths, [process.target for process in cluster_processes(cluster)])
         manifest = new_manifest(paths.manifest, cluster.name, paths.state_dir)
+        for pid in request.options.template_pids:
+            manifest.add_process("template", pid)
         run = ClusterRun(cluster, paths, request.options, manifest, _open_log(paths))
         undo.pop_all()
     return run, Locks(state_lock, run_lock)

@@ -14,24 +14,34 @@ from typing import NoReturn
 import msgspec
 
 from deploy.launch_outcome import Outcome
+from deploy.template import Templates
 from shared.process_end import leave
 from shared.quick_imports import quick_imports
-
-with quick_imports():
-    from deploy.child import SERVICE_MODULE
-    from deploy.cluster_run import ClusterRun, LaunchOptions
-    from deploy.launch import LaunchRequest, launch
-    from protocol.errors import PefboxError
 
 
 def main() -> NoReturn:
     """Launch; the exit status is 1 when the cluster did not come up, 0 when it did and was stopped in good order."""
     arguments = _arguments()
+    if arguments.service_module is not None:
+        leave(_launch(arguments, None))
+    with Templates() as templates:
+        status = _launch(arguments, templates)
+    leave(status)
+
+
+def _launch(arguments: argparse.Namespace, templates: Templates | None) -> int:
+    with quick_imports():
+        from deploy.cluster_run import ClusterRun, LaunchOptions
+        from deploy.launch import LaunchRequest, launch
+        from deploy.spawn import SERVICE_MODULE
+        from protocol.errors import PefboxError
+
     options = LaunchOptions(
         record=arguments.record,
         debug=arguments.debug,
         debuggable=frozenset(arguments.debuggable),
-        service_module=arguments.service_module,
+        service_module=arguments.service_module or SERVICE_MODULE,
+        templates=templates,
     )
     restore = {vm: Path(file) for vm, file in arguments.restore}
     request = LaunchRequest(
@@ -52,11 +62,11 @@ def main() -> NoReturn:
     except PefboxError as error:
         if not ready.closed:
             say(Outcome(error=str(error)))
-        leave(1)
+        return 1
     if not ready.closed:
         say(Outcome(error="the cluster was told to stop before it was up"))
-        leave(1)
-    leave()
+        return 1
+    return 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -70,7 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--record", action="store_true", help="record every frame of every link")
     parser.add_argument("--debug", action="store_true", help="let debuggers into the host processes")
     parser.add_argument("--debuggable", action="append", default=[], metavar="TARGET", help="let debuggers into it")
-    parser.add_argument("--service-module", default=SERVICE_MODULE, help="module to run for a role")
+    parser.add_argument("--service-module", help="module to run for a role, in the place of services.{role}")
     return parser.parse_args()
 
 

@@ -53,7 +53,7 @@ async def start(run: ClusterRun, vm: VmRecord, move: Migration) -> None:
     source = _source_qemu(run, vm)
     processes = _incoming(vm, move)
     links = _links(run, vm, move)
-    children = spawn_all(run, processes, links)
+    children = await spawn_all(run, processes, links)
     with start_time_limit(children), OpenFiles() as files:
         _prepare_memory(run, vm, move, files)
         await open_process_files(run, processes, files)

@@ -69,7 +69,7 @@ async def start_incarnation(run: ClusterRun, vm: VmRecord) -> None:
     processes = plan.vm_processes(vm.spec, vm.move)
     incarnation = vm.newest + 1
     links = plan.vm_links(run.paths, host, name, incarnation) + network_links(run, {name: incarnation})
-    children = spawn_all(run, processes, links)
+    children = await spawn_all(run, processes, links)
     with start_time_limit(children), OpenFiles() as files:
         prepare_vms(run, [name], files)
         await open_process_files(run, processes, files)

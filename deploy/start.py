@@ -18,7 +18,7 @@ import trio
 import zmq
 
 from deploy import plan
-from deploy.child import Child, spawn
+from deploy.child import Child
 from deploy.cluster_file import VmSpec
 from deploy.cluster_run import ClusterRun, OpenFiles
 from deploy.files import open_to_append, told_by_line
@@ -54,7 +54,7 @@ async def start_cluster(run: ClusterRun) -> None:
 
 async def start_group(run: ClusterRun, processes: list[ProcessPlan], vms: list[str], links: list[LinkPlan]) -> None:
     """Start `processes`, which are all ends of `links`, with new RAM for `vms`."""
-    children = spawn_all(run, processes, links)
+    children = await spawn_all(run, processes, links)
     with start_time_limit(children), OpenFiles() as files:
         prepare_vms(run, vms, files)
         await open_process_files(run, processes, files)
@@ -75,26 +75,29 @@ def start_time_limit(children: list[Child]) -> Iterator[None]:
         raise StartFailed(f"not ready after {START_SECONDS:g} s: {late}")
 
 
-@told_by_line()
-def spawn_all(run: ClusterRun, processes: Iterable[ProcessPlan], links: Iterable[LinkPlan]) -> list[Child]:
+async def spawn_all(run: ClusterRun, processes: Iterable[ProcessPlan], links: Iterable[LinkPlan]) -> list[Child]:
     """Start the processes and serve their control sockets; each is in the manifest before it hears anything.
 
     Raises UserError; those that were started until then are known.
     """
-    children = []
-    links = list(links)
-    for process in processes:
-        make_dir(run.paths.process_dir(process.place))
-        child = spawn(process, run.paths, run.options.service_module)
+    with told_by_line():
+        children = [await _spawn_one(run, process) for process in processes]
+        prepare_links(run, links)
+    return children
+
+
+async def _spawn_one(run: ClusterRun, process: ProcessPlan) -> Child:
+    make_dir(run.paths.process_dir(process.place))
+    # A process that exists is known: nothing breaks this off in between.
+    with trio.CancelScope(shield=True):
+        child = await run.spawner.spawn(process, run.paths)
         if is_incoming(run, process):
             run.incoming[child.target] = child
         else:
             run.adopt(child)
         run.manifest.add_process(process.target, child.pid)
         run.nursery.start_soon(serve_child, run, child)
-        children.append(child)
-    prepare_links(run, links)
-    return children
+    return child
 
 
 def is_incoming(run: ClusterRun, process: ProcessPlan) -> bool:

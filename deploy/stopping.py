@@ -58,6 +58,7 @@ def remove_everything(run: ClusterRun, locks: Locks) -> None:
 
     Plain synchronous code: it runs on every way out of the launcher.
     """
+    run.spawner.close()
     _kill_remaining(run.living())
     for name in list(run.manifest.data.segments):
         run.drop_segment(name)
@@ -82,8 +83,6 @@ def _kill_remaining(children: list[Child]) -> None:
     deadline = time.monotonic() + _KILL_SECONDS
     for child in children:
         while time.monotonic() < deadline:
-            report = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG)
-            if report is not None:
-                child.reaped(report.si_status, report.si_code)
+            if os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG) is not None:
                 break
             time.sleep(0.005)

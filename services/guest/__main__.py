@@ -8,7 +8,9 @@ with quick_imports():
     from protocol.roles import Role
     from services.guest.engines import import_engines
     from services.guest.service import Guest
-    from services.runtime.process import run_service
+    from services.runtime.process import ServiceMain, run_service
+
+MAIN = ServiceMain(Role.GUEST, Guest, lambda config: None, import_engines)
 
 if __name__ == "__main__":
-    run_service(Role.GUEST, Guest, landlock_dirs=lambda config: None, prepare=import_engines)
+    run_service(MAIN)

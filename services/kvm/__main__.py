@@ -7,7 +7,9 @@ from shared.quick_imports import quick_imports
 with quick_imports():
     from protocol.roles import Role
     from services.kvm.service import Kvm
-    from services.runtime.process import run_service
+    from services.runtime.process import ServiceMain, run_service
+
+MAIN = ServiceMain(Role.KVM, Kvm, lambda config: [config.run_dir])
 
 if __name__ == "__main__":
-    run_service(Role.KVM, Kvm, landlock_dirs=lambda config: [config.run_dir])
+    run_service(MAIN)

@@ -8,7 +8,9 @@ with quick_imports():
     from protocol.roles import Role
     from services.qemu.loader import import_loaders
     from services.qemu.service import Qemu
-    from services.runtime.process import run_service
+    from services.runtime.process import ServiceMain, run_service
+
+MAIN = ServiceMain(Role.QEMU, Qemu, lambda config: [config.run_dir], import_loaders)
 
 if __name__ == "__main__":
-    run_service(Role.QEMU, Qemu, landlock_dirs=lambda config: [config.run_dir], prepare=import_loaders)
+    run_service(MAIN)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import trio
 import zmq
+from setproctitle import setproctitle
 
 from protocol import control
 from protocol.errors import HostFault, PefboxError, UserError
@@ -196,42 +197,47 @@ class Runtime:
             self.tracer.switch(on=False)
 
 
-ServiceFactory = Callable[[Runtime, Keys], Service]
-LandlockDirs = Callable[[ProcessConfig], Sequence[str] | None]
-Prepare = Callable[[ProcessConfig], None]
-
-
 def _nothing(_config: ProcessConfig) -> None:
     """No preparation."""
 
 
-def run_service(role: Role, make: ServiceFactory, landlock_dirs: LandlockDirs, prepare: Prepare = _nothing) -> NoReturn:
-    """The main function of every service process; ends it when the launcher says stop or is gone.
+@dataclass(frozen=True)
+class ServiceMain:
+    """What is particular about a role's process.
 
-    `prepare` imports or opens what the start configuration asks for, before the process is confined.
+    `prepare` imports or opens what the start configuration asks for, before the process is confined; `landlock_dirs`
+    says which directories stay reachable then, None that Landlock is not needed.
     """
-    parser = argparse.ArgumentParser(prog=f"services.{role.value}", description="A process of a pefbox cluster.")
+
+    role: Role
+    make: Callable[[Runtime, Keys], Service]
+    landlock_dirs: Callable[[ProcessConfig], Sequence[str] | None]
+    prepare: Callable[[ProcessConfig], None] = _nothing
+
+
+def run_service(main: ServiceMain) -> NoReturn:
+    """The main function of a service process that was started by its module's name."""
+    parser = argparse.ArgumentParser(prog=f"services.{main.role.value}", description="A process of a pefbox cluster.")
     parser.add_argument("--control-fd", type=int, required=True, help="inherited end of the control socketpair")
     arguments = parser.parse_args()
-    parent = os.getppid()
-    die_with_parent(parent)
-    trio.run(_Shell(role, make, landlock_dirs, prepare, arguments.control_fd).main)
+    serve(main, arguments.control_fd, os.getppid())
+
+
+def serve(main: ServiceMain, control_fd: int, launcher_pid: int) -> NoReturn:
+    """Be this service; ends the process when the launcher says stop or is gone."""
+    die_with_parent(launcher_pid)
+    trio.run(_Shell(main, control_fd).run)
     leave()
 
 
 class _Shell:
     """Start sequence and control loop of one process."""
 
-    def __init__(
-        self, role: Role, make: ServiceFactory, landlock_dirs: LandlockDirs, prepare: Prepare, control_fd: int
-    ) -> None:
-        self._role = role
-        self._make = make
-        self._landlock_dirs = landlock_dirs
-        self._prepare = prepare
+    def __init__(self, main: ServiceMain, control_fd: int) -> None:
+        self._main = main
         self._control_fd = control_fd
 
-    async def main(self) -> None:
+    async def run(self) -> None:
         end = ControlEnd(self._control_fd)
         try:
             await self._start(end)
@@ -247,20 +253,21 @@ class _Shell:
     async def _start(self, end: ControlEnd) -> None:
         await end.send(control.Hello(os.getpid()))
         start, descriptors = await end.receive()
-        if not isinstance(start, control.Start) or start.config.role != self._role.value:
+        if not isinstance(start, control.Start) or start.config.role != self._main.role.value:
             raise HostFault("the launcher did not begin with the start configuration of this role")
         config = start.config
+        setproctitle(f"pefbox {config.cluster} {config.target}")
         files = dict(zip(config.descriptors, descriptors, strict=True))
         log = open_service_log(files["log"], config.target)
         with quick_imports():
-            self._prepare(config)
+            self._main.prepare(config)
         if config.debuggable:
             # They take as long to import as all else here, and hardly a process needs them.
             from services.runtime.breakpoints import Breakpoints
             from services.runtime.debugging.debugger import Debugger, prepare
 
             prepare()
-        protections = confine(dumpable=config.debuggable, landlock_dirs=self._landlock_dirs(config))
+        protections = confine(dumpable=config.debuggable, landlock_dirs=self._main.landlock_dirs(config))
         await end.send(control.Confined(protections))
         keys, _ = await end.receive()
         if not isinstance(keys, control.TakeKeys):
@@ -277,7 +284,7 @@ class _Shell:
         config = runtime.config
         async with trio.open_nursery() as nursery:
             await runtime.open(nursery)
-            service = self._make(runtime, keys)
+            service = self._main.make(runtime, keys)
             await service.start()
             loop = _ControlLoop(end, runtime, service)
             link_keys = {key.link: key for key in keys.links}

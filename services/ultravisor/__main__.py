@@ -6,8 +6,10 @@ from shared.quick_imports import quick_imports
 
 with quick_imports():
     from protocol.roles import Role
-    from services.runtime.process import run_service
+    from services.runtime.process import ServiceMain, run_service
     from services.ultravisor.service import Ultravisor
 
+MAIN = ServiceMain(Role.ULTRAVISOR, Ultravisor, lambda config: None)
+
 if __name__ == "__main__":
-    run_service(Role.ULTRAVISOR, Ultravisor, landlock_dirs=lambda config: None)
+    run_service(MAIN)

@@ -20,8 +20,8 @@ import pytest
 import trio
 
 from deploy.api import RunningCluster, processes_of
-from deploy.child import child_environment
 from deploy.memory_segments import SHM_DIR
+from deploy.python_process import child_environment
 from services.runtime.confine import landlock_abi
 from services.ultravisor.audit import audit_path, read_lines
 from tests.cluster.conftest import own_directories

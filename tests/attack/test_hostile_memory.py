@@ -19,10 +19,10 @@ import pytest
 import trio
 
 from deploy.api import RunningCluster
-from deploy.child import child_environment
 from deploy.client import DetachedStart
 from deploy.launch_outcome import Outcome
 from deploy.memory_segments import SHM_DIR
+from deploy.python_process import child_environment
 from deploy.run_dirs import Paths, runtime_root
 from protocol.errors import UserError
 from protocol.geometry import PAGE_BYTES

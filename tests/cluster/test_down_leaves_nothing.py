@@ -22,9 +22,11 @@ from tests.cluster.two_hosts import (
     children_of,
     cluster_text,
     is_alive,
+    members_of,
     pids,
     process_state,
     running_hosts,
+    templates_of,
     until,
 )
 
@@ -72,7 +74,8 @@ async def traces_of(running: RunningCluster) -> Traces:
     """Everything of a running cluster; each kind is there, so that its absence later means something."""
     run_dir = running.paths.run_dir
     processes = children_of(running.launcher_pid)
-    assert processes == set((await pids(running)).values())
+    assert members_of(running.launcher_pid) == set((await pids(running)).values())
+    assert len(templates_of(running.launcher_pid)) == 2
     traces = Traces(
         frozenset({*processes, running.launcher_pid}), segments_of(running.name), sockets_below(run_dir), run_dir
     )

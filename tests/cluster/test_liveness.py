@@ -27,9 +27,9 @@ from tests.cluster.test_hanging import HANGING
 from tests.cluster.two_hosts import (
     VM_OF,
     at_prompt,
-    children_of,
     cluster_text,
     log_lines,
+    members_of,
     pids,
     running_hosts,
     until,
@@ -123,7 +123,7 @@ async def check_replaced(running: RunningCluster, host: str, role: str, before: 
     assert (await vm.secure()).state == "running"
     await at_prompt(vm)
     after = await pids(running)
-    assert children_of(running.launcher_pid) == set(after.values())
+    assert members_of(running.launcher_pid) == set(after.values())
     assert len(after) == len(before) == len(HOSTS) * len(ROLES)
     new_roles = ROLES if role in ("ultravisor", "kvm") else ("qemu", "guest")
     changed = {target for target in after if after[target] != before[target]}

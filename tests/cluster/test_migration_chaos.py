@@ -40,7 +40,7 @@ from tests.cluster.chaos import (
 from tests.cluster.chaos_guest import Workload
 from tests.cluster.chaos_states import EVERY, History, Strike, counted, table
 from tests.cluster.moving import HOSTS, Traveller, travelling
-from tests.cluster.two_hosts import children_of, is_alive, until
+from tests.cluster.two_hosts import children_of, is_alive, members_of, until
 from tests.conftest import SHOWN
 
 N_MIGRATIONS = int(os.environ.get("PEFBOX_CHAOS_MIGRATIONS", "10"))
@@ -176,8 +176,8 @@ class Chaos:
         ]
         if row.state != "running" or row.migration is not None or row.arriving:
             found.append(f"the VM is {row.state} {row.reason}, {row.migration}, {row.arriving}")
-        if children_of(self._running.launcher_pid) != pids:
-            found.append(f"processes {children_of(self._running.launcher_pid)}, known are {pids}")
+        if members_of(self._running.launcher_pid) != pids:
+            found.append(f"processes {members_of(self._running.launcher_pid)}, known are {pids}")
         segments = [name for name in os.listdir(SHM_DIR) if name.startswith(f"pefbox-{self._running.name}-")]
         if len(segments) != _SEGMENT_OF_VM:
             found.append(f"segments {segments}")

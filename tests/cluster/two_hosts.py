@@ -106,6 +106,18 @@ def children_of(pid: int) -> set[int]:
     return found
 
 
+def templates_of(launcher_pid: int) -> set[int]:
+    """Those that others are forked from; none where each has loaded by itself."""
+    return {
+        pid for pid in children_of(launcher_pid) if b"services.template" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    }
+
+
+def members_of(launcher_pid: int) -> set[int]:
+    """The processes of the machine that the launcher has."""
+    return children_of(launcher_pid) - templates_of(launcher_pid)
+
+
 def is_alive(pid: int) -> bool:
     """Whether the process exists and any of its threads has not ended: they hold its files and memory until then."""
     try:

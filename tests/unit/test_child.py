@@ -27,7 +27,7 @@ class PlayedChannel:
 async def test_a_process_that_stands_still_lets_go_of_a_vm_when_it_goes_on(state: ProcessState) -> None:
     """Else a VM that has moved away would stay with it for ever."""
     channel = PlayedChannel()
-    child = Child(cast(Any, SimpleNamespace(target="alpha/kvm")), cast(Any, SimpleNamespace(pid=1)), cast(Any, channel))
+    child = Child(cast(Any, SimpleNamespace(target="alpha/kvm")), 1, cast(Any, channel))
     child.state = state
 
     with pytest.raises(PeerGone, match=f"alpha/kvm is {state.value}"):
@@ -40,7 +40,7 @@ async def test_a_process_that_stands_still_lets_go_of_a_vm_when_it_goes_on(state
 
 async def test_a_process_that_has_ended_is_told_nothing() -> None:
     channel = PlayedChannel()
-    child = Child(cast(Any, SimpleNamespace(target="alpha/kvm")), cast(Any, SimpleNamespace(pid=1)), cast(Any, channel))
+    child = Child(cast(Any, SimpleNamespace(target="alpha/kvm")), 1, cast(Any, channel))
     child.state = ProcessState.FAILED
     child.exited.set()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -111,7 +110,7 @@ class PlayedUltravisor:
 
     def __init__(self, nursery: trio.Nursery) -> None:
         plan = ProcessPlan(Role.ULTRAVISOR, "alpha")
-        self.child = Child(plan, cast("subprocess.Popen[bytes]", SimpleNamespace(pid=1)), cast(ControlChannel, self))
+        self.child = Child(plan, 1, cast(ControlChannel, self))
         self.child.ready.set()
         self.child.change(ProcessState.RUNNING)
         self.noted: list[str] = []

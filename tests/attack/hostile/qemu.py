@@ -24,7 +24,7 @@ from services.qemu.service import Qemu
 from services.qemu.virtqueue import Chain, Virtqueue
 from services.runtime.channel import MAX_BACKLOG
 from services.runtime.link import Link
-from services.runtime.process import Query, run_service
+from services.runtime.process import Query, ServiceMain, run_service
 from shared.vring import RING_IDX, USED_ELEM, avail_bytes, desc_bytes, used_bytes, used_entry
 from tests.attack.hostile.network import FloodOf, NetLie, flood, messages_of
 
@@ -207,4 +207,6 @@ class HostileQemu(Qemu):
 if __name__ == "__main__":
     vars(virtio_device)["Virtqueue"] = LyingQueue
     vars(service)["Board"] = LyingBoard
-    run_service(Role.QEMU, HostileQemu, landlock_dirs=lambda config: [config.run_dir], prepare=import_loaders)
+    run_service(
+        ServiceMain(Role.QEMU, HostileQemu, landlock_dirs=lambda config: [config.run_dir], prepare=import_loaders)
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from protocol.roles import Role
-from services.runtime.process import Query, run_service
+from services.runtime.process import Query, ServiceMain, run_service
 from services.ultravisor.service import Ultravisor
 from tests.cluster.hanging import hang
 
@@ -17,4 +17,4 @@ class HangingUltravisor(Ultravisor):
 
 
 if __name__ == "__main__":
-    run_service(Role.ULTRAVISOR, HangingUltravisor, landlock_dirs=lambda config: None)
+    run_service(ServiceMain(Role.ULTRAVISOR, HangingUltravisor, landlock_dirs=lambda config: None))

@@ -1,0 +1,29 @@
+"""Orders of the launcher to a template of its processes: SOCK_SEQPACKET, one order and one answer at a time.
+
+An order is the name of a role, and comes with two files: the control socket of the new process (protocol.control) and
+its standard output and error. The answer is the pid of the new process, or NO_PROCESS when the machine has none left.
+"""
+
+from __future__ import annotations
+
+from protocol.roles import Role
+
+FAMILIES = (frozenset({Role.KVM, Role.QEMU, Role.GUEST}), frozenset({Role.ULTRAVISOR}))
+"""Roles that are forked from the same template, which loads all of them.
+
+An ultravisor has nothing in common with those that it guards from, not even the layout of its address space.
+"""
+MAX_ORDER_BYTES = 64
+N_ORDER_FILES = 2
+NO_PROCESS = 0
+_PID_BYTES = 4
+
+
+def encode_pid(pid: int) -> bytes:
+    """The answer to an order."""
+    return pid.to_bytes(_PID_BYTES, "little")
+
+
+def decode_pid(answer: bytes) -> int:
+    """The pid of an answer; NO_PROCESS for one that is none."""
+    return int.from_bytes(answer, "little") if len(answer) == _PID_BYTES else NO_PROCESS

@@ -1,0 +1,1 @@
+"""The processes that the others of a cluster are forked from."""
