@@ -104,11 +104,11 @@ def _launch_here(start: DetachedStart, templates: Templates) -> None:
         with suppress(OSError):
             click.echo(text, err=True)
 
-    options = LaunchOptions(
-        record=start.record, debug=start.debug, debuggable=frozenset(start.debuggable), templates=templates
-    )
+    options = LaunchOptions(record=start.record, debug=start.debug, debuggable=frozenset(start.debuggable))
     files = {vm: file.absolute() for vm, file in start.restore.items()}
-    request = LaunchRequest(start.cluster_file, start.name, start.state_dir, options, restore=files)
+    request = LaunchRequest(
+        start.cluster_file, start.name, start.state_dir, options, restore=files, templates=templates
+    )
     launch(request, healthy, say)
 
 

@@ -37,18 +37,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class LaunchOptions:
     """How a cluster is started. `debug` lets debuggers into every host process and qemu, `debuggable` into those named;
-    processes are forked from `templates`, or run the `service_module` of their role."""
+    `service_module` names what `python -m` runs for a role."""
 
     record: bool = False
     debug: bool = False
     debuggable: frozenset[str] = frozenset()
     service_module: str = SERVICE_MODULE
-    templates: Templates | None = None
-
-    @property
-    def template_pids(self) -> list[int]:
-        """The processes that others are forked from."""
-        return self.templates.pids if self.templates is not None else []
 
 
 @dataclass(slots=True)
@@ -143,7 +137,7 @@ class ClusterRun:
         self.on_migrate: Callable[[VmRecord, str], None] = lambda vm, host: None
         """A VM's monitor was told to move it to a host."""
         self.log = log
-        self.spawner = Spawner(options.service_module, options.templates, log)
+        self.spawner = Spawner(options.service_module, log)
         self.recorders = Recorders(always=options.record)
         self.frame = ConfigFrame(cluster, paths, options.record, options.debug, options.debuggable)
         self.hosts = {host.name: HostRecord(host) for host in cluster.hosts}
@@ -179,6 +173,12 @@ class ClusterRun:
         """Tell the operator something and log it."""
         self.log.warning(text, **facts)
         self.on_event(printable(text))
+
+    def use_templates(self, templates: Templates) -> None:
+        """Have processes forked from these, which end with the cluster."""
+        for template in templates.living:
+            self.manifest.add_process(template.name, template.pid)
+        self.spawner.templates = templates
 
     @property
     def unready(self) -> str | None:

@@ -41,11 +41,10 @@ def _launch(arguments: argparse.Namespace, templates: Templates | None) -> int:
         debug=arguments.debug,
         debuggable=frozenset(arguments.debuggable),
         service_module=arguments.service_module or SERVICE_MODULE,
-        templates=templates,
     )
     restore = {vm: Path(file) for vm, file in arguments.restore}
     request = LaunchRequest(
-        arguments.cluster_file, arguments.name, arguments.state, options, arguments.owner_fd, restore
+        arguments.cluster_file, arguments.name, arguments.state, options, arguments.owner_fd, restore, templates
     )
 
     ready = os.fdopen(arguments.ready_fd, "wb", buffering=0)

@@ -6,6 +6,8 @@ import functools
 import socket
 from collections.abc import Awaitable, Callable
 
+import trio
+
 from deploy.child import Child
 from deploy.control_channel import ControlChannel
 from deploy.plan import ProcessPlan
@@ -13,7 +15,7 @@ from deploy.python_process import new_output, start_module
 from deploy.run_dirs import Paths
 from deploy.template import Template, Templates
 from protocol.roles import Role
-from protocol.template import NO_PROCESS
+from protocol.template import MAX_ORDER_BYTES, NO_PROCESS, decode_pid
 from services.runtime.log import Log
 
 SERVICE_MODULE = "services.{role}"
@@ -22,45 +24,68 @@ SERVICE_MODULE = "services.{role}"
 Start = Callable[[int, int], Awaitable[int]]
 """Starts a process with this control socket and file of standard error; its pid, or NO_PROCESS."""
 
+_LOAD_SECONDS = 20.0
+"""Until a template has answered once: it may still load, on a machine that does much else."""
+_FORK_SECONDS = 5.0
+
 
 class Spawner:
-    """Starts the processes of one cluster, each running `module` of its role."""
+    """Starts the processes of one cluster: forks of `templates`, or each running `module` of its role."""
 
-    def __init__(self, module: str, templates: Templates | None, log: Log) -> None:
+    def __init__(self, module: str, log: Log) -> None:
+        self.templates: Templates | None = None
         self._module = module
-        self._templates = templates
         self._log = log
+        self._turn = trio.Lock()
+        self._loaded: set[Template] = set()
 
     def close(self) -> None:
         """End the templates; what was forked goes on."""
-        if self._templates is not None:
-            self._templates.close()
+        if self.templates is not None:
+            self.templates.close()
 
-    def template_of(self, role: Role) -> Template | None:
-        """What a process of `role` is forked from; None when it loads by itself."""
-        return self._templates.of(role) if self._templates is not None else None
+    def stop(self) -> None:
+        """Nothing more is to be started: a start that waits for a template need not."""
+        if self.templates is not None:
+            self.templates.kill()
 
     async def spawn(self, plan: ProcessPlan, paths: Paths) -> Child:
         """Start the process of `plan`; raises OSError. Not to be cancelled: it would exist, and nobody know it."""
-        template = self.template_of(plan.role)
-        if template is not None:
-            child = await _started(plan, paths, functools.partial(template.fork, plan.role))
-            if child is not None:
-                return child
-            self._give_up(template, plan.role)
-        child = await _started(plan, paths, functools.partial(self._load, plan.role))
+        child = await _started(plan, paths, functools.partial(self._fork, plan.role))
+        if child is None:
+            child = await _started(plan, paths, functools.partial(self._load, plan.role))
         assert child is not None
         return child
 
-    def _give_up(self, template: Template, role: Role) -> None:
-        assert self._templates is not None
-        self._log.warning("the template is of no use any more: processes load by themselves", role=role.value)
-        self._templates.give_up(template)
-
     async def _load(self, role: Role, control_fd: int, output_fd: int) -> int:
-        return start_module(
-            self._module.format(role=role.value), ["--control-fd", str(control_fd)], control_fd, output_fd
-        )
+        module = self._module.format(role=role.value)
+        return start_module(module, ["--control-fd", str(control_fd)], control_fd, output_fd)
+
+    async def _fork(self, role: Role, control_fd: int, output_fd: int) -> int:
+        """NO_PROCESS without a template; one that does not answer is given up."""
+        async with self._turn:
+            template = self.templates.of(role) if self.templates is not None else None
+            if self.templates is None or template is None:
+                return NO_PROCESS
+            try:
+                answer = await self._ask(template, role, [control_fd, output_fd])
+            except (OSError, trio.TooSlowError) as error:
+                self._log.warning("processes load by themselves", template=template.name, reason=str(error))
+                self.templates.give_up(template)
+                return NO_PROCESS
+            self._loaded.add(template)
+            return decode_pid(answer)
+
+    async def _ask(self, template: Template, role: Role, files: list[int]) -> bytes:
+        """The answer; raises OSError, TooSlowError."""
+        seconds = _FORK_SECONDS if template in self._loaded else _LOAD_SECONDS
+        socket.send_fds(template.orders, [role.value.encode()], files)
+        with trio.fail_after(seconds):
+            await trio.lowlevel.wait_readable(template.orders)
+        answer = template.orders.recv(MAX_ORDER_BYTES)
+        if not answer:
+            raise ConnectionResetError("it has ended")
+        return answer
 
 
 async def _started(plan: ProcessPlan, paths: Paths, start: Start) -> Child | None:

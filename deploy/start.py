@@ -1,7 +1,8 @@
 """Starting processes: the sequence of protocol.control, for a whole cluster, a host, or one VM.
 
-All processes start at once and import in parallel. Each gets its configuration and open files, confines itself, and
-only when every one of them is confined are secret keys handed out, who binds before who connects.
+Each process is forked from a template that has loaded its modules, or loads them itself (deploy.spawn). Each gets its
+configuration and open files, confines itself, and only when every one of them is confined are secret keys handed out,
+who binds before who connects.
 """
 
 from __future__ import annotations
@@ -88,9 +89,13 @@ async def spawn_all(run: ClusterRun, processes: Iterable[ProcessPlan], links: It
 
 async def _spawn_one(run: ClusterRun, process: ProcessPlan) -> Child:
     make_dir(run.paths.process_dir(process.place))
+    await trio.lowlevel.checkpoint_if_cancelled()
+    if run.stopping:
+        raise StartFailed(f"{process.target} was not started: the cluster stops")
     # A process that exists is known: nothing breaks this off in between.
     with trio.CancelScope(shield=True):
         child = await run.spawner.spawn(process, run.paths)
+        child.exit_expected = run.stopping
         if is_incoming(run, process):
             run.incoming[child.target] = child
         else:

@@ -28,6 +28,7 @@ _KILL_SECONDS = 5.0
 async def stop_processes(run: ClusterRun) -> None:
     """End every process; returns when the kernel reported the end of each."""
     run.stopping = True
+    run.spawner.stop()
     for child in run.living():
         child.exit_expected = True
     for roles in ORDER:
@@ -58,8 +59,8 @@ def remove_everything(run: ClusterRun, locks: Locks) -> None:
 
     Plain synchronous code: it runs on every way out of the launcher.
     """
-    run.spawner.close()
     _kill_remaining(run.living())
+    run.spawner.close()
     for name in list(run.manifest.data.segments):
         run.drop_segment(name)
     last = (run.paths.manifest, run.paths.lock_file)

@@ -1,6 +1,6 @@
-"""The launcher's side of the templates, of which its processes are forks (protocol.template).
+"""The templates, of which the processes of a cluster are forks (protocol.template), started and ended.
 
-They are started before the launcher has loaded its own modules, so that both load at once.
+They are started before the launcher has loaded its own modules, so that all load at once: little is imported here.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ import socket
 from contextlib import suppress
 from typing import Self
 
-import trio
-
 from deploy.python_process import new_output, start_module
 from protocol.roles import Role
-from protocol.template import FAMILIES, MAX_ORDER_BYTES, NO_PROCESS, decode_pid
+from protocol.template import FAMILIES
 
 _PR_SET_CHILD_SUBREAPER = 36
-_FORK_SECONDS = 5.0
-"""It may still load, on a machine that does much else."""
 
 
 class Template:
-    """A template that was started. Its forks are children of this process, and go on when it ends."""
+    """One that was started. Its forks are children of this process, and go on when it ends.
+
+    Orders go over `orders`, which does not block.
+    """
 
     def __init__(self, roles: frozenset[Role]) -> None:
         """Raises OSError."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         names = sorted(role.value for role in roles)
+        self.name = f"template of {' and '.join(names)}"
+        self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.orders.setblocking(False)
         try:
             # What it cannot load no process of its roles can, which then says so.
             with theirs, new_output(os.devnull) as output_fd:
@@ -37,37 +38,29 @@ class Template:
                 arguments = ["--orders-fd", str(orders_fd), *names]
                 self.pid = start_module("services.template", arguments, orders_fd, output_fd)
         except OSError:
-            ours.close()
+            self.orders.close()
             raise
-        ours.setblocking(False)
-        self._orders = ours
-        self._turn = trio.Lock()
 
-    async def fork(self, role: Role, control_fd: int, output_fd: int) -> int:
-        """The pid of a new process of `role` with these files; NO_PROCESS when the template makes none any more.
-
-        Not to be cancelled: the process would exist, and nobody know it.
-        """
-        async with self._turn:
-            with trio.move_on_after(_FORK_SECONDS), suppress(OSError):
-                socket.send_fds(self._orders, [role.value.encode()], [control_fd, output_fd])
-                await trio.lowlevel.wait_readable(self._orders)
-                return decode_pid(self._orders.recv(MAX_ORDER_BYTES))
-        return NO_PROCESS
+    def kill(self) -> None:
+        """End it; whoever waits for an answer hears that there is none."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End it; returns when it is gone."""
-        self._orders.close()
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        self.kill()
+        self.orders.close()
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
 
 
 class Templates:
-    """One a family of roles, as far as the machine has room for them. Leaving the `with` ends them."""
+    """One a family of roles, as far as the machine has what it takes. Leaving the `with` ends them."""
 
     def __init__(self) -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._of: dict[Role, Template] = {}
+        if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+            return
         for roles in FAMILIES:
             with suppress(OSError):
                 self._of |= dict.fromkeys(roles, Template(roles))
@@ -79,9 +72,9 @@ class Templates:
         self.close()
 
     @property
-    def pids(self) -> list[int]:
-        """Of those that are there."""
-        return sorted({template.pid for template in self._of.values()})
+    def living(self) -> set[Template]:
+        """Those that are there."""
+        return set(self._of.values())
 
     def of(self, role: Role) -> Template | None:
         """The one that a process of `role` is forked from; None when there is none, or no more."""
@@ -89,11 +82,15 @@ class Templates:
 
     def give_up(self, template: Template) -> None:
         """End one; the processes of its roles load by themselves from then on."""
-        if template in self._of.values():
-            self._of = {role: other for role, other in self._of.items() if other is not template}
-            template.close()
+        self._of = {role: other for role, other in self._of.items() if other is not template}
+        template.close()
+
+    def kill(self) -> None:
+        """As that of each."""
+        for template in self.living:
+            template.kill()
 
     def close(self) -> None:
         """End all; what was forked goes on."""
-        for template in set(self._of.values()):
+        for template in self.living:
             self.give_up(template)

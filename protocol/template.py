@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from protocol.roles import Role
 
-FAMILIES = (frozenset({Role.KVM, Role.QEMU, Role.GUEST}), frozenset({Role.ULTRAVISOR}))
+FAMILIES = (frozenset({Role.ULTRAVISOR}), frozenset({Role.GUEST}), frozenset({Role.KVM, Role.QEMU}))
 """Roles that are forked from the same template, which loads all of them.
 
-An ultravisor has nothing in common with those that it guards from, not even the layout of its address space.
+Forks of one template have in common what is drawn when a program starts: the layout of the address space, the canaries
+of its stacks, the keys of Python's hashes. Who holds secure memory has none of that in common with who may not read it.
 """
 MAX_ORDER_BYTES = 64
 N_ORDER_FILES = 2

@@ -58,7 +58,7 @@ def confine(*, dumpable: bool, landlock_dirs: Sequence[str] | None) -> dict[str,
     return {
         "no_core": _attempt(_no_core),
         "no_new_privs": _attempt(lambda: _prctl(_PR_SET_NO_NEW_PRIVS, 1)),
-        "not_dumpable": "off: started debuggable" if dumpable else _attempt(lambda: _prctl(_PR_SET_DUMPABLE, 0)),
+        "not_dumpable": _set_dumpable() if dumpable else _attempt(lambda: _prctl(_PR_SET_DUMPABLE, 0)),
         "landlock": "off: this role needs none"
         if landlock_dirs is None
         else _attempt(lambda: _landlock(landlock_dirs)),
@@ -78,6 +78,12 @@ def _attempt(protect: object) -> str:
     except (OSError, HostFault) as error:
         return f"missing: {error}"
     return ON
+
+
+def _set_dumpable() -> str:
+    """What it was forked from was not."""
+    _prctl(_PR_SET_DUMPABLE, 1)
+    return "off: started debuggable"
 
 
 def _no_core() -> None:

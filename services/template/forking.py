@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -27,7 +28,7 @@ from shared.process_end import leave
 _GO = b"g"
 
 
-class Template:
+class ForkServer:
     """Takes the launcher's orders on `orders` and becomes what `mains` are."""
 
     def __init__(self, orders: socket.socket, mains: Iterable[ServiceMain], launcher_pid: int) -> None:
@@ -96,11 +97,13 @@ def _fork_again(parent: socket.socket, become: Callable[[], NoReturn]) -> NoRetu
 
 
 def _run(become: Callable[[], NoReturn]) -> NoReturn:
-    """As the interpreter runs a program: nothing of it returns to the template's loop."""
+    """As the interpreter runs a program: nothing of it returns to the server's loop."""
     try:
         become()
     except SystemExit as end:
-        leave(end.code if isinstance(end.code, int) else 1)
+        if end.code is None or isinstance(end.code, int):
+            leave(end.code or 0)
+        sys.stderr.write(f"{end.code}\n")
     except BaseException:
         traceback.print_exc()
-        leave(1)
+    leave(1)

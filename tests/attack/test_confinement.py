@@ -25,7 +25,7 @@ from deploy.python_process import child_environment
 from services.runtime.confine import landlock_abi
 from services.ultravisor.audit import audit_path, read_lines
 from tests.cluster.conftest import own_directories
-from tests.cluster.two_hosts import VM_OF, cluster_text, pids, running_hosts, until
+from tests.cluster.two_hosts import VM_OF, cluster_text, pids, running_hosts, templates_of, until
 
 __all__ = ["own_directories"]
 
@@ -97,7 +97,8 @@ async def test_attacker_without_confinement_succeeds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("role", ["kvm", "qemu"])
 async def test_host_role_reaches_neither_processes_nor_files_of_others(tmp_path: Path, role: str) -> None:
     async with running_hosts(tmp_path, ONE_HOST) as running:
-        targets = await pids(running)
+        templates = {f"template {pid}": pid for pid in templates_of(running.launcher_pid)}
+        targets = await pids(running) | templates
         own_dir = running.paths.process_dir("alpha/kvm" if role == "kvm" else "vm1/qemu")
         files = others_of(running, role)
 
@@ -123,6 +124,8 @@ async def test_every_process_says_and_has_what_protects_it(tmp_path: Path) -> No
             if row.role in ("kvm", "qemu"):
                 assert landlock == "on" or landlock_abi() == 0
             check_in_kernel(row.pid)
+        for pid in templates_of(running.launcher_pid):
+            check_in_kernel(pid)
         for host, vm in VM_OF.items():
             facts = esm_facts(running, host, vm)
             assert (facts["missing_protections"] == "none") == bool(landlock_abi())

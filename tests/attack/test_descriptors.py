@@ -21,7 +21,7 @@ import pytest
 
 from deploy.api import RunningCluster
 from tests.cluster.conftest import own_directories
-from tests.cluster.two_hosts import N_PAGES, VM_OF, cluster_text, pids, running_hosts, until, vm_text
+from tests.cluster.two_hosts import N_PAGES, VM_OF, cluster_text, pids, running_hosts, templates_of, until, vm_text
 
 __all__ = ["own_directories"]
 
@@ -163,6 +163,9 @@ async def test_memory_is_held_and_mapped_exactly_as_the_table_says(tmp_path: Pat
         check_seals(files, targets)
         check_other_descriptors(running, targets)
         check_sockets(targets)
+        if os.geteuid() == 0:
+            # To anybody else the kernel shows nothing of them.
+            assert memory_files({str(pid): pid for pid in templates_of(running.launcher_pid)}) == []
         await check_gone_when_off(running, targets)
 
 

@@ -17,6 +17,7 @@ from deploy.api import RunningCluster, processes_of
 from deploy.memory_segments import SHM_DIR
 from deploy.run_dirs import runtime_root
 from protocol.errors import UserError
+from protocol.template import FAMILIES
 from tests.cluster.conftest import MINIMAL
 from tests.cluster.two_hosts import (
     children_of,
@@ -75,7 +76,7 @@ async def traces_of(running: RunningCluster) -> Traces:
     run_dir = running.paths.run_dir
     processes = children_of(running.launcher_pid)
     assert members_of(running.launcher_pid) == set((await pids(running)).values())
-    assert len(templates_of(running.launcher_pid)) == 2
+    assert len(templates_of(running.launcher_pid)) == len(FAMILIES)
     traces = Traces(
         frozenset({*processes, running.launcher_pid}), segments_of(running.name), sockets_below(run_dir), run_dir
     )

@@ -108,14 +108,12 @@ def children_of(pid: int) -> set[int]:
 
 def templates_of(launcher_pid: int) -> set[int]:
     """Those that others are forked from; none where each has loaded by itself."""
-    return {
-        pid for pid in children_of(launcher_pid) if b"services.template" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    }
+    return {pid for pid in children_of(launcher_pid) if b"services.template" in _command_line(pid)}
 
 
 def members_of(launcher_pid: int) -> set[int]:
     """The processes of the machine that the launcher has."""
-    return children_of(launcher_pid) - templates_of(launcher_pid)
+    return {pid for pid in children_of(launcher_pid) if b"services.template" not in _command_line(pid)}
 
 
 def is_alive(pid: int) -> bool:
@@ -130,6 +128,13 @@ def process_state(pid: int) -> str | None:
     """The state letter of proc(5), `T` for a stopped process; None when there is none."""
     state = _state_and_parent(pid)
     return state[0] if state is not None else None
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def _state_and_parent(pid: int) -> tuple[str, int] | None:

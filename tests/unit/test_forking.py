@@ -60,7 +60,8 @@ def forked(become: str, *before: str) -> subprocess.CompletedProcess[str]:
     ("become", "status", "said"),
     [
         ("sys.exit(3)", 3, ""),
-        ("sys.exit('gone')", 1, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit('gone')", 1, "gone\n"),
         ("os._exit(0)", 0, ""),
         ("raise ValueError('broken')", 1, "ValueError: broken"),
         ("raise ExceptionGroup('both', [ValueError('one'), KeyError('two')])", 1, "KeyError: 'two'"),
@@ -70,6 +71,7 @@ def test_a_fork_ends_as_a_program_does(become: str, status: int, said: str) -> N
     done = forked(become)
     assert done.returncode == status
     assert said in done.stderr
+    assert bool(said) == bool(done.stderr)
 
 
 @pytest.mark.parametrize("n_forks", [1, 2])
