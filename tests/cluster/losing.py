@@ -69,7 +69,8 @@ class Loss:
         row = await self._vm.row()
         assert row.qmp is not None
         self._monitor = row.qmp
-        pid = (await pids(self._running))[self._target]
+        processes = await pids(self._running)
+        pid, guest_pid = processes[self._target], processes[f"{self._vm.name}/guest"]
         peers = peers_of(self._target, self._host)
         logged = {peer: len(log_lines(self._running, peer)) for peer in peers}
         async with trio.open_nursery() as nursery:
@@ -77,6 +78,8 @@ class Loss:
             with held_launcher(self._running):
                 os.kill(pid, self._number)
                 start, start_s, start_ns = trio.current_time(), time.time(), time.monotonic_ns()
+                if self._role == "qemu":
+                    os.kill(guest_pid, signal.SIGCONT)
                 if self._role in ("kvm", "guest"):
                     nursery.start_soon(self._stop_vm)
                 await self._calls_open(peers, start_ns)
@@ -91,7 +94,7 @@ class Loss:
         if self._role == "kvm":
             await self._type("null 5000\r")
         elif self._role == "qemu":
-            await self._type("null 300\rreboot\r")
+            await self._have_reboot_typed()
         else:
             await self._move("page.in")
             nursery.start_soon(self._page_out)
@@ -102,6 +105,13 @@ class Loss:
         since = await console_end(self._vm)
         await self._vm.console_write(text.encode())
         await console_until(self._vm, text.partition("\r")[0] + "\r\n", since=since)
+
+    async def _have_reboot_typed(self) -> None:
+        """The guest stands still until the process is lost, so that its call comes after that."""
+        guest = self._running.process(f"{self._vm.name}/guest")
+        await guest.stop()
+        await guest.wait_state("stopped")
+        await self._vm.console_write(b"reboot\r")
 
     async def _page_out(self) -> None:
         self._lost.results["page.out"] = await self._move("page.out")

@@ -356,6 +356,7 @@ async def test_the_model_kernel_has_memory_and_named_registers(tmp_path: Path) -
     (tmp_path / "c.toml").write_text(text)
     async with cluster(tmp_path / "c.toml", state_dir=tmp_path / "state") as running:
         vm = running.vm("vm1")
+        await console_until(vm, "\r\n> ")
         for view in ("owner", "host"):
             said = await gdb(await vm.gdb_port(view), *MODEL_COMMANDS, order="big")
 
