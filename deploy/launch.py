@@ -41,7 +41,7 @@ from deploy.run_dirs import (
 from deploy.start import start_cluster
 from deploy.stopping import remove_everything, stop_processes
 from deploy.supervise import heartbeat, watch_signals
-from deploy.template import Templates
+from deploy.template import NO_TEMPLATES, Templates
 from protocol.errors import HostFault, PefboxError, UserError
 from protocol.roles import Role
 from services.runtime.log import Log, open_log
@@ -62,8 +62,8 @@ class LaunchRequest:
     """A pipe that becomes readable when whoever owns the cluster is gone; None: it belongs to nobody's life."""
     restore: Mapping[str, Path] = field(default_factory=dict)
     """VMs that do not boot but go on out of a snapshot, and its file."""
-    templates: Templates | None = None
-    """What its processes are forked from; None: each loads its role's module."""
+    templates: Templates = NO_TEMPLATES
+    """What its processes are forked from."""
 
 
 @told_by_line()
@@ -89,8 +89,7 @@ def prepare(request: LaunchRequest) -> tuple[ClusterRun, Locks]:
         _remove_records(paths, [process.target for process in cluster_processes(cluster)])
         manifest = new_manifest(paths.manifest, cluster.name, paths.state_dir)
         run = ClusterRun(cluster, paths, request.options, manifest, _open_log(paths))
-        if request.templates is not None:
-            run.use_templates(request.templates)
+        run.use_templates(request.templates)
         undo.pop_all()
     return run, Locks(state_lock, run_lock)
 

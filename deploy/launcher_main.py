@@ -14,7 +14,7 @@ from typing import NoReturn
 import msgspec
 
 from deploy.launch_outcome import Outcome
-from deploy.template import Templates
+from deploy.template import NO_TEMPLATES, Templates
 from shared.process_end import leave
 from shared.quick_imports import quick_imports
 
@@ -22,14 +22,12 @@ from shared.quick_imports import quick_imports
 def main() -> NoReturn:
     """Launch; the exit status is 1 when the cluster did not come up, 0 when it did and was stopped in good order."""
     arguments = _arguments()
-    if arguments.service_module is not None:
-        leave(_launch(arguments, None))
-    with Templates() as templates:
+    with Templates() if arguments.service_module is None else NO_TEMPLATES as templates:
         status = _launch(arguments, templates)
     leave(status)
 
 
-def _launch(arguments: argparse.Namespace, templates: Templates | None) -> int:
+def _launch(arguments: argparse.Namespace, templates: Templates) -> int:
     with quick_imports():
         from deploy.cluster_run import ClusterRun, LaunchOptions
         from deploy.launch import LaunchRequest, launch

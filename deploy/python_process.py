@@ -31,7 +31,7 @@ def start_module(module: str, arguments: Sequence[str], passed_fd: int, output_f
 
 
 @contextmanager
-def new_output(path: Path | str) -> Iterator[int]:
+def new_output(path: Path) -> Iterator[int]:
     """A new file for what a process writes to standard error, open meanwhile. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:

@@ -13,7 +13,7 @@ from deploy.control_channel import ControlChannel
 from deploy.plan import ProcessPlan
 from deploy.python_process import new_output, start_module
 from deploy.run_dirs import Paths
-from deploy.template import Template, Templates
+from deploy.template import NO_TEMPLATES, Template
 from protocol.roles import Role
 from protocol.template import MAX_ORDER_BYTES, NO_PROCESS, decode_pid
 from services.runtime.log import Log
@@ -33,25 +33,16 @@ class Spawner:
     """Starts the processes of one cluster: forks of `templates`, or each running `module` of its role."""
 
     def __init__(self, module: str, log: Log) -> None:
-        self.templates: Templates | None = None
+        self.templates = NO_TEMPLATES
         self._module = module
         self._log = log
         self._turn = trio.Lock()
-        self._loaded: set[Template] = set()
-
-    def close(self) -> None:
-        """End the templates; what was forked goes on."""
-        if self.templates is not None:
-            self.templates.close()
-
-    def stop(self) -> None:
-        """Nothing more is to be started: a start that waits for a template need not."""
-        if self.templates is not None:
-            self.templates.kill()
 
     async def spawn(self, plan: ProcessPlan, paths: Paths) -> Child:
         """Start the process of `plan`; raises OSError. Not to be cancelled: it would exist, and nobody know it."""
-        child = await _started(plan, paths, functools.partial(self._fork, plan.role))
+        child = None
+        if self.templates.of(plan.role) is not None:
+            child = await _started(plan, paths, functools.partial(self._fork, plan.role))
         if child is None:
             child = await _started(plan, paths, functools.partial(self._load, plan.role))
         assert child is not None
@@ -64,28 +55,27 @@ class Spawner:
     async def _fork(self, role: Role, control_fd: int, output_fd: int) -> int:
         """NO_PROCESS without a template; one that does not answer is given up."""
         async with self._turn:
-            template = self.templates.of(role) if self.templates is not None else None
-            if self.templates is None or template is None:
+            template = self.templates.of(role)
+            if template is None:
                 return NO_PROCESS
             try:
-                answer = await self._ask(template, role, [control_fd, output_fd])
+                return await _ask(template, role, [control_fd, output_fd])
             except (OSError, trio.TooSlowError) as error:
                 self._log.warning("processes load by themselves", template=template.name, reason=str(error))
                 self.templates.give_up(template)
                 return NO_PROCESS
-            self._loaded.add(template)
-            return decode_pid(answer)
 
-    async def _ask(self, template: Template, role: Role, files: list[int]) -> bytes:
-        """The answer; raises OSError, TooSlowError."""
-        seconds = _FORK_SECONDS if template in self._loaded else _LOAD_SECONDS
-        socket.send_fds(template.orders, [role.value.encode()], files)
-        with trio.fail_after(seconds):
-            await trio.lowlevel.wait_readable(template.orders)
-        answer = template.orders.recv(MAX_ORDER_BYTES)
-        if not answer:
-            raise ConnectionResetError("it has ended")
-        return answer
+
+async def _ask(template: Template, role: Role, files: list[int]) -> int:
+    """The pid that it answers; raises OSError, TooSlowError."""
+    socket.send_fds(template.orders, [role.value.encode()], files)
+    with trio.fail_after(_FORK_SECONDS if template.has_answered else _LOAD_SECONDS):
+        await trio.lowlevel.wait_readable(template.orders)
+    answer = template.orders.recv(MAX_ORDER_BYTES)
+    if not answer:
+        raise ConnectionResetError("it has ended")
+    template.has_answered = True
+    return decode_pid(answer)
 
 
 async def _started(plan: ProcessPlan, paths: Paths, start: Start) -> Child | None:

@@ -89,7 +89,6 @@ async def spawn_all(run: ClusterRun, processes: Iterable[ProcessPlan], links: It
 
 async def _spawn_one(run: ClusterRun, process: ProcessPlan) -> Child:
     make_dir(run.paths.process_dir(process.place))
-    await trio.lowlevel.checkpoint_if_cancelled()
     if run.stopping:
         raise StartFailed(f"{process.target} was not started: the cluster stops")
     # A process that exists is known: nothing breaks this off in between.

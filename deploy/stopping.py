@@ -28,7 +28,8 @@ _KILL_SECONDS = 5.0
 async def stop_processes(run: ClusterRun) -> None:
     """End every process; returns when the kernel reported the end of each."""
     run.stopping = True
-    run.spawner.stop()
+    # A start that waits for a template need not.
+    run.spawner.templates.kill()
     for child in run.living():
         child.exit_expected = True
     for roles in ORDER:
@@ -60,7 +61,7 @@ def remove_everything(run: ClusterRun, locks: Locks) -> None:
     Plain synchronous code: it runs on every way out of the launcher.
     """
     _kill_remaining(run.living())
-    run.spawner.close()
+    run.spawner.templates.close()
     for name in list(run.manifest.data.segments):
         run.drop_segment(name)
     last = (run.paths.manifest, run.paths.lock_file)

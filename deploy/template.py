@@ -9,7 +9,9 @@ import ctypes
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Self
 
 from deploy.python_process import new_output, start_module
@@ -22,7 +24,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 class Template:
     """One that was started. Its forks are children of this process, and go on when it ends.
 
-    Orders go over `orders`, which does not block.
+    Orders go over `orders`, which does not block. Until it `has_answered` it may still load.
     """
 
     def __init__(self, roles: frozenset[Role]) -> None:
@@ -31,9 +33,10 @@ class Template:
         self.name = f"template of {' and '.join(names)}"
         self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.orders.setblocking(False)
+        self.has_answered = False
         try:
             # What it cannot load no process of its roles can, which then says so.
-            with theirs, new_output(os.devnull) as output_fd:
+            with theirs, new_output(Path(os.devnull)) as output_fd:
                 orders_fd = theirs.fileno()
                 arguments = ["--orders-fd", str(orders_fd), *names]
                 self.pid = start_module("services.template", arguments, orders_fd, output_fd)
@@ -57,13 +60,12 @@ class Template:
 class Templates:
     """One a family of roles, as far as the machine has what it takes. Leaving the `with` ends them."""
 
-    def __init__(self) -> None:
+    def __init__(self, families: Sequence[frozenset[Role]] = FAMILIES) -> None:
         self._of: dict[Role, Template] = {}
-        if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-            return
-        for roles in FAMILIES:
-            with suppress(OSError):
-                self._of |= dict.fromkeys(roles, Template(roles))
+        if families and ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0:
+            for roles in families:
+                with suppress(OSError):
+                    self._of |= dict.fromkeys(roles, Template(roles))
 
     def __enter__(self) -> Self:
         return self
@@ -94,3 +96,7 @@ class Templates:
         """End all; what was forked goes on."""
         for template in self.living:
             self.give_up(template)
+
+
+NO_TEMPLATES = Templates(())
+"""Each process loads by itself."""

@@ -17,6 +17,7 @@ from deploy.run_dirs import LAUNCHER_SOCKET, runtime_root
 from protocol.template import FAMILIES
 from tests.cluster.two_hosts import (
     cluster_text,
+    command_line,
     members_of,
     pids,
     running_hosts,
@@ -32,15 +33,6 @@ def library_address(pid: int) -> str:
     """Where the C library lies, which is drawn anew for each program that is started."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return next(line.partition("-")[0] for line in lines if "/libc.so" in line)
-
-
-def parent_and_session(pid: int) -> tuple[int, int]:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[1]), int(fields[3])
-
-
-def title(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode()
 
 
 async def restart_and_see(running: RunningCluster) -> None:
@@ -62,9 +54,11 @@ async def test_who_holds_secure_memory_shares_no_layout_with_kvm_and_qemu(tmp_pa
 
 async def test_a_fork_is_a_child_of_the_launcher_with_a_session_and_a_name_of_its_own(tmp_path: Path) -> None:
     async with running_hosts(tmp_path, ONE_HOST) as running:
-        for target, pid in (await pids(running)).items():
-            assert parent_and_session(pid) == (running.launcher_pid, pid)
-            assert title(pid) == f"pefbox {running.name} {target}"
+        found = await pids(running)
+        assert members_of(running.launcher_pid) == set(found.values())
+        for target, pid in found.items():
+            assert os.getsid(pid) == pid
+            assert command_line(pid).rstrip(b"\0") == f"pefbox {running.name} {target}".encode()
 
 
 async def test_a_process_that_is_forked_later_is_watched_as_any_other(tmp_path: Path) -> None:

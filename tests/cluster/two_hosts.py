@@ -108,12 +108,12 @@ def children_of(pid: int) -> set[int]:
 
 def templates_of(launcher_pid: int) -> set[int]:
     """Those that others are forked from; none where each has loaded by itself."""
-    return {pid for pid in children_of(launcher_pid) if b"services.template" in _command_line(pid)}
+    return {pid for pid in children_of(launcher_pid) if b"services.template" in command_line(pid)}
 
 
 def members_of(launcher_pid: int) -> set[int]:
     """The processes of the machine that the launcher has."""
-    return {pid for pid in children_of(launcher_pid) if b"services.template" not in _command_line(pid)}
+    return {pid for pid in children_of(launcher_pid) if b"services.template" not in command_line(pid)}
 
 
 def is_alive(pid: int) -> bool:
@@ -130,7 +130,8 @@ def process_state(pid: int) -> str | None:
     return state[0] if state is not None else None
 
 
-def _command_line(pid: int) -> bytes:
+def command_line(pid: int) -> bytes:
+    """As in proc(5); empty when there is no such process."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -50,9 +49,9 @@ os.fork = limited
 """
 
 
-def forked(become: str, *before: str) -> subprocess.CompletedProcess[str]:
+def forked(become: str, before: str = "") -> subprocess.CompletedProcess[str]:
     """How a process ended that did this, forked after `before` was run."""
-    script = "\n".join(before) + textwrap.dedent(SUBREAPER).format(become=become)
+    script = before + SUBREAPER.format(become=become)
     return subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, check=False)
 
 

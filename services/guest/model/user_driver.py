@@ -16,8 +16,6 @@ from shared.virtio_pci import NO_VECTOR
 
 QUEUE_SIZE = 4
 VERSION_1 = 1 << Feature.VERSION_1
-_NOTHING = (0, -1)
-"""What a device that gave up is taken to have used."""
 
 
 class UserDriver:
@@ -52,10 +50,12 @@ class UserDriver:
     def answer(self) -> Step[int | None]:
         """How many bytes the device says it wrote, -1 when it gave up, None while it works; raises QueueBroken."""
         used = self._queue.take_used()
-        if used is None and (yield from self._transport.needs_reset()):
+        if used is None:
+            if not (yield from self._transport.needs_reset()):
+                return None
             # What the device did to the ring before it gave up may have come after the look above.
-            used = self._queue.take_used() or _NOTHING
-        return used[1] if used is not None else None
+            used = self._queue.take_used()
+        return used[1] if used is not None else -1
 
 
 def try_features(transport: Transport, bits: int) -> Step[bool]:

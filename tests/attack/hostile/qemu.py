@@ -8,6 +8,7 @@ links (`network.lie`, `network.flood`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from typing import Any, cast
 
@@ -16,15 +17,14 @@ import trio
 from protocol import messages as m
 from protocol.codes import HCode
 from protocol.geometry import PAGE_SHIFT
-from protocol.roles import Role
 from services.qemu import service, virtio_device
+from services.qemu.__main__ import MAIN
 from services.qemu.board import Board
-from services.qemu.loader import import_loaders
 from services.qemu.service import Qemu
 from services.qemu.virtqueue import Chain, Virtqueue
 from services.runtime.channel import MAX_BACKLOG
 from services.runtime.link import Link
-from services.runtime.process import Query, ServiceMain, run_service
+from services.runtime.process import Query, run_service
 from shared.vring import RING_IDX, USED_ELEM, avail_bytes, desc_bytes, used_bytes, used_entry
 from tests.attack.hostile.network import FloodOf, NetLie, flood, messages_of
 
@@ -207,6 +207,4 @@ class HostileQemu(Qemu):
 if __name__ == "__main__":
     vars(virtio_device)["Virtqueue"] = LyingQueue
     vars(service)["Board"] = LyingBoard
-    run_service(
-        ServiceMain(Role.QEMU, HostileQemu, landlock_dirs=lambda config: [config.run_dir], prepare=import_loaders)
-    )
+    run_service(replace(MAIN, make=HostileQemu))

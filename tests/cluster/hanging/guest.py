@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from protocol.roles import Role
-from services.guest.engines import import_engines
+from dataclasses import replace
+
+from services.guest.__main__ import MAIN
 from services.guest.service import Guest
-from services.runtime.process import Query, ServiceMain, run_service
+from services.runtime.process import Query, run_service
 from tests.cluster.hanging import hang
 
 
@@ -18,4 +19,4 @@ class HangingGuest(Guest):
 
 
 if __name__ == "__main__":
-    run_service(ServiceMain(Role.GUEST, HangingGuest, landlock_dirs=lambda config: None, prepare=import_engines))
+    run_service(replace(MAIN, make=HangingGuest))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from typing import Any
 
-from protocol.roles import Role
+from services.kvm.__main__ import MAIN
 from services.kvm.service import Kvm
-from services.runtime.process import Query, ServiceMain, run_service
+from services.runtime.process import Query, run_service
 from tests.cluster.hanging import hang
 
 
@@ -33,4 +34,4 @@ class HangingKvm(Kvm):
 
 
 if __name__ == "__main__":
-    run_service(ServiceMain(Role.KVM, HangingKvm, landlock_dirs=lambda config: [config.run_dir]))
+    run_service(replace(MAIN, make=HangingKvm))

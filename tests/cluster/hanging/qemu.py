@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from typing import Any
 
-from protocol.roles import Role
-from services.qemu.loader import import_loaders
+from services.qemu.__main__ import MAIN
 from services.qemu.migration import source
 from services.qemu.migration.channel import BulkChannel
 from services.qemu.migration.destination import DestinationMigration
 from services.qemu.migration.stream import FrameKind
 from services.qemu.service import Qemu
-from services.runtime.process import Query, ServiceMain, run_service
+from services.runtime.process import Query, run_service
 from tests.cluster.hanging import hang
 
 WORD_SECONDS = 0.2
@@ -49,6 +49,4 @@ async def _stop_at_token(_arguments: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_service(
-        ServiceMain(Role.QEMU, HangingQemu, landlock_dirs=lambda config: [config.run_dir], prepare=import_loaders)
-    )
+    run_service(replace(MAIN, make=HangingQemu))

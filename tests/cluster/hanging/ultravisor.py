@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from protocol.roles import Role
-from services.runtime.process import Query, ServiceMain, run_service
+from dataclasses import replace
+
+from services.runtime.process import Query, run_service
+from services.ultravisor.__main__ import MAIN
 from services.ultravisor.service import Ultravisor
 from tests.cluster.hanging import hang
 
@@ -17,4 +19,4 @@ class HangingUltravisor(Ultravisor):
 
 
 if __name__ == "__main__":
-    run_service(ServiceMain(Role.ULTRAVISOR, HangingUltravisor, landlock_dirs=lambda config: None))
+    run_service(replace(MAIN, make=HangingUltravisor))
