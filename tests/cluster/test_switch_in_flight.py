@@ -11,6 +11,7 @@ from deploy.api import Vm, cluster
 from tests.cluster.vm_files import PROMPT, VmFiles, answer_of, console_until, make_vm_files
 
 LATE = "tests.attack.late.{role}"
+EARLY = "tests.attack.early.{role}"
 FIRST_GFN, END_GFN = 0x2EE, 0x300
 """Where the boot stage has buffer, commands and ring, at the end of the first 48 MiB."""
 MOVED = "moved behind the IOMMU: the VM turned secure"
@@ -89,9 +90,8 @@ async def test_a_ring_that_the_device_went_on_with_is_spoiled_too(tmp_path: Path
 
 @pytest.mark.parametrize(("design", "faults"), [("quirk", []), ("runtime-switch", [MOVED])])
 async def test_requests_that_end_before_the_switch_do_no_harm(tmp_path: Path, design: str, faults: list[str]) -> None:
-    """The disk is in the page cache: its reads take milliseconds, the switch more."""
     files = files_for(tmp_path, design)
-    async with cluster(files.cluster_file, state_dir=files.state_dir) as running:
+    async with cluster(files.cluster_file, state_dir=files.state_dir, service_module=EARLY) as running:
         vm = running.vm("vm1")
         pages = await left_pages(vm)
 
