@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from unicorn import ppc_const
 
-from services.guest.machine import native_exceptions, replaced, second_level_tlb
+from services.guest.machine import hooks, native_exceptions, replaced, second_level_tlb
 from services.guest.machine.instructions import EngineException
 from services.guest.machine.registers import Fscr, Msr, Spr
 from tests.needs import need_program
@@ -25,17 +25,20 @@ SYMBOLS = STATE | {
     "SRR0": Spr.SRR0,
     "SRR1": Spr.SRR1,
     "FSCR": Spr.FSCR,
+    "PIDR": Spr.PIDR,
     "FSCR_SCV": Fscr.SCV,
     "SLBIA_LEVEL": replaced._SLBIA_LEVEL,
     "SCV_LEVEL": replaced._SCV_LEVEL,
     "RFSCV_LEVEL": replaced._RFSCV_LEVEL,
     "TLBIEL_LEVEL": replaced._TLBIEL_LEVELS.start,
+    "TLB_FLUSH": hooks.TLB_FLUSH,
     "IS": 3 << 10,
     "SET": 0xFFF << 12,
     "REG_MSR": ppc_const.UC_PPC_REG_MSR,
     "REG_LR": ppc_const.UC_PPC_REG_LR,
     "REG_CTR": ppc_const.UC_PPC_REG_CTR,
     "N_SETS": second_level_tlb.N_SETS,
+    "PROBLEM_SHIFT": second_level_tlb._PROBLEM_SHIFT,
     "MSR_BITS": Msr.IR | Msr.DR | Msr.PR | Msr.LE,
 }
 

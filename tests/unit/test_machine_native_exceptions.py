@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.guest.machine.engine import MachineEngine
 from services.guest.machine.hooks import address_of
 from services.guest.machine.interrupts import AIL_RELOCATED, InterruptMode, Vector
 from services.guest.machine.registers import Fscr, Msr, Spr
@@ -29,7 +30,8 @@ CALLS = st.sampled_from(
         (asm.SLBIA,),
         (asm.tlbiel(R6, R7),),
         (asm.tlbie(R6, R7),),
-        (asm.SLBIA, asm.tlbiel(R6, R7), asm.scv(0)),
+        (asm.mtspr(Spr.PIDR, R6),),
+        (asm.SLBIA, asm.tlbiel(R6, R7), asm.mtspr(Spr.PIDR, R7), asm.scv(0)),
     ]
 )
 OPERANDS = st.sampled_from([0x7000, 1 << 10, 1 << 10 | 1 << 12, 3 << 10 | 5 << 12])
@@ -41,7 +43,7 @@ SCV_VECTORS_WORDS = 24
 class PythonAlone:
     """In the place of NativeExceptions: the callback of last resort for everything."""
 
-    def __init__(self, _registers: object, _interrupts: object, python: object) -> None:
+    def __init__(self, _registers: object, _interrupts: object, python: object, _translations: int) -> None:
         self.native = SimpleNamespace(address=address_of(python), data=0)
 
 
@@ -79,3 +81,19 @@ def test_the_registers_are_the_same(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("services.guest.machine.engine.NativeExceptions", PythonAlone)
         assert native == outcome(words, msr, mode, operand, scv)
+
+
+@pytest.mark.parametrize("word", [asm.SC0, asm.scv(0), asm.RFSCV, asm.SLBIA, asm.mtspr(Spr.PIDR, R6)])
+def test_the_frequent_ones_do_not_come_to_python(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels: list[int] = []
+    in_python = MachineEngine._on_exception
+
+    def on_exception(engine: MachineEngine, *arguments: int) -> None:
+        levels.append(engine._registers.error_code)
+        in_python(engine, *arguments)
+
+    monkeypatch.setattr(MachineEngine, "_on_exception", on_exception)
+    state = outcome((word,), int(Msr.SF | Msr.ME), InterruptMode(), 5, scv=True)
+
+    assert set(levels) == {1}, "only hypercalls"
+    assert word != asm.mtspr(Spr.PIDR, R6) or state.sprs[Spr.PIDR] == 5

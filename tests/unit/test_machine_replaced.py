@@ -73,6 +73,13 @@ def test_the_level_for_a_tlbiel_names_its_register(rb: int, rs: int) -> None:
     assert int.from_bytes(instead) >> 5 & 0x7F == 32 + rb
 
 
+@given(rs=REGISTERS)
+def test_the_level_for_a_store_to_pidr_names_its_register(rs: int) -> None:
+    ((_, instead),) = needed(asm.program(asm.mtspr(Spr.PIDR, rs)), little_endian=False, hide_msr=False)
+
+    assert int.from_bytes(instead) >> 5 & 0x7F == 64 + rs
+
+
 @given(word=HINTS, little=st.booleans())
 def test_a_hint_becomes_a_no_operation(word: int, little: bool) -> None:
     assert useful(asm.program(word, little_endian=little), little_endian=little) == [
@@ -80,7 +87,7 @@ def test_a_hint_becomes_a_no_operation(word: int, little: bool) -> None:
     ]
 
 
-@pytest.mark.parametrize("level", [0, 1, 2, 3, 64, 127])
+@pytest.mark.parametrize("level", [0, 1, 2, 3, 96, 127])
 def test_the_levels_of_the_architecture_are_no_traps(level: int) -> None:
     assert not is_trap_level(level)
 

@@ -82,7 +82,9 @@ class MachineEngine:
         self._translator = Translator(self._registers, self._mmu, self._partition, self._code, self._second_level)
         self._time = TimeBase(clock, self._registers)
         self._interrupts = Interrupts(self._registers)
-        self._exceptions = NativeExceptions(self._registers.of_exceptions(), self._interrupts, self._callbacks[1])
+        self._exceptions = NativeExceptions(
+            self._registers.of_exceptions(), self._interrupts, self._callbacks[1], self._second_level.native.data
+        )
         self._instructions = Instructions(
             self._registers, self._interrupts, self._time, self._translator.instruction, lacking, self
         )

@@ -13,7 +13,7 @@ from services.guest.machine.accesses import effective_address
 from services.guest.machine.interrupts import Interrupts, Vector
 from services.guest.machine.invalidation import Invalidation, invalidation
 from services.guest.machine.register_file import RegisterFile
-from services.guest.machine.registers import WORD_BYTES, Dsisr, Fscr, Msr, Spr, Srr1
+from services.guest.machine.registers import RS_SHIFT, WORD_BYTES, Dsisr, Fscr, Msr, Spr, Srr1
 from services.guest.machine.replaced import MFMSR, MTPIDR, RFSCV, SCV, SLBIA, TLBIE, TLBIEL, is_trap_level, is_trapped
 from services.guest.machine.time_base import TimeBase
 
@@ -151,11 +151,11 @@ class Instructions:
         if TLBIEL.matches(word) or TLBIE.matches(word):
             self._translations.invalidate(invalidation(word, registers.gpr))
         elif MTPIDR.matches(word):
-            self._translations.switch_process(registers.gpr[word >> 21 & 31] & _MASK32)
+            self._translations.switch_process(registers.gpr[word >> RS_SHIFT & 31] & _MASK32)
         elif MFMSR.matches(word):
-            registers.gpr[word >> 21 & 31] = msr | (Msr.S if self._interrupts.mode.secure else 0)
+            registers.gpr[word >> RS_SHIFT & 31] = msr | (Msr.S if self._interrupts.mode.secure else 0)
         elif not SLBIA.matches(word):
-            registers.gpr[word >> 21 & 31] = self._time.ticks() & _MASK64
+            registers.gpr[word >> RS_SHIFT & 31] = self._time.ticks() & _MASK64
         self._interrupts.done_outside()
         return True
 
@@ -207,9 +207,9 @@ class Instructions:
             self._unavailable(Fscr.DSCR, at)
             return
         if word & _SPR_MASK == _MTSPR:
-            registers.spr[_DSCR] = registers.gpr[word >> 21 & 31]
+            registers.spr[_DSCR] = registers.gpr[word >> RS_SHIFT & 31]
         else:
-            registers.gpr[word >> 21 & 31] = registers.spr[_DSCR]
+            registers.gpr[word >> RS_SHIFT & 31] = registers.spr[_DSCR]
         self._interrupts.done_outside()
 
 

@@ -10,10 +10,9 @@ from enum import Enum
 from typing import Protocol
 
 from services.guest.machine.mmu import KERNEL
-from services.guest.machine.registers import RB_SHIFT
+from services.guest.machine.registers import RB_SHIFT, RS_SHIFT
 from services.guest.machine.replaced import TLBIEL
 
-_RS_SHIFT = 21
 _RIC_SHIFT, _PRS_BIT, _R_BIT = 18, 1 << 17, 1 << 16
 _RIC_TLB, _RIC_WALKS, _RIC_ALL = 0, 1, 2
 _IS_SHIFT, _AP_SHIFT, _SET_MASK = 10, 5, 0xFFF << 12
@@ -59,7 +58,7 @@ class Gprs(Protocol):
 
 def invalidation(word: int, gprs: Gprs) -> Invalidation:
     """Of the instruction `word`, a tlbie or tlbiel, with these general registers. Never less than it says."""
-    rb, rs = gprs[word >> RB_SHIFT & 31], gprs[word >> _RS_SHIFT & 31]
+    rb, rs = gprs[word >> RB_SHIFT & 31], gprs[word >> RS_SHIFT & 31]
     ric, scope = word >> _RIC_SHIFT & 3, rb >> _IS_SHIFT & 3
     if ric == _RIC_WALKS:
         return Whole.NOTHING

@@ -1,11 +1,12 @@
 """What the engine calls for an exception: machine code for the frequent ones, the Python callback for the others.
 
-System calls of Linux's processes (`sc`, and `scv` with `rfscv`) come thousands of times a second, and to flush a
-process it does one tlbiel for each of the 128 sets of a POWER9's TLB: the way to Python and back would cost ten times
-what is done. What machine code does here `Interrupts` and `Instructions` do as well, and it leaves to them whatever is
-special: a processor that is traced, a process that may not, a facility that is off.
+System calls of Linux's processes (`sc`, and `scv` with `rfscv`) come thousands of times a second, and so do stores to
+PIDR, which change the process; to flush one it does a tlbiel for each of the 128 sets of a POWER9's TLB. The way to
+Python and back would cost ten times what is done. What machine code does here `Interrupts` and `Instructions` do as
+well, and it leaves to them whatever is special: a processor that is traced, a process that may not, a facility that is
+off, a flush of the engine's TLB that nobody here knows of.
 
-`scv`, `rfscv` and `tlbiel` come as `sc` with levels of ours (`replaced.py`).
+`scv`, `rfscv`, `tlbiel` and stores to PIDR come as `sc` with levels of ours (`replaced.py`).
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from services.guest.machine.registers import SRR1_FROM_MSR, Msr
 
 _CODE = bytes.fromhex(
     "83fe08"  #         cmp esi, SYSTEM_CALL
-    "7558"  #         jne python
+    "755c"  #         jne python
     "488b02"  #         mov rax, [rdx+LEVEL]
     "8b00"  #         mov eax, [rax]
     "488b4a08"  #         mov rcx, [rdx+MSR]
     "4c8b01"  #         mov r8, [rcx]
     "41f7c000040000"  #         test r8d, SE                      traced?
-    "7543"  #         jnz python
+    "7547"  #         jnz python
     "85c0"  #         test eax, eax
-    "7442"  #         jz sc
+    "7446"  #         jz sc
     "83f807"  #         cmp eax, SCV_LEVEL
-    "0f8494000000"  #         je scv
+    "0f8498000000"  #         je scv
     "41f7c000400000"  #         test r8d, PR                      a process may not
-    "752d"  #         jnz python
+    "7531"  #         jnz python
     "83f806"  #         cmp eax, SLBIA_LEVEL
-    "7427"  #         je out
+    "742b"  #         je out
     "83f808"  #         cmp eax, RFSCV_LEVEL
-    "0f84ee000000"  #         je rfscv
+    "0f84f2000000"  #         je rfscv
     "83e820"  #         sub eax, TLBIEL_LEVEL
     "83f820"  #         cmp eax, 32
-    "7317"  #         jae python
+    "0f834f010000"  #         jae pidr
     "488b4a18"  #         mov rcx, [rdx+GPRS]
     "488b04c1"  #         mov rax, [rcx+rax*8]              RB
     "a9000c0000"  #         test eax, IS                      of an address?
@@ -55,12 +56,12 @@ _CODE = bytes.fromhex(
     "488b01"  #         mov rax, [rcx]
     "498981d0000000"  #         mov [r9+SRR0*8], rax
     "4c89c0"  #         mov rax, r8
-    "48234240"  #         and rax, [rdx+FROM_MSR]
-    "480b4248"  #         or rax, [rdx+SECURE]
+    "48234250"  #         and rax, [rdx+FROM_MSR]
+    "480b4258"  #         or rax, [rdx+SECURE]
     "498981d8000000"  #         mov [r9+SRR1*8], rax
     "4c89c1"  #         mov rcx, r8
-    "4c234250"  #         and r8, [rdx+KEPT_BY_SC]
-    "4c8d4a60"  #         lea r9, [rdx+SC_ENTRY]
+    "4c234260"  #         and r8, [rdx+KEPT_BY_SC]
+    "4c8d4a70"  #         lea r9, [rdx+SC_ENTRY]
     "83e130"  # enter:  and ecx, IR|DR                    rcx: MSR, r8: what is kept of it, r9: where to
     "83f930"  #         cmp ecx, IR|DR
     "7504"  #         jne real
@@ -90,8 +91,8 @@ _CODE = bytes.fromhex(
     "488b5310"  #         mov rdx, [rbx+PC]
     "ff5328"  #         call [rbx+WRITE]
     "4c89e8"  #         mov rax, r13
-    "48234340"  #         and rax, [rbx+FROM_MSR]
-    "480b4348"  #         or rax, [rbx+SECURE]
+    "48234350"  #         and rax, [rbx+FROM_MSR]
+    "480b4358"  #         or rax, [rbx+SECURE]
     "48890424"  #         mov [rsp], rax
     "4c89e7"  #         mov rdi, r12
     "be4c000000"  #         mov esi, REG_CTR                  CTR: the MSR
@@ -105,8 +106,8 @@ _CODE = bytes.fromhex(
     "415d"  #         pop r13
     "415c"  #         pop r12
     "5b"  #         pop rbx
-    "4c234258"  #         and r8, [rdx+KEPT_BY_SCV]
-    "4c8d8a80000000"  #         lea r9, [rdx+SCV_ENTRY]
+    "4c234268"  #         and r8, [rdx+KEPT_BY_SCV]
+    "4c8d8a90000000"  #         lea r9, [rdx+SCV_ENTRY]
     "e963ffffff"  #         jmp enter
     "53"  # rfscv:  push rbx
     "4154"  #         push r12
@@ -140,6 +141,31 @@ _CODE = bytes.fromhex(
     "415c"  #         pop r12
     "5b"  #         pop rbx
     "c3"  #         ret
+    "83e820"  # pidr:   sub eax, 32
+    "83f820"  #         cmp eax, 32
+    "0f83bcfeffff"  #         jae python
+    "4c8b4a40"  #         mov r9, [rdx+TRANSLATIONS]
+    "498b09"  #         mov rcx, [r9]                     the engine's counts of flushes
+    "4c8b11"  #         mov r10, [rcx]
+    "4c035108"  #         add r10, [rcx+8]
+    "4c035110"  #         add r10, [rcx+16]
+    "4d3b5108"  #         cmp r10, [r9+8]                   others than expected?
+    "0f85a0feffff"  #         jne python
+    "488b4a18"  #         mov rcx, [rdx+GPRS]
+    "8b04c1"  #         mov eax, [rcx+rax*8]              RS
+    "488b4a20"  #         mov rcx, [rdx+SPRS]
+    "48898180010000"  #         mov [rcx+PIDR*8], rax
+    "4151"  #         push r9
+    "be0b000040"  #         mov esi, TLB_FLUSH
+    "31c0"  #         xor eax, eax                      no vector registers for `...`
+    "ff5248"  #         call [rdx+CONTROL]
+    "4159"  #         pop r9
+    "498b09"  #         mov rcx, [r9]
+    "488b01"  #         mov rax, [rcx]
+    "48034108"  #         add rax, [rcx+8]
+    "48034110"  #         add rax, [rcx+16]
+    "49894108"  #         mov [r9+8], rax                   this flush was expected
+    "c3"  #         ret
 )
 
 
@@ -159,6 +185,8 @@ class _State(ctypes.Structure):
         ("write", ctypes.c_void_p),
         ("read", ctypes.c_void_p),
         ("python", ctypes.c_void_p),
+        ("translations", ctypes.c_void_p),
+        ("control", ctypes.c_void_p),
         ("from_msr", ctypes.c_uint64),
         ("secure", ctypes.c_uint64),
         ("kept_by_sc", ctypes.c_uint64),
@@ -169,9 +197,16 @@ class _State(ctypes.Structure):
 
 
 class NativeExceptions:
-    """Of one engine; `python` is the callback for all else. The caller keeps both for as long as the engine."""
+    """Of one engine; `python` is the callback for all else, `translations` where the second-level TLB has its state.
+    The caller keeps all three for as long as the engine."""
 
-    def __init__(self, registers: ExceptionRegisters, interrupts: Interrupts, python: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        registers: ExceptionRegisters,
+        interrupts: Interrupts,
+        python: Any,  # noqa: ANN401
+        translations: int,
+    ) -> None:
         self._interrupts = interrupts
         self._state = _State(
             registers.level,
@@ -182,6 +217,8 @@ class NativeExceptions:
             address_of(uclib.uc_reg_write),
             address_of(uclib.uc_reg_read),
             address_of(python),
+            translations,
+            address_of(uclib.uc_ctl),
             SRR1_FROM_MSR,
             kept_by_sc=KEPT,
             kept_by_scv=KEPT_BY_SCV,

@@ -9,8 +9,8 @@ from enum import IntEnum
 
 WORD_BYTES = 4
 """An instruction."""
-RB_SHIFT = 11
-"""Of the five bits in an instruction that name the register RB."""
+RS_SHIFT, RB_SHIFT = 21, 11
+"""Of the five bits in an instruction that name the register RS (or RT), and RB."""
 
 
 class Msr(IntEnum):

@@ -10,7 +10,7 @@ Traps:
 
 A trap is `sc` with a level that is reserved, and that no kernel and no program uses. Its handler looks up the true
 instruction in the true page. Those that are frequent have levels of their own, by which machine code knows what to do
-(`native_exceptions.py`); of a tlbiel it needs to know the register with the operand too.
+(`native_exceptions.py`); of a tlbiel and a store to PIDR it needs to know the register with the operand too.
 
 No-operations: the hints to other threads of the core (`or` of a register with itself), of which there are none. Linux
 gives two or three on the way into its kernel and back, and the engine leaves its loop for each. So they do not change
@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from services.guest.machine.registers import RB_SHIFT, WORD_BYTES
+from services.guest.machine.registers import RB_SHIFT, RS_SHIFT, WORD_BYTES
 
 _SC = 0x44000002
 _LEVEL_SHIFT = 5
@@ -34,6 +34,8 @@ _RFSCV_LEVEL = 8
 _LEVELS = range(_LEVEL, _RFSCV_LEVEL + 1)
 _TLBIEL_LEVELS = range(32, 64)
 """One for each general register that may hold its operand RB."""
+_PIDR_LEVELS = range(64, 96)
+"""One for each general register that PIDR may be stored from."""
 _HALF = 0xFFFF
 _BYTE = 0xFF
 _NOP = 0x60000000
@@ -83,7 +85,7 @@ def is_trapped(word: int) -> bool:
 
 def is_trap_level(level: int) -> bool:
     """Whether a system call of this level may be a trap."""
-    return level in _LEVELS or level in _TLBIEL_LEVELS
+    return level in _LEVELS or level in _TLBIEL_LEVELS or level in _PIDR_LEVELS
 
 
 def needed(page: bytes, *, little_endian: bool, hide_msr: bool) -> list[Replacement]:
@@ -136,4 +138,6 @@ def _finds(data: bytes, part: bytes) -> Iterator[int]:
 def _level(word: int) -> int:
     if TLBIEL.matches(word):
         return _TLBIEL_LEVELS[word >> RB_SHIFT & 31]
+    if MTPIDR.matches(word):
+        return _PIDR_LEVELS[word >> RS_SHIFT & 31]
     return next((level for pattern, level in _OWN_LEVELS if pattern.matches(word)), _LEVEL)

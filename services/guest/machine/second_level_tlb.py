@@ -24,6 +24,7 @@ from typing import Any
 
 from services.guest.machine.hooks import NativeCallback, address_of, executable
 from services.guest.machine.mmu import KERNEL
+from services.guest.machine.registers import Msr
 
 N_SETS = 16384
 """The kernel's pages and those of processes have half of them each."""
@@ -35,7 +36,11 @@ _ENTRY_BYTES = 32
 _ENTRY_WORDS = _ENTRY_BYTES // 8
 _PAGE_SHIFT = 12
 _KERNEL_PAGE = KERNEL >> _PAGE_SHIFT
+_PROBLEM = int(Msr.PR)
 _PID_HASH_SHIFT = 3
+_PROBLEM_SHIFT = 2
+"""From MSR.PR to the highest bit of a set in its half. A process's buffer is used by the process and by the kernel for
+it, in turns and each with permissions of its own: were both to have one entry, each turn would be a miss."""
 _FIRST_USE = 16
 """UC_MEM_READ; stores and fetches follow."""
 _GENERATION_STEP = 1 << 48
@@ -94,6 +99,11 @@ _CODE = bytes.fromhex(
     "428d04d500000000"  # lea eax, [r10*8]
     "4131c1"  #           xor r9d, eax
     "4181e1ff1f0000"  #   and r9d, N_SETS / 2 - 1
+    "498b4010"  #         mov rax, [r8+16]       MSR
+    "8b00"  #             mov eax, [rax]
+    "c1e802"  #           shr eax, PROBLEM_SHIFT
+    "2500100000"  #       and eax, N_SETS / 4    PR
+    "4131c1"  #           xor r9d, eax
     "4989f3"  #           mov r11, rsi           the upper half is for the kernel
     "49c1eb3f"  #         shr r11, 63
     "41c1e30d"  #         shl r11d, 13
@@ -146,6 +156,7 @@ class SecondLevelTlb:
         self._entries = bytearray(N_SETS * _N_WAYS * _ENTRY_BYTES)
         self._pin_entries = ctypes.c_char.from_buffer(self._entries)
         self._pid = ctypes.c_uint32.from_address(watched.pidr)
+        self._msr = ctypes.c_uint64.from_address(watched.msr)
         self._words = memoryview(self._entries).cast("Q")
         self._kept: dict[int, tuple[int, int]] = {}
         """What the entry at an index into `_words` was last noted for: engine-physical page and process. The two that
@@ -158,7 +169,6 @@ class SecondLevelTlb:
         self._state.entries = ctypes.addressof(self._pin_entries)
         self.native = NativeCallback(executable(_CODE), self._state)
         """What the engine has to call for a miss."""
-        self._expected = 0
         self._generation = 0
         self.forget()
 
@@ -178,7 +188,7 @@ class SecondLevelTlb:
     def note(self, address: int, kind: int, page: int) -> None:
         """A miss of `kind` at `address` gets the engine-physical `page` or its shadow, and the answer will be kept."""
         pid = 0 if address & KERNEL else self._pid.value
-        at = _entry_at(address >> _PAGE_SHIFT, kind - _FIRST_USE, pid)
+        at = _entry_at(address >> _PAGE_SHIFT, kind - _FIRST_USE, pid, self._msr.value & _PROBLEM)
         before = self._kept.get(at)
         if before == (page, pid):
             return
@@ -197,10 +207,11 @@ class SecondLevelTlb:
             return
         words, first = self._words, address >> _PAGE_SHIFT
         for page in range(first, first + n_pages):
-            at = _entry_at(page, 0, pid)
-            for way in range(at, at + _N_WAYS * _ENTRY_WORDS, _ENTRY_WORDS):
-                if words[way] >> _PAGE_SHIFT == page:
-                    words[way + 1] = 0
+            for problem in (0, _PROBLEM):
+                at = _entry_at(page, 0, pid, problem)
+                for way in range(at, at + _N_WAYS * _ENTRY_WORDS, _ENTRY_WORDS):
+                    if words[way] >> _PAGE_SHIFT == page:
+                        words[way + 1] = 0
 
     def forget_process(self, pid: int) -> None:
         """No entry of process `pid`, which is not the kernel's, holds any more."""
@@ -217,12 +228,12 @@ class SecondLevelTlb:
 
     def expect_flush(self) -> None:
         """The engine has flushed its TLB for a reason that is none here."""
-        self._state.expected = self._expected = sum(self._counts)
+        self._state.expected = sum(self._counts)
 
     def notice_flushes(self) -> None:
         """Forget what is here if the engine flushed its TLB: the guest invalidated something. To be called before each
         answer to a miss, and before a flush that is expected."""
-        if sum(self._counts) != self._expected:
+        if sum(self._counts) != self._state.expected:
             self.forget()
 
 
@@ -233,7 +244,8 @@ def _take_out(sets: dict[int, set[int]], key: int, at: int) -> None:
         del sets[key]
 
 
-def _entry_at(page: int, way: int, pid: int) -> int:
-    """As the machine code finds it."""
+def _entry_at(page: int, way: int, pid: int, problem: int) -> int:
+    """As the machine code finds it; `problem` is MSR.PR or 0."""
     half = _HALF_OF_SETS if page & _KERNEL_PAGE else 0
-    return (((page ^ pid << _PID_HASH_SHIFT) % _HALF_OF_SETS | half) * _N_WAYS + way) * _ENTRY_WORDS
+    in_half = (page ^ pid << _PID_HASH_SHIFT) % _HALF_OF_SETS ^ problem >> _PROBLEM_SHIFT
+    return ((in_half | half) * _N_WAYS + way) * _ENTRY_WORDS
