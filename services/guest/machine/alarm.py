@@ -74,7 +74,7 @@ class _Interval(ctypes.Structure):
 
 
 class Alarm:
-    """Of one engine: it ticks every `every_ns` from `ring` on until `rest`, and each tick stops the engine.
+    """Of one engine: it ticks every `every_ns` from `go_on` on until `rest`, and each tick stops the engine.
 
     To set a timer costs microseconds, so it goes on ticking while the engine is left for a call. A tick that comes
     before the engine runs is lost to it; the next one is not. All but the constructor belongs to the thread that runs
@@ -85,16 +85,23 @@ class Alarm:
         stop = ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p).value
         self._state = _State(engine=ctypes.cast(engine._uch, ctypes.c_void_p).value, stop=stop)
         self._timer: ctypes.c_void_p | None = None
-        self._every_ns = every_ns
-        self._spec = _Interval(*divmod(every_ns, _NS_PER_S))
+        self._spec = _Interval()
         self._never = _Interval()
+        self.every_ns = every_ns
         self.ticks = False
 
+    def tick_every(self, every_ns: int) -> None:
+        """As often as this from now on; the next tick comes after as long."""
+        self.every_ns = every_ns
+        if self.ticks:
+            self.ring(every_ns)
+
     def ring(self, in_ns: int) -> None:
-        """The next tick comes in `in_ns`."""
+        """The next tick comes in `in_ns`, and others follow."""
         if self._timer is None:
             self._timer = self._make_timer()
         spec = self._spec
+        spec.every_s, spec.every_ns = divmod(self.every_ns, _NS_PER_S)
         spec.first_s, spec.first_ns = divmod(in_ns, _NS_PER_S)
         _libc.timer_settime(self._timer, 0, ctypes.byref(spec), None)
         self.ticks = True
@@ -102,7 +109,7 @@ class Alarm:
     def go_on(self) -> None:
         """Tick, as until now or anew."""
         if not self.ticks:
-            self.ring(self._every_ns)
+            self.ring(self.every_ns)
 
     def rest(self) -> None:
         """No tick comes any more."""

@@ -228,6 +228,7 @@ class MachineEngine:
         while not self._slices.used_up:
             exit_ = self._serve(self._execute())
             if exit_ is not None:
+                self._slices.stir()
                 return exit_
         return Pause.SLICE_END
 
@@ -253,6 +254,7 @@ class MachineEngine:
     def set_line(self, level: bool) -> None:
         """The external interrupt line; taken at the start of the next slice."""
         self._line = level
+        self._slices.stir()
 
     def watch_writes(self, marks: memoryview) -> None:
         """Look at `marks` before each slice: code that a device replaced is translated anew."""
@@ -260,6 +262,7 @@ class MachineEngine:
 
     def flush_translations(self) -> None:
         """Forget the TLB; translated code stays, since it is found by where it lies."""
+        self._slices.stir()
         self._flush_tlb()
 
     @property

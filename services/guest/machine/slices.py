@@ -1,7 +1,8 @@
 """How far the engine runs before the processor looks at its messages: a slice, which may be several runs of the engine.
 
 An invalidation waits for the end of a slice, and a busy loop on the time base sees it move once a slice, so slices are
-short; each costs some 20 us of our own, so they are not shorter than they must be.
+short; each costs some 20 us of our own, so they are not shorter than they must be, and longer while nothing happens:
+a guest that only computes would pay a tenth of its time for them.
 
 The engine is stopped either at a count of instructions, so that the same start always stops at the same instruction,
 or by time, which costs the guest nothing: a count costs each block of code more than many blocks take.
@@ -21,6 +22,8 @@ NS_PER_INSTRUCTION = 2
 """Of the clock `instructions`: about what an instruction takes, so that firmware's delays last as long as they say."""
 SLICE_NS = 400_000
 """From tick to tick, while the engine is left only for calls."""
+QUIET_SLICES = 8
+"""So many of them without a call or anything from outside, and the next ones are as long as they may be."""
 MIN_NS = 10_000
 """So that each slice comes to run the engine, which takes some microseconds to start."""
 
@@ -34,6 +37,9 @@ class Slices(Protocol):
     def begin_masked(self, limit_ns: int) -> None:
         """As `begin`, while an interrupt waits for MSR.EE: short at first, and longer each time in a row, since
         firmware may never enable it."""
+
+    def stir(self) -> None:
+        """The engine was left for a call, or something came from outside: more may be about to."""
 
     def begin_run(self) -> None:
         """The engine is about to run."""
@@ -90,6 +96,9 @@ class CountedSlices:
         self._left = max(MAX_BLOCK_INSTRUCTIONS, n)
         self._stopped = False
 
+    def stir(self) -> None:
+        """As Slices."""
+
     def begin_run(self) -> None:
         """As Slices."""
         self._counter.begin(self._left)
@@ -132,11 +141,21 @@ class TimedSlices:
     def __init__(self, engine: Any) -> None:  # noqa: ANN401
         self._alarm = Alarm(engine, SLICE_NS)
         self._masked_ns = MIN_NS
+        self._n_quiet = 0
 
     def begin(self, limit_ns: int, left_ns: int) -> None:
         """As Slices."""
         self._masked_ns = MIN_NS
+        self._n_quiet += 1
+        if self._n_quiet == QUIET_SLICES and limit_ns > SLICE_NS:
+            self._alarm.tick_every(limit_ns)
         self._begin(limit_ns if left_ns <= 0 else min(limit_ns, left_ns))
+
+    def stir(self) -> None:
+        """As Slices."""
+        self._n_quiet = 0
+        if self._alarm.every_ns > SLICE_NS:
+            self._alarm.tick_every(SLICE_NS)
 
     def begin_masked(self, limit_ns: int) -> None:
         """As Slices."""
@@ -145,7 +164,7 @@ class TimedSlices:
 
     def _begin(self, ns: int) -> None:
         self._alarm.begin()
-        if ns < SLICE_NS:
+        if ns < self._alarm.every_ns:
             self._alarm.ring(max(MIN_NS, ns))
 
     def begin_run(self) -> None:
@@ -172,6 +191,7 @@ class TimedSlices:
     def reset(self, n_instructions: int = 0) -> None:
         """As Slices."""
         self._masked_ns = MIN_NS
+        self.stir()
 
     @property
     def last_block(self) -> None:
