@@ -6,6 +6,7 @@ import resource
 import select
 import threading
 import time
+from collections.abc import Callable
 from statistics import median
 
 import pytest
@@ -89,7 +90,8 @@ def test_a_guest_that_only_computes_gets_longer_slices_until_something_happens()
     # Half of them at least: a machine that does something else between two runs takes that from the later one.
     assert median(timed_ns(rig) for _ in range(9)) > 2 * SLICE_NS
     assert min(timed_ns(rig, SLICE_NS // 8) for _ in range(9)) < SLICE_NS
-    for happens in (lambda: rig.engine.set_line(False), rig.engine.flush_translations):
+    happenings: list[Callable[[], None]] = [lambda: rig.engine.set_line(False), rig.engine.flush_translations]
+    for happens in happenings:
         after = []
         for _ in range(5):
             for _ in range(QUIET_SLICES):
