@@ -90,7 +90,7 @@ class VmMemory:
         return _BY_VALUE[self._states[gfn]]
 
     def set_state(self, gfn: int, state: KvmState) -> None:
-        """The one place where a frame changes state; the host view follows."""
+        """The one place where a single frame changes state; the host view follows."""
         self.counts[self._states[gfn]] -= 1
         self.counts[state] += 1
         self._states[gfn] = state
@@ -110,10 +110,11 @@ class VmMemory:
 
         Raises HostFault, and no state has changed then.
         """
-        self.punch_all(gfn for gfn, state in enumerate(states) if _BY_VALUE[state].host_state is HostState.ABSENT)
-        for gfn, state in enumerate(states):
-            if state != self._states[gfn]:
-                self.set_state(gfn, _BY_VALUE[state])
+        view = states.translate(_HOST_VIEW)
+        self.punch_all(gfn for gfn, host_state in enumerate(view) if host_state == HostState.ABSENT)
+        self._states[:] = states
+        self.host_view[:] = view
+        self.counts[:] = map(states.count, KvmState)
 
     def hide(self, gfn: int) -> None:
         """The host finds `gfn` absent from now on, whatever its state becomes."""
@@ -196,3 +197,5 @@ class VmMemory:
 
 
 _BY_VALUE = list(KvmState)
+_HOST_VIEW = bytes(state.host_state for state in KvmState).ljust(256, b"\0")
+"""The host view of a frame by the value of its state, as `bytes.translate` takes it."""

@@ -1,6 +1,6 @@
 """The bulk channel between two qemus: frames in sealed chunks over a stream socket, both directions.
 
-A chunk is a length (little-endian u32) and a frame under AES-256-GCM; the nonce is the chunk's number in its
+A chunk is a length (little-endian u32) and a frame under AES-128-GCM; the nonce is the chunk's number in its
 direction, the associated data the length. The keys of both directions are derived from one that went over the CURVE
 control link, so whoever sits on the socket can end it, and nothing else.
 
@@ -36,6 +36,8 @@ from services.qemu.shaping import Shaper
 from shared.link_shape import LinkShape
 
 KEY_BYTES = 32
+_SEALING_KEY_BYTES = 16
+"""AES-128: the key that it comes from went over a link whose Curve25519 withstands as much."""
 _LENGTH = Struct("<I")
 _NONCE = Struct("<4xQ")
 _TAG_BYTES = 16
@@ -161,4 +163,4 @@ class BulkChannel:
 
 
 def _derive(key: bytes, end: End) -> bytes:
-    return HKDF(SHA256(), KEY_BYTES, salt=None, info=end.value).derive(key)
+    return HKDF(SHA256(), _SEALING_KEY_BYTES, salt=None, info=end.value).derive(key)

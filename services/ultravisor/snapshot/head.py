@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from protocol.decoding import DECODE_ERRORS
 from services.ultravisor.migration.certificates import Digest, PublicKey
-from services.ultravisor.migration.handshake import KEY_BYTES, Host, Session, Subject
+from services.ultravisor.migration.handshake import Host, Session, Subject
 from services.ultravisor.migration.refusals import MigrationRefused, Reason
 
 VERSION = 1
@@ -28,6 +28,8 @@ MAX_HEAD_BYTES = 16 << 10
 _DIGEST_PREFIX = b"pefbox snapshot head 1\0"
 _RECORDS, _ANSWERS = b"pefbox snapshot records 1\0", b"pefbox snapshot answers 1\0"
 _RANDOM_BYTES = 32
+_KEY_BYTES = 32
+"""AES-256: a file may be attacked for longer than a stream is secret."""
 
 
 class Head(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -79,6 +81,6 @@ def snapshot_id(raw: bytes) -> bytes:
 
 
 def _key(host: Host, head: Head, session_id: bytes, purpose: bytes) -> bytes:
-    return HKDF(SHA256(), KEY_BYTES, salt=head.random, info=purpose + session_id).derive(
+    return HKDF(SHA256(), _KEY_BYTES, salt=head.random, info=purpose + session_id).derive(
         host.identity.private_bytes_raw()
     )
