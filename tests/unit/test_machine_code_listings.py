@@ -37,6 +37,8 @@ SYMBOLS = STATE | {
     "REG_MSR": ppc_const.UC_PPC_REG_MSR,
     "REG_LR": ppc_const.UC_PPC_REG_LR,
     "REG_CTR": ppc_const.UC_PPC_REG_CTR,
+    "FLUSHES": second_level_tlb._State.flushes.offset,
+    "EXPECTED": second_level_tlb._State.expected.offset,
     "N_SETS": second_level_tlb.N_SETS,
     "PROBLEM_SHIFT": second_level_tlb._PROBLEM_SHIFT,
     "MSR_BITS": Msr.IR | Msr.DR | Msr.PR | Msr.LE,

@@ -145,11 +145,11 @@ _CODE = bytes.fromhex(
     "83f820"  #         cmp eax, 32
     "0f83bcfeffff"  #         jae python
     "4c8b4a40"  #         mov r9, [rdx+TRANSLATIONS]
-    "498b09"  #         mov rcx, [r9]                     the engine's counts of flushes
+    "498b09"  #         mov rcx, [r9+FLUSHES]             the engine's counts of flushes
     "4c8b11"  #         mov r10, [rcx]
     "4c035108"  #         add r10, [rcx+8]
     "4c035110"  #         add r10, [rcx+16]
-    "4d3b5108"  #         cmp r10, [r9+8]                   others than expected?
+    "4d3b5108"  #         cmp r10, [r9+EXPECTED]            others than expected?
     "0f85a0feffff"  #         jne python
     "488b4a18"  #         mov rcx, [rdx+GPRS]
     "8b04c1"  #         mov eax, [rcx+rax*8]              RS
@@ -160,11 +160,11 @@ _CODE = bytes.fromhex(
     "31c0"  #         xor eax, eax                      no vector registers for `...`
     "ff5248"  #         call [rdx+CONTROL]
     "4159"  #         pop r9
-    "498b09"  #         mov rcx, [r9]
+    "498b09"  #         mov rcx, [r9+FLUSHES]
     "488b01"  #         mov rax, [rcx]
     "48034108"  #         add rax, [rcx+8]
     "48034110"  #         add rax, [rcx+16]
-    "49894108"  #         mov [r9+8], rax                   this flush was expected
+    "49894108"  #         mov [r9+EXPECTED], rax            this flush was expected
     "c3"  #         ret
 )
 
