@@ -51,7 +51,6 @@ class ZmqChannel:
         self._held: list[Sequence[bytes]] = []
         self._sleeping: trio.CancelScope | None = None
         self._n_received = 0
-        self.missed_edges = 0
 
     def send(self, frames: Sequence[bytes]) -> None:
         """Send one message, now or as soon as the peer takes it; raises PeerError when too many wait."""
@@ -149,9 +148,7 @@ class ZmqChannel:
         """Once a second, wake a reader that sleeps although there is something to do: an edge was missed."""
         while True:
             await trio.sleep(_SLEEP_CAP_SECONDS)
-            if self._sleeping is not None and self._has_work():
-                self.missed_edges += 1
-                self._sleeping.cancel()
+            self._poke()
 
     def close(self) -> None:
         """Close the socket; messages that still wait are dropped."""
@@ -230,7 +227,7 @@ class ZmqChannel:
             self._backlog.popleft()
 
     def _poke(self) -> None:
-        """Wake the reader when our own call consumed the edge that would have woken it."""
+        """Wake the reader when there is something to do, whose edge our own call may have consumed."""
         if self._sleeping is not None and self._has_work():
             self._sleeping.cancel()
 
@@ -244,9 +241,3 @@ class ZmqChannel:
                 await trio.lowlevel.wait_readable(self._fd)
             finally:
                 self._sleeping = None
-        if scope.cancelled_caught and trio.current_time() >= scope.deadline:
-            self._count_missed_edge()
-
-    def _count_missed_edge(self) -> None:
-        if self._has_work():
-            self.missed_edges += 1

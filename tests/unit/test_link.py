@@ -64,7 +64,9 @@ async def test_replies_match_their_calls_in_any_order(tmp_path: Path) -> None:
     assert results == list(range(9, -1, -1))
 
 
-async def test_two_tasks_calling_at_once_lose_no_wakeup(tmp_path: Path) -> None:
+async def test_two_tasks_calling_at_once_lose_no_wakeup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody wakes a reader later that has slept through a message: it would be the end of this test."""
+    monkeypatch.setattr("services.runtime.channel._SLEEP_CAP_SECONDS", 1000.0)
     async with linked(tmp_path) as ends, trio.open_nursery() as nursery:
         ends.upper.on(H_RANDOM, lambda _envelope, _args: [0, 1])
         ends.lower.on(m.MAP_INVALIDATE, lambda _envelope, _body: m.Status(0))
@@ -84,7 +86,6 @@ async def test_two_tasks_calling_at_once_lose_no_wakeup(tmp_path: Path) -> None:
                 for _ in range(2):
                     callers.start_soon(up)
                     callers.start_soon(down)
-        assert ends.raw.missed_edges == 0
         nursery.cancel_scope.cancel()
 
 
