@@ -40,7 +40,9 @@ SYMBOLS = STATE | {
     "FLUSHES": second_level_tlb._State.flushes.offset,
     "EXPECTED": second_level_tlb._State.expected.offset,
     "N_SETS": second_level_tlb.N_SETS,
-    "PROBLEM_SHIFT": second_level_tlb._PROBLEM_SHIFT,
+    "N_BLOCK_SETS": second_level_tlb.N_BLOCK_SETS,
+    "PROBLEM_SHIFT": second_level_tlb.problem_shift(second_level_tlb.N_SETS),
+    "BLOCK_PROBLEM_SHIFT": second_level_tlb.problem_shift(second_level_tlb.N_BLOCK_SETS),
     "MSR_BITS": Msr.IR | Msr.DR | Msr.PR | Msr.LE,
 }
 

@@ -88,7 +88,7 @@ def test_r_is_set_by_any_use_and_c_by_stores_alone(uses: list[Use]) -> None:
     stored = False
 
     for use in uses:
-        _, more = world.mmu.translate(USER, use, World.PID, problem=False)
+        _, more, _ = world.mmu.translate(USER, use, World.PID, problem=False)
         stored = stored or use is Use.STORE
         assert more == (stored or use is Use.FETCH)
 
@@ -149,7 +149,7 @@ def test_whatever_the_guest_calls_a_tree_ends_in_an_address_or_a_fault(
     ea = data.draw(st.integers(0, (1 << 64) - 1))
 
     try:
-        gpa, _ = walked.translate(ea, data.draw(st.sampled_from(Use)), 0, problem=data.draw(st.booleans()))
+        gpa, *_ = walked.translate(ea, data.draw(st.sampled_from(Use)), 0, problem=data.draw(st.booleans()))
     except (StorageFault, SegmentFault):
         return
     assert 0 <= gpa < 1 << 57

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from protocol.geometry import PAGE_SHIFT
+from protocol.geometry import PAGE_BYTES, PAGE_SHIFT
 from services.guest.machine.engine_memory import SHADOW_BYTES, EngineMemory
 from services.guest.machine.partition import SHADOW_BASE
 from services.guest.machine.registers import WORD_BYTES
@@ -60,6 +60,8 @@ class CodePages:
         """Pages of `_content` that need no shadow, by byte order."""
         self._writable: set[int] = set()
         """Pages that may be writable in the TLB, none of which is in `_content`."""
+        self._writable_frames: set[int] = set()
+        """Frames of which all pages may be, and none is in `_content`."""
         self._marks: memoryview | None = None
         self._written: set[int] = set()
         """Frames that a device wrote since `clear`."""
@@ -75,13 +77,14 @@ class CodePages:
         self._shadows.clear()
         self._stale.clear()
         self._plain.clear()
-        self._writable.clear()
+        self.tlb_flushed()
         self.n_shadows = 0
         self._stops = None
 
     def tlb_flushed(self) -> None:
         """No page is writable in the TLB any more."""
         self._writable.clear()
+        self._writable_frames.clear()
 
     def fetch(self, page: int, *, little_endian: bool, stops: frozenset[int] = _NO_STOPS) -> int:
         """The engine-physical page to fetch from, for the true `page`; `stops` are offsets of more traps. Raises
@@ -137,8 +140,9 @@ class CodePages:
             self._drop(page)
         self._content[page] = content
         self._by_frame.setdefault(page >> PAGE_SHIFT, set()).add(page)
-        if page in self._writable:
-            self._writable.remove(page)
+        if page in self._writable or page >> PAGE_SHIFT in self._writable_frames:
+            self._writable.discard(page)
+            self._writable_frames.discard(page >> PAGE_SHIFT)
             self._ask_again([page])
 
     def _drop(self, page: int) -> None:
@@ -188,6 +192,25 @@ class CodePages:
             self._writable.clear()
         self._writable.add(page)
         return True
+
+    def may_write_frame(self, page: int) -> bool:
+        """As `may_write` of every page of the frame around `page`, which the guest does not store to now."""
+        frame = page >> PAGE_SHIFT
+        if self._by_frame.get(frame):
+            return False
+        self._writable_frames.add(frame)
+        return True
+
+    def is_plain_frame(self, page: int, *, little_endian: bool) -> bool:
+        """Whether `fetch` would give the true page for every page of the frame around `page`."""
+        frame = page >> PAGE_SHIFT
+        pages = self._by_frame.get(frame, _NO_STOPS)
+        if len(pages) < PAGE_BYTES // CODE_PAGE_BYTES or any((one, little_endian) not in self._plain for one in pages):
+            return False
+        # What was code may be something else now: only a fetch compares.
+        content = self._memory.read(frame << PAGE_SHIFT, PAGE_BYTES)
+        start = frame << PAGE_SHIFT
+        return all(content.startswith(self._content[one], one - start) for one in pages)
 
     def _take_slot(self, content: bytes | bytearray) -> int:
         if self.n_shadows == N_SLOTS:

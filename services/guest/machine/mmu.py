@@ -85,9 +85,9 @@ class Mmu:
         self._store = store
         self.table: ProcessTable | None = None
 
-    def translate(self, ea: int, use: Use, pid: int, *, problem: bool) -> tuple[int, bool]:
-        """Where `ea` leads: the guest real address, and whether whoever asked may do more there from now on: store, or
-        load where a fetch asked.
+    def translate(self, ea: int, use: Use, pid: int, *, problem: bool) -> tuple[int, bool, int]:
+        """Where `ea` leads: the guest real address, whether whoever asked may do more there from now on (store, or load
+        where a fetch asked), and how many bits of `ea` are within its page.
 
         Walks the tree of `ea`'s quadrant and sets R, and C for a store. What may be stored to has its C bit set: the
         first store has to come here. Raises StorageFault, SegmentFault.
@@ -130,7 +130,7 @@ class Mmu:
             raise StorageFault(Dsisr.BAD_CONFIGURATION)
         return root, row & SIZE_MASK, space_bits
 
-    def _use(self, at: int, pte: int, use: Use, problem: bool, within: int, shift: int) -> tuple[int, bool]:
+    def _use(self, at: int, pte: int, use: Use, problem: bool, within: int, shift: int) -> tuple[int, bool, int]:
         """The outcome for the leaf `pte` at `at`, a page of 1 << `shift` bytes."""
         if problem and pte & PRIVILEGED:
             raise StorageFault(Dsisr.PROTECTION)
@@ -143,4 +143,4 @@ class Mmu:
         if wanted != pte:
             self._store(at, wanted)
         more = READ if use is Use.FETCH else WRITE | CHANGED
-        return pte & RPN_MASK & -(1 << shift) | within, wanted & more == more
+        return pte & RPN_MASK & -(1 << shift) | within, wanted & more == more, shift

@@ -15,11 +15,12 @@ from protocol.messages import Access
 from services.guest.machine.accesses import effective_address
 from services.guest.machine.code_pages import CODE_PAGE_BYTES, CodePages
 from services.guest.machine.debug import DebugFetches
+from services.guest.machine.hooks import TlbEntry
 from services.guest.machine.mmu import REAL_MASK, Mmu, StorageFault, Use
 from services.guest.machine.partition import OutsideRam, Partition
 from services.guest.machine.register_file import RegisterFile
 from services.guest.machine.registers import Dsisr, Msr, Spr
-from services.guest.machine.second_level_tlb import SecondLevelTlb
+from services.guest.machine.second_level_tlb import BLOCK_SHIFT, SecondLevelTlb
 
 _PAGE_MASK = CODE_PAGE_BYTES - 1
 _MASK64, _MASK32 = (1 << 64) - 1, (1 << 32) - 1
@@ -30,6 +31,8 @@ _USES = {
 }
 _IR, _DR, _PR, _LE = int(Msr.IR), int(Msr.DR), int(Msr.PR), int(Msr.LE)
 _PIDR = int(Spr.PIDR)
+_NO_PAGES = 60
+"""Bits of an address in real mode, which knows no pages."""
 _READ: int = uc.UC_PROT_READ
 _READ_WRITE: int = uc.UC_PROT_READ | uc.UC_PROT_WRITE
 _EXECUTE: int = uc.UC_PROT_EXEC
@@ -60,6 +63,8 @@ class Translator:
         self.debug: DebugFetches | None = None
         """While a debugger has points or steps."""
         self.n_fills = 0
+        self._page_shift = 0
+        """Of the last address: bits within a page of the guest's own translation."""
 
     def fill(self, address: int, kind: int, entry: Any) -> bool:  # noqa: ANN401
         """Answer a miss of the engine's TLB in `entry`. Nothing may be raised into the engine."""
@@ -69,6 +74,8 @@ class Translator:
             answer = entry[0]
             place, answer.paddr, answer.perms = self._page(address, use, access)
             self._second_level.note(address, kind, place)
+            if self._holds_for_block(place, answer, use):
+                self._second_level.note_block(address, kind, place, answer.perms)
         except BaseException as reason:
             self.stop = Stop(reason, address, use)
             return False
@@ -81,7 +88,7 @@ class Translator:
             instead = debug.instead(address, use)
             if instead is not None:
                 return instead, instead, _EXECUTE
-        gpa, more = self._guest_real(address, use)
+        gpa, more, self._page_shift = self._guest_real(address, use)
         place, partition_more = self._partition.place(gpa, access)
         page = place & ~_PAGE_MASK
         if use is Use.FETCH:
@@ -97,11 +104,21 @@ class Translator:
             return page, page, _READ_WRITE
         return page, page, _READ
 
-    def _guest_real(self, address: int, use: Use) -> tuple[int, bool]:
-        """The guest real address, and whether the guest's own translation lets it be written, or read by a fetch."""
+    def _holds_for_block(self, place: int, answer: TlbEntry, use: Use) -> bool:
+        """Whether all pages of the block around the one at `place` get what it got: as far as the guest's translation
+        goes, the partition-scoped one, which is of whole frames, and where code lies."""
+        if self._page_shift < BLOCK_SHIFT or self.debug is not None:
+            return False
+        if use is Use.FETCH:
+            return self._code.is_plain_frame(place, little_endian=bool(self._registers.msr & _LE))
+        return answer.perms == _READ or self._code.may_write_frame(place)
+
+    def _guest_real(self, address: int, use: Use) -> tuple[int, bool, int]:
+        """The guest real address, whether the guest's own translation lets it be written, or read by a fetch, and the
+        bits of `address` within a page of that translation."""
         msr = self._registers.msr
         if not msr & (_IR if use is Use.FETCH else _DR):
-            return address & REAL_MASK, True
+            return address & REAL_MASK, True, _NO_PAGES
         try:
             return self._mmu.translate(address, use, self._registers.spr[_PIDR], problem=msr & _PR != 0)
         except OutsideRam:
