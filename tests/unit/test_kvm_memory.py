@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
@@ -210,3 +211,33 @@ def test_unmapping_takes_every_entry(memory: VmMemory) -> None:
     memory.unmap_all()
 
     assert not list(memory.map.mapped())
+
+
+# -- arrival ----------------------------------------------------------------------------------------------------------
+
+
+@given(states=st.lists(st.sampled_from(KvmState), min_size=N_PAGES, max_size=N_PAGES))
+def test_a_vm_that_arrives_is_as_if_each_frame_had_changed_its_state(states: list[KvmState]) -> None:
+    with open_memory() as (arrived, fd), open_memory() as (stepped, _):
+        for gfn in range(N_PAGES):
+            arrived.ram[gpa_of(gfn)] = 7
+        arrived.arrive(bytes(states))
+        for gfn, state in enumerate(states):
+            stepped.set_state(gfn, state)
+
+        assert (arrived.states(), arrived.counts) == (stepped.states(), stepped.counts)
+        assert bytes(arrived.host_view) == bytes(stepped.host_view)
+        kept = [state.host_state is not HostState.ABSENT for state in states]
+        assert [raw(fd, gfn)[0] == 7 for gfn in range(N_PAGES)] == kept
+
+
+@contextmanager
+def open_memory() -> Iterator[tuple[VmMemory, int]]:
+    fd = os.memfd_create("ram", os.MFD_CLOEXEC)
+    os.ftruncate(fd, SIZE_BYTES)
+    it = VmMemory("vm1", fd, SIZE_BYTES)
+    try:
+        yield it, fd
+    finally:
+        it.close()
+        os.close(fd)

@@ -11,14 +11,18 @@ from services.guest.machine import mmu
 from services.guest.machine.registers import Spr
 from tests.unit import power_asm as asm
 from tests.unit.machine_rig import MachineRig
-from tests.unit.power_asm import R3, R4, R5, R6, R9
-from tests.unit.translated_rig import KERNEL_MSR, Translated
+from tests.unit.power_asm import R3, R4, R5, R6, R7, R8, R9
+from tests.unit.radix_tree import LEVEL_BITS_64K, RadixTree
+from tests.unit.translated_rig import CODE, CODE_AT, DATA_AT, KERNEL_MSR, PID, PROCESS_TABLE, TREES, Translated
 
 BLOCK, OTHER = 0x3_0000, 0x4_0000
 ALIAS = 1 << 60
 """Real mode ignores the top four bits of an address."""
 PAGE = 0x1000
 N_PAGES = 16
+MOVED_AT = 0xC_0000
+AP_64K, AP_4K = 0b101 << 5, 0
+"""The actual page size in a tlbie's operand."""
 
 
 def misses(rig: MachineRig, program: Callable[[], object]) -> int:
@@ -62,6 +66,36 @@ def test_pages_of_the_guest_that_are_smaller_cost_a_miss_each() -> None:
 
     assert n >= N_PAGES
     assert world.rig.gpr[R3] == 0, "the last one leads to the first frame"
+
+
+@pytest.mark.parametrize("page_size", [AP_64K, AP_4K])
+@pytest.mark.parametrize("page", [0, 7])
+def test_a_page_that_was_answered_by_its_block_alone_is_asked_for_again_once_it_is_invalidated(
+    page: int, page_size: int
+) -> None:
+    """A page of 64 KiB moves; the guest names it by its own size, or a part of it."""
+    world = Translated()
+    world.user = RadixTree(world.store, TREES, LEVEL_BITS_64K)
+    world.store(PROCESS_TABLE + PID * mmu.ROW_BYTES, world.user.row())
+    world.user.map(CODE, CODE_AT, mmu.READ | mmu.EXECUTE, 16)
+    world.user.map(BLOCK, DATA_AT, mmu.READ | mmu.WRITE, 16)
+    at = page * PAGE
+    world.rig.ram[DATA_AT + at], world.rig.ram[MOVED_AT + at] = 1, 2
+    look = (*asm.load64(R4, BLOCK), asm.lbz(R9, 3 * PAGE, R4), asm.lbz(R9, at, R4), asm.SC1)
+    n = misses(world.rig, lambda: world.run(*look, msr=KERNEL_MSR))
+    assert world.rig.gpr[R9] == 1
+
+    world.user.map(BLOCK, MOVED_AT, mmu.READ | mmu.WRITE, 16)
+    world.rig.engine.resume([0])
+    world.rig.device_writes(
+        CODE_AT + 0x100, asm.li(R8, PID), asm.sldi32(R7, R8), *asm.load64(R5, BLOCK + at | page_size),
+        asm.tlbie(R5, R7), asm.PTESYNC, *look,
+    )  # fmt: skip
+    world.rig.engine._registers.pc = CODE + 0x100
+    go_on(world.rig)
+
+    assert world.rig.gpr[R9] == 2
+    assert n == 5, "four for code until then, one for the block"
 
 
 def store(address: int, instruction: int) -> tuple[int, ...]:
@@ -120,10 +154,10 @@ def test_a_store_to_a_page_that_is_code_by_its_block_alone_is_seen() -> None:
     all_code(rig)
     run_at(rig, *call(BLOCK))
 
-    run_at(rig, *asm.load64(R4, BLOCK + 7 * PAGE), *asm.load64(R5, asm.li(R3, 77)), asm.stw(R5, 0, R4),
-           *call(BLOCK + 7 * PAGE))  # fmt: skip
+    for version in (77, 78, 79):
+        run_at(rig, *store(BLOCK + 7 * PAGE, asm.li(R3, version)), *call(BLOCK + 7 * PAGE))
 
-    assert rig.gpr[R9] == 77
+        assert rig.gpr[R9] == version
 
 
 def test_so_is_what_a_device_writes_there() -> None:
@@ -146,6 +180,18 @@ def test_code_that_became_another_while_nobody_looked_is_in_no_block() -> None:
     run_at(rig, *call(BLOCK + 7 * PAGE))
 
     assert rig.gpr[R9] == 79
+
+
+def test_code_that_was_found_changed_at_one_address_is_asked_for_again_at_the_other() -> None:
+    rig = MachineRig()
+    rig.put(BLOCK, asm.li(R3, 1), asm.BLR)
+    rig.run(*call(BLOCK), asm.SC1, *call(ALIAS | BLOCK), asm.mr(R9, R3), *call(BLOCK), asm.SC1)
+    assert rig.gpr[R3] == 1
+    rig.put(BLOCK, asm.li(R3, 2), asm.BLR)
+    rig.engine.resume([0])
+    go_on(rig)
+
+    assert (rig.gpr[R9], rig.gpr[R3]) == (2, 2)
 
 
 def test_a_block_with_a_shadow_in_it_is_asked_for_page_by_page() -> None:

@@ -12,11 +12,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from services.guest.machine.hooks import FILL_CALLBACK, TlbEntry
 from services.guest.machine.registers import Msr
-from services.guest.machine.second_level_tlb import N_SETS, SecondLevelTlb, Watched
+from services.guest.machine.second_level_tlb import N_BLOCK_SETS, N_SETS, SecondLevelTlb, Watched
 
 KERNEL = 0xC000_0000_0000_0000
 # Pages that share a set, of both quadrants, and a few that do not.
-PAGES = [base + page * 4096 for base in (0, KERNEL) for page in (0, 1, N_SETS // 2, N_SETS + 1, 8, 16)]
+# Those that MSR.PR takes to the place of another one, too, of pages and of blocks.
+SHARING = (0, 1, N_SETS // 2, N_SETS + 1, 8, 16, N_SETS // 4, N_BLOCK_SETS * 4, N_BLOCK_SETS * 8)
+PAGES = [base + page * 4096 for base in (0, KERNEL) for page in SHARING]
 PLACES = [0x10000, 0x11000, 0x20000]
 SHIFTS = [12, 16, 21, 30]
 KINDS = [uc.UC_MEM_READ, uc.UC_MEM_WRITE, uc.UC_MEM_FETCH]

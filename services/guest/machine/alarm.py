@@ -78,7 +78,7 @@ class Alarm:
 
     To set a timer costs microseconds, so it goes on ticking while the engine is left for a call. A tick that comes
     before the engine runs is lost to it; the next one is not. All but the constructor belongs to the thread that runs
-    the engine, which is the one that first calls `ring`.
+    the engine, which is the one that first has it tick.
     """
 
     def __init__(self, engine: Any, every_ns: int) -> None:  # noqa: ANN401

@@ -53,15 +53,15 @@ class CodePages:
         """True page to its shadows, by whether they are little-endian and where a debugger stops in them, or the place
         of the only instruction in them."""
         self._by_frame: dict[int, set[int]] = {}
-        """The pages of `_content` in normal RAM by their frame of 64 KiB."""
+        """The pages of `_content` by their engine-physical frame of 64 KiB, normal or secure."""
         self._stale: set[int] = set()
         """Pages whose translations at their true address may be of older content."""
         self._plain: set[tuple[int, bool]] = set()
         """Pages of `_content` that need no shadow, by byte order."""
         self._writable: set[int] = set()
-        """Pages that may be writable in the TLB, none of which is in `_content`."""
+        """Pages that may be writable in the TLB by an entry of their own, none of which is in `_content`."""
         self._writable_frames: set[int] = set()
-        """Frames of which all pages may be, and none is in `_content`."""
+        """Frames whose pages may be writable by one entry for all of them, none of which is in `_content`."""
         self._marks: memoryview | None = None
         self._written: set[int] = set()
         """Frames that a device wrote since `clear`."""
@@ -136,13 +136,16 @@ class CodePages:
 
     def _note(self, page: int, content: bytes) -> None:
         """`page` is new here, or holds something else than it did."""
+        frame = page >> PAGE_SHIFT
+        # Who fetches it by another address, or for another process, runs translations of older content.
+        ask_again = page in self._content or page in self._writable or frame in self._writable_frames
         if page in self._content:
             self._drop(page)
         self._content[page] = content
-        self._by_frame.setdefault(page >> PAGE_SHIFT, set()).add(page)
-        if page in self._writable or page >> PAGE_SHIFT in self._writable_frames:
-            self._writable.discard(page)
-            self._writable_frames.discard(page >> PAGE_SHIFT)
+        self._by_frame.setdefault(frame, set()).add(page)
+        self._writable.discard(page)
+        self._writable_frames.discard(frame)
+        if ask_again:
             self._ask_again([page])
 
     def _drop(self, page: int) -> None:
@@ -204,7 +207,7 @@ class CodePages:
     def is_plain_frame(self, page: int, *, little_endian: bool) -> bool:
         """Whether `fetch` would give the true page for every page of the frame around `page`."""
         frame = page >> PAGE_SHIFT
-        pages = self._by_frame.get(frame, _NO_STOPS)
+        pages = self._by_frame.get(frame, set())
         if len(pages) < PAGE_BYTES // CODE_PAGE_BYTES or any((one, little_endian) not in self._plain for one in pages):
             return False
         # What was code may be something else now: only a fetch compares.

@@ -25,6 +25,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+from protocol.geometry import PAGE_SHIFT
 from services.guest.machine.hooks import NativeCallback, address_of, executable
 from services.guest.machine.mmu import KERNEL
 from services.guest.machine.registers import Msr
@@ -33,13 +34,14 @@ N_SETS = 16384
 """Of the table of single pages. The kernel's and those of processes have half of them each."""
 N_BLOCK_SETS = 8192
 """Of the table of blocks."""
-BLOCK_SHIFT = 16
+BLOCK_SHIFT = PAGE_SHIFT
+"""A block is a frame of the partition-scoped map."""
 _N_WAYS = 4
 """One for loads, one for stores, one for fetches, and one that makes an index a shift."""
 _ENTRY_BYTES = 32
 """Page and use, context, engine-physical page, permissions."""
 _ENTRY_WORDS = _ENTRY_BYTES // 8
-_PAGE_SHIFT = 12
+_SMALL_SHIFT = 12
 _PROBLEM = int(Msr.PR)
 _PID_HASH_SHIFT = 3
 _CONTEXT_BITS = int(Msr.IR | Msr.DR | Msr.PR | Msr.LE)
@@ -268,7 +270,7 @@ class SecondLevelTlb:
     """Of one engine; `miss` is the callback for what is not here. The caller keeps both for as long as the engine."""
 
     def __init__(self, watched: Watched, miss: Any) -> None:  # noqa: ANN401
-        self._pages = _Table(_PAGE_SHIFT, N_SETS)
+        self._pages = _Table(_SMALL_SHIFT, N_SETS)
         """By the true page, not its shadow."""
         self._blocks = _Table(BLOCK_SHIFT, N_BLOCK_SETS)
         self._pid = ctypes.c_uint32.from_address(watched.pidr)
@@ -315,7 +317,7 @@ class SecondLevelTlb:
 
     def forget_page(self, address: int, shift: int, pid: int) -> None:
         """No entry of the 1 << `shift` bytes from `address` on, of process `pid`, holds any more."""
-        if 1 << (shift - _PAGE_SHIFT) > _MAX_PAGES:
+        if 1 << (shift - _SMALL_SHIFT) > _MAX_PAGES:
             self.forget()
             return
         self._pages.forget_page(address, shift, pid)

@@ -2,7 +2,7 @@
 
 An invalidation waits for the end of a slice, and a busy loop on the time base sees it move once a slice, so slices are
 short; each costs some 20 us of our own, so they are not shorter than they must be, and longer while nothing happens:
-a guest that only computes would pay a tenth of its time for them.
+a guest that only computes would pay a good part of its time for them.
 
 The engine is stopped either at a count of instructions, so that the same start always stops at the same instruction,
 or by time, which costs the guest nothing: a count costs each block of code more than many blocks take.

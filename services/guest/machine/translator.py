@@ -7,7 +7,7 @@ the engine's owner serves it outside.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import unicorn as uc
 
@@ -15,7 +15,6 @@ from protocol.messages import Access
 from services.guest.machine.accesses import effective_address
 from services.guest.machine.code_pages import CODE_PAGE_BYTES, CodePages
 from services.guest.machine.debug import DebugFetches
-from services.guest.machine.hooks import TlbEntry
 from services.guest.machine.mmu import REAL_MASK, Mmu, StorageFault, Use
 from services.guest.machine.partition import OutsideRam, Partition
 from services.guest.machine.register_file import RegisterFile
@@ -48,6 +47,18 @@ class Stop:
     use: Use
 
 
+class _Found(NamedTuple):
+    """Where an address leads."""
+
+    page: int
+    """The true page."""
+    given: int
+    """The one that the engine gets for it."""
+    permissions: int
+    shift: int
+    """Bits of the address within a page of the guest's own translation."""
+
+
 class Translator:
     """Of one engine."""
 
@@ -63,55 +74,54 @@ class Translator:
         self.debug: DebugFetches | None = None
         """While a debugger has points or steps."""
         self.n_fills = 0
-        self._page_shift = 0
-        """Of the last address: bits within a page of the guest's own translation."""
 
     def fill(self, address: int, kind: int, entry: Any) -> bool:  # noqa: ANN401
         """Answer a miss of the engine's TLB in `entry`. Nothing may be raised into the engine."""
         use, access = _USES[kind]
         self.n_fills += 1
         try:
-            answer = entry[0]
-            place, answer.paddr, answer.perms = self._page(address, use, access)
-            self._second_level.note(address, kind, place)
-            if self._holds_for_block(place, answer, use):
-                self._second_level.note_block(address, kind, place, answer.perms)
+            found = self._page(address, use, access)
+            entry[0].paddr, entry[0].perms = found.given, found.permissions
+            if self._holds_for_block(found, use):
+                self._second_level.note_block(address, kind, found.page, found.permissions)
+            # Last, since what is noted is kept: only what is answered may be.
+            self._second_level.note(address, kind, found.page)
         except BaseException as reason:
             self.stop = Stop(reason, address, use)
             return False
         return True
 
-    def _page(self, address: int, use: Use, access: Access) -> tuple[int, int, int]:
-        """The page that `address` leads to, the one that the engine gets for it, and what it may do there."""
+    def _page(self, address: int, use: Use, access: Access) -> _Found:
+        """Where `address` leads."""
         debug = self.debug
         if debug is not None:
             instead = debug.instead(address, use)
             if instead is not None:
-                return instead, instead, _EXECUTE
-        gpa, more, self._page_shift = self._guest_real(address, use)
+                return _Found(instead, instead, _EXECUTE, 0)
+        gpa, more, shift = self._guest_real(address, use)
         place, partition_more = self._partition.place(gpa, access)
         page = place & ~_PAGE_MASK
         if use is Use.FETCH:
             little_endian = bool(self._registers.msr & _LE)
             if debug is not None:
-                return page, debug.fetch(address, page, little_endian=little_endian), _EXECUTE
+                return _Found(page, debug.fetch(address, page, little_endian=little_endian), _EXECUTE, shift)
             fetched = self._code.fetch(page, little_endian=little_endian)
             # Code has constants and tables beside it: were fetches and loads to take the entry from each other, each
             # change between them would be a miss. A shadow is for fetches alone.
             readable = more and partition_more and fetched == page
-            return page, fetched, _EXECUTE_READ if readable else _EXECUTE
+            return _Found(page, fetched, _EXECUTE_READ if readable else _EXECUTE, shift)
         if more and partition_more and self._code.may_write(page, storing=use is Use.STORE):
-            return page, page, _READ_WRITE
-        return page, page, _READ
+            return _Found(page, page, _READ_WRITE, shift)
+        return _Found(page, page, _READ, shift)
 
-    def _holds_for_block(self, place: int, answer: TlbEntry, use: Use) -> bool:
-        """Whether all pages of the block around the one at `place` get what it got: as far as the guest's translation
-        goes, the partition-scoped one, which is of whole frames, and where code lies."""
-        if self._page_shift < BLOCK_SHIFT or self.debug is not None:
+    def _holds_for_block(self, found: _Found, use: Use) -> bool:
+        """Whether all pages of the block around the one that was found get what it got: as far as the guest's
+        translation goes, the partition-scoped one, which is of whole frames, and where code lies."""
+        if found.shift < BLOCK_SHIFT or self.debug is not None:
             return False
         if use is Use.FETCH:
-            return self._code.is_plain_frame(place, little_endian=bool(self._registers.msr & _LE))
-        return answer.perms == _READ or self._code.may_write_frame(place)
+            return self._code.is_plain_frame(found.page, little_endian=bool(self._registers.msr & _LE))
+        return found.permissions == _READ or self._code.may_write_frame(found.page)
 
     def _guest_real(self, address: int, use: Use) -> tuple[int, bool, int]:
         """The guest real address, whether the guest's own translation lets it be written, or read by a fetch, and the

@@ -51,8 +51,8 @@ class ChannelLost(PefboxError):
 class End(Enum):
     """Which end of the channel this is; the value says what its sending key is derived for."""
 
-    SOURCE = b"pefbox migration to destination"
-    DESTINATION = b"pefbox migration to source"
+    SOURCE = b"pefbox migration to destination 2"
+    DESTINATION = b"pefbox migration to source 2"
 
     @property
     def other(self) -> End:

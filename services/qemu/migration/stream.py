@@ -24,7 +24,7 @@ MAX_PAYLOAD_BYTES = (1 << 20) + (128 << 10)
 STATE_PART_BYTES = 1 << 20
 MAX_STATE_BYTES = 64 << 20
 """Of all parts of one name."""
-VERSION = 3
+VERSION = 2
 MAGIC = "pefbox-migration"
 
 
