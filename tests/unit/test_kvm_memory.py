@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 from hypothesis import given
@@ -21,19 +21,26 @@ N_PAGES = 40
 SIZE_BYTES = N_PAGES * PAGE_BYTES
 
 
+@contextmanager
+def open_ram() -> Iterator[int]:
+    fd = os.memfd_create("ram", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, SIZE_BYTES)
+        yield fd
+    finally:
+        os.close(fd)
+
+
 @pytest.fixture
 def ram_fd() -> Iterator[int]:
-    fd = os.memfd_create("ram", os.MFD_CLOEXEC)
-    os.ftruncate(fd, SIZE_BYTES)
-    yield fd
-    os.close(fd)
+    with open_ram() as fd:
+        yield fd
 
 
 @pytest.fixture
 def memory(ram_fd: int) -> Iterator[VmMemory]:
-    it = VmMemory("vm1", ram_fd, SIZE_BYTES)
-    yield it
-    it.close()
+    with closing(VmMemory("vm1", ram_fd, SIZE_BYTES)) as it:
+        yield it
 
 
 def raw(fd: int, gfn: int) -> bytes:
@@ -218,7 +225,12 @@ def test_unmapping_takes_every_entry(memory: VmMemory) -> None:
 
 @given(states=st.lists(st.sampled_from(KvmState), min_size=N_PAGES, max_size=N_PAGES))
 def test_a_vm_that_arrives_is_as_if_each_frame_had_changed_its_state(states: list[KvmState]) -> None:
-    with open_memory() as (arrived, fd), open_memory() as (stepped, _):
+    with (
+        open_ram() as fd,
+        open_ram() as other_fd,
+        closing(VmMemory("vm1", fd, SIZE_BYTES)) as arrived,
+        closing(VmMemory("vm1", other_fd, SIZE_BYTES)) as stepped,
+    ):
         for gfn in range(N_PAGES):
             arrived.ram[gpa_of(gfn)] = 7
         arrived.arrive(bytes(states))
@@ -229,15 +241,3 @@ def test_a_vm_that_arrives_is_as_if_each_frame_had_changed_its_state(states: lis
         assert bytes(arrived.host_view) == bytes(stepped.host_view)
         kept = [state.host_state is not HostState.ABSENT for state in states]
         assert [raw(fd, gfn)[0] == 7 for gfn in range(N_PAGES)] == kept
-
-
-@contextmanager
-def open_memory() -> Iterator[tuple[VmMemory, int]]:
-    fd = os.memfd_create("ram", os.MFD_CLOEXEC)
-    os.ftruncate(fd, SIZE_BYTES)
-    it = VmMemory("vm1", fd, SIZE_BYTES)
-    try:
-        yield it, fd
-    finally:
-        it.close()
-        os.close(fd)

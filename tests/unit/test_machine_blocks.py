@@ -43,6 +43,9 @@ def call(address: int) -> tuple[int, ...]:
     return (*asm.load64(R6, address), asm.mtspr(Spr.LR, R6), asm.BLRL)
 
 
+CALL_ALL = [word for page in range(N_PAGES) for word in call(BLOCK + page * PAGE)]
+
+
 def go_on(rig: MachineRig) -> None:
     assert isinstance(rig.until_exit(), Hypercall)
 
@@ -124,8 +127,7 @@ def all_code(rig: MachineRig) -> None:
     """Every page of BLOCK was run once, and then the engine forgot what it knew of addresses."""
     for page in range(N_PAGES):
         rig.put(BLOCK + page * PAGE, asm.li(R3, page), asm.BLR)
-    calls = [word for page in range(N_PAGES) for word in call(BLOCK + page * PAGE)]
-    rig.run(*calls, asm.SC1)
+    rig.run(*CALL_ALL, asm.SC1)
     rig.engine.resume([0])
     rig.engine.flush_translations()
 
@@ -141,9 +143,8 @@ def run_at(rig: MachineRig, *words: int) -> None:
 def test_code_that_is_known_costs_one_miss_a_block() -> None:
     rig = MachineRig()
     all_code(rig)
-    calls = [word for page in range(N_PAGES) for word in call(BLOCK + page * PAGE)]
 
-    n = misses(rig, lambda: run_at(rig, *calls))
+    n = misses(rig, lambda: run_at(rig, *CALL_ALL))
 
     assert n == 2, "one for the calling code, one for the block"
     assert rig.gpr[R9] == N_PAGES - 1
@@ -201,8 +202,7 @@ def test_a_block_with_a_shadow_in_it_is_asked_for_page_by_page() -> None:
     rig.put(BLOCK + 7 * PAGE, asm.mr(31, 31), asm.li(R3, 7), asm.BLR)
     run_at(rig, *call(BLOCK + 7 * PAGE))
     rig.engine.flush_translations()
-    calls = [word for page in range(N_PAGES) for word in call(BLOCK + page * PAGE)]
 
-    n = misses(rig, lambda: run_at(rig, *calls))
+    n = misses(rig, lambda: run_at(rig, *CALL_ALL))
 
     assert n >= N_PAGES

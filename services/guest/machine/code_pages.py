@@ -206,13 +206,12 @@ class CodePages:
 
     def is_plain_frame(self, page: int, *, little_endian: bool) -> bool:
         """Whether `fetch` would give the true page for every page of the frame around `page`."""
-        frame = page >> PAGE_SHIFT
-        pages = self._by_frame.get(frame, set())
+        start = page & -PAGE_BYTES
+        pages = self._by_frame.get(page >> PAGE_SHIFT, set())
         if len(pages) < PAGE_BYTES // CODE_PAGE_BYTES or any((one, little_endian) not in self._plain for one in pages):
             return False
         # What was code may be something else now: only a fetch compares.
-        content = self._memory.read(frame << PAGE_SHIFT, PAGE_BYTES)
-        start = frame << PAGE_SHIFT
+        content = self._memory.read(start, PAGE_BYTES)
         return all(content.startswith(self._content[one], one - start) for one in pages)
 
     def _take_slot(self, content: bytes | bytearray) -> int:

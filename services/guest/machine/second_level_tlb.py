@@ -58,14 +58,14 @@ _CODE = bytes.fromhex(
     "4c034808"  #         add r9, [rax+8]
     "4c034810"  #         add r9, [rax+16]
     "4d3b4808"  #         cmp r9, [r8+8]         others than expected?
-    "0f859b000000"  #             jne miss
-    "e8d0000000"  #       call place
+    "0f858d000000"  #             jne miss
+    "e8c2000000"  #       call place
     "4d3b19"  #           cmp r11, [r9]
     "751a"  #             jne block
     "493b4108"  #         cmp rax, [r9+8]
     "7514"  #             jne block
     "498b4110"  #         mov rax, [r9+16]
-    "488901"  #           mov [rcx], rax
+    "488901"  # answer:   mov [rcx], rax
     "418b4118"  #         mov eax, [r9+24]
     "894108"  #           mov [rcx+8], eax
     "b801000000"  #       mov eax, 1
@@ -92,17 +92,13 @@ _CODE = bytes.fromhex(
     "4981e30000ffff"  #   and r11, -65536
     "4d09d3"  #           or r11, r10
     "4d3b19"  #           cmp r11, [r9]
-    "7521"  #             jne miss
+    "7513"  #             jne miss
     "493b4108"  #         cmp rax, [r9+8]
-    "751b"  #             jne miss
+    "750d"  #             jne miss
     "89f0"  #             mov eax, esi
     "2500f00000"  #       and eax, 0xF000
     "49034110"  #         add rax, [r9+16]
-    "488901"  #           mov [rcx], rax
-    "418b4118"  #         mov eax, [r9+24]
-    "894108"  #           mov [rcx+8], eax
-    "b801000000"  #       mov eax, 1
-    "c3"  #               ret
+    "eb87"  #             jmp answer
     # What the callback answers is kept.
     "56"  # miss:         push rsi
     "52"  #               push rdx

@@ -5,29 +5,18 @@ Else a qemu that gets no processor may see the kick only after the switch, when 
 
 from __future__ import annotations
 
-import runpy
-import time
-
-from services.guest.model import boot
 from services.guest.model.cpu import Step
 from services.guest.model.parts import Parts
-from tests.attack.late.begun import BEGUN, LOOK_SECONDS
-
-LIMIT_SECONDS = 30
-_call_esm = boot.call_esm
+from tests.attack.held_esm import run_guest
+from tests.attack.late.begun import BEGUN
 
 
-def call_esm_once_reading(parts: Parts) -> Step[str]:
-    """UV_ESM, with reads that are left behind under way."""
+def has_begun(parts: Parts) -> Step[bool]:
+    """The disk has begun one of the reads that are left behind, if any are."""
     left = parts.state.boot
-    end = time.monotonic() + LIMIT_SECONDS
-    while left.n_left and parts.cpu.load(left.left_buffer, 1) != BEGUN:
-        if time.monotonic() > end:
-            raise TimeoutError("the disk began none of the reads that are left behind")
-        time.sleep(LOOK_SECONDS)
-    return (yield from _call_esm(parts))
+    return not left.n_left or parts.cpu.load(left.left_buffer, 1) == BEGUN
+    yield
 
 
 if __name__ == "__main__":
-    vars(boot)["call_esm"] = call_esm_once_reading
-    runpy.run_module("services.guest", run_name="__main__")
+    run_guest(has_begun)
