@@ -18,7 +18,6 @@ import os
 import secrets
 import shutil
 import signal
-import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -31,6 +30,8 @@ import trio
 from deploy.client import DetachedStart, read_token, start_detached
 from deploy.host_description import HostDescription
 from deploy.host_links import LinkRow
+from deploy.launch_server import LaunchServer
+from deploy.launcher_process import LauncherProcess
 from deploy.migration_record import Phase
 from deploy.operator_protocol import LENGTH, Request, Response, frame
 from deploy.progress import is_over
@@ -287,7 +288,7 @@ class Vm:
 class RunningCluster:
     """A cluster that is up."""
 
-    def __init__(self, name: str, paths: Paths, launcher: subprocess.Popen[bytes]) -> None:
+    def __init__(self, name: str, paths: Paths, launcher: LauncherProcess) -> None:
         self.name, self.paths = name, paths
         self.launcher_pid = launcher.pid
         self._launcher = launcher
@@ -357,12 +358,8 @@ class RunningCluster:
     async def wait_launcher(self, seconds: float = _DOWN_SECONDS) -> int | None:
         """The launcher's exit status, as soon as it ends; None after `seconds`."""
         if self._launcher.poll() is None:
-            pidfd = os.pidfd_open(self._launcher.pid)
-            try:
-                with trio.move_on_after(seconds):
-                    await trio.lowlevel.wait_readable(pidfd)
-            finally:
-                os.close(pidfd)
+            with self._launcher.end_fd() as fd, trio.move_on_after(seconds):
+                await trio.lowlevel.wait_readable(fd)
         return self._launcher.poll()
 
     def kill_launcher(self) -> None:
@@ -390,11 +387,13 @@ async def cluster(
     debuggable: tuple[str, ...] = (),
     service_module: str | None = None,
     restore: Mapping[str, str | Path] | None = None,
+    server: LaunchServer | None = None,
 ) -> AsyncIterator[RunningCluster]:
     """Start a cluster, yield it healthy, stop it at the end.
 
     Without `name` it gets a new one, without `state_dir` one that is removed at the end. The VMs of `restore` go on
-    out of these files; one that does not is off, as `Vm.snapshot_info` says. Raises UserError when it does not come up.
+    out of these files; one that does not is off, as `Vm.snapshot_info` says. With `server` it starts warm
+    (deploy.launch_server). Raises UserError when it does not come up.
     """
     own_state = Path(tempfile.mkdtemp(prefix="pefbox-state-")) if state_dir is None else None
     owner_fd, held_fd = os.pipe()
@@ -410,7 +409,7 @@ async def cluster(
         restore={vm: Path(file) for vm, file in (restore or {}).items()},
     )
     try:
-        started, launcher = await trio.to_thread.run_sync(functools.partial(start_detached, start))
+        started, launcher = await trio.to_thread.run_sync(functools.partial(start_detached, start, server))
         assert start.state_dir is not None
         running = RunningCluster(started, Paths(runtime_root() / started, start.state_dir), launcher)
         try:

@@ -81,9 +81,9 @@ def refuse_unrestored(answer: dict[str, Any], restore: Mapping[str, Path]) -> No
 
 def _up_in_foreground(start: DetachedStart) -> None:
     # The launcher's libraries take a while to import; the other commands need none of them.
-    from deploy.template import Templates
+    from deploy.template import load_templates
 
-    with Templates() as templates:
+    with load_templates() as templates:
         _launch_here(start, templates)
 
 

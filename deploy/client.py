@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -27,6 +27,10 @@ from deploy.run_dirs import (
     runtime_root,
 )
 from protocol.errors import UserError
+
+if TYPE_CHECKING:
+    from deploy.launch_server import LaunchServer
+    from deploy.launcher_process import LauncherProcess
 
 _CALL_SECONDS = 5.0
 _DOWN_SECONDS = 20.0
@@ -143,43 +147,37 @@ class DetachedStart:
     """VMs that go on out of a snapshot, and its file."""
 
     def command(self, ready_fd: int) -> list[str]:
-        """The command line of the launcher."""
-        command = [sys.executable, "-P", "-m", "deploy.launcher_main", str(self.cluster_file.absolute())]
-        command += ["--ready-fd", str(ready_fd)]
-        command += ["--name", self.name] if self.name is not None else []
-        command += ["--state", str(self.state_dir.absolute())] if self.state_dir is not None else []
+        """The command line of the launcher as a program of its own."""
+        owner = [] if self.owner_fd is None else [f"--owner-fd={self.owner_fd}"]
+        program = [sys.executable, "-P", "-m", "deploy.launcher_main"]
+        return [*program, *self.arguments(), f"--ready-fd={ready_fd}", *owner]
+
+    def arguments(self) -> list[str]:
+        """Those of deploy.launcher_main, but for the ones that name open files."""
+        arguments = [str(self.cluster_file.absolute())]
+        arguments += ["--name", self.name] if self.name is not None else []
+        arguments += ["--state", str(self.state_dir.absolute())] if self.state_dir is not None else []
         for vm, file in self.restore.items():
-            command += ["--restore", vm, str(file.absolute())]
-        command += ["--record"] if self.record else []
-        command += ["--debug"] if self.debug else []
-        command += [f"--debuggable={target}" for target in self.debuggable]
-        command += ["--service-module", self.service_module] if self.service_module is not None else []
-        command += ["--owner-fd", str(self.owner_fd)] if self.owner_fd is not None else []
-        return command
+            arguments += ["--restore", vm, str(file.absolute())]
+        arguments += ["--record"] if self.record else []
+        arguments += ["--debug"] if self.debug else []
+        arguments += [f"--debuggable={target}" for target in self.debuggable]
+        arguments += ["--service-module", self.service_module] if self.service_module is not None else []
+        return arguments
 
 
-def start_detached(start: DetachedStart) -> tuple[str, subprocess.Popen[bytes]]:
+def start_detached(start: DetachedStart, server: LaunchServer | None = None) -> tuple[str, LauncherProcess]:
     """Start a launcher in a session of its own and wait for its word; returns the cluster's name and the process.
 
-    Raises UserError with the launcher's own line when the cluster did not come up.
+    With `server` it is a fork of that. Raises UserError with the launcher's own line when the cluster did not come up.
     """
     # Here, not above: a launched service environment and a command that only asks need nothing of this.
     from deploy.launch_outcome import Outcome
-    from deploy.python_process import child_environment
 
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as pipe, tempfile.TemporaryFile() as errors:
         try:
-            launcher = subprocess.Popen(
-                start.command(writing),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                pass_fds=(writing, *((start.owner_fd,) if start.owner_fd is not None else ())),
-                start_new_session=True,
-                cwd="/",
-                env=child_environment(os.environ),
-            )
+            launcher = _begun(start, server, writing, errors.fileno())
         finally:
             os.close(writing)
         try:
@@ -199,3 +197,22 @@ def start_detached(start: DetachedStart) -> tuple[str, subprocess.Popen[bytes]]:
         errors.seek(0)
         last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
     raise UserError(f"the launcher ended with status {status}: {last}")
+
+
+def _begun(start: DetachedStart, server: LaunchServer | None, ready_fd: int, errors_fd: int) -> LauncherProcess:
+    from deploy.launcher_process import SpawnedLauncher
+    from deploy.python_process import child_environment
+
+    environment = child_environment(os.environ)
+    if server is not None:
+        return server.begin(start.arguments(), environment, ready_fd, errors_fd, start.owner_fd)
+    return SpawnedLauncher(
+        start.command(ready_fd),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=errors_fd,
+        pass_fds=(ready_fd, *(() if start.owner_fd is None else (start.owner_fd,))),
+        start_new_session=True,
+        cwd="/",
+        env=environment,
+    )

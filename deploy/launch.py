@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
-import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,6 +36,7 @@ from deploy.run_dirs import (
     is_locked,
     make_private_dir,
 )
+from deploy.secrecy import protect_secrets
 from deploy.start import start_cluster
 from deploy.stopping import remove_everything, stop_processes
 from deploy.supervise import heartbeat, watch_signals
@@ -46,7 +45,6 @@ from protocol.errors import HostFault, PefboxError, UserError
 from protocol.roles import Role
 from services.runtime.log import Log, open_log
 
-_PR_SET_DUMPABLE = 4
 _ORDERS_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -101,7 +99,8 @@ def launch(request: LaunchRequest, on_healthy: Callable[[ClusterRun], None], on_
     """
     run, locks = prepare(request)
     run.on_event = on_event
-    _protect_secrets(request.options.debug)
+    # Secret keys pass through this process.
+    protect_secrets(dumpable=request.options.debug)
     with _orders_to_end_noted(run):
         try:
             failure = trio.run(_live, run, on_healthy, request)
@@ -254,10 +253,3 @@ def _open_log(paths: Paths) -> Log:
         return open_log(fd, "launcher")
     finally:
         os.close(fd)
-
-
-def _protect_secrets(debug: bool) -> None:
-    """Secret keys pass through this process: no core files, and nobody of this user reads its memory."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if not debug:
-        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)

@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import argparse
 import os
-from contextlib import suppress
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
 from deploy.launch_outcome import Outcome
-from deploy.template import NO_TEMPLATES, Templates
+from deploy.template import NO_TEMPLATES, Templates, load_templates
 from shared.process_end import leave
 from shared.quick_imports import quick_imports
 
 
 def main() -> NoReturn:
+    """Be the launcher of a cluster whose processes are forks of templates that load now."""
+    arguments = parse(sys.argv[1:])
+    leave(run(arguments, load_templates() if arguments.service_module is None else NO_TEMPLATES))
+
+
+def run(arguments: argparse.Namespace, templates: Templates) -> int:
     """Launch; the exit status is 1 when the cluster did not come up, 0 when it did and was stopped in good order."""
-    arguments = _arguments()
-    with Templates() if arguments.service_module is None else NO_TEMPLATES as templates:
-        status = _launch(arguments, templates)
-    leave(status)
+    with templates:
+        return _launch(arguments, templates)
 
 
 def _launch(arguments: argparse.Namespace, templates: Templates) -> int:
@@ -47,12 +52,19 @@ def _launch(arguments: argparse.Namespace, templates: Templates) -> int:
 
     ready = os.fdopen(arguments.ready_fd, "wb", buffering=0)
 
-    def say(outcome: Outcome) -> None:
-        with ready, suppress(BrokenPipeError):
-            ready.write(msgspec.msgpack.encode(outcome))
+    def say(outcome: Outcome) -> bool:
+        """Whether somebody hears it."""
+        with ready:
+            try:
+                ready.write(msgspec.msgpack.encode(outcome))
+            except BrokenPipeError:
+                return False
+        return True
 
     def healthy(run: ClusterRun) -> None:
-        say(Outcome(cluster=run.cluster.name))
+        if not say(Outcome(cluster=run.cluster.name)):
+            run.log.warning("whoever asked for this cluster is gone")
+            run.stop_requested.set()
 
     try:
         launch(request, healthy, lambda text: None)
@@ -66,7 +78,8 @@ def _launch(arguments: argparse.Namespace, templates: Templates) -> int:
     return 0
 
 
-def _arguments() -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line of a launcher."""
     parser = argparse.ArgumentParser(prog="deploy.launcher_main", description="The launcher of a pefbox cluster.")
     parser.add_argument("cluster_file", type=Path)
     parser.add_argument("--ready-fd", type=int, required=True, help="inherited pipe for the outcome of the start")
@@ -78,7 +91,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--debug", action="store_true", help="let debuggers into the host processes")
     parser.add_argument("--debuggable", action="append", default=[], metavar="TARGET", help="let debuggers into it")
     parser.add_argument("--service-module", help="module to run for a role, in the place of services.{role}")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The templates, of which the processes of a cluster are forks (protocol.template), started and ended.
 
-They are started before the launcher has loaded its own modules, so that all load at once: little is imported here.
+They are started before the launcher has loaded its own modules, so that all load at once: little is imported here. One
+of a cluster that starts warm is a fork of what has loaded all (deploy.launch_forks).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import ctypes
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -27,22 +28,13 @@ class Template:
     Orders go over `orders`, which does not block. Until it `has_answered` it may still load.
     """
 
-    def __init__(self, roles: frozenset[Role]) -> None:
-        """Raises OSError."""
-        names = sorted(role.value for role in roles)
-        self.name = f"template of {' and '.join(names)}"
-        self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.orders.setblocking(False)
+    def __init__(self, name: str, pid: int, orders: socket.socket) -> None:
+        """Takes `orders`."""
+        self.name = name
+        self.pid = pid
+        self.orders = orders
+        orders.setblocking(False)
         self.has_answered = False
-        try:
-            # What it cannot load no process of its roles can, which then says so.
-            with theirs, new_output(Path(os.devnull)) as output_fd:
-                orders_fd = theirs.fileno()
-                arguments = ["--orders-fd", str(orders_fd), *names]
-                self.pid = start_module("services.template", arguments, orders_fd, output_fd)
-        except OSError:
-            self.orders.close()
-            raise
 
     def kill(self) -> None:
         """End it; whoever waits for an answer hears that there is none."""
@@ -58,14 +50,10 @@ class Template:
 
 
 class Templates:
-    """One a family of roles, as far as the machine has what it takes. Leaving the `with` ends them."""
+    """Those of a cluster, by the roles that are forked from them. Leaving the `with` ends them."""
 
-    def __init__(self, families: Sequence[frozenset[Role]] = FAMILIES) -> None:
-        self._of: dict[Role, Template] = {}
-        if families and ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0:
-            for roles in families:
-                with suppress(OSError):
-                    self._of |= dict.fromkeys(roles, Template(roles))
+    def __init__(self, of: Mapping[Role, Template]) -> None:
+        self._of = dict(of)
 
     def __enter__(self) -> Self:
         return self
@@ -98,5 +86,35 @@ class Templates:
             self.give_up(template)
 
 
-NO_TEMPLATES = Templates(())
+def become_subreaper() -> bool:
+    """Have what templates fork be children of this process; whether the system lets it."""
+    return bool(ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+
+
+def load_templates() -> Templates:
+    """One a family of roles, as far as the machine has what it takes. Each loads while the caller goes on."""
+    of: dict[Role, Template] = {}
+    if become_subreaper():
+        for roles in FAMILIES:
+            with suppress(OSError):
+                of |= dict.fromkeys(roles, _load_template(roles))
+    return Templates(of)
+
+
+def _load_template(roles: frozenset[Role]) -> Template:
+    names = sorted(role.value for role in roles)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        # What it cannot load no process of its roles can, which then says so.
+        with theirs, new_output(Path(os.devnull)) as output_fd:
+            orders_fd = theirs.fileno()
+            arguments = ["--orders-fd", str(orders_fd), *names]
+            pid = start_module("services.template", arguments, orders_fd, output_fd)
+    except OSError:
+        ours.close()
+        raise
+    return Template(f"template of {' and '.join(names)}", pid, ours)
+
+
+NO_TEMPLATES = Templates({})
 """Each process loads by itself."""

@@ -12,7 +12,8 @@ FAMILIES = (frozenset({Role.ULTRAVISOR}), frozenset({Role.GUEST}), frozenset({Ro
 """Roles that are forked from the same template, which loads all of them.
 
 Forks of one template have in common what is drawn when a program starts: the layout of the address space, the canaries
-of its stacks, the keys of Python's hashes. Who holds secure memory has none of that in common with who may not read it.
+of its stacks, the keys of Python's hashes. Who holds secure memory has none of that in common with who may not read it,
+but in a cluster that was started warm (deploy.launch_server), for tests.
 """
 MAX_ORDER_BYTES = 64
 N_ORDER_FILES = 2

@@ -33,6 +33,17 @@ def import_engines(config: ProcessConfig) -> None:
             raise HostFault(f'kernel = "machine" needs the Python package unicorn: {error}') from None
 
 
+def import_all_engines() -> None:
+    """As far as this installation has what they need: for a process of which guests are forks."""
+    for module in (_MODEL, *_MODULES.values()):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            # The guest whose VM asks for it says so.
+            if module != _MODULES[MACHINE_KERNEL]:
+                raise
+
+
 def make_engine(vm: VmEntry, space: AddressSpace, clock: GuestClock, log: Log) -> Engine:
     """The engine of `vm` on its memory; raises HostFault."""
     if vm.guest.kernel == MACHINE_KERNEL:

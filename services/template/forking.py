@@ -62,7 +62,7 @@ def fork_for_launcher(become: Callable[[], NoReturn]) -> int:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         with theirs:
-            between = _fork()
+            between = fork_or_none()
             if between == 0:
                 ours.close()
                 _fork_again(theirs, become)
@@ -76,7 +76,8 @@ def fork_for_launcher(become: Callable[[], NoReturn]) -> int:
         return pid
 
 
-def _fork() -> int | None:
+def fork_or_none() -> int | None:
+    """As os.fork; None when the machine has no process left."""
     try:
         return os.fork()
     except OSError:
@@ -84,7 +85,7 @@ def _fork() -> int | None:
 
 
 def _fork_again(parent: socket.socket, become: Callable[[], NoReturn]) -> NoReturn:
-    pid = _fork()
+    pid = fork_or_none()
     if pid is None:
         leave(1)
     if pid != 0:
@@ -93,10 +94,10 @@ def _fork_again(parent: socket.socket, become: Callable[[], NoReturn]) -> NoRetu
     with parent:
         if parent.recv(len(_GO)) != _GO:
             leave(1)
-    _run(become)
+    run_as_program(become)
 
 
-def _run(become: Callable[[], NoReturn]) -> NoReturn:
+def run_as_program(become: Callable[[], NoReturn]) -> NoReturn:
     """As the interpreter runs a program: nothing of it returns to the server's loop."""
     try:
         become()

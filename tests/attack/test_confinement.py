@@ -29,6 +29,8 @@ from tests.cluster.two_hosts import VM_OF, cluster_text, pids, running_hosts, te
 
 __all__ = ["own_directories"]
 
+pytestmark = pytest.mark.cold
+
 HERE = Path(__file__).parent
 ON_PROCESS = ("ptrace", "mem", "fd", "environ", "pidfd_getfd", "process_vm_readv", "process_vm_writev")
 NO_RIGHTS = {"EPERM", "EACCES"}

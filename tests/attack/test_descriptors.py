@@ -25,6 +25,8 @@ from tests.cluster.two_hosts import N_PAGES, VM_OF, cluster_text, pids, running_
 
 __all__ = ["own_directories"]
 
+pytestmark = pytest.mark.cold
+
 NORMAL_VM = ("alpha", "vm3")
 SECURE_VMS = [*VM_OF.items()]
 F_SEAL_FUTURE_WRITE = 0x0010

@@ -21,6 +21,7 @@ import trio
 from deploy.api import RunningCluster
 from deploy.client import DetachedStart
 from deploy.launch_outcome import Outcome
+from deploy.launcher_process import SpawnedLauncher
 from deploy.memory_segments import SHM_DIR
 from deploy.python_process import child_environment
 from deploy.run_dirs import Paths, runtime_root
@@ -31,6 +32,8 @@ from tests.cluster.conftest import own_directories
 from tests.cluster.two_hosts import MEMORY_BYTES, N_PAGES, at_prompt, cluster_text, running_hosts, until, vm_text
 
 __all__ = ["own_directories"]
+
+pytestmark = pytest.mark.cold
 
 FREE_GFN = 900
 """A page that the model kernel does not use at its prompt."""
@@ -134,11 +137,11 @@ async def small_shm(directory: Path, text: str, shm_bytes: int) -> AsyncIterator
         launcher.wait()
 
 
-def _launch(start: DetachedStart, script: str) -> tuple[subprocess.Popen[bytes], Outcome]:
+def _launch(start: DetachedStart, script: str) -> tuple[SpawnedLauncher, Outcome]:
     """The launcher in its namespace, and its first word."""
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as pipe:
-        launcher = subprocess.Popen(
+        launcher = SpawnedLauncher(
             [*NAMESPACE, "sh", "-c", script, "sh", *start.command(writing)],
             pass_fds=(writing,),
             stdin=subprocess.DEVNULL,
@@ -152,7 +155,7 @@ def _launch(start: DetachedStart, script: str) -> tuple[subprocess.Popen[bytes],
         return launcher, _first_word(pipe.fileno(), launcher)
 
 
-def _first_word(fd: int, launcher: subprocess.Popen[bytes]) -> Outcome:
+def _first_word(fd: int, launcher: SpawnedLauncher) -> Outcome:
     # The process that holds the namespace has the pipe too, so its end is no sign.
     while not select.select([fd], [], [], 0.1)[0]:
         if launcher.poll() is not None:

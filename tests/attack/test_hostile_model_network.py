@@ -21,6 +21,8 @@ from tests.cluster.two_hosts import at_prompt
 
 __all__ = ["own_directories"]
 
+pytestmark = pytest.mark.cold
+
 HOSTILE = "tests.attack.hostile.{role}"
 FLOOD_SECONDS = 2.0
 COMMAND_SECONDS = 15.0

@@ -24,7 +24,7 @@ from tests.needs import need_linux
 
 __all__ = ["own_directories"]
 
-pytestmark = pytest.mark.linux
+pytestmark = [pytest.mark.linux, pytest.mark.cold]
 
 HOSTILE = "tests.attack.hostile.{role}"
 FLOOD_SECONDS = 2.0

@@ -20,6 +20,8 @@ from tests.cluster.vm_files import answer_of, console_end, console_until, consol
 
 __all__ = ["own_directories"]
 
+pytestmark = pytest.mark.cold
+
 HOSTILE = "tests.attack.hostile.{role}"
 UP = "pefbox: secrets planted"
 PROMPT_SECONDS = 2.0

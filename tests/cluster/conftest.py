@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -12,6 +11,8 @@ import pytest
 
 from deploy.api import RunningCluster, cluster
 from deploy.client import DetachedStart, start_detached
+from deploy.launch_server import LaunchServer
+from deploy.launcher_process import LauncherProcess
 from services.testing.host import RealHost, real_host
 from services.ultravisor.identity import ensure_keys
 
@@ -21,12 +22,22 @@ FAKE_SERVICE = "fake_service"
 
 
 @pytest.fixture(autouse=True)
-def own_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Run and state directories of this test alone; afterwards no RAM segment of it may exist."""
-    started: list[str] = []
+def own_directories(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Iterator[Path]:
+    """Run and state directories of this test alone; afterwards no RAM segment of it may exist.
 
-    def start_and_note(start: DetachedStart) -> tuple[str, subprocess.Popen[bytes]]:
-        name, launcher = start_detached(start)
+    The clusters of the Python API start warm, where the mark `cold` does not say that the test is about processes as
+    `pefbox up` starts them.
+    """
+    started: list[str] = []
+    is_cold = request.node.get_closest_marker("cold") is not None
+
+    def start_and_note(start: DetachedStart, server: LaunchServer | None) -> tuple[str, LauncherProcess]:
+        given = server if is_cold else server or request.getfixturevalue("pefbox_launch_server")
+        name, launcher = start_detached(start, given)
         started.append(name)
         return name, launcher
 

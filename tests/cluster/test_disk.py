@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from deploy.api import RunningCluster, Vm, cluster
+from deploy.launcher_process import SpawnedLauncher
 from deploy.run_dirs import default_paths
 from protocol.errors import UserError
 from services.guest.model.region_writer import REGION_BYTES, region_pattern
@@ -135,7 +136,7 @@ async def cluster_on_small_file_system(files: VmFiles, mount_point: Path) -> Asy
             await running.down()
 
 
-def start_in_namespace(files: VmFiles, mount_point: Path, name: str) -> subprocess.Popen[bytes]:
+def start_in_namespace(files: VmFiles, mount_point: Path, name: str) -> SpawnedLauncher:
     """`pefbox up` in the namespace; skips where there are none."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
         pytest.skip("no user and mount namespaces here")
@@ -145,7 +146,7 @@ def start_in_namespace(files: VmFiles, mount_point: Path, name: str) -> subproce
     fill = f"{{ cat /dev/zero > {mount_point}/filler || true; }}"
     script = f"{mount} && cp --sparse=always {files.disk} {mount_point}/ && {fill} && {up}"
     command = ["unshare", "-rm", "sh", "-c", script]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return SpawnedLauncher(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 async def wait_until_up(running: RunningCluster) -> None:

@@ -31,6 +31,7 @@ from tests.cluster.two_hosts import (
     until,
 )
 
+pytestmark = pytest.mark.cold
 CHECKOUT = Path(__file__).parents[2]
 DEATH_SECONDS = 2.0
 OWNER_GONE_SECONDS = 10.0

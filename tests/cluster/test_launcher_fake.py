@@ -614,6 +614,7 @@ def test_cluster_in_the_foreground_goes_on_when_nobody_reads_its_output(own_dire
     assert list((own_directories / "pefbox").iterdir()) == []
 
 
+@pytest.mark.cold
 async def test_launcher_that_breaks_says_so_in_one_line_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_directories: Path
 ) -> None:

@@ -25,6 +25,7 @@ from tests.cluster.two_hosts import (
     until,
 )
 
+pytestmark = pytest.mark.cold
 ONE_HOST = cluster_text({"alpha": "vm1"})
 RANDOMIZED = Path("/proc/sys/kernel/randomize_va_space")
 

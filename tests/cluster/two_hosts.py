@@ -108,12 +108,16 @@ def children_of(pid: int) -> set[int]:
 
 def templates_of(launcher_pid: int) -> set[int]:
     """Those that others are forked from; none where each has loaded by itself."""
-    return {pid for pid in children_of(launcher_pid) if b"services.template" in command_line(pid)}
+    return {pid for pid in children_of(launcher_pid) if _is_template(pid)}
 
 
 def members_of(launcher_pid: int) -> set[int]:
     """The processes of the machine that the launcher has."""
-    return {pid for pid in children_of(launcher_pid) if b"services.template" not in command_line(pid)}
+    return {pid for pid in children_of(launcher_pid) if not _is_template(pid)}
+
+
+def _is_template(pid: int) -> bool:
+    return any(name in command_line(pid) for name in (b"services.template", b"pefbox template"))
 
 
 def is_alive(pid: int) -> bool:
