@@ -158,11 +158,14 @@ async def check_host_that_dies_and_comes_back(running: RunningCluster, shell: Li
 
 
 async def check_frames_arrive(shell: LinuxShell, vm1: Vm, vm2: Vm) -> None:
-    """The driver of vm2 is not there yet, so its card drops what comes; that it comes is the point."""
+    """The driver of vm2 is not there yet, so its card drops what comes; that it comes is the point.
+
+    Some may have come before: the kernel of vm1 looks by itself whether its neighbour is still there.
+    """
     await until(vm1, "up")
-    assert (await peer_of(vm2)).received_frames == 0
+    before = (await peer_of(vm2)).received_frames
     await shell.run("ip neigh flush dev eth0; ping -c 2 -i 0.2 -W 1 10.0.0.2")
-    assert (await peer_of(vm2)).received_frames > 0
+    assert (await peer_of(vm2)).received_frames > before
     assert (await vm1.row()).incarnation == 1
 
 
