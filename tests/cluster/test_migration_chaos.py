@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import trio
 
 from deploy.api import processes_of
@@ -43,6 +44,8 @@ from tests.cluster.moving import HOSTS, Traveller, travelling
 from tests.cluster.two_hosts import children_of, is_alive, members_of, until
 from tests.conftest import SHOWN
 
+# A destination that starts warm is in the state "launcher: starting" for too short a time to be struck there.
+pytestmark = pytest.mark.cold
 N_MIGRATIONS = int(os.environ.get("PEFBOX_CHAOS_MIGRATIONS", "10"))
 SEED = int(os.environ.get("PEFBOX_CHAOS_SEED", "1"))
 FULL = 200
