@@ -46,6 +46,7 @@ _POLL_SECONDS = 0.02
 _MIGRATION_POLL_SECONDS = 0.1
 """Each look costs the processes that move a VM some milliseconds."""
 _DOWN_SECONDS = 20.0
+_KILL_SECONDS = 2.0
 _PROMPT_QUIET_SECONDS = 0.2
 
 
@@ -350,6 +351,7 @@ class RunningCluster:
         status = await self.wait_launcher(_DOWN_SECONDS)
         if status is None:
             self._launcher.kill()
+            await self.wait_launcher(_KILL_SECONDS)
             raise UserError(
                 f'cluster "{self.name}" was not down after {_DOWN_SECONDS:g} s; its launcher was killed: pefbox clean'
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import select
+import signal
 import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from setproctitle import setproctitle
 
 # The launcher's own modules, which deploy.launcher_main loads only when its templates load already.
 from deploy import launch, launcher_main, makers  # noqa: F401
-from deploy.launch_server import N_ORDER_FILES, LaunchOrder
+from deploy.launch_server import N_LAUNCH_FILES, LaunchOrder
 from deploy.launcher_process import encode_status
 from deploy.template import NO_TEMPLATES, Template, Templates, become_subreaper
 from protocol.template import MAX_ORDER_BYTES, NO_PROCESS, encode_pid
@@ -53,7 +54,7 @@ class LaunchForks:
         os.close(pidfd)
 
     def _take_order(self) -> None:
-        data, files, _, _ = socket.recv_fds(self._orders, MAX_ORDER_BYTES, N_ORDER_FILES + 1)
+        data, files, _, _ = socket.recv_fds(self._orders, MAX_ORDER_BYTES, N_LAUNCH_FILES + 1)
         if not data:
             leave()
         try:
@@ -71,10 +72,9 @@ class LaunchForks:
     def _fork(self, files: Sequence[int]) -> tuple[int, int]:
         """A launcher and its pidfd. Raises OSError, and ValueError when there was no room for all `files`."""
         order_fd, *others = files
-        if len(others) < N_ORDER_FILES - 1:
+        order = msgspec.msgpack.decode(os.pread(order_fd, os.fstat(order_fd).st_size, 0), type=LaunchOrder)
+        if len(files) != N_LAUNCH_FILES + order.has_owner:
             raise ValueError("files are missing")
-        size = os.fstat(order_fd).st_size
-        order = msgspec.msgpack.decode(os.pread(order_fd, size, 0), type=LaunchOrder)
         pid = fork_or_none()
         if pid == 0:
             os.close(order_fd)
@@ -84,11 +84,25 @@ class LaunchForks:
         try:
             return pid, os.pidfd_open(pid)
         except OSError:
-            os.kill(pid, 9)
+            os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise
 
     def _become(self, order: LaunchOrder, ready_fd: int, errors_fd: int, status_fd: int, *owner_fds: int) -> NoReturn:
+        status = 1
+        try:
+            self._become_program(order, errors_fd)
+            status = self._launch(order, ready_fd, status_fd, owner_fds)
+        except SystemExit as end:
+            # Of an argument that is none.
+            status = end.code if isinstance(end.code, int) else status
+        finally:
+            with suppress(BrokenPipeError):
+                os.write(status_fd, encode_status(status))
+        leave(status)
+
+    def _become_program(self, order: LaunchOrder, errors_fd: int) -> None:
+        """What a program has that is started: a session, its output and environment, and no file of the server."""
         self._orders.close()
         for pidfd in self._pid_of:
             os.close(pidfd)
@@ -99,17 +113,10 @@ class LaunchForks:
         os.environb.clear()
         os.environb.update(order.environment)
         setproctitle("pefbox launcher")
-        status = 1
-        try:
-            status = self._launch(order.arguments, ready_fd, status_fd, owner_fds)
-        finally:
-            with suppress(BrokenPipeError):
-                os.write(status_fd, encode_status(status))
-        leave(status)
 
-    def _launch(self, given: Sequence[bytes], ready_fd: int, status_fd: int, owner_fds: Sequence[int]) -> int:
+    def _launch(self, order: LaunchOrder, ready_fd: int, status_fd: int, owner_fds: Sequence[int]) -> int:
         owner = [f"--owner-fd={fd}" for fd in owner_fds]
-        arguments = launcher_main.parse([*map(os.fsdecode, given), f"--ready-fd={ready_fd}", *owner])
+        arguments = launcher_main.parse([*map(os.fsdecode, order.arguments), f"--ready-fd={ready_fd}", *owner])
         if arguments.service_module is not None:
             return launcher_main.run(arguments, NO_TEMPLATES)
         return launcher_main.run(arguments, _forked_templates(self._mains, (ready_fd, status_fd, *owner_fds)))
@@ -124,17 +131,19 @@ def _forked_templates(mains: Sequence[ServiceMain], not_theirs: Iterable[int]) -
     with theirs:
         pid = fork_or_none()
         if pid == 0:
-            ours.close()
-            for fd in not_theirs:
-                os.close(fd)
-            run_as_program(functools.partial(_serve_forks, theirs, mains, launcher_pid))
+            not_theirs = (ours.detach(), *not_theirs)
+            run_as_program(functools.partial(_serve_forks, theirs, mains, launcher_pid, not_theirs))
     if pid is None:
         ours.close()
         return NO_TEMPLATES
     return Templates(dict.fromkeys((main.role for main in mains), Template("template of all roles", pid, ours)))
 
 
-def _serve_forks(orders: socket.socket, mains: Sequence[ServiceMain], launcher_pid: int) -> NoReturn:
+def _serve_forks(
+    orders: socket.socket, mains: Sequence[ServiceMain], launcher_pid: int, not_theirs: Iterable[int]
+) -> NoReturn:
+    for fd in not_theirs:
+        os.close(fd)
     os.setsid()
     os.dup2(0, 2)
     die_with_parent(launcher_pid)

@@ -27,12 +27,12 @@ from protocol.errors import UserError
 from protocol.template import MAX_ORDER_BYTES, NO_PROCESS, decode_pid
 
 ORDER = b"launch"
-"""Comes with N_ORDER_FILES files, and one more where the cluster has an owner.
+"""Comes with N_LAUNCH_FILES files, and one more where the cluster has an owner, which the order says.
 
 A file that holds the LaunchOrder; the pipe for the outcome of the start (deploy.launch_outcome); standard error; the
 pipe for the exit status; the owner's pipe. The answer is as a template's (protocol.template), with a pidfd.
 """
-N_ORDER_FILES = 4
+N_LAUNCH_FILES = 4
 _ANSWER_SECONDS = 30.0
 """It may still load, on a machine that does much else."""
 
@@ -43,6 +43,7 @@ class LaunchOrder(msgspec.Struct, frozen=True):
     arguments: list[bytes]
     """Of deploy.launcher_main, but for those that name open files."""
     environment: dict[bytes, bytes]
+    has_owner: bool
 
 
 class LaunchServer:
@@ -61,10 +62,14 @@ class LaunchServer:
                     self.pid = start_module(
                         "deploy.launch_server_main", arguments, theirs.fileno(), self._errors.fileno()
                     )
+                self._pidfd = os.pidfd_open(self.pid)
+                undo.callback(os.close, self._pidfd)
             except OSError as error:
                 raise UserError(f"no launch server: {error}") from None
             self._held = undo.pop_all()
         self._orders.settimeout(_ANSWER_SECONDS)
+        self._end = ""
+        """Why it was ended, where it was."""
 
     def __enter__(self) -> Self:
         return self
@@ -77,8 +82,8 @@ class LaunchServer:
         with self._turn:
             if self._errors.closed:
                 return
+            self._give_up("it was closed")
             self._held.close()
-            self._kill()
             with suppress(ChildProcessError):
                 os.waitpid(self.pid, 0)
 
@@ -98,9 +103,11 @@ class LaunchServer:
         order = LaunchOrder(
             [os.fsencode(argument) for argument in arguments],
             {os.fsencode(name): os.fsencode(value) for name, value in environment.items()},
+            owner_fd is not None,
         )
         try:
-            with tempfile.TemporaryFile() as file:
+            # In memory: a password that somebody has in the environment is not for the disk.
+            with os.fdopen(os.memfd_create("pefbox-order"), "wb") as file:
                 file.write(msgspec.msgpack.encode(order))
                 file.flush()
                 files = [file.fileno(), ready_fd, errors_fd]
@@ -121,20 +128,12 @@ class LaunchServer:
         return ForkedLauncher(pid, pidfd, status_fd)
 
     def _ask(self, files: list[int]) -> tuple[int, int]:
-        if self._errors.closed:
-            raise UserError("no launcher: the launch server was closed")
-        try:
+        if self._end:
+            raise UserError(f"no launcher: the launch server has ended: {self._end}")
+        with suppress(BrokenPipeError, ConnectionResetError):
+            # Its answer tells that it is gone.
             socket.send_fds(self._orders, [ORDER], files)
-            answer, pidfds, _, _ = socket.recv_fds(self._orders, MAX_ORDER_BYTES, 1)
-        except (BrokenPipeError, ConnectionResetError):
-            answer, pidfds = b"", []
-        except TimeoutError:
-            self._kill()
-            raise UserError(f"no launcher: the launch server did not answer in {_ANSWER_SECONDS:g} s") from None
-        except BaseException:
-            # The answer that still comes would be taken for that to the next order.
-            self._kill()
-            raise
+        answer, pidfds = self._answer()
         if not answer:
             raise UserError(f"no launcher: the launch server has ended: {self._last_words()}")
         pid = decode_pid(answer)
@@ -143,9 +142,25 @@ class LaunchServer:
             raise UserError("no launcher: the machine has no room for another process or open file")
         return pid, pidfds[0]
 
-    def _kill(self) -> None:
+    def _answer(self) -> tuple[bytes, list[int]]:
+        """Nothing when it is gone."""
+        try:
+            answer, pidfds, _, _ = socket.recv_fds(self._orders, MAX_ORDER_BYTES, 1)
+        except ConnectionResetError:
+            return b"", []
+        except TimeoutError:
+            self._give_up(f"it did not answer in {_ANSWER_SECONDS:g} s")
+            raise UserError(f"no launcher: the launch server has ended: {self._end}") from None
+        except BaseException:
+            # The answer that still comes would be taken for that to the next order.
+            self._give_up("an order was broken off")
+            raise
+        return answer, pidfds
+
+    def _give_up(self, why: str) -> None:
+        self._end = self._end or why
         with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _last_words(self) -> str:
         self._errors.seek(0)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
 
 KILLED = -int(signal.SIGKILL)
@@ -105,9 +105,7 @@ class ForkedLauncher:
             os.close(fd)
 
     def _send(self, number: signal.Signals) -> None:
-        if self.poll() is not None:
-            return
-        with self._turn:
+        with self._turn, suppress(ProcessLookupError):
             if self._status is None:
                 signal.pidfd_send_signal(self._pidfd, number)
 

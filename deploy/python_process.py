@@ -13,7 +13,8 @@ from pathlib import Path
 def start_module(module: str, arguments: Sequence[str], passed_fd: int, output_fd: int) -> int:
     """Start `python -m module arguments` with one file and this standard output and error; its pid. Raises OSError.
 
-    Called in the launcher's main thread, which PR_SET_PDEATHSIG watches; the caller waits for its end (waitid(2)).
+    The caller waits for its end (waitid(2)). A module that ends with its parent (PR_SET_PDEATHSIG) ends with the thread
+    that calls this: the launcher's main thread, then.
     """
     popen = subprocess.Popen(
         [sys.executable, "-P", "-m", module, *arguments],

@@ -34,10 +34,10 @@ def own_directories(
     """
     started: list[str] = []
     is_cold = request.node.get_closest_marker("cold") is not None
+    shared = None if is_cold else request.getfixturevalue("pefbox_launch_server")
 
     def start_and_note(start: DetachedStart, server: LaunchServer | None) -> tuple[str, LauncherProcess]:
-        given = server if is_cold else server or request.getfixturevalue("pefbox_launch_server")
-        name, launcher = start_detached(start, given)
+        name, launcher = start_detached(start, server or shared)
         started.append(name)
         return name, launcher
 

@@ -15,7 +15,8 @@ from deploy.launch_forks import LaunchForks
 from deploy.launch_server import ORDER, LaunchOrder
 from protocol.template import MAX_ORDER_BYTES, NO_PROCESS, decode_pid
 
-ENCODED = msgspec.msgpack.encode(LaunchOrder([], {}))
+ENCODED = msgspec.msgpack.encode(LaunchOrder([], {}, has_owner=False))
+OWNED = msgspec.msgpack.encode(LaunchOrder([], {}, has_owner=True))
 
 
 @contextmanager
@@ -35,8 +36,8 @@ def n_open() -> int:
 
 @pytest.mark.parametrize(
     ("order", "n_pipes"),
-    [(ENCODED, 2), (b"\xc1", 3), (msgspec.msgpack.encode([1]), 3)],
-    ids=["a file is missing", "no message", "another message"],
+    [(ENCODED, 2), (ENCODED, 4), (OWNED, 3), (b"\xc1", 3), (msgspec.msgpack.encode([1]), 3)],
+    ids=["a file is missing", "a file too much", "no owner", "no message", "another message"],
 )
 def test_an_order_that_is_none_is_refused_and_the_next_one_taken(order: bytes, n_pipes: int) -> None:
     with asked(order, n_pipes) as (forks, giver):

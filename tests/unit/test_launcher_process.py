@@ -7,7 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -85,6 +85,18 @@ def test_a_signal_reaches_it_and_after_its_end_nobody(
     os.close(told_fd)
     assert launcher.poll() == KILLED
     send()
+
+
+@pytest.mark.parametrize("send", [ForkedLauncher.terminate, ForkedLauncher.kill])
+def test_one_that_was_waited_for_by_its_parent_hears_no_more(
+    sleeping: subprocess.Popen[bytes], send: Callable[[ForkedLauncher], None]
+) -> None:
+    launcher, told_fd = forked(sleeping)
+    sleeping.kill()
+    sleeping.wait()
+    send(launcher)
+    os.close(told_fd)
+    assert launcher.wait() == KILLED
 
 
 def test_many_open_files_are_no_hindrance(sleeping: subprocess.Popen[bytes]) -> None:
