@@ -173,6 +173,7 @@ def start_detached(start: DetachedStart, server: LaunchServer | None = None) -> 
     """
     # Here, not above: a launched service environment and a command that only asks need nothing of this.
     from deploy.launch_outcome import Outcome
+    from deploy.python_process import last_words
 
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as pipe, tempfile.TemporaryFile() as errors:
@@ -194,9 +195,7 @@ def start_detached(start: DetachedStart, server: LaunchServer | None = None) -> 
             launcher.wait()
             raise UserError(outcome.error or "the cluster did not come up")
         status = launcher.wait()
-        errors.seek(0)
-        last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-    raise UserError(f"the launcher ended with status {status}: {last}")
+        raise UserError(f"the launcher ended with status {status}: {last_words(errors)}")
 
 
 def _begun(start: DetachedStart, server: LaunchServer | None, ready_fd: int, errors_fd: int) -> LauncherProcess:

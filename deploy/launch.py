@@ -36,13 +36,13 @@ from deploy.run_dirs import (
     is_locked,
     make_private_dir,
 )
-from deploy.secrecy import protect_secrets
 from deploy.start import start_cluster
 from deploy.stopping import remove_everything, stop_processes
 from deploy.supervise import heartbeat, watch_signals
 from deploy.template import NO_TEMPLATES, Templates
 from protocol.errors import HostFault, PefboxError, UserError
 from protocol.roles import Role
+from services.runtime.confine import protect_memory
 from services.runtime.log import Log, open_log
 
 _ORDERS_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -100,7 +100,7 @@ def launch(request: LaunchRequest, on_healthy: Callable[[ClusterRun], None], on_
     run, locks = prepare(request)
     run.on_event = on_event
     # Secret keys pass through this process.
-    protect_secrets(dumpable=request.options.debug)
+    protect_memory(dumpable=request.options.debug)
     with _orders_to_end_noted(run):
         try:
             failure = trio.run(_live, run, on_healthy, request)

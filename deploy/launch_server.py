@@ -22,7 +22,7 @@ from typing import Self
 import msgspec
 
 from deploy.launcher_process import ForkedLauncher
-from deploy.python_process import start_module
+from deploy.python_process import last_words, start_module
 from protocol.errors import UserError
 from protocol.template import MAX_ORDER_BYTES, NO_PROCESS, decode_pid
 
@@ -135,7 +135,8 @@ class LaunchServer:
             socket.send_fds(self._orders, [ORDER], files)
         answer, pidfds = self._answer()
         if not answer:
-            raise UserError(f"no launcher: the launch server has ended: {self._last_words()}")
+            why = last_words(self._errors) or "it was killed"
+            raise UserError(f"no launcher: the launch server has ended: {why}")
         pid = decode_pid(answer)
         if pid == NO_PROCESS or not pidfds:
             # One that was forked all the same ends by itself: nobody hears that it is up.
@@ -161,7 +162,3 @@ class LaunchServer:
         self._end = self._end or why
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-
-    def _last_words(self) -> str:
-        self._errors.seek(0)
-        return self._errors.read().decode(errors="replace").strip().rpartition("\n")[2] or "it was killed"

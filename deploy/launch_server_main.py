@@ -8,8 +8,8 @@ import socket
 from importlib import import_module
 from typing import NoReturn
 
-from deploy.secrecy import protect_secrets
 from protocol.template import FAMILIES
+from services.runtime.confine import protect_memory
 from shared.quick_imports import quick_imports
 
 
@@ -19,7 +19,7 @@ def main() -> NoReturn:
     parser.add_argument("--orders-fd", type=int, required=True, help="inherited socket of the orders")
     arguments = parser.parse_args()
     # Whoever could write to this process would write to those that come from it.
-    protect_secrets(dumpable=False)
+    protect_memory(dumpable=False)
     # Whoever started it may have had it ignored, and then no end of a process is told.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with quick_imports():

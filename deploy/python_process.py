@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def start_module(module: str, arguments: Sequence[str], passed_fd: int, output_fd: int) -> int:
@@ -39,6 +40,12 @@ def new_output(path: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def last_words(errors: IO[bytes]) -> str:
+    """The last line of what a process wrote to standard error; empty when that is nothing."""
+    errors.seek(0)
+    return errors.read().decode(errors="replace").strip().rpartition("\n")[2]
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -65,6 +65,12 @@ def confine(*, dumpable: bool, landlock_dirs: Sequence[str] | None) -> dict[str,
     }
 
 
+def protect_memory(*, dumpable: bool) -> None:
+    """The part of it for a process with secrets that is not confined; said either way, as a fork may be protected."""
+    _no_core()
+    _prctl(_PR_SET_DUMPABLE, int(dumpable))
+
+
 def landlock_abi() -> int:
     """The kernel's Landlock version; 0 where there is none."""
     abi: int = _libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_CREATE_RULESET_VERSION)
